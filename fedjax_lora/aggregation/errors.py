@@ -1,0 +1,52 @@
+"""What separates the server's product of averages from the ideal average of products, as norms.
+
+With weights p_k of the clients and w_ki of client k in component i, decoded factors a~, b~, trained factors a, b,
+and averages `abar_i = sum_k w_ki a~_ki`, `bbar_i` likewise, it holds exactly that
+
+    sum_k p_k a_k b_k = abar bbar + Cov + E_s,
+    Cov = sum_k,i w_ki (a~_ki - abar_i) (b~_ki - bbar_i),
+    E_s = sum_k (p_k a_k b_k - sum_i w_ki a~_ki b~_ki).
+
+Either is a product of stacked components: its norm needs two Gram matrices of the stack or, where the stack is
+larger than that, one `[n_in, n_out]` matrix. The functions take one layer of one module, to bound the memory.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+
+from fedjax_lora.base import Factors
+from fedjax_lora.ops.products import product_energy
+
+
+def sparsification_energy(trained: Factors, decoded: Factors, weights: Array, component_weights: Array) -> Array:
+    """`||E_s||_F^2` of one layer, without the scale s.
+
+    Args:
+      trained: what the clients hold, a `[C, n_in, R]` and b `[C, R, n_out]`.
+      decoded: the server's copies.
+      weights: `[C]`, p_k.
+      component_weights: `[C, R]`, w_ki.
+    """
+    p, w = weights[:, None, None], component_weights[:, :, None]
+    # p a b - w a~ b~ as p (a - a~) b + a~ (p b - w b~): no difference of two large products is taken.
+    u = jnp.concatenate([p * (trained.a - decoded.a), decoded.a], axis=-1)
+    v = jnp.concatenate([trained.b, p * trained.b - w * decoded.b], axis=-2)
+    return _stacked_energy(u, v)
+
+
+def covariance_energy(decoded: Factors, average: Factors, component_weights: Array) -> Array:
+    """`||Cov||_F^2` of one layer, without the scale s.
+
+    Args:
+      decoded: the server's copies, a `[C, n_in, R]` and b `[C, R, n_out]`.
+      average: their average, a `[n_in, R]` and b `[R, n_out]`.
+      component_weights: `[C, R]`, w_ki.
+    """
+    w = component_weights[:, None, :]
+    return _stacked_energy(w * (decoded.a - average.a), decoded.b - average.b)
+
+
+def _stacked_energy(u: Array, v: Array) -> Array:
+    """`||sum over clients of u v||_F^2` for u `[C, n_in, m]` and v `[C, m, n_out]`."""
+    columns = jnp.moveaxis(u, 0, 1).reshape(u.shape[1], -1)
+    return product_energy(columns, v.reshape(-1, v.shape[-1]))

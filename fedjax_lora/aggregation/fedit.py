@@ -1,0 +1,105 @@
+"""FedIT: the server averages each factor on its own.
+
+J. Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning", arXiv 2305.05644; here with
+weights for each rank component, so that a client which did not send one may have no say in it.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedjax_lora import trees
+from fedjax_lora.aggregation import errors
+from fedjax_lora.base import Adapters, Aggregate, Aggregator, Factors, Sent
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FedItConfig:
+    """Average a with a and b with b."""
+
+    name: Literal["fedit"] = "fedit"
+
+    def __post_init__(self) -> None:
+        if self.name != "fedit":
+            raise ValueError(f"name must be 'fedit', got {self.name!r}")
+
+
+def make(config: FedItConfig) -> Aggregator:
+    """The aggregator that averages the factors apart, heads too.
+
+    Client k weighs `w_ki = p_k m_ki / sum_j p_j m_ji` in component i of a layer, where m is `Sent.counted`; where
+    nobody counts, the broadcast stays. A client of weight 0 changes nothing, not even with NaN.
+    """
+    del config  # it has no option yet, but every method is made in the same way
+
+    def aggregate(broadcast: Adapters, trained: Adapters, sent: Sent, weights: Array, scale: Array) -> Aggregate:
+        modules, sparsification, covariance = {}, jnp.zeros(()), jnp.zeros(())
+        for name, old in broadcast.modules.items():
+            cohort = trained.modules[name], sent.adapters.modules[name], sent.counted[name]
+            modules[name], of_sparsification, of_averaging = _average_module(old, *cohort, weights)
+            sparsification += jnp.sum(of_sparsification)
+            covariance += jnp.sum(of_averaging)
+        return Aggregate(
+            adapters=Adapters(modules=modules, head=_average_head(broadcast.head, sent.adapters.head, weights)),
+            sparsification_error=scale * jnp.sqrt(sparsification),
+            covariance_error=scale * jnp.sqrt(covariance),
+        )
+
+    return Aggregator(aggregate=aggregate)
+
+
+def _average_module(
+    old: Factors, trained: Factors, decoded: Factors, counted: Array, weights: Array
+) -> tuple[Factors, Array, Array]:
+    """The average of one module `[L, ...]`, and the energies `[L]` of E_s and of Cov.
+
+    Layer by layer: what is formed beside the cohort's adapters is a layer's worth of them.
+    """
+
+    def layer(index: Array) -> tuple[Factors, Array, Array]:
+        before = trees.take(old, index)
+        mine, received, m = jax.tree.map(lambda leaf: leaf[:, index], (trained, decoded, counted))
+        mine, received = trees.where(weights > 0, (mine, received), (before, before))
+        received, w = _effective(before, received, m, weights)
+        average = _average(before, received, w)
+        return (
+            average,
+            errors.sparsification_energy(mine, received, weights, w),
+            errors.covariance_energy(received, average, w),
+        )
+
+    return jax.lax.map(layer, jnp.arange(old.a.shape[0]))
+
+
+def _effective(old: Factors, received: Factors, counted: Array, weights: Array) -> tuple[Factors, Array]:
+    """What enters a layer's average, and with which weights `[C, R]`: the broadcast, by p, where nobody counts."""
+    p = weights[:, None]
+    raw = p * jnp.where(p > 0, counted, 0.0)
+    total = jnp.sum(raw, axis=0)
+    anyone = total > 0
+    w = jnp.where(anyone, raw / jnp.where(anyone, total, 1.0), p)
+    a = jnp.where(anyone, received.a, old.a)
+    b = jnp.where(anyone[:, None], received.b, old.b)
+    return Factors(a=a, b=b), w
+
+
+def _average(old: Factors, received: Factors, w: Array) -> Factors:
+    """The weighted average of a layer's factors, `[n_in, R]` and `[R, n_out]`."""
+    # Of changes, not of values: copies of the broadcast then give the broadcast to the last bit.
+    return Factors(
+        a=old.a + jnp.sum(w[:, None, :] * (received.a - old.a), axis=0),
+        b=old.b + jnp.sum(w[:, :, None] * (received.b - old.b), axis=0),
+    )
+
+
+def _average_head(old: dict[str, Array], heads: dict[str, Array], weights: Array) -> dict[str, Array]:
+    """The heads' average by p, as changes too."""
+
+    def average(x0: Array, change: Array) -> Array:
+        return x0 + jnp.einsum("c,c...->...", weights, change, precision=jax.lax.Precision.HIGHEST)
+
+    changes = jax.tree.map(jnp.subtract, heads, old)
+    return jax.tree.map(average, old, trees.where(weights > 0, changes, jax.tree.map(jnp.zeros_like, old)))

@@ -1,0 +1,160 @@
+"""From a configuration to a simulation: the only place where a name becomes a function."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_lora.aggregation import fedit
+from fedjax_lora.base import Adapters, Aggregator, Base, Controller, Hyper, Link, Model, Sparsifier
+from fedjax_lora.config import ConfigError, ExperimentConfig
+from fedjax_lora.control import baselines
+from fedjax_lora.data import sources
+from fedjax_lora.data.batches import federated_dataset
+from fedjax_lora.data.partition import partition
+from fedjax_lora.lora import adapters, targets
+from fedjax_lora.models import load
+from fedjax_lora.sim.chunk import activation_bytes, choose_chunk
+from fedjax_lora.sim.cohort import client_mesh
+from fedjax_lora.sim.engine import Initial, Simulation
+from fedjax_lora.sim.evaluate import make_evaluate
+from fedjax_lora.sim.local import make_train
+from fedjax_lora.sim.optimizers import direction, schedule, server_optimizer
+from fedjax_lora.sim.pretrain import pretrained
+from fedjax_lora.sim.round import Parts, World
+from fedjax_lora.sparsifiers import dense, soft, soft_rotated
+from fedjax_lora.wireless.link import make_link, perfect_link
+
+SPARSIFIERS: dict[str, Callable[[Any, Adapters], Sparsifier]] = {
+    "dense": dense.make,
+    "soft": soft.make,
+    "soft_rotated": soft_rotated.make,
+}
+AGGREGATORS: dict[str, Callable[[Any], Aggregator]] = {
+    "fedit": fedit.make,
+}
+CONTROLLERS: dict[str, Callable[[Any], Controller]] = {
+    "ideal": baselines.ideal,
+    "uniform": baselines.uniform,
+    "fixed": baselines.fixed,
+}
+
+
+def build(config: ExperimentConfig) -> Simulation:
+    """A simulation with its data and weights on the device.
+
+    Raises:
+      ConfigError: the parts of the configuration do not fit together, or a file that it names is missing or
+        damaged; one line.
+    """
+    try:
+        return _build(config)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _build(config: ExperimentConfig) -> Simulation:
+    examples = _examples(config)
+    split = partition(config.clients.partition, examples.train["label"], config.clients.count, config.seed)
+    model, base, head = _model(config, examples)
+    chosen = targets.choose(config.lora.targets, model.targets)
+    world = World(base=base, data=federated_dataset(examples, split))
+
+    def initial_adapters(key: jax.Array) -> Adapters:
+        factor_key, head_key = jax.random.split(key)
+        lora = config.lora
+        modules = adapters.init(factor_key, chosen, model.num_layers, lora.max_rank, lora.init_scale)
+        return Adapters(modules=modules, head=model.init_head(head_key) if head is None else head)
+
+    like = jax.eval_shape(initial_adapters, jax.random.key(0))
+    sparsifier = SPARSIFIERS[config.sparsifier.name](config.sparsifier, like)
+    link = _link(config)
+    optimizer = server_optimizer(config.server)
+    hyper = _hyper(config)
+    mesh = client_mesh()
+    cohort_size = config.clients.per_round or config.clients.count
+    local = config.local
+    parts = Parts(
+        train=make_train(
+            model,
+            sparsifier,
+            direction(local.optimizer),
+            schedule(local.optimizer, config.rounds * local.steps),
+            local,
+        ),
+        sparsifier=sparsifier,
+        aggregator=AGGREGATORS[config.aggregation.name](config.aggregation),
+        controller=CONTROLLERS[config.control.name](config.control),
+        link=link,
+        optimizer=optimizer,
+        cohort_size=cohort_size,
+        chunk=_chunk(config, model, sparsifier, world, like, hyper, -(-cohort_size // mesh.size)),
+        mesh=mesh,
+    )
+    initial = Initial(
+        adapters=initial_adapters, memory=sparsifier.init, server=optimizer.init, link=link, hyper=hyper
+    )
+    return Simulation(
+        parts=parts,
+        world=world,
+        initial=initial,
+        evaluate=make_evaluate(model, config.engine.eval_batch_size),
+        eval_every=config.engine.eval_every,
+        partition_hash=split.hash,
+    )
+
+
+def _examples(config: ExperimentConfig) -> sources.Examples:
+    if config.data.source == "digits":
+        return sources.load(config.data)
+    if config.model.pretrained is None:
+        raise ConfigError(
+            f"model.pretrained must be a folder or a Hugging Face model id where data.source is "
+            f"{config.data.source}, got null"
+        )
+    tokenizer = load.load_tokenizer(config.model.pretrained)
+    return sources.load(config.data, tokenizer, config.model.pretrained)
+
+
+def _model(config: ExperimentConfig, examples: sources.Examples) -> tuple[Model, Base, dict | None]:
+    """The model, its frozen weights, and the head to start from where central training left one."""
+    num_classes = len(examples.class_names)
+    model, base = load.build_model(config.model, num_classes, examples.image_shape)
+    if base is not None:
+        return model, base, None
+    assert examples.public is not None  # a source of images brings a public part
+    base, head = pretrained(model, examples.public, config.pretrain, str((config.model, examples.fingerprint)))
+    return model, base, head
+
+
+def _link(config: ExperimentConfig) -> Link:
+    make = perfect_link if config.control.name == "ideal" else make_link
+    return make(config.wireless, config.local.steps * config.local.batch_size)
+
+
+def _hyper(config: ExperimentConfig) -> Hyper:
+    return Hyper(
+        rank=jnp.float32(config.lora.rank),
+        alpha=jnp.float32(config.lora.alpha),
+        learning_rate=jnp.float32(config.local.optimizer.learning_rate),
+        orthogonality=jnp.float32(getattr(config.sparsifier, "orthogonality", 0.0)),
+        keep_ratio=jnp.float32(config.control.keep_ratio),
+    )
+
+
+def _chunk(
+    config: ExperimentConfig,
+    model: Model,
+    sparsifier: Sparsifier,
+    world: World,
+    like: Adapters,
+    hyper: Hyper,
+    cohort_per_device: int,
+) -> int:
+    if config.engine.client_chunk != "auto":
+        return min(config.engine.client_chunk, cohort_per_device)
+    needed = activation_bytes(model, sparsifier, world, like, hyper, config.local.batch_size)
+    return choose_chunk(cohort_per_device, needed, jax.devices()[0])

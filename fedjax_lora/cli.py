@@ -1,0 +1,117 @@
+"""The command line. A user's mistake ends in one line on stderr and exit code 2."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedjax_lora import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.command(options)
+    except ValueError as error:
+        print(f"fedjax-lora: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fedjax-lora: interrupted; continue with --resume", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fedjax-lora", description="Federated LoRA fine-tuning over wireless networks, in JAX.")
+    parser.add_argument("--version", action="version", version=f"fedjax-lora {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run an experiment", description="Run an experiment.")
+    run.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="what differs from the defaults or the preset")
+    run.add_argument("--preset", metavar="NAME", help="start from a preset (see `fedjax-lora presets`)")
+    run.add_argument("--out", metavar="DIR", help="folder of the run; runs/<preset or file name> by default")
+    run.add_argument("--resume", action="store_true", help="continue the run that DIR holds")
+    run.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="a.b=value",
+        dest="overrides",
+        help="override a key; may be repeated",
+    )
+    run.set_defaults(command=_run)
+
+    report = commands.add_parser("report", help="compare runs", description="Write one report over several runs.")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    report.add_argument("--out", default="report.html", metavar="FILE", help="report.html by default")
+    report.set_defaults(command=_report)
+
+    export = commands.add_parser("export", help="export adapters", description="Export a run's adapters.")
+    export.add_argument("run", metavar="RUN", help="folder of a run")
+    export.add_argument("folder", metavar="DIR", help="new folder to write to")
+    export.add_argument("--format", choices=["peft"], default="peft", help="peft: a folder for PeftModel")
+    export.set_defaults(command=_export)
+
+    presets = commands.add_parser("presets", help="list the presets", description="List the presets.")
+    presets.set_defaults(command=_presets)
+    return parser
+
+
+# The heavy imports are inside the commands: `--help` should not wait for JAX.
+
+
+def _run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from fedjax_lora.config import load_config
+    from fedjax_lora.presets import preset
+    from fedjax_lora.report.tables import summary_lines
+    from fedjax_lora.runner import run
+
+    name = options.preset or (None if options.config else "digits")
+    config = load_config(options.config, options.overrides, base=preset(name) if name else None)
+    path = Path(options.out or Path("runs") / (Path(options.config).stem if options.config else str(name)))
+    console = Console(highlight=False)
+    summary = run(config, path, options.resume, console)
+    console.print(summary_lines(summary))
+    console.print(f"report: {path / 'report.html'}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from fedjax_lora.report.html import write_report
+    from fedjax_lora.report.tables import comparison
+
+    print(comparison(options.runs))
+    write_report(options.runs, options.out)
+    print(f"report: {options.out}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from fedjax_lora.export import export_run
+
+    export_run(options.run, options.folder)
+    print(f"adapters: {options.folder}")
+    return 0
+
+
+def _presets(options: argparse.Namespace) -> int:
+    del options
+    from fedjax_lora.presets import PRESETS
+
+    width = max(map(len, PRESETS))
+    for name, make in PRESETS.items():
+        print(f"{name:<{width}}  {(make.__doc__ or '').splitlines()[0]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,347 @@
+"""The configuration of an experiment: one frozen dataclass, composed of each module's own, and its YAML form.
+
+A file names only what differs from the defaults. Reading is strict: every key must exist and every value must be
+of its field's type, with two liberties: an integer stands for a float, and `1e-3` is a number, as in YAML 1.2
+(YAML 1.1 wants `1.0e-3`). Whatever is wrong ends in one `ConfigError` of one line.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import cattrs
+import yaml
+from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
+from cattrs.gen import make_dict_structure_fn
+
+from fedjax_lora.aggregation.fedit import FedItConfig
+from fedjax_lora.control.baselines import FixedConfig, IdealConfig, UniformConfig
+from fedjax_lora.data.partition import ClientsConfig
+from fedjax_lora.data.sources import DataConfig
+from fedjax_lora.lora.adapters import LoraConfig
+from fedjax_lora.models.load import ModelConfig
+from fedjax_lora.sim.engine import EngineConfig
+from fedjax_lora.sim.local import LocalConfig
+from fedjax_lora.sim.optimizers import ServerConfig
+from fedjax_lora.sim.pretrain import PretrainConfig
+from fedjax_lora.sparsifiers.dense import DenseConfig
+from fedjax_lora.sparsifiers.soft import SoftConfig
+from fedjax_lora.sparsifiers.soft_rotated import SoftRotatedConfig
+from fedjax_lora.wireless.link import WirelessConfig
+
+SparsifierConfig = DenseConfig | SoftConfig | SoftRotatedConfig
+AggregationConfig = FedItConfig
+ControlConfig = IdealConfig | UniformConfig | FixedConfig
+
+VARIANTS: dict[str, dict[str, type]] = {
+    "sparsifier": {"soft": SoftConfig, "soft_rotated": SoftRotatedConfig, "dense": DenseConfig},
+    "aggregation": {"fedit": FedItConfig},
+    "control": {"fixed": FixedConfig, "uniform": UniformConfig, "ideal": IdealConfig},
+}
+"""Section -> `name` -> its configuration; the first is the default, also where a section leaves `name` out."""
+
+
+class ConfigError(ValueError):
+    """A user's mistake in a configuration, in one line."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Everything that defines a run.
+
+    seed: of the run; 0 <= seed < 2**32.
+    rounds: T, rounds of the whole run.
+    pretrain: how the base is trained where `model.pretrained` is not given.
+    """
+
+    seed: int = 0
+    rounds: int = 30
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    pretrain: PretrainConfig = dataclasses.field(default_factory=PretrainConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    clients: ClientsConfig = dataclasses.field(default_factory=ClientsConfig)
+    local: LocalConfig = dataclasses.field(default_factory=LocalConfig)
+    server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
+    sparsifier: SparsifierConfig = dataclasses.field(default_factory=SoftConfig)
+    aggregation: AggregationConfig = dataclasses.field(default_factory=FedItConfig)
+    wireless: WirelessConfig = dataclasses.field(default_factory=WirelessConfig)
+    control: ControlConfig = dataclasses.field(default_factory=FixedConfig)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        if self.data.source == "tsv" and self.model.pretrained is None:
+            raise ValueError(
+                "model.pretrained must be a folder or a Hugging Face model id where data.source is tsv, got None"
+            )
+        if self.data.source == "digits" and self.model.pretrained is not None:
+            raise ValueError(
+                f"model.pretrained must be absent where data.source is digits, got {self.model.pretrained!r}"
+            )
+        steps, warmup_steps = self.rounds * self.local.steps, self.local.optimizer.warmup_steps
+        if warmup_steps >= steps:
+            raise ValueError(
+                f"local.optimizer.warmup_steps must be below rounds * local.steps = {steps}, got {warmup_steps}"
+            )
+
+
+def load_config(
+    path: str | Path | None = None, overrides: Iterable[str] = (), *, base: ExperimentConfig | None = None
+) -> ExperimentConfig:
+    """The configuration that a file and overrides describe, over `base` (the defaults if None).
+
+    Args:
+      path: YAML file; None for none.
+      overrides: `a.b=value`, where the value is YAML; later ones win, and all win over the file.
+      base: a preset. Where the file or an override names another variant of a section, that section starts from
+        the variant's defaults instead of the base's values.
+
+    Raises:
+      ConfigError: names the key, the value it got and what is allowed.
+    """
+    given = {} if path is None else _read(Path(path))
+    for override in overrides:
+        _set(given, override)
+    return _structure(_over(to_dict(base), given) if base else given)
+
+
+def to_dict(config: ExperimentConfig) -> dict[str, Any]:
+    """Nested plain dict of every field, as `dump` writes it."""
+    return dataclasses.asdict(config)
+
+
+def dump(config: ExperimentConfig) -> str:
+    """YAML text of every field; loading it gives an equal configuration."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+# ------------------------------------------------------------------------------------------------ YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader with YAML 1.2's floats, and without its silence on a key that is there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(None, None, "a key that is not a word", key_node.start_mark)
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(None, None, f"key {key_node.value!r} twice", key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a subclass of the safe loader
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{what}{where} must be valid YAML, got {problem}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "bytes that are not UTF-8"
+        raise ConfigError(f"configuration {path} must be a readable file, got {reason}") from error
+    given = _parse(text, f"configuration {path}")
+    if given is None:
+        raise ConfigError(f"configuration {path} must be a mapping of keys, got an empty configuration file")
+    if not isinstance(given, dict):
+        raise ConfigError(f"configuration {path} must be a mapping of keys, got {given!r}")
+    return given
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    """Put the value of `a.b=value` into nested dicts."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted.strip():
+        raise ConfigError(f"override must be of the form key=value, got {override!r}")
+    *parents, last = dotted.strip().split(".")
+    for parent in parents:
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    tree[last] = _parse(text, f"override {override!r}")
+
+
+def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` laid over `base`, level by level; a section of another variant replaces the base's as a whole."""
+    merged = dict(base)
+    for key, value in given.items():
+        below = base.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            other = key in VARIANTS and value.get("name", below.get("name")) != below.get("name")
+            merged[key] = value if other else _over(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+# ------------------------------------------------------------------------------------------------ structure
+
+
+def _structure(raw: dict[str, Any]) -> ExperimentConfig:
+    """Dataclasses from nested dicts; the first thing that is wrong is raised as a ConfigError."""
+    named = _with_names(raw)
+    try:
+        return _CONVERTER.structure(named, ExperimentConfig)
+    except ClassValidationError as error:
+        raise ConfigError(_problem(error, named, "")) from error
+
+
+def _with_names(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` with the `name` of every section that has variants, checked."""
+    named = dict(raw)
+    for section, variants in VARIANTS.items():
+        given = raw.get(section, {})
+        if isinstance(given, dict):
+            named[section] = {"name": next(iter(variants)), **given}
+            name = named[section]["name"]
+            if name not in list(variants):
+                allowed = ", ".join(variants)
+                raise ConfigError(f"{section}.name must be one of {allowed}, got {name!r}{_near(name, variants)}")
+    return named
+
+
+def _section(cls: type, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
+    """How a dataclass is read."""
+    fields = make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True)
+    return lambda value, _: fields(_mapping(value), cls)
+
+
+def _is_variant(kind: Any) -> bool:
+    return not dataclasses.is_dataclass(kind) and all(map(dataclasses.is_dataclass, _members(kind)))
+
+
+def _variant(value: Any, kind: Any) -> Any:
+    """The member of a union of dataclasses that `name` chooses."""
+    name = _mapping(value)["name"]
+    return _CONVERTER.structure(value, next(member for member in _members(kind) if member.name == name))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a mapping of keys, got {value!r}")
+    return value
+
+
+def _leaf(value: Any, kind: Any) -> Any:
+    """`value` if it is of type `kind`; an integer stands for a float, a list for a tuple."""
+    members = _members(kind)
+    typed = tuple(value) if isinstance(value, list) else value
+    if type(value) is int and float in members and int not in members:
+        typed = float(value)
+    if any(_is(typed, member) for member in members):
+        return typed
+    options = [option for m in members if typing.get_origin(m) is Literal for option in typing.get_args(m)]
+    raise ValueError(f"must be {' or '.join(map(_words, members))}, got {value!r}{_near(value, options)}")
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    is_union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+    return typing.get_args(kind) if is_union else (kind,)
+
+
+def _is(value: Any, member: Any) -> bool:
+    # `type(...) is` and not isinstance: True is an int to Python, and 1 == True in a Literal.
+    if typing.get_origin(member) is Literal:
+        return any(value == option and type(value) is type(option) for option in typing.get_args(member))
+    if typing.get_origin(member) is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    return type(value) is member and not (member is float and not math.isfinite(value))
+
+
+def _words(member: Any) -> str:
+    """What a type allows, in words."""
+    if typing.get_origin(member) is Literal:
+        options = [str(option) for option in typing.get_args(member)]
+        return f"one of {', '.join(options)}" if len(options) > 1 else options[0]
+    return _WORDS[(typing.get_origin(member) or member).__name__]
+
+
+_WORDS = {
+    "bool": "true or false",
+    "int": "an integer",
+    "float": "a finite number",
+    "str": "a string",
+    "tuple": "a list of strings",
+    "NoneType": "null",
+}
+
+_CONVERTER = cattrs.Converter()
+# The last hook whose predicate holds is the one taken.
+_CONVERTER.register_structure_hook_func(lambda _: True, _leaf)
+_CONVERTER.register_structure_hook_func(_is_variant, _variant)
+_CONVERTER.register_structure_hook_factory(dataclasses.is_dataclass, _section)
+for _scalar in (bool, int, float, str):  # hooks of single types go before predicates
+    _CONVERTER.register_structure_hook(_scalar, _leaf)
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+def _problem(error: Exception, raw: Any, path: str) -> str:
+    """The first thing that is wrong, as one line with its dotted key."""
+    if not isinstance(error, ClassValidationError):
+        return f"{path} {error}"
+    within, at_class = error.group_exceptions()
+    for own in at_class:
+        if isinstance(own, ForbiddenExtraKeysError):
+            return _unknown_key(own, raw, path)
+    for inner, note in within:
+        return _problem(inner, raw.get(note.name) if isinstance(raw, dict) else raw, _join(path, note.name))
+    # What is left is the class's own check, whose message begins with the field.
+    return _join(path, str(at_class[0]))
+
+
+def _unknown_key(error: ForbiddenExtraKeysError, raw: Mapping[str, Any], path: str) -> str:
+    key = min(error.extra_fields, key=str)
+    valid = [field.name for field in dataclasses.fields(error.cl)]
+    near = [_join(path, name) for name in difflib.get_close_matches(str(key), valid, n=1)]
+    hint = near or _elsewhere(str(key), path)
+    hint = f"did you mean {' or '.join(hint)}?" if hint else f"valid keys are {', '.join(valid)}"
+    return f"{_join(path, str(key))} is not a known key, got it with value {raw[key]!r}; {hint}"
+
+
+def _elsewhere(key: str, path: str) -> list[str]:
+    """Dotted keys of other sections that end in `key`; only those below `path` where there are such."""
+    found = [name for name in _all_keys(ExperimentConfig()) if name.split(".")[-1] == key]
+    found = [name for name in found if name != _join(path, key)]
+    return [name for name in found if path and name.startswith(f"{path}.")] or found
+
+
+def _all_keys(config: Any, path: str = "") -> list[str]:
+    keys = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), _join(path, field.name)
+        keys += _all_keys(value, name) if dataclasses.is_dataclass(value) else [name]
+    return keys
+
+
+def _near(value: Any, options: Iterable[str]) -> str:
+    near = difflib.get_close_matches(value, list(options), n=1) if isinstance(value, str) else []
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key

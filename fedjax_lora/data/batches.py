@@ -1,0 +1,74 @@
+"""Batches on the device: which rows of the pool a client reads, and in which order."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .. import trees
+from ..base import Dataset
+from .partition import Partition
+from .sources import Examples
+
+
+def local_batches(key: Array, index_row: Array, count: Array, steps: int, batch_size: int) -> tuple[Array, Array]:
+    """Rows of one client's batches in one round.
+
+    The client's examples are put in one random order and walked through, around and around: none is read again
+    before all were. A client with fewer than B examples reads each of them once a batch; the places left over have
+    weight 0. The result does not depend on the padding of `index_row`.
+
+    Args:
+      key: of this client and round.
+      index_row: `[n_max]` int32 rows of the pool; the first `count` are the client's.
+      count: int32 scalar, its examples; 0 gives weight 0 throughout.
+      steps: E, batches.
+      batch_size: B.
+
+    Returns:
+      rows `[E, B]` int32, always valid, and weight `[E, B]` float32, 1 or 0.
+    """
+    own = jnp.arange(index_row.shape[0]) < count
+    order = jnp.argsort(jnp.where(own, jax.random.uniform(key, index_row.shape), jnp.inf))
+    filled = jnp.minimum(count, batch_size)
+    step, slot = jnp.arange(steps)[:, None], jnp.arange(batch_size)
+    position = (step * filled + slot) % jnp.maximum(count, 1)
+    weight = jnp.broadcast_to(slot < filled, position.shape)
+    return index_row[order[position]], weight.astype(jnp.float32)
+
+
+def gather(pool: Mapping[str, Array], rows: Array) -> dict[str, Array]:
+    """Examples `rows [...]` of a pool with leaves `[N, ...]`: leaves `[..., ...]`."""
+    return trees.take(dict(pool), rows)
+
+
+def evaluation_batches(num_examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a whole pool in its order, `[M, B]` int32, and weight `[M, B]` float32.
+
+    The last batch is filled up with row 0 at weight 0, so all have one shape.
+    """
+    num_batches = -(-num_examples // batch_size)
+    rows = np.arange(num_batches * batch_size, dtype=np.int32).reshape(num_batches, batch_size)
+    own = rows < num_examples
+    return np.where(own, rows, 0), own.astype(np.float32)
+
+
+def federated_dataset(examples: Examples, partition: Partition) -> Dataset:
+    """Puts the training pool, its partition and the test pool on the device.
+
+    Raises:
+      ValueError: the partition was made for a larger pool.
+    """
+    num_examples = len(examples.train["label"])
+    if partition.index.max() >= num_examples:
+        raise ValueError(
+            f"partition must hold rows of the training pool, 0 to {num_examples - 1}, got {partition.index.max()}"
+        )
+    return Dataset(
+        train={name: jnp.asarray(value) for name, value in examples.train.items()},
+        index=jnp.asarray(partition.index),
+        count=jnp.asarray(partition.count),
+        test={name: jnp.asarray(value) for name, value in examples.test.items()},
+    )

@@ -1,0 +1,29 @@
+"""A run's adapters for other tools."""
+
+from pathlib import Path
+
+import jax
+
+from fedjax_lora.build import build
+from fedjax_lora.config import load_config
+from fedjax_lora.io import checkpoint, peft
+from fedjax_lora.io.log import RunFolder
+from fedjax_lora.models.bert import MODULE_NAMES
+
+
+def export_run(run: str | Path, folder: str | Path) -> None:
+    """Write the adapters of a run's last checkpoint as a PEFT folder.
+
+    Raises:
+      ValueError: the run has no checkpoint, or its model is none that PEFT knows.
+    """
+    config = load_config(Path(run) / "config.yaml")
+    if config.model.pretrained is None:
+        raise ValueError(f"model.pretrained must name a Hugging Face model to export to peft, got null in {run}")
+    simulation = build(config)
+    like = simulation.init(jax.random.key(config.seed))
+    state = checkpoint.restore(RunFolder(run).checkpoints, like)
+    if state is None:
+        raise ValueError(f"{run} must hold a checkpoint to export, got none")
+    lora = config.lora
+    peft.export(folder, state.adapters, MODULE_NAMES, lora.rank, lora.alpha, config.model.pretrained)

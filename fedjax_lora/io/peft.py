@@ -1,0 +1,52 @@
+"""Adapters as a PEFT folder: `adapter_config.json` and `adapter_model.safetensors`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from fedjax_lora.base import Adapters
+
+
+def export(
+    folder: str | Path, adapters: Adapters, names: Mapping[str, str], rank: int, alpha: float, base_model: str
+) -> None:
+    """Write adapters for `peft.PeftModel.from_pretrained`; the task head goes to `head.safetensors`.
+
+    Args:
+      folder: new or empty.
+      adapters: trained ones; components beyond `rank` are left out.
+      names: module name -> its name in the base model, with `{layer}`.
+      rank, alpha: structural rank and LoRA's alpha.
+      base_model: folder or hub id that the adapters were trained on.
+
+    Raises:
+      ValueError: the folder is in use.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} must be a new or an empty folder to export to, got one in use")
+    tensors = {}
+    for module, factors in adapters.modules.items():
+        a, b = np.asarray(factors.a)[:, :, :rank], np.asarray(factors.b)[:, :rank]
+        for layer in range(a.shape[0]):
+            prefix = f"base_model.model.{names[module].format(layer=layer)}"
+            tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a[layer].T)
+            tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b[layer].T)
+    suffixes = sorted({names[module].rsplit("{layer}.")[-1] for module in adapters.modules})
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": suffixes,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    save_file({name: np.asarray(leaf) for name, leaf in adapters.head.items()}, folder / "head.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

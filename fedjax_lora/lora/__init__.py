@@ -1,0 +1,1 @@
+"""Low-rank adapters: their factors, the mask of ranks, and the modules they sit on."""

@@ -1,0 +1,1 @@
+"""Pretrained and small models as pure functions of their frozen weights."""

@@ -1,0 +1,185 @@
+"""BERT-family encoder classifier (Devlin et al., arXiv 1810.04805), MiniLM and BERT checkpoints included.
+
+Adapters may sit on `query`, `key`, `value`, `output` (attention.output.dense), `up` (intermediate.dense) and
+`down` (output.dense).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedjax_lora.base import Adapters, Base, Batch, Hidden, Model
+from fedjax_lora.models import layers
+from fedjax_lora.models.primitives import project
+from fedjax_lora.models.safetensors import Weight
+
+_LAYER = "encoder.layer.{layer}."
+_ATTENTION = _LAYER + "attention.self."
+
+WEIGHT_MAP: dict[str, Weight] = {
+    "embeddings/word": Weight(("embeddings.word_embeddings.weight",)),
+    "embeddings/position": Weight(("embeddings.position_embeddings.weight",)),
+    "embeddings/type": Weight(("embeddings.token_type_embeddings.weight",)),
+    "embeddings/norm/scale": Weight(("embeddings.LayerNorm.weight",)),
+    "embeddings/norm/bias": Weight(("embeddings.LayerNorm.bias",)),
+    "layers/query_key_value/w": Weight((_ATTENTION + "query.weight", _ATTENTION + "key.weight", _ATTENTION + "value.weight"), transpose=True),
+    "layers/query_key_value/b": Weight((_ATTENTION + "query.bias", _ATTENTION + "key.bias", _ATTENTION + "value.bias")),
+    "layers/output/w": Weight((_LAYER + "attention.output.dense.weight",), transpose=True),
+    "layers/output/b": Weight((_LAYER + "attention.output.dense.bias",)),
+    "layers/norm_attention/scale": Weight((_LAYER + "attention.output.LayerNorm.weight",)),
+    "layers/norm_attention/bias": Weight((_LAYER + "attention.output.LayerNorm.bias",)),
+    "layers/up/w": Weight((_LAYER + "intermediate.dense.weight",), transpose=True),
+    "layers/up/b": Weight((_LAYER + "intermediate.dense.bias",)),
+    "layers/down/w": Weight((_LAYER + "output.dense.weight",), transpose=True),
+    "layers/down/b": Weight((_LAYER + "output.dense.bias",)),
+    "layers/norm_mlp/scale": Weight((_LAYER + "output.LayerNorm.weight",)),
+    "layers/norm_mlp/bias": Weight((_LAYER + "output.LayerNorm.bias",)),
+    "pooler/w": Weight(("pooler.dense.weight",), transpose=True),
+    "pooler/b": Weight(("pooler.dense.bias",)),
+}
+"""Where each frozen weight lies in a Hugging Face checkpoint."""
+
+PREFIXES = ("", "bert.")
+"""What may stand before the names: nothing (BertModel) or `bert.` (a model with a head)."""
+
+IGNORED = ("embeddings.position_ids", "cls.*", "classifier.*", "pooler.*")
+"""Tensors that a checkpoint may hold and the model does not need."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    """Shape of a BERT encoder; the defaults are those of Hugging Face.
+
+    pooler: whether `cls` pooling passes through the pretrained tanh layer.
+    dropout: rate after the embeddings and on the output of each residual branch.
+    compute_dtype: of the frozen matrices and their products.
+    """
+
+    vocab_size: int = 30522
+    width: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_width: int = 3072
+    max_positions: int = 512
+    num_types: int = 2
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
+    pooling: Literal["mean", "cls"] = "mean"
+    pooler: bool = False
+    dropout: float = 0.0
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        for name in ("vocab_size", "width", "num_layers", "num_heads", "mlp_width", "max_positions", "num_types"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.width % self.num_heads:
+            raise ValueError(f"num_heads must divide width = {self.width}, got {self.num_heads}")
+        if self.activation not in layers.ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(layers.ACTIVATIONS)}, got {self.activation!r}")
+
+
+def read_config(fields: Mapping[str, Any], **ours: Any) -> BertConfig:
+    """BertConfig from the fields of a Hugging Face `config.json` and our own options.
+
+    Raises:
+      ValueError: for a variant of BERT that this encoder does not compute.
+    """
+    if (kind := fields.get("position_embedding_type") or "absolute") != "absolute":
+        raise ValueError(f"position_embedding_type must be 'absolute', got {kind!r}")
+    if fields.get("is_decoder"):
+        raise ValueError("is_decoder must be false, got true")
+    names = {
+        "vocab_size": "vocab_size",
+        "width": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "mlp_width": "intermediate_size",
+        "max_positions": "max_position_embeddings",
+        "num_types": "type_vocab_size",
+        "activation": "hidden_act",
+        "norm_eps": "layer_norm_eps",
+    }
+    return BertConfig(**{name: fields[theirs] for name, theirs in names.items() if theirs in fields}, **ours)
+
+
+def weight_map(config: BertConfig) -> dict[str, Weight]:
+    """The entries of WEIGHT_MAP that the model needs."""
+    return {path: weight for path, weight in WEIGHT_MAP.items() if config.pooler or not path.startswith("pooler/")}
+
+
+def bert(config: BertConfig, num_classes: int) -> Model:
+    """A BERT encoder with a linear classifier on top.
+
+    A batch holds `input_ids: [B, S]` and `attention_mask: [B, S]`, and `token_type_ids: [B, S]` where the types
+    are not all 0.
+
+    Args:
+      config: shape of the encoder.
+      num_classes: of the classifier, which is the trained head.
+    """
+    d = config.width
+    block = layers.Block(
+        num_heads=config.num_heads,
+        mlp_width=config.mlp_width,
+        activation=config.activation,
+        norm_eps=config.norm_eps,
+        pre_norm=False,
+        dropout=config.dropout,
+        dtype=config.compute_dtype,
+    )
+    norm = layers.LayerNorm(config.norm_eps)
+
+    def init(key: Array) -> Base:
+        word_key, position_key, type_key, layers_key, pooler_key = jax.random.split(key, 5)
+
+        def table(table_key: Array, rows: int) -> Array:
+            return 0.02 * jax.random.normal(table_key, (rows, d))
+
+        base = {
+            "embeddings": {
+                "word": table(word_key, config.vocab_size),
+                "position": table(position_key, config.max_positions),
+                "type": table(type_key, config.num_types),
+                "norm": {"scale": jnp.ones(d), "bias": jnp.zeros(d)},
+            },
+            "layers": layers.init_blocks(block, layers_key, config.num_layers, d),
+        }
+        if config.pooler:
+            base["pooler"] = {"w": table(pooler_key, d).astype(config.compute_dtype), "b": jnp.zeros(d)}
+        return base
+
+    def embed(base: Base, batch: Batch, key: Array | None) -> Hidden:
+        ids, tables = batch["input_ids"], base["embeddings"]
+        if ids.shape[1] > config.max_positions:
+            raise ValueError(f"input_ids must have at most {config.max_positions} positions, got {ids.shape[1]}")
+        types = batch["token_type_ids"] if "token_type_ids" in batch else jnp.zeros_like(ids)
+        values = tables["word"][ids] + tables["type"][types] + tables["position"][: ids.shape[1]]
+        values = norm.apply({"params": tables["norm"]}, values)
+        embed_key = None if key is None else jax.random.fold_in(key, 0)
+        values = layers.dropout(values, config.dropout, embed_key)
+        return Hidden(values=values, mask=batch["attention_mask"].astype(jnp.float32))
+
+    def run(base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:
+        layers_key = None if key is None else jax.random.fold_in(key, 1)
+        return layers.run_blocks(block, base["layers"], adapters.modules, hidden, layers_key)
+
+    def task(base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Array:
+        pooled = layers.pool(hidden, config.pooling)
+        if config.pooler:
+            pooled = jnp.tanh(project(pooled, base["pooler"]["w"]) + base["pooler"]["b"])
+        return pooled @ adapters.head["w"] + adapters.head["b"]
+
+    return Model(
+        init=init,
+        init_head=lambda key: layers.init_head(key, d, num_classes),
+        embed=embed,
+        layers=run,
+        task=task,
+        targets=layers.block_targets(d, config.mlp_width),
+        num_layers=config.num_layers,
+    )

@@ -1,0 +1,103 @@
+"""From a model's configuration to the model, its pretrained weights and its tokenizer."""
+
+import dataclasses
+from typing import Literal, get_args
+
+import jax
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fedjax_lora.base import Base, Model
+from fedjax_lora.models import bert, safetensors, vit
+
+Pooling = Literal["mean", "cls"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model to fine-tune.
+
+    name: of a small model that starts from random weights; used where `pretrained` is not given.
+    pretrained: a Hugging Face folder or hub id.
+    pooling: what the classifier sees: the mean over real positions, or the first position, through the
+      checkpoint's pooler where it has one.
+    compute_dtype: of the frozen matrices and their products; sums, adapters, softmax and norms are float32.
+    dropout: rate after the embeddings and on the output of each residual branch.
+    """
+
+    name: Literal["vit-tiny"] = "vit-tiny"
+    pretrained: str | None = None
+    pooling: Pooling = "mean"
+    compute_dtype: Dtype = "float32"
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        choices = {"name": ("vit-tiny",), "pooling": get_args(Pooling), "compute_dtype": get_args(Dtype)}
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
+        if self.pretrained == "":
+            raise ValueError("pretrained must be a folder or a Hugging Face model id, got ''")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+
+def build_model(
+    config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int] | None = None
+) -> tuple[Model, Base | None]:
+    """The model and its pretrained weights.
+
+    Args:
+      config: which model.
+      num_classes: of the task.
+      image_shape: `(height, width, channels)` of an image task; None for text.
+
+    Returns:
+      the model, and its frozen weights or None where nothing pretrained is given (`Model.init` makes some).
+
+    Raises:
+      ValueError: where the model does not fit the data, or the folder cannot be loaded.
+    """
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    if config.pretrained is not None:
+        if image_shape is not None:
+            raise ValueError(f"model.pretrained must be absent for images, got {config.pretrained!r}")
+        return _pretrained_bert(config, config.pretrained, num_classes)
+    if image_shape is None:
+        raise ValueError("model.pretrained must be a folder or a Hugging Face model id for text, got None")
+    options = {"pooling": config.pooling, "dropout": config.dropout, "compute_dtype": config.compute_dtype}
+    return vit.vit(vit.tiny(image_shape, **options), num_classes), None
+
+
+def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder or hub id; code that comes with a model is never run.
+
+    Raises:
+      ValueError: where there is none.
+    """
+    folder = safetensors.resolve(pretrained)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.pretrained must hold a tokenizer, got {folder} ({reason})") from None
+
+
+def _pretrained_bert(config: ModelConfig, pretrained: str, num_classes: int) -> tuple[Model, Base]:
+    folder = safetensors.resolve(pretrained)
+    fields = safetensors.read_json(folder / "config.json")
+    if (model_type := fields.get("model_type")) != "bert":
+        raise ValueError(f"model.pretrained must have model_type bert in config.json, got {model_type!r}")
+    has_pooler = any("pooler." in name for name in safetensors.tensor_files(folder))
+    shape = bert.read_config(
+        fields,
+        pooling=config.pooling,
+        pooler=has_pooler and config.pooling == "cls",
+        dropout=config.dropout,
+        compute_dtype=config.compute_dtype,
+    )
+    model = bert.bert(shape, num_classes)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    base = safetensors.load(folder, bert.weight_map(shape), shapes, bert.PREFIXES, bert.IGNORED)
+    return model, base

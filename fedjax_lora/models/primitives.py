@@ -1,0 +1,185 @@
+"""The operations of a transformer block, each with its own backward rule.
+
+The rules are there for speed, on a CPU above all: they keep one array where automatic differentiation keeps several,
+and they order the products so that no large operand has to be transposed. The gradient to a frozen weight is
+defined but costs nothing while nobody asks for it: the compiler drops what is unused.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from fedjax_lora.base import Factors
+
+
+def pack(x: Array) -> Array:
+    """bfloat16 as uint16 of the same bits; any other array as it is.
+
+    XLA's CPU compiler slices and updates bfloat16 arrays by way of float32: a scan over stacked weights would
+    convert all of them at every layer. Integers are moved as they are, and a bitcast is free on every device.
+    """
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def unpack(x: Array) -> Array:
+    """The array that was given to `pack`."""
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+def _dot(x: Array, y: Array, spec: str) -> Array:
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def project(x: Array, w: Array, factors: Factors | None = None) -> Array:
+    """`x @ w + (x @ a) @ b`: a frozen projection and its adapter.
+
+    The frozen product multiplies in the dtype of `w`, the adapter's in float32; both are summed in float32.
+
+    Args:
+      x: `[..., n_in]` float32.
+      w: `[n_in, n_out]`.
+      factors: effective ones of one layer, `a: [n_in, R]`, `b: [R, n_out]`; None for no adapter.
+
+    Returns:
+      `[..., n_out]` float32.
+    """
+    return _project_forward(x, w, factors)[0]
+
+
+def _project_forward(x: Array, w: Array, factors: Factors | None):
+    frozen = unpack(w)
+    y = _dot(x.astype(frozen.dtype), frozen, "...i,io->...o")
+    if factors is None:
+        return y, (x, w, None, None)
+    narrow = x @ factors.a
+    return y + narrow @ factors.b, (x, w, factors, narrow)
+
+
+def _project_backward(residuals: tuple, g: Array) -> tuple[Array, Array | None, Factors | None]:
+    x, w, factors, narrow = residuals
+    frozen = unpack(w)
+    low = g.astype(frozen.dtype)
+    dx = _dot(low, frozen, "...o,io->...i")
+    dw = None if w.dtype == jnp.uint16 else _dot(x, low, "...i,...o->io").astype(w.dtype)
+    if factors is None:
+        return dx, dw, None
+    g_narrow = _dot(g, factors.b, "...o,ro->...r")
+    # The narrow operand first: the other order transposes the wide one.
+    da = _dot(g_narrow, x, "...r,...i->ri").T
+    db = _dot(narrow, g, "...r,...o->ro")
+    return dx + _dot(g_narrow, factors.a, "...r,ir->...i"), dw, Factors(a=da, b=db)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gelu(x: Array, dtype: DTypeLike) -> Array:
+    """Gaussian error linear unit, `x * Phi(x)` with the exact normal distribution Phi.
+
+    Args:
+      x: float32 of any shape.
+      dtype: in which the slope is kept for the gradient.
+    """
+    return x * _normal_cdf(x)
+
+
+def _normal_cdf(x: Array) -> Array:
+    # jax.nn.gelu goes through erfc, which takes twice as long as erf.
+    return 0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))
+
+
+def _gelu_forward(x: Array, dtype: DTypeLike) -> tuple[Array, Array]:
+    cdf = _normal_cdf(x)
+    slope = cdf + x * jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    return x * cdf, pack(slope.astype(dtype))
+
+
+def _gelu_backward(dtype: DTypeLike, slope: Array, g: Array) -> tuple[Array]:
+    return (g * unpack(slope),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def layer_norm(x: Array, scale_bias: tuple[Array, Array], eps: float) -> Array:
+    """Layer normalisation over the last axis, float32.
+
+    Args:
+      x: `[..., d]`.
+      scale_bias: two arrays `[d]`.
+      eps: added to the variance.
+    """
+    return _layer_norm_forward(x, scale_bias, eps)[0]
+
+
+def _layer_norm_forward(x: Array, scale_bias: tuple[Array, Array], eps: float):
+    scale, bias = scale_bias
+    centred = x - x.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)
+    normed = centred * inverse
+    return normed * scale + bias, (normed, inverse, scale)
+
+
+def _layer_norm_backward(eps: float, residuals: tuple[Array, Array, Array], g: Array):
+    normed, inverse, scale = residuals
+    batch_axes = tuple(range(g.ndim - 1))
+    scaled = g * scale
+    dx = scaled - scaled.mean(-1, keepdims=True) - normed * (scaled * normed).mean(-1, keepdims=True)
+    return dx * inverse, ((g * normed).sum(batch_axes), g.sum(batch_axes))
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def attention(qkv: Array, mask: Array, num_heads: int, dtype: DTypeLike) -> Array:
+    """Softmax attention in which no position looks at padding.
+
+    Args:
+      qkv: `[B, S, 3 * d]` queries, keys and values side by side.
+      mask: `[B, S]` 1 for a real position.
+      num_heads: heads; they divide d.
+      dtype: in which the products multiply; sums and softmax are float32.
+
+    Returns:
+      `[B, S, d]`; the mean of the values for an example without a real position.
+    """
+    return _attention_forward(qkv, mask, num_heads, dtype)[0]
+
+
+def _attention_forward(qkv: Array, mask: Array, num_heads: int, dtype: DTypeLike):
+    batch, length, width = qkv.shape
+    heads = qkv.reshape(batch, length, 3, num_heads, width // (3 * num_heads))
+    query, key, value = heads.transpose(2, 0, 3, 1, 4).astype(dtype)
+    scores = _dot(query, key, "bhqd,bhkd->bhqk") * query.shape[-1] ** -0.5
+    scores = jnp.where(mask[:, None, None, :] > 0, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
+    mixed = _dot(weights, value, "bhqk,bhkd->bhqd")
+    return mixed.transpose(0, 2, 1, 3).reshape(batch, length, width // 3), (pack(query), pack(key), pack(value), pack(weights), mask)
+
+
+def _attention_backward(num_heads: int, dtype: DTypeLike, residuals: tuple, g: Array) -> tuple[Array, Array]:
+    query, key, value, weights = map(unpack, residuals[:4])
+    mask = residuals[4]
+    batch, length, d = g.shape
+    g = g.reshape(batch, length, num_heads, d // num_heads).transpose(0, 2, 1, 3).astype(dtype)
+    # Key and value gradients come out as [.., d, k]: the [q, k] operand is then used as it lies in memory.
+    dvalue = _dot(g, weights, "bhqd,bhqk->bhdk")
+    dweights = _dot(g, value, "bhqd,bhkd->bhqk")
+    wide = weights.astype(jnp.float32)
+    dscores = wide * (dweights - (dweights * wide).sum(-1, keepdims=True)) * query.shape[-1] ** -0.5
+    dscores = dscores.astype(dtype)
+    dquery = _dot(dscores, key, "bhqk,bhkd->bhqd")
+    dkey = _dot(query, dscores, "bhqd,bhqk->bhdk")
+    parts = (dquery.transpose(0, 2, 1, 3), dkey.transpose(0, 3, 1, 2), dvalue.transpose(0, 3, 1, 2))
+    return jnp.stack(parts, axis=2).reshape(batch, length, 3 * d), jnp.zeros_like(mask)
+
+
+attention.defvjp(_attention_forward, _attention_backward)

@@ -1,0 +1,187 @@
+"""Hugging Face folders: `config.json` and `model.safetensors`, whole or in shards.
+
+Only safetensors are read, never a pickle, and nothing of a folder is executed.
+"""
+
+import contextlib
+import fnmatch
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fedjax_lora.base import Base
+
+_WHOLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+class Weight(NamedTuple):
+    """Where a frozen weight lies in a checkpoint.
+
+    names: of the tensors, with `{layer}` where there is one a layer; several are laid side by side.
+    transpose: whether each is stored as `[n_out, n_in]`.
+    """
+
+    names: tuple[str, ...]
+    transpose: bool = False
+
+
+def resolve(pretrained: str) -> Path:
+    """The local folder of a model: the path itself, or the download of a hub id.
+
+    Raises:
+      ValueError: where it is neither.
+    """
+    folder = Path(pretrained).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(pretrained, allow_patterns=["*.json", "*.safetensors", "*.txt"])
+        )
+    except Exception as error:  # the hub client raises errors of several libraries
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"model.pretrained must be a folder or a Hugging Face model id, got {pretrained!r} ({reason})"
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Fields of a JSON file.
+
+    Raises:
+      ValueError: where the file is missing or is not a JSON object.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.pretrained must hold a readable {path.name}, got {path} ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"model.pretrained must hold a JSON object in {path.name}, got {path}")
+    return fields
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file that holds it, for all tensors of a folder.
+
+    Raises:
+      ValueError: where the folder holds no safetensors, or a damaged file.
+    """
+    if (folder / _INDEX).is_file():
+        shards = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(Path(str(shard)).name == shard for shard in shards.values()):
+            raise ValueError(f"model.pretrained must map tensors to files beside it in {folder / _INDEX}")
+        return {name: folder / shard for name, shard in shards.items()}
+    if not (folder / _WHOLE).is_file():
+        raise ValueError(f"model.pretrained must hold {_WHOLE} or {_INDEX}, got {folder} without either")
+    with _open(folder / _WHOLE) as handle:
+        return dict.fromkeys(handle.keys(), folder / _WHOLE)
+
+
+def load(
+    folder: Path,
+    weight_map: Mapping[str, Weight],
+    shapes: Base,
+    prefixes: Sequence[str] = ("",),
+    ignored: Sequence[str] = (),
+) -> Base:
+    """Frozen weights of a folder.
+
+    Args:
+      folder: holds the safetensors.
+      weight_map: path of a leaf in `shapes`, its keys joined by `/` -> Weight.
+      shapes: tree of shapes and dtypes, as `jax.eval_shape(model.init, key)` gives it; a leaf of a name with
+        `{layer}` is stacked to `[L, ...]`.
+      prefixes: what may stand before all names; the one under which most are found is taken.
+      ignored: patterns (with `*`) of names that need no place in the model.
+
+    Raises:
+      ValueError: for tensors that are missing, unexpected or of another shape, and for a damaged file.
+    """
+    files = tensor_files(folder)
+    leaves = flatten_dict(shapes, sep="/")
+    wanted = {name for path, weight in weight_map.items() for name in _names(weight, leaves[path].shape)}
+    prefix = max(prefixes, key=lambda prefix: sum(prefix + name in files for name in wanted))
+    _check(folder, {name.removeprefix(prefix) for name in files}, wanted, ignored)
+    with contextlib.ExitStack() as stack:
+        handles = {file: stack.enter_context(_open(file)) for file in set(files.values())}
+
+        def read(name: str) -> np.ndarray:
+            file = files[prefix + name]
+            try:
+                return handles[file].get_tensor(prefix + name)
+            except SafetensorError as error:
+                raise ValueError(f"model.pretrained must hold readable files, got {file} ({error})") from None
+
+        return unflatten_dict(
+            {path: _leaf(weight, leaves[path], read) for path, weight in weight_map.items()}, sep="/"
+        )
+
+
+def save(path: Path, tree: Base) -> None:
+    """Write nested dictionaries of arrays as one safetensors file, so that `restore` gives them back.
+
+    A reader never sees half a file: it is written under another name and then renamed.
+    """
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: np.asarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}, partial)
+    partial.replace(path)
+
+
+def restore(path: Path) -> Base:
+    """What `save` wrote.
+
+    Raises:
+      ValueError: for a missing or damaged file.
+    """
+    with _open(path) as handle:
+        return unflatten_dict({name: jnp.asarray(handle.get_tensor(name)) for name in handle.keys()}, sep="/")  # noqa: SIM118
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="np")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"model.pretrained must hold readable files, got {file} ({error})") from None
+
+
+def _names(weight: Weight, shape: tuple[int, ...]) -> list[str]:
+    """All tensors of a leaf."""
+    layers = range(shape[0]) if "{layer}" in weight.names[0] else (0,)
+    return [name.format(layer=layer) for layer in layers for name in weight.names]
+
+
+def _check(folder: Path, found: set[str], wanted: set[str], ignored: Sequence[str]) -> None:
+    """Raise where a wanted tensor is missing or an unexpected one is there."""
+    unexpected = {name for name in found - wanted if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored)}
+    for problem, names in (("lacks", wanted - found), ("has unexpected", unexpected)):
+        if names:
+            listed = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
+            raise ValueError(f"model.pretrained must match the model: {folder} {problem} {len(names)} tensors: {listed}")
+
+
+def _leaf(weight: Weight, shape: jax.ShapeDtypeStruct, read: Callable[[str], np.ndarray]) -> jax.Array:
+    """One stacked leaf: a layer's tensors side by side, layers on a leading axis."""
+    stacked = "{layer}" in weight.names[0]
+    want = shape.shape[1:] if stacked else shape.shape
+    layers = []
+    for layer in range(shape.shape[0] if stacked else 1):
+        names = [name.format(layer=layer) for name in weight.names]
+        tensors = [read(name) for name in names]
+        parts = [tensor.T if weight.transpose else tensor for tensor in tensors]
+        width = sum(part.shape[-1] for part in parts)
+        if any((*part.shape[:-1], width) != want for part in parts):
+            stored = want[::-1] if weight.transpose else want
+            got = " and ".join(str(tensor.shape) for tensor in tensors)
+            raise ValueError(f"model.pretrained must match the model: {' and '.join(names)} must make up {stored}, got {got}")
+        layers.append(np.concatenate(parts, axis=-1))
+    return jnp.asarray(np.stack(layers) if stacked else layers[0], shape.dtype)

@@ -1,0 +1,1 @@
+"""Reference operations, and the choice of implementation for what `kernels/` accelerates."""

@@ -1,0 +1,49 @@
+"""What a report knows of a run: its logs, and nothing else."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedjax_lora.io.log import flatten, read_config, read_metrics, read_summary, summarize
+
+
+class Run(NamedTuple):
+    """One run, as its folder tells it.
+
+    name: of the folder; the whole path where two folders share a name.
+    config: resolved configuration with dotted keys.
+    metrics: one dict a round, oldest first; at least one.
+    summary: of `summary.json`; as far as the metrics tell it while the run has not ended.
+    """
+
+    name: str
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+def load_runs(folders: Iterable[str | Path]) -> list[Run]:
+    """The runs of some folders, in their order.
+
+    Raises:
+      ValueError: no folder is given, or one is not a run's or has no round in its log.
+    """
+    paths = [Path(folder) for folder in folders]
+    if not paths:
+        raise ValueError("run folders must be at least one, got none")
+    names = [path.resolve().name for path in paths]
+    shared = [names.count(name) > 1 for name in names]
+    return [_load(path, str(path) if s else name) for path, name, s in zip(paths, names, shared, strict=True)]
+
+
+def differing_keys(runs: Sequence[Run]) -> list[str]:
+    """Dotted keys whose values are not the same in all runs."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    return [key for key in keys if any(run.config.get(key) != runs[0].config.get(key) for run in runs)]
+
+
+def _load(path: Path, name: str) -> Run:
+    config, metrics = flatten(read_config(path)), read_metrics(path)
+    if not metrics:
+        raise ValueError(f"{path} must hold the metrics of at least one round, got none")
+    return Run(name, config, metrics, read_summary(path) or summarize(metrics))

@@ -1,0 +1,105 @@
+"""Numbers of runs side by side: as rows for a page, as text for a terminal."""
+
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedjax_lora.report.runs import Run, differing_keys, load_runs
+
+MISSING = "–"
+"""What stands for a value that was not measured."""
+
+
+def summary_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Rows `(label, one cell a run)`: the keys in which the runs differ, then what came out."""
+    settings = [(key, [_cell(run.config.get(key)) for run in runs]) for key in differing_keys(runs)]
+    columns = _HEADLINE | _DETAILS
+    results = [(label, [cell(run.summary) for run in runs]) for label, cell in columns.items()]
+    return [*settings, *results, ("participants a round", [_participants(run) for run in runs])]
+
+
+def summary_lines(summary: Mapping[str, Any]) -> str:
+    """Plain text for a terminal: the headline numbers of one summary, one a line."""
+    width = max(map(len, _HEADLINE))
+    return "\n".join(f"{label:<{width}}  {cell(summary)}" for label, cell in _HEADLINE.items())
+
+
+def comparison(run_folders: Iterable[str | Path]) -> str:
+    """Plain text for a terminal: a run a row, with its headline numbers and the keys in which the runs differ.
+
+    Raises:
+      ValueError: a folder is not a run's, or has no round in its log.
+    """
+    runs = load_runs(run_folders)
+    keys = differing_keys(runs)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("run")
+    for label in [*keys, *_HEADLINE]:
+        table.add_column(Text(label), justify="right")
+    for run in runs:
+        settings = [_cell(run.config.get(key)) for key in keys]
+        results = [cell(run.summary) for cell in _HEADLINE.values()]
+        table.add_row(*map(Text, [run.name, *settings, *results]))
+    # Wide enough never to wrap: a terminal or a pager cuts better than a table does.
+    console = Console(file=io.StringIO(), width=10_000, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines()) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return MISSING
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _formatted(key: str, form: str) -> Callable[[Mapping[str, Any]], str]:
+    """A number of the summary, formatted."""
+
+    def cell(summary: Mapping[str, Any]) -> str:
+        value = summary.get(key)
+        return MISSING if value is None else format(value, form)
+
+    return cell
+
+
+def _text(key: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda summary: _cell(summary.get(key))
+
+
+def _participants(run: Run) -> str:
+    """Mean over the rounds."""
+    counts = [line["participants"] for line in run.metrics]
+    return f"{sum(counts) / len(counts):.4g}"
+
+
+_HEADLINE: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "initial accuracy": _formatted("initial_accuracy", ".4f"),
+    "final accuracy": _formatted("final_accuracy", ".4f"),
+    "best accuracy": _formatted("best_accuracy", ".4f"),
+    "rounds": _formatted("rounds", "d"),
+    "simulated time, s": _formatted("total_latency_s", ".6g"),
+    "uplink, bits": _formatted("total_uplink_bits", ",d"),
+}
+
+_DETAILS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "downlink, bits": _formatted("total_downlink_bits", ",d"),
+    "wall time, s": _formatted("wall_s", ".4g"),
+    "of it compiling, s": _formatted("compile_s", ".4g"),
+    "samples/s": _formatted("samples_per_s", ".4g"),
+    "peak memory, bytes": _formatted("peak_memory_bytes", ",d"),
+    "device": _text("device"),
+    "versions": _text("versions"),
+    "seed": _text("seed"),
+    "partition": _text("partition_hash"),
+}

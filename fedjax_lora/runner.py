@@ -1,0 +1,131 @@
+"""One run, start to end, in a folder: build, restore, advance, log, checkpoint, report."""
+
+import importlib.metadata
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fedjax_lora import __version__
+from fedjax_lora.base import Metrics
+from fedjax_lora.build import build
+from fedjax_lora.config import ExperimentConfig, dump
+from fedjax_lora.io import checkpoint
+from fedjax_lora.io.log import RunFolder
+from fedjax_lora.report.html import write_report
+from fedjax_lora.sim.engine import Simulation
+from fedjax_lora.sparsifiers.soft import SoftConfig, degeneracy
+
+
+def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) -> dict[str, Any]:
+    """Run an experiment to its last round, or continue it from its last checkpoint.
+
+    Everything that can be wrong with the configuration is found before the folder is made.
+
+    Returns:
+      The summary, as in `summary.json`.
+
+    Raises:
+      ValueError: the folder is in use, or cannot be resumed with this configuration.
+    """
+    started = time.perf_counter()
+    if not resume:
+        RunFolder.check_free(path)
+    simulation = build(config)
+    folder = RunFolder.resume(path, dump(config)) if resume else RunFolder.create(path, dump(config))
+    if isinstance(config.sparsifier, SoftConfig) and (note := degeneracy(config.sparsifier)):
+        console.print(f"note: {note}")
+
+    state = simulation.init(jax.random.key(config.seed))
+    _, initial_accuracy = simulation.evaluate(state)
+    if resume:
+        state = checkpoint.restore(folder.checkpoints, state) or state
+        folder.truncate(int(state.round))
+    done = int(state.round)
+    console.print(
+        f"{config.clients.count} clients, {simulation.parts.cohort_size} a round, "
+        f"{simulation.parts.chunk} at once; compiled in {simulation.compile_s:.1f} s; "
+        f"accuracy before: {initial_accuracy:.4f}"
+    )
+
+    training_started = time.perf_counter()
+    with _progress(console) as progress:
+        task = progress.add_task("", total=config.rounds, completed=done, status="")
+        for state, metrics in simulation.segments(state, config.rounds - done):
+            folder.append(metrics)
+            checkpoint.save(folder.checkpoints, state)
+            progress.update(task, completed=int(metrics.round[-1]), status=_status(metrics))
+            if not console.is_terminal:
+                console.print(f"round {int(metrics.round[-1])}/{config.rounds}  {_status(metrics)}")
+    training_s = time.perf_counter() - training_started
+
+    summary = folder.write_summary(
+        {
+            "initial_accuracy": initial_accuracy,
+            "wall_s": time.perf_counter() - started,
+            "compile_s": simulation.compile_s,
+            "samples_per_s": _samples(config, simulation, config.rounds - done) / training_s,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "device": device_name(),
+            "versions": versions(),
+            "seed": config.seed,
+            "partition_hash": simulation.partition_hash,
+        }
+    )
+    write_report([path], folder.report)
+    return summary
+
+
+def _samples(config: ExperimentConfig, simulation: Simulation, rounds: int) -> int:
+    """Places in the batches that were trained on."""
+    return rounds * simulation.parts.cohort_size * config.local.steps * config.local.batch_size
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("round"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[status]}"),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _status(metrics: Metrics) -> str:
+    """The last round in a few words."""
+    uplink_mb = int(metrics.uplink_bits.sum()) / 8e6
+    return (
+        f"loss {metrics.train_loss[-1]:.3f}  accuracy {metrics.eval_accuracy[-1]:.4f}  "
+        f"latency {metrics.latency_s[-1]:.2f} s  uplink {uplink_mb / len(metrics.round):.2f} MB a round"
+    )
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that the accelerator, or on a CPU this process, has held."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_name() -> str:
+    """Kind and number of the devices."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def versions() -> dict[str, str]:
+    """What decides about a result's last digits."""
+    libraries = ("jax", "jaxlib", "flax", "optax", "numpy")
+    found = {name: importlib.metadata.version(name) for name in libraries}
+    return {"fedjax-lora": __version__, "python": platform.python_version(), **found}

@@ -1,0 +1,41 @@
+"""How many clients to train at once: as many as keep their activations where they are cheap to reach."""
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_lora import trees
+from fedjax_lora.base import Adapters, Base, Hyper, Model, Sparsifier
+from fedjax_lora.data.batches import gather
+from fedjax_lora.sim.local import local_loss
+from fedjax_lora.sim.round import World
+
+CPU_CACHE_BYTES = 32 * 2**20
+"""A last-level cache of common size: once the activations spill from it, more clients at once gain nothing."""
+
+ACCELERATOR_SHARE = 0.5
+"""Share of the accelerator's memory that activations may take; the rest is weights, adapters and slack."""
+
+
+def activation_bytes(
+    model: Model, sparsifier: Sparsifier, world: World, like: Adapters, hyper: Hyper, batch_size: int
+) -> int:
+    """Bytes that one client's backward pass keeps beside the frozen weights, from shapes alone."""
+    loss = local_loss(model, sparsifier)
+
+    def residuals(adapters: Adapters, base: Base, pool: dict[str, jax.Array]):
+        batch = gather(pool, jnp.zeros(batch_size, jnp.int32))
+        key, weight = jax.random.key(0), jnp.ones(batch_size)
+        return jax.vjp(lambda x: loss(x, base, hyper, batch, weight, key)[0], adapters)[1]
+
+    kept = jax.eval_shape(residuals, like, world.base, world.data.train)
+    return max(trees.num_bytes(kept) - trees.num_bytes(world.base), 1)
+
+
+def choose_chunk(cohort_per_device: int, bytes_per_client: int, device: jax.Device) -> int:
+    """The largest divisor of a device's cohort whose activations fit its budget; at least 1."""
+    budget = CPU_CACHE_BYTES
+    if device.platform != "cpu":
+        memory_bytes = (device.memory_stats() or {}).get("bytes_limit", 2**33)
+        budget = int(ACCELERATOR_SHARE * memory_bytes)
+    sizes = (size for size in range(1, cohort_per_device + 1) if cohort_per_device % size == 0)
+    return max((size for size in sizes if size * bytes_per_client <= budget), default=1)

@@ -1,0 +1,63 @@
+"""Who takes part in a round, and how work for one client is mapped over the cohort."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fedjax_lora.prng import client_keys
+
+CLIENTS = "clients"
+
+
+def padded_size(cohort_size: int, chunk: int, num_devices: int) -> int:
+    """The cohort rounded up to whole chunks on every device."""
+    block = chunk * num_devices
+    return -(-cohort_size // block) * block
+
+
+def choose(key: Array, num_clients: int, cohort_size: int, size: int) -> tuple[Array, Array]:
+    """A uniform sample of clients without replacement, padded to `size`.
+
+    Returns:
+      ids: `[size]` int32 in increasing order; padding has the id `num_clients`, which no client has: a
+        gather clips it and a scatter drops it.
+      present: `[size]` bool.
+    """
+    all_ids = jnp.arange(num_clients, dtype=jnp.int32)
+    if cohort_size < num_clients:
+        ticket = jax.vmap(jax.random.uniform)(client_keys(key, all_ids))
+        ids = jnp.sort(lax.top_k(ticket, cohort_size)[1]).astype(jnp.int32)
+    else:
+        ids = all_ids
+    present = jnp.arange(size) < cohort_size
+    padding = jnp.full(size - cohort_size, num_clients, jnp.int32)
+    return jnp.concatenate([ids, padding]), present
+
+
+def map_clients(work: Callable[..., Any], shared: Any, clients: Any, chunk: int, mesh: Mesh) -> Any:
+    """`work(shared, client)` for every client of the leading axis, `chunk` at a time on each device.
+
+    `shared` (the frozen base among it) is replicated and never given a client axis.
+    """
+
+    def on_one_device(shared: Any, clients: Any) -> Any:
+        return lax.map(lambda client: work(shared, client), clients, batch_size=chunk if chunk > 1 else None)
+
+    return jax.shard_map(
+        on_one_device, mesh=mesh, in_specs=(P(), P(CLIENTS)), out_specs=P(CLIENTS), check_vma=False
+    )(shared, clients)
+
+
+def client_mesh() -> Mesh:
+    """All devices on one axis, `clients`."""
+    return jax.make_mesh((jax.device_count(),), (CLIENTS,), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, P())

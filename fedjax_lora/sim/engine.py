@@ -1,0 +1,178 @@
+"""The engine: rounds as one compiled, donated program, run a segment at a time between evaluations."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from fedjax_lora.base import Adapters, FedState, Hyper, Link, Metrics
+from fedjax_lora.sim.cohort import replicated
+from fedjax_lora.sim.evaluate import Evaluate
+from fedjax_lora.sim.round import Parts, RoundFn, World, make_round
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the simulation is executed; none of it changes a result beyond rounding.
+
+    client_chunk: clients trained at once on each device; `auto` fits their activations to the device.
+    eval_every: rounds between evaluations (and checkpoints).
+    eval_batch_size: examples of one evaluation step.
+    """
+
+    client_chunk: int | Literal["auto"] = "auto"
+    eval_every: int = 5
+    eval_batch_size: int = 64
+
+    def __post_init__(self):
+        if self.client_chunk != "auto" and self.client_chunk < 1:
+            raise ValueError(f"client_chunk must be 'auto' or at least 1, got {self.client_chunk}")
+        if self.eval_every < 1:
+            raise ValueError(f"eval_every must be at least 1, got {self.eval_every}")
+        if self.eval_batch_size < 1:
+            raise ValueError(f"eval_batch_size must be at least 1, got {self.eval_batch_size}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Initial:
+    """What a state starts from, beside the key.
+
+    adapters: `key -> Adapters`. memory: `adapters -> memory` of one client.
+    server: `adapters -> state` of the server optimizer.
+    """
+
+    adapters: Callable[[Array], Adapters]
+    memory: Callable[[Adapters], Any]
+    server: Callable[[Adapters], Any]
+    link: Link
+    hyper: Hyper
+
+
+def make_segment(round_fn: RoundFn, evaluate: Evaluate, max_rounds: int):
+    """`(world, state, rounds) -> (state, metrics [max_rounds], loss, accuracy)`: rounds, then one evaluation.
+
+    The number of rounds is traced: one executable serves a whole segment, a shorter last one, and 0 rounds,
+    which only evaluates. Rows of the metrics from `rounds` on are to be ignored.
+    """
+
+    def segment(world: World, state: FedState, rounds: Array):
+        shapes = jax.eval_shape(round_fn, world, state)[1]
+        rows = jax.tree.map(lambda x: jnp.zeros((max_rounds, *x.shape), x.dtype), shapes)
+
+        def body(number: Array, carry):
+            state, rows = carry
+            state, row = round_fn(world, state)
+            return state, jax.tree.map(lambda all_rows, x: all_rows.at[number].set(x), rows, row)
+
+        state, rows = lax.fori_loop(0, rounds, body, (state, rows))
+        loss, accuracy = evaluate(world.base, world.data.test, state.adapters, state.hyper)
+        return state, rows, loss, accuracy
+
+    return segment
+
+
+class Simulation:
+    """A built experiment. `init` makes a state, `run` advances it; both are deterministic in the key.
+
+    Attributes:
+      world: frozen base and data, on the device.
+      parts: the functions that a round is made of.
+      partition_hash: of who holds which examples.
+      compile_s: seconds that tracing and compiling took; 0 until the first run.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        world: World,
+        initial: Initial,
+        evaluate: Evaluate,
+        eval_every: int,
+        partition_hash: str,
+    ):
+        self.parts = parts
+        self.eval_every = eval_every
+        self.partition_hash = partition_hash
+        self.compile_s = 0.0
+        self._initial = initial
+        self._everywhere = replicated(parts.mesh)
+        self.world = jax.device_put(world, self._everywhere)
+        segment = make_segment(make_round(parts), evaluate, eval_every)
+        self._program = jax.jit(segment, donate_argnums=1, out_shardings=self._everywhere)
+        self._compiled = None
+
+    def init(self, key: Array) -> FedState:
+        """The state before round 1: fresh adapters, a cell drawn anew, empty queue."""
+        num_clients = self.world.data.count.shape[0]
+        initial = self._initial
+
+        def make(key: Array) -> FedState:
+            run_key, adapter_key, link_key = jax.random.split(key, 3)
+            adapters = initial.adapters(adapter_key)
+            one_memory = initial.memory(adapters)
+            return FedState(
+                key=run_key,
+                round=jnp.int32(0),
+                adapters=adapters,
+                server=initial.server(adapters),
+                link=initial.link.init(link_key, jnp.arange(num_clients)),
+                queue_s=jnp.float32(0),
+                elapsed_s=jnp.float32(0),
+                memory=jax.tree.map(lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)), one_memory),
+                hyper=initial.hyper,
+            )
+
+        return jax.jit(make, out_shardings=self._everywhere)(key)
+
+    def compile(self, state: FedState) -> None:
+        """Compile the program ahead of time, once; `compile_s` says how long it took."""
+        if self._compiled is None:
+            started = time.perf_counter()
+            self._compiled = self._program.lower(self.world, state, jnp.int32(0)).compile()
+            self.compile_s = time.perf_counter() - started
+
+    def segments(self, state: FedState, rounds: int) -> Iterator[tuple[FedState, Metrics]]:
+        """Advance by `rounds`, yielding at every multiple of `eval_every` and at the end.
+
+        Each item is the state after the segment and its metrics on the host, `[n]` each, the last of them
+        with the evaluation. The given state is copied: it stays valid. A yielded state is consumed by the
+        next step.
+        """
+        state = jax.tree.map(jnp.copy, jax.device_put(state, self._everywhere))
+        self.compile(state)
+        done, last = int(state.round), int(state.round) + rounds
+        while done < last:
+            number = min(self.eval_every - done % self.eval_every, last - done)
+            state, metrics = self._run_segment(state, number)
+            done += number
+            yield state, metrics
+
+    def run(self, state: FedState, rounds: int) -> tuple[FedState, Metrics]:
+        """Advance by `rounds` >= 1; the metrics are stacked to `[rounds]`, on the host."""
+        if rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {rounds}")
+        segments = list(self.segments(state, rounds))
+        metrics = jax.tree.map(lambda *parts: np.concatenate(parts), *(row for _, row in segments))
+        return segments[-1][0], metrics
+
+    def evaluate(self, state: FedState) -> tuple[float, float]:
+        """Mean cross-entropy (nats) and accuracy of the state's adapters on the held-out pool."""
+        state = jax.tree.map(jnp.copy, jax.device_put(state, self._everywhere))
+        self.compile(state)
+        _, _, loss, accuracy = self._call(state, 0)
+        return float(loss), float(accuracy)
+
+    def _run_segment(self, state: FedState, number: int) -> tuple[FedState, Metrics]:
+        state, rows, loss, accuracy = self._call(state, number)
+        metrics = jax.tree.map(lambda x: np.array(x[:number]), jax.device_get(rows))
+        metrics.eval_loss[-1], metrics.eval_accuracy[-1] = loss, accuracy
+        return state, metrics
+
+    def _call(self, state: FedState, number: int):
+        assert self._compiled is not None
+        return self._compiled(self.world, state, jnp.int32(number))

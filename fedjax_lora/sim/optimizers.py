@@ -1,0 +1,84 @@
+"""Optimizers and learning-rate schedules by name: optax's, with the rate kept outside as a traced number."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import optax
+from jax import Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The clients' optimizer. Its state starts afresh each round.
+
+    learning_rate: peak rate.
+    schedule: decay to 0 over all local steps of all rounds, after `warmup_steps` of linear rise.
+    momentum: of `momentum`. weight_decay: of `adamw`. clip_norm: global gradient norm; None leaves it free.
+    """
+
+    name: Literal["sgd", "momentum", "adamw"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+
+    def __post_init__(self):
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm must be above 0 or null, got {self.clip_norm}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """The server's optimizer on the pseudo-gradient `broadcast - average`; `sgd` at 1.0 is plain averaging."""
+
+    name: Literal["sgd", "momentum"] = "sgd"
+    learning_rate: float = 1.0
+    momentum: float = 0.9
+
+    def __post_init__(self):
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+
+
+def direction(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The descent direction before it is multiplied by the learning rate."""
+    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    step = {
+        "sgd": optax.identity,
+        "momentum": lambda: optax.trace(config.momentum),
+        "adamw": lambda: optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(config.weight_decay)),
+    }[config.name]()
+    return optax.chain(clip, step)
+
+
+def server_optimizer(config: ServerConfig) -> optax.GradientTransformation:
+    """The server's whole step, learning rate included."""
+    momentum = config.momentum if config.name == "momentum" else None
+    return optax.sgd(config.learning_rate, momentum)
+
+
+def schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Array], Array]:
+    """`step -> factor` in [0, 1] on the peak learning rate; `step` counts local steps over all rounds."""
+    steps = max(1, total_steps - config.warmup_steps)
+    decay = {
+        "constant": lambda: optax.schedules.constant_schedule(1.0),
+        "linear": lambda: optax.schedules.linear_schedule(1.0, 0.0, steps),
+        "cosine": lambda: optax.schedules.cosine_decay_schedule(1.0, steps),
+    }[config.schedule]()
+    if config.warmup_steps == 0:
+        return decay
+    rise = optax.schedules.linear_schedule(1 / config.warmup_steps, 1.0, config.warmup_steps - 1)
+    return optax.schedules.join_schedules([rise, decay], [config.warmup_steps])

@@ -1,0 +1,96 @@
+"""Central training of a model that comes without pretrained weights, on the public part of the data."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import numpy as np
+from jax import Array, lax
+
+from fedjax_lora.base import Adapters, Base, Model
+from fedjax_lora.data.cache import cache_folder
+from fedjax_lora.models import safetensors
+from fedjax_lora.sim.local import cross_entropy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Central training with AdamW and cosine decay; used where `model.pretrained` is not given."""
+
+    steps: int = 300
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+
+
+def pretrain(
+    model: Model, pool: Mapping[str, Array], config: PretrainConfig, key: Array
+) -> tuple[Base, dict[str, Array]]:
+    """Train base and head from scratch.
+
+    Args:
+      model: as built; its weights must be float32.
+      pool: public examples, leaves `[N, ...]` with `label`.
+      key: seeds the weights and the batches.
+
+    Returns:
+      The trained base and task head.
+    """
+    base_key, head_key, batch_key = jax.random.split(key, 3)
+    params = (model.init(base_key), model.init_head(head_key))
+    optimizer = optax.adamw(optax.schedules.cosine_decay_schedule(config.learning_rate, config.steps))
+    num_examples = pool["label"].shape[0]
+
+    def loss(params: tuple[Base, dict[str, Array]], batch: Mapping[str, Array]) -> Array:
+        base, head = params
+        logits = model.apply(base, Adapters(modules={}, head=head), batch)
+        return cross_entropy(logits, batch["label"], jnp.ones(config.batch_size))
+
+    def step(carry, key: Array):
+        params, optimizer_state = carry
+        rows = jax.random.randint(key, (config.batch_size,), 0, num_examples)
+        gradient = jax.grad(loss)(params, {name: leaf[rows] for name, leaf in pool.items()})
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+        return (optax.apply_updates(params, updates), optimizer_state), None
+
+    @jax.jit
+    def train(params):
+        keys = jax.random.split(batch_key, config.steps)
+        (params, _), _ = lax.scan(step, (params, optimizer.init(params)), keys)
+        return params
+
+    return train(params)
+
+
+def pretrained(
+    model: Model, pool: Mapping[str, np.ndarray], config: PretrainConfig, fingerprint: str
+) -> tuple[Base, dict[str, Array]]:
+    """What `pretrain` gives at seed 0, kept on disk: the second run of a setting does not train again.
+
+    Args:
+      model, pool, config: as for `pretrain`.
+      fingerprint: says which model and data these are.
+    """
+    name = hashlib.sha256(f"{fingerprint} {config}".encode()).hexdigest()[:16]
+    path = cache_folder() / f"pretrained-{name}.safetensors"
+    if path.is_file():
+        try:
+            kept = safetensors.restore(path)
+            return kept["base"], kept["head"]
+        except ValueError:  # damaged: train again and replace it
+            path.unlink()
+    base, head = pretrain(model, {k: jnp.asarray(v) for k, v in pool.items()}, config, jax.random.key(0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.save(path, {"base": base, "head": head})
+    return base, head

@@ -1,0 +1,202 @@
+"""One round, top to bottom: channel, cohort, training, control, sparsification, transmission, aggregation."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import Array
+from jax.sharding import Mesh
+
+from fedjax_lora import trees
+from fedjax_lora.base import (
+    Adapters,
+    Aggregator,
+    Base,
+    Controller,
+    Dataset,
+    Delivery,
+    FedState,
+    Link,
+    Metrics,
+    Observation,
+    Sparsifier,
+)
+from fedjax_lora.lora.adapters import rank_mask
+from fedjax_lora.prng import client_keys, round_keys
+from fedjax_lora.sim.cohort import choose, map_clients, padded_size
+from fedjax_lora.sim.local import Client, Train, Trained, max_rank
+from fedjax_lora.sparsifiers.diagnostics import orthogonality
+from fedjax_lora.sparsifiers.payload import dense_bits
+
+
+@struct.dataclass
+class World:
+    """What no round changes: an argument of the program, so that it is never baked in as a constant."""
+
+    base: Base
+    data: Dataset
+
+
+class Parts(NamedTuple):
+    """The functions a round is made of.
+
+    train: local training of one client. optimizer: the server's.
+    cohort_size: C, clients a round. chunk: clients trained at once on each device.
+    """
+
+    train: Train
+    sparsifier: Sparsifier
+    aggregator: Aggregator
+    controller: Controller
+    link: Link
+    optimizer: optax.GradientTransformation
+    cohort_size: int
+    chunk: int
+    mesh: Mesh
+
+
+RoundFn = Callable[[World, FedState], tuple[FedState, Metrics]]
+
+
+def make_round(parts: Parts) -> RoundFn:
+    """`(world, state) -> (state, metrics)`: one round of federated LoRA over the simulated cell."""
+
+    def round_fn(world: World, state: FedState) -> tuple[FedState, Metrics]:
+        keys = round_keys(state.key, state.round)
+        hyper, start = state.hyper, state.adapters
+        mask = rank_mask(hyper.rank, max_rank(start))
+        num_clients = world.data.count.shape[0]
+
+        # 1. Draw the channel.
+        link_state = parts.link.step(state.link, keys.channel, jnp.arange(num_clients))
+
+        # 2. Choose the cohort.
+        size = padded_size(parts.cohort_size, parts.chunk, parts.mesh.size)
+        ids, present = choose(keys.cohort, num_clients, parts.cohort_size, size)
+        cohort_link = trees.take(link_state, ids)
+
+        # 3. Train locally; who diverged is left out from here on.
+        clients = Client(world.data.index[ids], world.data.count[ids], client_keys(keys.local, ids))
+        trained = train_cohort(parts, world, state, clients)
+        finite = jax.vmap(trees.all_finite)(trained.adapters)
+        active = present & finite
+        trained = trained._replace(adapters=keep_where(active, trained.adapters, start))
+        weights = normalised(clients.count * active)
+
+        # 4. Importance of each rank, and 5. control of keep ratio and bandwidth.
+        tail_energy = jax.vmap(parts.sparsifier.tail_energy, (None, 0, None))(start, trained.adapters, mask)
+        downlink_bits = dense_bits(start, mask)
+        start_s = parts.link.start_s(cohort_link, downlink_bits, active)
+        decision = parts.controller.decide(
+            Observation(
+                snr_hz=parts.link.snr_hz(cohort_link),
+                start_s=start_s,
+                weights=weights,
+                tail_energy=tail_energy,
+                payload_bits=lambda ratio: parts.sparsifier.payload_bits(ratio, mask),
+                bandwidth_hz=jnp.float32(parts.link.bandwidth_hz),
+                queue_s=state.queue_s,
+                hyper=hyper,
+            )
+        )
+
+        # 6. Sparsify.
+        memory = trees.take(state.memory, ids)
+        sent, new_memory = jax.vmap(parts.sparsifier.compress, (None, 0, 0, 0, None, 0))(
+            start, trained.adapters, memory, decision.keep_ratio, mask, client_keys(keys.sparsify, ids)
+        )
+
+        # 7. Transmit.
+        sent = sent.replace(bits=jnp.where(active, sent.bits, 0))
+        delivery = parts.link.deliver(cohort_link, sent.bits, decision, start_s, active)
+        arrived = active & delivery.delivered
+
+        # 8. Aggregate, step the server, update the queue.
+        weights = normalised(clients.count * arrived)
+        aggregate = parts.aggregator.aggregate(start, trained.adapters, sent, weights, hyper.alpha / hyper.rank)
+        pseudo_gradient = jax.tree.map(jnp.subtract, start, aggregate.adapters)
+        updates, server = parts.optimizer.update(pseudo_gradient, state.server, start)
+        latency_s = round_latency(delivery)
+        queue_s = parts.controller.update_queue(state.queue_s, latency_s)
+
+        new_state = state.replace(
+            round=state.round + 1,
+            adapters=optax.apply_updates(start, updates),
+            server=server,
+            link=link_state,
+            queue_s=queue_s,
+            elapsed_s=state.elapsed_s + latency_s,
+            memory=scatter(state.memory, ids, arrived, new_memory, memory),
+        )
+        over_arrived = mean_over(arrived)
+        metrics = Metrics(
+            round=new_state.round,
+            train_loss=over_arrived(trained.loss),
+            eval_loss=jnp.float32(jnp.nan),
+            eval_accuracy=jnp.float32(jnp.nan),
+            latency_s=latency_s,
+            elapsed_s=new_state.elapsed_s,
+            client_uplink_bits=jnp.where(arrived | (delivery.latency_s < jnp.inf), sent.bits, 0),
+            client_downlink_bits=jnp.where(present, downlink_bits, 0),
+            energy_j=jnp.sum(delivery.energy_j),
+            queue_s=queue_s,
+            keep_ratio_mean=over_arrived(decision.keep_ratio),
+            kept_ranks_mean=over_arrived(sent.kept_ranks),
+            participants=jnp.sum(arrived),
+            outages=jnp.sum(active & ~delivery.delivered),
+            nonfinite_clients=jnp.sum(present & ~finite),
+            sparsification_error=aggregate.sparsification_error,
+            covariance_error=aggregate.covariance_error,
+            dropped_energy=over_arrived(sent.dropped_energy),
+            orthogonality=over_arrived(jax.vmap(orthogonality, (0, None))(trained.adapters, mask)),
+        )
+        return new_state, metrics
+
+    return round_fn
+
+
+def train_cohort(parts: Parts, world: World, state: FedState, clients: Client) -> Trained:
+    """Local training of every client of the cohort: leaves `[C, ...]`."""
+
+    def work(shared, client: Client) -> Trained:
+        base, pool, start, hyper, round_number = shared
+        return parts.train(base, pool, start, hyper, round_number, client)
+
+    shared = (world.base, world.data.train, state.adapters, state.hyper, state.round)
+    return map_clients(work, shared, clients, parts.chunk, parts.mesh)
+
+
+def normalised(weight: Array) -> Array:
+    """`[C]` weights that sum to 1, or all zeros."""
+    weight = weight.astype(jnp.float32)
+    return weight / jnp.maximum(jnp.sum(weight), 1e-30)
+
+
+def keep_where(active: Array, trained: Adapters, start: Adapters) -> Adapters:
+    """The trained adapters `[C, ...]` of the active clients; the broadcast for the others."""
+    return jax.tree.map(lambda x, x0: jnp.where(active.reshape((-1,) + (1,) * x0.ndim), x, x0), trained, start)
+
+
+def mean_over(included: Array) -> Callable[[Array], Array]:
+    """A mean over the included clients; NaN ("not measured") where there are none."""
+    number = jnp.sum(included)
+
+    def mean(value: Array) -> Array:
+        total = jnp.sum(jnp.where(included, value, 0.0))
+        return jnp.where(number > 0, total / jnp.maximum(number, 1), jnp.nan)
+
+    return mean
+
+
+def round_latency(delivery: Delivery) -> Array:
+    """Seconds until the last upload ended; a client that can never be heard is not waited for."""
+    return jnp.max(jnp.where(jnp.isfinite(delivery.latency_s), delivery.latency_s, 0.0))
+
+
+def scatter(memory, ids: Array, arrived: Array, new, old):
+    """All clients' memory `[K, ...]` with the rows of those who were heard replaced."""
+    rows = trees.where(arrived, new, old)
+    return jax.tree.map(lambda whole, row: whole.at[ids].set(row, mode="drop"), memory, rows)

@@ -1,0 +1,61 @@
+"""Everything is sent: FedIT's uplink, and the reference of the other methods."""
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax.numpy as jnp
+from jax import Array
+
+from fedjax_lora.base import Adapters, Sent, Sparsifier
+from fedjax_lora.sparsifiers import payload, ranks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """Send all ranks, whatever the keep ratio; there is no regulariser to weigh."""
+
+    orthogonality: ClassVar[float] = 0.0
+    name: Literal["dense"] = "dense"
+
+    def __post_init__(self) -> None:
+        if self.name != "dense":
+            raise ValueError(f"name must be 'dense', got {self.name!r}")
+
+
+def make(config: DenseConfig, like: Adapters) -> Sparsifier:
+    """The sparsifier that sends all r ranks of every module: `r (n_in + n_out)` values of 32 bits a matrix.
+
+    Its tail energy is zero throughout, since nothing is ever left out.
+
+    Args:
+      config: its options.
+      like: adapters, or their shapes.
+    """
+    del config  # it has no option yet, but every method is made in the same way
+    payload.check_fits(like)
+    max_rank = ranks.max_rank(like)
+
+    def payload_bits(keep_ratio: Array, rank_mask: Array) -> Array:
+        return jnp.broadcast_to(payload.dense_bits(like, rank_mask).astype(jnp.float32), jnp.shape(keep_ratio))
+
+    def compress(
+        start: Adapters, trained: Adapters, memory: Any, keep_ratio: Array, rank_mask: Array, key: Array
+    ) -> tuple[Sent, Any]:
+        del keep_ratio, key
+        chosen = ranks.everywhere(rank_mask, like)
+        sent = Sent(
+            adapters=ranks.replace(start, trained, chosen),
+            counted=chosen,
+            bits=payload.dense_bits(like, rank_mask),
+            kept_ranks=jnp.sum(rank_mask),
+            dropped_energy=jnp.zeros(()),
+        )
+        return sent, memory
+
+    return Sparsifier(
+        init=lambda adapters: (),
+        penalty=lambda adapters, rank_mask: jnp.zeros(()),
+        tail_energy=lambda start, trained, rank_mask: jnp.zeros(max_rank + 1),
+        payload_bits=payload_bits,
+        compress=compress,
+    )

@@ -1,0 +1,234 @@
+"""SOFT: rank components chosen by their norms, kept near orthogonal by a regulariser.
+
+Our reading of B. Kim and W. Choi, "Two-Stage Wireless Federated LoRA Fine-Tuning with Sparsified Orthogonal
+Updates", arXiv 2505.00333v2, of which the abstract alone was at hand: it fixes near-orthogonal factors, importance
+from norms, and that both factors are sparsified together by rank; every option of `SoftConfig` is ours.
+
+If the a_i, or the b_i, of a module are mutually orthogonal, the energy of any set of components is the sum of
+their squared norms, so the top k by norm are the best k; if both are, they are the truncated SVD (Eckart-Young).
+"""
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedjax_lora.base import Adapters, Sent, Sparsifier
+from fedjax_lora.ops.products import gram
+from fedjax_lora.ops.rank_energy import rank_energy
+from fedjax_lora.sparsifiers import diagnostics, payload, ranks
+
+Form = Literal["offdiag", "identity", "a_only", "none"]
+Send = Literal["factors", "change"]
+Missing = Literal["senders", "zero"]
+Budget = Literal["module", "global"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftConfig:
+    """Options of SOFT; the defaults are our reading of the paper.
+
+    orthogonality: weight of the regulariser, >= 0.
+    form: of the regulariser, see `orthogonality_penalty`.
+    send: what is sent of a kept component: its `factors`, or their `change` since the broadcast. It decides by
+      which norm components are chosen.
+    missing: how a component that was not sent enters the average. `senders`: the client has no say in it. `zero`:
+      as zero factors or a zero change.
+    budget: keep k components of each `module` and layer, or as many in all, chosen over the whole adapter
+      (`global`).
+    """
+
+    name: Literal["soft"] = "soft"
+    orthogonality: float = 1.0
+    form: Form = "offdiag"
+    send: Send = "factors"
+    missing: Missing = "senders"
+    budget: Budget = "module"
+
+    def __post_init__(self) -> None:
+        if self.name != "soft":
+            raise ValueError(f"name must be 'soft', got {self.name!r}")
+        if not 0.0 <= self.orthogonality < float("inf"):
+            raise ValueError(f"orthogonality must be finite and at least 0, got {self.orthogonality}")
+        for field, kind in (("form", Form), ("send", Send), ("missing", Missing), ("budget", Budget)):
+            value, allowed = getattr(self, field), get_args(kind)
+            if value not in allowed:
+                raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def degeneracy(config: SoftConfig) -> str | None:
+    """One line on what these options silently turn into, or None."""
+    if config.send == "factors" and config.missing == "zero":
+        return (
+            "sparsifier: send: factors with missing: zero pulls unsent ranks to zero, where they stay: "
+            "it becomes a LoRA of fixed rank keep_ratio * rank"
+        )
+    return None
+
+
+def importance(a: Array, b: Array, a0: Array | None = None, b0: Array | None = None) -> Array:
+    """Norm of each rank component, or of its change, from norms and dot products of the factors alone.
+
+    `||a_i b_i||_F = |a_i| |b_i|`. The change `a_i b_i - a0_i b0_i` equals `da_i bm_i + am_i db_i`, with the
+    changes d and the midpoints m of the factors, so its squared norm is
+    `|da|^2 |bm|^2 + |am|^2 |db|^2 + 2 (da . am) (db . bm)`. This is `|a|^2 |b|^2 + |a0|^2 |b0|^2 -
+    2 (a . a0) (b . b0)` without the cancellation that would drown a small change in float32.
+    Work is O(R (n_in + n_out)). Gradients are finite everywhere, and 0 where a component is zero.
+
+    Args:
+      a: `[..., n_in, R]`.
+      b: `[..., R, n_out]`.
+      a0: the factor that a started from, or None.
+      b0: the factor that b started from; given if and only if a0 is.
+
+    Returns:
+      `[..., R]`, >= 0.
+    """
+    if a.shape[-1] != b.shape[-2]:
+        raise ValueError(f"b must have the rank of a, {a.shape[-1]}, on its second last axis, got {b.shape[-2]}")
+    if (a0 is None) != (b0 is None):
+        raise ValueError(f"a0 and b0 must be given together, got only {'b0' if a0 is None else 'a0'}")
+    if a0 is None or b0 is None:
+        return _sqrt(jnp.sum(a * a, axis=-2)) * _sqrt(jnp.sum(b * b, axis=-1))
+    of_a, of_b = rank_energy(a, a0, axis=-2), rank_energy(b, b0, axis=-1)
+    energy = of_a.change * of_b.mean + of_a.mean * of_b.change + 2.0 * of_a.cross * of_b.cross
+    return _sqrt(jnp.maximum(energy, 0.0))
+
+
+def _sqrt(x: Array) -> Array:
+    """Square root of x >= 0 whose gradient at 0 is 0, not infinite."""
+    positive = x > jnp.finfo(x.dtype).tiny
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
+def orthogonality_penalty(a: Array, b: Array, form: Form = "offdiag", rank_mask: Array | None = None) -> Array:
+    """The regulariser that keeps rank components apart; only R x R Gram matrices are formed.
+
+    `offdiag`: `||offdiag(a^T a)||_F^2 + ||offdiag(b b^T)||_F^2`. `a_only`: its first term. `none`: 0.
+    `identity`: `||a^T a - I||_F^2 + ||b b^T - I||_F^2`, which also fights b = 0 and makes all norms alike.
+
+    Args:
+      a: `[..., n_in, R]`.
+      b: `[..., R, n_out]`.
+      form: which of the forms.
+      rank_mask: `[R]`, 1 for the ranks in use; None for all.
+
+    Returns:
+      Scalar, summed over leading axes.
+    """
+    if form == "none":
+        return jnp.zeros(())
+    if form not in get_args(Form):
+        raise ValueError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
+    mask = jnp.ones(a.shape[-1]) if rank_mask is None else rank_mask
+    grams = [gram(a * mask)]
+    if form != "a_only":
+        grams.append(gram(jnp.swapaxes(b, -1, -2) * mask))
+    if form == "identity":
+        return sum((jnp.sum((g - jnp.diag(mask)) ** 2) for g in grams), jnp.zeros(()))
+    others = 1.0 - jnp.eye(a.shape[-1])
+    return sum((jnp.sum((g * others) ** 2) for g in grams), jnp.zeros(()))
+
+
+def make(config: SoftConfig, like: Adapters) -> Sparsifier:
+    """The sparsifier of these options.
+
+    A component of one layer costs `n_in + n_out` values of 32 bits, and each matrix an index that says which are
+    kept. With the global budget `payload_bits` is the largest that a choice can cost: the widest modules first.
+    Its tail energy is the sum of squared importances left out.
+
+    Args:
+      config: its options.
+      like: adapters, or their shapes.
+    """
+    payload.check_fits(like)
+    max_rank, num_matrices = ranks.max_rank(like), ranks.num_matrices(like)
+
+    def penalty(adapters: Adapters, rank_mask: Array) -> Array:
+        terms = [orthogonality_penalty(f.a, f.b, config.form, rank_mask) for f in adapters.modules.values()]
+        return jnp.sum(jnp.stack(terms))
+
+    def scores(start: Adapters, trained: Adapters, rank_mask: Array) -> dict[str, Array]:
+        """`[L, R]` importances; a rank that is not in use comes after all others."""
+        found = {}
+        for name, f in trained.modules.items():
+            f0 = start.modules[name]
+            sigma = importance(f.a, f.b) if config.send == "factors" else importance(f.a, f.b, f0.a, f0.b)
+            found[name] = jnp.where(rank_mask > 0, sigma, -1.0)
+        return found
+
+    def choose(start: Adapters, trained: Adapters, keep_ratio: Array, rank_mask: Array) -> dict[str, Array]:
+        kept, sigma = ranks.num_kept(keep_ratio, rank_mask), scores(start, trained, rank_mask)
+        if config.budget == "global":
+            chosen = ranks.largest_overall(sigma, kept * num_matrices)
+        else:
+            chosen = {name: ranks.largest(s, kept) for name, s in sigma.items()}
+        return {name: mask * rank_mask for name, mask in chosen.items()}
+
+    def compress(
+        start: Adapters, trained: Adapters, memory: Any, keep_ratio: Array, rank_mask: Array, key: Array
+    ) -> tuple[Sent, Any]:
+        del key
+        chosen = choose(start, trained, keep_ratio, rank_mask)
+        in_use = ranks.everywhere(rank_mask, like)
+        drop = {name: in_use[name] - mask for name, mask in chosen.items()}
+        fill = start
+        if config.send == "factors" and config.missing == "zero":
+            fill = ranks.replace(start, jax.tree.map(jnp.zeros_like, start), in_use)
+        decoded = ranks.replace(fill, trained, chosen)
+        if config.send == "factors":
+            energy = diagnostics.dropped_energy(trained, drop)
+        else:
+            energy = diagnostics.difference_energy(trained, start, drop)
+        sent = Sent(
+            adapters=decoded,
+            counted=chosen if config.missing == "senders" else in_use,
+            bits=_sent_bits(chosen, like),
+            kept_ranks=sum((jnp.sum(mask) for mask in chosen.values()), jnp.zeros(())) / num_matrices,
+            dropped_energy=energy,
+        )
+        return sent, memory
+
+    def tail_energy(start: Adapters, trained: Adapters, rank_mask: Array) -> Array:
+        energies = {
+            name: jnp.where(rank_mask > 0, sigma, 0.0) ** 2
+            for name, sigma in scores(start, trained, rank_mask).items()
+        }
+        if config.budget == "global":
+            ordered = jnp.sort(jnp.concatenate([e.ravel() for e in energies.values()]), descending=True)
+            # Keeping k a matrix keeps the first k * num_matrices of all: one row of these.
+            return ranks.tails(jnp.sum(ordered.reshape(max_rank, num_matrices), axis=-1))
+        ordered = jnp.sort(jnp.concatenate(list(energies.values())), axis=-1, descending=True)
+        return ranks.tails(jnp.sum(ordered, axis=0))
+
+    def payload_bits(keep_ratio: Array, rank_mask: Array) -> Array:
+        kept = ranks.num_kept(keep_ratio, rank_mask)
+        rank = jnp.sum(rank_mask).astype(jnp.uint32)
+        # An even spread of the kept ranks has the longest index: a matrix's index is concave in its count.
+        bits = jnp.uint32(payload.head_bits(like)) + num_matrices * payload.index_bits(kept, max_rank)
+        left = kept * num_matrices
+        for factors in sorted(like.modules.values(), key=payload.width, reverse=True):
+            layers = factors.a.shape[0]
+            count = jnp.minimum(left, rank * layers) if config.budget == "global" else kept * layers
+            bits, left = bits + payload.component_bits(count, factors), left - count
+        return bits.astype(jnp.float32)
+
+    return Sparsifier(
+        init=lambda adapters: (),
+        penalty=penalty,
+        tail_energy=tail_energy,
+        payload_bits=payload_bits,
+        compress=compress,
+    )
+
+
+def _sent_bits(chosen: dict[str, Array], like: Adapters) -> Array:
+    """uint32 bits of the chosen components, module name -> `[L, R]`, with index and head."""
+    bits = jnp.uint32(payload.head_bits(like))
+    for name, mask in chosen.items():
+        kept = jnp.sum(mask, axis=-1).astype(jnp.uint32)
+        bits += payload.component_bits(jnp.sum(kept), like.modules[name])
+        bits += jnp.sum(payload.index_bits(kept, mask.shape[-1]))
+    return bits

@@ -1,0 +1,14 @@
+"""What computing and sending cost a client."""
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def compute_energy_j(cycles: float, cpu_hz: Array, capacitance: float) -> Array:
+    """`[C]` joules of `cycles` at frequency `cpu_hz`: `capacitance · cycles · cpu_hz^2`."""
+    return capacitance * cycles * jnp.square(cpu_hz)
+
+
+def transmit_energy_j(power_w: float, upload_s: Array) -> Array:
+    """`[C]` joules of sending for `upload_s`; 0 where that is inf, since such a client never sends."""
+    return power_w * jnp.where(jnp.isfinite(upload_s), upload_s, 0.0)

@@ -1,0 +1,165 @@
+"""The network between clients and server, as the round sees it: a record of functions over a `LinkState`."""
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedjax_lora import prng
+from fedjax_lora.base import Decision, Delivery, Link, LinkState
+from fedjax_lora.units import THERMAL_NOISE_W_PER_HZ, db_to_linear, dbm_to_watt
+from fedjax_lora.wireless import channel, energy, geometry, latency
+from fedjax_lora.wireless.rate import uplink_rate
+
+Csi = Literal["perfect", "mean"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WirelessConfig:
+    """The cell, its radio and the clients' processors; every default is our choice.
+
+    bandwidth_hz: uplink band, shared by FDMA; the downlink broadcast has a band of the same width.
+    power_dbm: a client's transmit power.
+    noise_figure_db: added to -174 dBm/Hz; 0 is an ideal receiver.
+    path_loss: `3gpp128` is 128.1 + 37.6 log10(d_km); `umi` and `uma` are TR 38.901, line of sight drawn by client.
+    carrier_ghz: of `umi` and `uma`.
+    cell_radius_m, min_distance_m: clients are uniform in the area between.
+    shadowing_db: standard deviation, one for all, with or without line of sight.
+    fading: `rician` has `rician_k_db` of steady over scattered power.
+    fading_correlation: of one round's scattered coefficient with the next; 0 is i.i.d., 1 is frozen.
+    cycles_per_sample: processor cycles of one training example.
+    cpu_hz_min, cpu_hz_max: a client's frequency is uniform between.
+    capacitance: joules a cycle over frequency squared.
+    downlink: whether the broadcast takes time, at `downlink_power_dbm` and the worst client's rate.
+    csi: `perfect` plans with the gain of the round; `mean` with path loss and shadowing alone, less
+      `fade_margin_db`, and the upload fails where the fading is deeper than the margin.
+    """
+
+    bandwidth_hz: float = 2e7
+    power_dbm: float = 10.0
+    noise_figure_db: float = 0.0
+    path_loss: channel.PathLoss = "3gpp128"
+    carrier_ghz: float = 3.5
+    cell_radius_m: float = 500.0
+    min_distance_m: float = 35.0
+    shadowing_db: float = 8.0
+    fading: channel.FadingKind = "rayleigh"
+    rician_k_db: float = 6.0
+    fading_correlation: float = 0.0
+    cycles_per_sample: float = 1e7
+    cpu_hz_min: float = 1e9
+    cpu_hz_max: float = 2e9
+    capacitance: float = 1e-28
+    downlink: bool = False
+    downlink_power_dbm: float = 46.0
+    csi: Csi = "perfect"
+    fade_margin_db: float = 10.0
+
+    def __post_init__(self):
+        for name in ("bandwidth_hz", "min_distance_m", "cycles_per_sample", "cpu_hz_min"):
+            self._require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
+        for name in ("noise_figure_db", "shadowing_db", "capacitance", "fade_margin_db"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
+        for name in ("power_dbm", "rician_k_db", "downlink_power_dbm"):
+            self._require(name, math.isfinite(getattr(self, name)), "finite")
+        for name, kinds in (("path_loss", channel.PathLoss), ("fading", channel.FadingKind), ("csi", Csi)):
+            self._require(name, getattr(self, name) in get_args(kinds), f"one of {', '.join(get_args(kinds))}")
+        self._require("carrier_ghz", 0.5 <= self.carrier_ghz <= 100, "between 0.5 and 100")
+        self._require("fading_correlation", 0 <= self.fading_correlation <= 1, "between 0 and 1")
+        for name, least in (("cell_radius_m", "min_distance_m"), ("cpu_hz_max", "cpu_hz_min")):
+            bound = getattr(self, least)
+            allowed = f"at least {least} = {bound} and finite"
+            self._require(name, bound <= getattr(self, name) < math.inf, allowed)
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+
+def make_link(config: WirelessConfig, samples_per_round: int) -> Link:
+    """An FDMA uplink; a client trains on `samples_per_round` examples before it sends.
+
+    Raises:
+      ValueError: if samples_per_round is under 1.
+    """
+    if samples_per_round < 1:
+        raise ValueError(f"samples_per_round must be at least 1, got {samples_per_round}")
+    law = channel.fading_law(config.fading, config.rician_k_db)
+    power_w = dbm_to_watt(config.power_dbm)
+    # Ratios are taken in Python's double precision: noise density over power is far below float32's range of ease.
+    snr_per_gain_hz = power_w / (THERMAL_NOISE_W_PER_HZ * db_to_linear(config.noise_figure_db))
+    downlink_gain = db_to_linear(config.downlink_power_dbm - config.power_dbm)
+    margin = db_to_linear(-config.fade_margin_db)
+    cycles = samples_per_round * config.cycles_per_sample
+
+    def init_client(key: Array) -> LinkState:
+        position_key, gain_key, fading_key, cpu_key = jax.random.split(key, 4)
+        position_m = geometry.annulus_position(position_key, config.min_distance_m, config.cell_radius_m)
+        distance_m = jnp.linalg.norm(position_m)
+        return LinkState(
+            mean_gain=channel.draw_mean_gain(
+                gain_key, config.path_loss, distance_m, config.carrier_ghz, config.shadowing_db
+            ),
+            fading=channel.draw_fading(fading_key, law),
+            cpu_hz=jax.random.uniform(cpu_key, minval=config.cpu_hz_min, maxval=config.cpu_hz_max),
+        )
+
+    def init(key: Array, client_ids: Array) -> LinkState:
+        return jax.vmap(init_client)(prng.client_keys(key, client_ids))
+
+    def step(state: LinkState, key: Array, client_ids: Array) -> LinkState:
+        def step_client(key: Array, fading: Array) -> Array:
+            return channel.step_fading(key, fading, law, config.fading_correlation)
+
+        fading = jax.vmap(step_client)(prng.client_keys(key, client_ids), state.fading)
+        return dataclasses.replace(state, fading=fading)
+
+    def true_snr_hz(state: LinkState) -> Array:
+        power_gain = jnp.square(state.fading.real) + jnp.square(state.fading.imag)
+        return snr_per_gain_hz * state.mean_gain * power_gain
+
+    def snr_hz(state: LinkState) -> Array:
+        return true_snr_hz(state) if config.csi == "perfect" else snr_per_gain_hz * margin * state.mean_gain
+
+    def start_s(state: LinkState, downlink_bits: Array, present: Array) -> Array:
+        ready_s = latency.compute_time_s(cycles, state.cpu_hz)
+        if config.downlink:
+            server_snr_hz = downlink_gain * snr_hz(state)
+            ready_s += latency.broadcast_time_s(downlink_bits, config.bandwidth_hz, server_snr_hz, present)
+        return jnp.where(present > 0, ready_s, 0.0)
+
+    def deliver(state: LinkState, bits: Array, decision: Decision, start_s: Array, present: Array) -> Delivery:
+        planned_hz = snr_hz(state)
+        upload_s = latency.transfer_time_s(bits, uplink_rate(decision.bandwidth_hz, planned_hz))
+        end_s = start_s + upload_s
+        # The rate rises with the gain: what was planned arrives just where the true gain is no worse.
+        carried = (true_snr_hz(state) >= planned_hz) | (bits == 0)
+        compute_j = energy.compute_energy_j(cycles, state.cpu_hz, config.capacitance)
+        energy_j = compute_j + energy.transmit_energy_j(power_w, upload_s)
+        here = present > 0
+        return Delivery(
+            latency_s=jnp.where(here, end_s, 0.0),
+            energy_j=jnp.where(here, energy_j, 0.0),
+            delivered=here & carried & jnp.isfinite(end_s),
+        )
+
+    return Link(init, step, snr_hz, start_s, deliver, config.bandwidth_hz)
+
+
+def perfect_link(config: WirelessConfig, samples_per_round: int) -> Link:
+    """No network: transfers take no time and no energy and never fail; computing costs as in `make_link`.
+
+    The channel is drawn all the same, so that turning the network off changes nothing else.
+
+    Raises:
+      ValueError: if samples_per_round is under 1.
+    """
+    link = make_link(dataclasses.replace(config, downlink=False), samples_per_round)
+
+    def deliver(state: LinkState, bits: Array, decision: Decision, start_s: Array, present: Array) -> Delivery:
+        return link.deliver(state, jnp.zeros_like(bits), decision, start_s, present)
+
+    return link._replace(deliver=deliver)

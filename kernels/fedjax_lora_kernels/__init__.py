@@ -1,0 +1,1 @@
+"""Pallas kernels of fedjax-lora; they import jax and nothing of `fedjax_lora`."""

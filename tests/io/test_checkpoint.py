@@ -1,0 +1,122 @@
+"""Checkpoints: bit for bit, the latest whole one, the last two kept. The oracle is the state that was saved."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedjax_lora.base import Adapters, Factors, FedState, Hyper, LinkState
+from fedjax_lora.io import checkpoint
+
+
+def make_state(round_number, memory=()):
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(10 * round_number + i), shape)  # noqa: E731
+    # NaN and a negative zero: equal bits, not equal values.
+    query = Factors(a=draw(0, 2, 3, 4), b=draw(1, 2, 4, 5).at[0, 0, :2].set(jnp.array([jnp.nan, -0.0])))
+    adapters = Adapters(modules={"query": query}, head={"bias": draw(2, 3)})
+    return FedState(
+        key=jax.random.key(7),
+        round=jnp.int32(round_number),
+        adapters=adapters,
+        server=optax.sgd(0.1, momentum=0.9).init(adapters),
+        link=LinkState(mean_gain=draw(3, 6), fading=draw(4, 6) * (1 + 2j), cpu_hz=draw(5, 6)),
+        queue_s=jnp.float32(0.1),
+        elapsed_s=jnp.float32(jnp.inf),
+        memory=memory,
+        hyper=Hyper(*jnp.arange(5.0)),
+    )
+
+
+def assert_same_bits(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        assert np.asarray(x).shape == np.asarray(y).shape
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.mark.parametrize("memory", [(), {"error": jnp.arange(6.0).reshape(2, 3)}], ids=["no memory", "memory"])
+def test_restore_returns_the_bits_that_were_saved(tmp_path, memory):
+    state = make_state(3, memory)
+    folder = tmp_path / "a run #1 at 50%20?"
+    checkpoint.save(folder, state)
+    restored = checkpoint.restore(folder, make_state(0, memory))
+    assert_same_bits(restored, state)
+    draws = [jax.random.normal(jax.random.fold_in(s.key, 1), (3,)) for s in (restored, state)]
+    np.testing.assert_array_equal(*draws)
+
+
+def test_nothing_saved_is_none(tmp_path):
+    assert checkpoint.restore(tmp_path, make_state(0)) is None
+    assert checkpoint.restore(tmp_path / "absent", make_state(0)) is None
+    assert not (tmp_path / "absent").exists()
+
+
+def test_the_last_two_are_kept_and_a_round_is_saved_once(tmp_path):
+    for round_number in (1, 5, 10):
+        checkpoint.save(tmp_path, make_state(round_number))
+    checkpoint.save(tmp_path, make_state(10))
+    assert sorted(os.listdir(tmp_path)) == ["10", "5"]
+    assert_same_bits(checkpoint.restore(tmp_path, make_state(0)), make_state(10))
+
+
+def test_a_save_that_was_interrupted_is_ignored_and_cleared(tmp_path):
+    checkpoint.save(tmp_path, make_state(2))
+    shutil.copytree(tmp_path / "2", tmp_path / "4.orbax-checkpoint-tmp")
+    shutil.rmtree(tmp_path / "4.orbax-checkpoint-tmp" / "default" / "d")
+    assert_same_bits(checkpoint.restore(tmp_path, make_state(0)), make_state(2))
+    checkpoint.save(tmp_path, make_state(4))
+    assert_same_bits(checkpoint.restore(tmp_path, make_state(0)), make_state(4))
+    assert sorted(os.listdir(tmp_path)) == ["2", "4"]
+
+
+KILLED = """
+import importlib.util, os, signal
+spec = importlib.util.spec_from_file_location("states", {file!r})
+states = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(states)
+states.checkpoint.save({folder!r}, states.make_state(1))
+# The rename that would make the second one whole.
+os.rename = os.replace = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)
+states.checkpoint.save({folder!r}, states.make_state(2))
+"""
+
+
+def test_a_process_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path):
+    script = KILLED.format(file=__file__, folder=str(tmp_path))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert len(os.listdir(tmp_path)) == 2
+    assert_same_bits(checkpoint.restore(tmp_path, make_state(0)), make_state(1))
+
+
+def test_a_checkpoint_of_another_structure_or_damaged_is_one_line(tmp_path, capfd):
+    checkpoint.save(tmp_path, make_state(2))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tmp_path / "2", damaged / "2")
+    shutil.rmtree(damaged / "2" / "default" / "d")
+    memory = {"error": jnp.zeros(3)}
+    for folder, like in [(tmp_path, make_state(0, memory)), (damaged, make_state(0))]:
+        with pytest.raises(ValueError, match="cannot be read") as caught:
+            checkpoint.restore(folder, like)
+        assert "\n" not in str(caught.value)
+        assert str(folder / "2") in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="cannot be written") as caught:
+        checkpoint.save(tmp_path / "file", make_state(2))
+    assert "\n" not in str(caught.value)

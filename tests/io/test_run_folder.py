@@ -1,0 +1,220 @@
+"""The folder of a run: created whole or not at all, append-only, resumed only as it was."""
+
+import json
+import math
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from fedjax_lora.base import Metrics
+from fedjax_lora.io.files import write_atomically
+from fedjax_lora.io.log import FIELDS, RunFolder, flatten, read_config, read_metrics, read_summary
+
+CONFIG = "seed: 0\nlora:\n  rank: 8\n  targets:\n  - query\n"
+
+# Of the specification, written out again: names and order.
+CONTRACT = [
+    "round",
+    "train_loss",
+    "eval_loss",
+    "eval_accuracy",
+    "latency_s",
+    "cumulative_latency_s",
+    "uplink_bits",
+    "downlink_bits",
+    "energy_j",
+    "queue_s",
+    "keep_ratio_mean",
+    "kept_ranks_mean",
+    "participants",
+    "outages",
+    "nonfinite_clients",
+    "sparsification_error",
+    "covariance_error",
+    "orthogonality",
+]
+
+
+def make_metrics(first=1, rounds=3, **replaced):
+    values = {name: jnp.arange(rounds) + 0.1 for name in Metrics.__dataclass_fields__}
+    values["round"] = jnp.arange(first, first + rounds)
+    values["client_uplink_bits"] = jnp.full((rounds, 4), 2**31 + 1, jnp.uint32)
+    values["client_downlink_bits"] = jnp.zeros((rounds, 4), jnp.uint32)
+    values |= {name: jnp.full(rounds, 4, jnp.int32) for name in ("participants", "outages", "nonfinite_clients")}
+    return Metrics(**(values | replaced))
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder.create(tmp_path / "run", CONFIG)
+
+
+def test_a_new_folder_holds_the_text_of_the_configuration(run):
+    assert (run.path / "config.yaml").read_text() == CONFIG
+    assert read_config(run.path) == yaml.safe_load(CONFIG)
+    assert run.checkpoints.is_dir()
+    assert read_metrics(run.path) == []
+    assert read_summary(run.path) is None
+    assert sorted(os.listdir(run.path.parent)) == ["run"]
+
+
+def test_create_refuses_what_is_in_use_and_leaves_it_as_it_is(run, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    RunFolder.create(other, CONFIG)  # an empty folder is free
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("x")
+    for name, word in [
+        ("run", "--resume"),
+        ("other", "--resume"),
+        ("file", "empty folder"),
+        ("full", "empty folder"),
+    ]:
+        with pytest.raises(ValueError, match=word) as caught:
+            RunFolder.create(tmp_path / name, "seed: 1")
+        assert str(tmp_path / name) in str(caught.value)
+    with pytest.raises(ValueError, match="can be written"):
+        RunFolder.create(tmp_path / "file" / "run", CONFIG)
+    assert (run.path / "config.yaml").read_text() == CONFIG
+    assert sorted(os.listdir(tmp_path)) == ["file", "full", "other", "run"]
+
+
+def test_resume_takes_the_same_configuration_in_another_spelling(run):
+    assert RunFolder.resume(run.path, "{lora: {targets: [query], rank: 8}, seed: 0}").path == run.path
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        (CONFIG.replace("8", "4"), ["lora.rank ", "8", "got 4"]),
+        (CONFIG.replace("query", "value"), ["lora.targets ", "['query']", "got ['value']"]),
+        (CONFIG + "rounds: 3\n", ["rounds ", "'nothing'", "got 3"]),
+        ("lora:\n  rank: 8\n  targets: [query]\n", ["seed ", "0", "got 'nothing'"]),
+    ],
+)
+def test_resume_refuses_another_configuration_by_key_and_values(run, text, fragments):
+    with pytest.raises(ValueError, match="to resume") as caught:
+        RunFolder.resume(run.path, text)
+    assert not [fragment for fragment in fragments if fragment not in str(caught.value)]
+
+
+def test_resume_without_a_run_is_an_error_that_names_the_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.yaml") as caught:
+        RunFolder.resume(tmp_path, CONFIG)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_lines_hold_the_fields_of_the_contract_in_its_order(run):
+    run.append(make_metrics())
+    run.append(make_metrics(first=4, rounds=2))
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    assert [list(json.loads(line)) for line in lines] == [CONTRACT] * 5
+    assert [line["round"] for line in read_metrics(run.path)] == [1, 2, 3, 4, 5]
+
+
+def test_values_are_the_arrays_own_and_bits_are_exact_oracle_python_integers(run):
+    metrics = make_metrics()
+    run.append(metrics)
+    lines = read_metrics(run.path)
+    assert lines[1]["uplink_bits"] == 4 * (2**31 + 1)  # past uint32, and odd: float32 would round it
+    assert type(lines[1]["participants"]) is int
+    assert lines[2]["cumulative_latency_s"] == 2.1
+    for name, attribute in FIELDS.items():
+        column = np.asarray([line[name] for line in lines])
+        np.testing.assert_array_equal(
+            column.astype(np.float32), np.asarray(getattr(metrics, attribute), np.float32)
+        )
+
+
+def test_nan_and_infinity_are_null_oracle_strict_json(run):
+    run.append(make_metrics(eval_loss=jnp.array([jnp.nan, jnp.inf, 2.0]), latency_s=jnp.full(3, -jnp.inf)))
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    text = (run.path / "metrics.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    assert [line["eval_loss"] for line in lines] == [None, None, 2.0]
+    assert [line["latency_s"] for line in lines] == [None] * 3
+
+
+def test_a_torn_last_line_does_not_count_and_is_cut_off_oracle_untorn_log(run):
+    run.append(make_metrics())
+    path = run.path / "metrics.jsonl"
+    whole = path.read_text()
+    for torn in ("{", '{"round": 4, "train_loss": 0.', '{"round": 4}'):
+        path.write_text(whole + torn)
+        assert [line["round"] for line in read_metrics(run.path)] == [1, 2, 3]
+        run.truncate(3)
+        assert path.read_text() == whole
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_truncate_then_append_gives_the_log_of_an_uninterrupted_run(run, tmp_path, rounds):
+    run.append(make_metrics())
+    run.truncate(rounds)
+    run.append(make_metrics(first=rounds + 1, rounds=5 - rounds))
+    assert [line["round"] for line in read_metrics(run.path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_log_behind_its_checkpoint_or_damaged_is_an_error_that_names_the_line(run):
+    run.append(make_metrics())
+    with pytest.raises(ValueError, match="hold the 4 rounds of the checkpoint, got 3"):
+        run.truncate(4)
+    path = run.path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    for damaged in (["{\n", *lines[1:]], [*lines[1:]], ["3\n"]):
+        path.write_text("".join(damaged))
+        with pytest.raises(ValueError, match="line 1 must be the JSON object of round 1"):
+            read_metrics(run.path)
+
+
+def test_summary_adds_up_the_log_oracle_python_loop(run):
+    accuracy = jnp.array([0.5, 0.9, 0.75, jnp.nan])
+    run.append(make_metrics(rounds=4, eval_accuracy=accuracy))
+    told = {
+        "initial_accuracy": np.float32(0.1),
+        "wall_s": 2.5,
+        "peak_memory_bytes": None,
+        "samples_per_s": math.inf,
+    }
+    summary = run.write_summary(
+        told | {"device": "cpu", "versions": {"jax": "1"}, "seed": 3, "partition_hash": "ab"}
+    )
+    assert summary == read_summary(run.path)
+    assert summary == {
+        "initial_accuracy": 0.1,
+        "final_accuracy": 0.75,
+        "best_accuracy": 0.9,
+        "total_uplink_bits": 4 * 4 * (2**31 + 1),
+        "total_downlink_bits": 0,
+        "total_latency_s": 3.1,
+        "rounds": 4,
+        "wall_s": 2.5,
+        "compile_s": None,
+        "samples_per_s": None,
+        "peak_memory_bytes": None,
+        "device": "cpu",
+        "versions": {"jax": "1"},
+        "seed": 3,
+        "partition_hash": "ab",
+    }
+    with pytest.raises(ValueError, match="got wall"):
+        run.write_summary({"wall": 1.0})
+
+
+def test_a_write_that_fails_leaves_the_old_file_oracle_its_text(tmp_path):
+    path = tmp_path / "file.json"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.json"]
+
+
+def test_flatten_oracle_by_hand():
+    assert flatten({"a": 1, "b": {"c": {"d": [2]}, "e": None}}) == {"a": 1, "b.c.d": [2], "b.e": None}

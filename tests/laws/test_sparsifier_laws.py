@@ -1,0 +1,200 @@
+"""Laws that every sparsifier obeys, over one table of all of them."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_lora.sparsifiers import dense, soft, soft_rotated
+from oracles.sparsifier_oracle import (
+    LAYERS,
+    MAX_RANK,
+    RANK,
+    WIDTHS,
+    payload_bits,
+    random_adapters,
+    rank_mask,
+    stack,
+    trained_from,
+)
+
+
+class Row(NamedTuple):
+    """A method, and what tells it from the others in these laws.
+
+    index: whether a matrix is sent with an index. extra: values sent with a component beside its factors.
+    everything: whether all ranks are sent at any ratio. keeps_broadcast: whether what is not sent stays as it was.
+    """
+
+    module: Any
+    config: Any
+    index: bool = True
+    extra: int = 0
+    everything: bool = False
+    keeps_broadcast: bool = True
+
+
+TABLE = {
+    "dense": Row(dense, dense.DenseConfig(), index=False, everything=True),
+    "soft": Row(soft, soft.SoftConfig()),
+    "soft zero": Row(soft, soft.SoftConfig(missing="zero"), keeps_broadcast=False),
+    "soft change": Row(soft, soft.SoftConfig(send="change")),
+    "soft change zero": Row(soft, soft.SoftConfig(send="change", missing="zero", form="identity")),
+    "soft global": Row(soft, soft.SoftConfig(budget="global", form="a_only")),
+    "soft global change": Row(soft, soft.SoftConfig(budget="global", send="change", form="none")),
+    "soft_rotated": Row(soft_rotated, soft_rotated.SoftRotatedConfig(), index=False, extra=2 * MAX_RANK),
+}
+START = random_adapters(0)
+TRAINED = trained_from(START, 1)
+MASK = jnp.asarray(rank_mask())
+HALF = jnp.float32(0.5)
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module", params=TABLE, ids=list(TABLE))
+def row(request):
+    return TABLE[request.param]
+
+
+@pytest.fixture(scope="module")
+def method(row):
+    return row.module.make(row.config, jax.eval_shape(lambda: START))
+
+
+@pytest.fixture(scope="module")
+def compress(method):
+    return jax.jit(method.compress)
+
+
+@pytest.fixture(scope="module")
+def tail_energy(method):
+    return jax.jit(method.tail_energy)
+
+
+def close(x, y, atol=1e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=atol), x, y)
+
+
+def test_jit_equals_eager(method, compress, tail_energy):
+    close(compress(START, TRAINED, (), HALF, MASK, KEY), method.compress(START, TRAINED, (), HALF, MASK, KEY))
+    close(tail_energy(START, TRAINED, MASK), method.tail_energy(START, TRAINED, MASK), atol=1e-3)
+    close(jax.jit(method.penalty)(TRAINED, MASK), method.penalty(TRAINED, MASK))
+    close(jax.jit(method.payload_bits)(HALF, MASK), method.payload_bits(HALF, MASK))
+
+
+def test_vmap_equals_loop(compress):
+    """Clients of their own updates, ratios and structural ranks."""
+    cohort = [trained_from(START, seed) for seed in (1, 2, 3)]
+    ratios = jnp.array([0.25, 0.5, 1.0])
+    masks = jnp.stack([jnp.asarray(rank_mask(rank)) for rank in (4, 5, 6)])
+    keys = jax.random.split(KEY, 3)
+    mapped, _ = jax.vmap(compress, in_axes=(None, 0, None, 0, 0, 0))(START, stack(cohort), (), ratios, masks, keys)
+    looped = [compress(START, cohort[k], (), ratios[k], masks[k], keys[k])[0] for k in range(3)]
+    close(mapped, stack(looped))
+
+
+def test_dtypes_and_shapes_are_kept(method):
+    """Structure: decoded adapters are like the trained ones, numbers are float32, bits are uint32."""
+    sent, memory = jax.eval_shape(method.compress, START, TRAINED, method.init(START), HALF, MASK, KEY)
+    assert jax.tree.structure(memory) == jax.tree.structure(method.init(START))
+    assert jax.tree.structure(sent.adapters) == jax.tree.structure(START)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), sent.adapters, START
+    )
+    assert {name: m.shape for name, m in sent.counted.items()} == dict.fromkeys(WIDTHS, (LAYERS, MAX_RANK))
+    assert (sent.bits.shape, sent.bits.dtype) == ((), jnp.uint32)
+    floats = [sent.kept_ranks, sent.dropped_energy, *sent.counted.values()]
+    floats += [
+        jax.eval_shape(method.penalty, TRAINED, MASK),
+        jax.eval_shape(method.tail_energy, START, TRAINED, MASK),
+    ]
+    assert {x.dtype for x in floats} == {jnp.dtype(jnp.float32)}
+    planned = jax.eval_shape(method.payload_bits, jnp.ones((3, 2)), MASK)
+    assert (planned.shape, planned.dtype) == ((3, 2), jnp.float32)
+
+
+def test_traced_once_for_all_ratios_and_ranks(method):
+    """Structure: masks and ratios are data."""
+    traces = []
+
+    @jax.jit
+    def counted(trained, ratio, mask):
+        traces.append(1)
+        sent, _ = method.compress(START, trained, (), ratio, mask, KEY)
+        return sent.bits, method.tail_energy(START, trained, mask), method.payload_bits(ratio, mask)
+
+    for ratio, rank in ((0.25, 2), (0.5, 4), (1.0, 6)):
+        counted.trace(TRAINED, jnp.float32(ratio), jnp.asarray(rank_mask(rank)))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("ratio", [0.25, 1.0])
+def test_zero_update_stays_zero_change(row, compress, tail_energy, ratio):
+    """Invariance, to the bit; also from a broadcast of zero b, where every change ties."""
+    for start in (START, jax.tree.map(jnp.zeros_like, START)):
+        sent, _ = compress(start, start, (), jnp.float32(ratio), MASK, KEY)
+        if row.keeps_broadcast or ratio == 1.0:
+            jax.tree.map(np.testing.assert_array_equal, sent.adapters, start)
+        assert not any(np.any(np.isnan(leaf)) for leaf in jax.tree.leaves((sent, tail_energy(start, start, MASK))))
+
+
+@pytest.mark.parametrize("rank", [1, 4, 6])
+def test_keep_ratio_one_decodes_as_dense(compress, rank):
+    """Oracle: the dense sparsifier; nothing in use is dropped and everyone has a say in every rank in use."""
+    mask, trained = jnp.asarray(rank_mask(rank)), trained_from(START, 1, rank=rank)
+    sent, _ = compress(START, trained, (), jnp.float32(1.0), mask, KEY)
+    expected, _ = dense.make(dense.DenseConfig(), START).compress(START, trained, (), HALF, mask, KEY)
+    close(sent.adapters, expected.adapters)
+    jax.tree.map(np.testing.assert_array_equal, sent.counted, expected.counted)
+    assert sent.kept_ranks == rank
+    assert sent.dropped_energy < 1e-6
+
+
+@pytest.mark.parametrize("kept", [1, 2, 4])
+def test_bits_equal_independent_count(row, method, compress, kept):
+    """Oracle: a count value by value; a plan never falls short of what is sent."""
+    ratio = jnp.float32(kept / RANK)
+    sent, _ = compress(START, TRAINED, (), ratio, MASK, KEY)
+    if getattr(row.config, "budget", "module") == "global":
+        counts = {name: np.asarray(m).sum(-1).astype(int).tolist() for name, m in sent.counted.items()}
+        assert sum(map(sum, counts.values())) == kept * LAYERS * len(WIDTHS)
+    else:
+        counts = {name: [RANK if row.everything else kept] * LAYERS for name in WIDTHS}
+    assert sent.bits == payload_bits(counts, row.index, row.extra)
+    assert method.payload_bits(ratio, MASK) >= sent.bits
+
+
+def test_payload_bits_maps_over_ratios(method):
+    """Oracle: one ratio at a time; more ranks never cost less."""
+    ratios = jnp.array([[0.01, 0.3, 0.5], [0.7, 0.9, 1.0]])
+    found = method.payload_bits(ratios, MASK)
+    close(found, jnp.stack([jnp.stack([method.payload_bits(x, MASK) for x in line]) for line in ratios]))
+    assert np.all(np.diff(found.ravel()) >= 0)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 6])
+def test_tail_energy_falls_to_zero_at_the_structural_rank(tail_energy, rank):
+    """Invariance: non-increasing to the last bit, never negative, exactly 0 from r on."""
+    for seed in range(5):
+        tails = np.asarray(tail_energy(START, trained_from(START, seed, rank=rank), jnp.asarray(rank_mask(rank))))
+        assert tails.shape == (MAX_RANK + 1,)
+        assert np.all(np.diff(tails) <= 0)
+        np.testing.assert_array_equal(tails[rank:], 0.0)
+
+
+def test_ranks_not_in_use_change_nothing(compress, tail_energy, method):
+    """Invariance: whatever stands in a rank beyond r of the trained factors is neither sent nor counted."""
+    noise = random_adapters(7)
+    modules = {
+        name: f.replace(
+            a=f.a + 100 * noise.modules[name].a * (1 - MASK),
+            b=f.b + 100 * noise.modules[name].b * (1 - MASK)[:, None],
+        )
+        for name, f in TRAINED.modules.items()
+    }
+    noisy = TRAINED.replace(modules=modules)
+    close(compress(START, noisy, (), HALF, MASK, KEY), compress(START, TRAINED, (), HALF, MASK, KEY))
+    close(tail_energy(START, noisy, MASK), tail_energy(START, TRAINED, MASK))
+    close(method.penalty(noisy, MASK), method.penalty(TRAINED, MASK))

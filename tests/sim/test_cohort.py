@@ -1,0 +1,40 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_lora.sim.cohort import choose, client_mesh, map_clients, padded_size
+
+
+def test_full_participation_is_every_client_once_then_padding():
+    ids, present = choose(jax.random.key(0), 5, 5, 8)
+    assert ids.tolist() == [0, 1, 2, 3, 4, 5, 5, 5]
+    assert present.tolist() == [True] * 5 + [False] * 3
+
+
+def test_a_sample_is_without_replacement_and_uniform_against_the_binomial():
+    draws = jax.vmap(lambda key: choose(key, 12, 3, 3)[0])(jax.random.split(jax.random.key(1), 4000))
+    assert (np.diff(draws, axis=1) > 0).all()
+    count = np.bincount(np.ravel(draws), minlength=12)
+    # Each client is in with probability 1/4: 1000 times, with deviation 27.
+    assert abs(count - 1000).max() < 4.5 * np.sqrt(4000 * 0.25 * 0.75)
+
+
+def test_padding_of_the_sample_does_not_change_it():
+    short, _ = choose(jax.random.key(2), 9, 4, 4)
+    long, present = choose(jax.random.key(2), 9, 4, 6)
+    assert long[:4].tolist() == short.tolist()
+    assert present.tolist() == [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize(("cohort", "chunk", "devices", "size"), [(10, 1, 1, 10), (10, 4, 1, 12), (10, 3, 2, 12)])
+def test_padded_size_is_the_next_multiple_by_hand(cohort, chunk, devices, size):
+    assert padded_size(cohort, chunk, devices) == size
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 6])
+def test_mapping_over_clients_equals_a_python_loop(chunk):
+    w, clients = jnp.arange(12.0).reshape(3, 4), jnp.arange(18.0).reshape(6, 3)
+    mapped = map_clients(lambda w, x: jnp.sin(x) @ w, w, clients, chunk, client_mesh())
+    loop = np.stack([np.sin(np.asarray(x)) @ np.asarray(w) for x in clients])
+    np.testing.assert_allclose(mapped, loop, rtol=2e-5)

@@ -1,0 +1,70 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedjax_lora.sim.optimizers import OptimizerConfig, ServerConfig, direction, schedule, server_optimizer
+
+OPTAX = {
+    "sgd": lambda rate: optax.sgd(rate),
+    "momentum": lambda rate: optax.sgd(rate, momentum=0.8),
+    "adamw": lambda rate: optax.adamw(rate, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OPTAX)
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_direction_times_rate_equals_optax_own_optimizer(name, clip_norm):
+    config = OptimizerConfig(name=name, momentum=0.8, weight_decay=0.1, clip_norm=clip_norm)
+    ours = direction(config)
+    clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+    oracle = optax.chain(clip, OPTAX[name](0.02))
+    params = {"x": jnp.array([1.0, -2.0, 3.0])}
+    expected, our_state, oracle_state = params, ours.init(params), oracle.init(params)
+    for step in range(3):
+        gradient = jax.tree.map(lambda x: jnp.sin(x + step), params)
+        updates, our_state = ours.update(gradient, our_state, params)
+        params = jax.tree.map(lambda x, u: x - 0.02 * u, params, updates)
+        oracle_gradient = jax.tree.map(lambda x: jnp.sin(x + step), expected)
+        updates, oracle_state = oracle.update(oracle_gradient, oracle_state, expected)
+        expected = optax.apply_updates(expected, updates)
+    np.testing.assert_allclose(params["x"], expected["x"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "closed_form"),
+    [
+        ("constant", lambda t: 1.0),
+        ("linear", lambda t: 1 - t),
+        ("cosine", lambda t: (1 + np.cos(np.pi * t)) / 2),
+    ],
+)
+def test_schedule_against_closed_form_after_a_linear_rise(name, closed_form):
+    factor = schedule(OptimizerConfig(schedule=name, warmup_steps=4), 20)
+    rise = [float(factor(step)) for step in range(4)]
+    np.testing.assert_allclose(rise, [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
+    decay = [float(factor(step)) for step in range(4, 20)]
+    np.testing.assert_allclose(decay, [closed_form((step - 4) / 16) for step in range(4, 20)], atol=1e-6)
+
+
+def test_server_sgd_at_rate_one_is_the_average_by_closed_form():
+    optimizer = server_optimizer(ServerConfig())
+    broadcast, average = jnp.array([1.0, 2.0]), jnp.array([0.5, 3.0])
+    updates, _ = optimizer.update(broadcast - average, optimizer.init(broadcast), broadcast)
+    np.testing.assert_allclose(optax.apply_updates(broadcast, updates), average)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+        ({"momentum": 1.0}, "momentum must be in"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
+        ({"clip_norm": 0.0}, "clip_norm must be above 0 or null"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(values, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**values)

@@ -1,0 +1,245 @@
+"""The round as a whole: against plain loops, and against what must not change it."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_lora import trees
+from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.build import build
+from fedjax_lora.prng import round_keys
+from fedjax_lora.sim.local import Client, cross_entropy
+from fedjax_lora.sim.round import make_round
+from toy import config, simulation
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """A toy run of three rounds, one client at a time."""
+    sim = simulation()
+    return sim, *sim.run(sim.init(jax.random.key(3)), 3)
+
+
+def assert_same_run(result, other, rtol=2e-4):
+    """States and metrics agree within float32's reordering of sums."""
+    (state, metrics), (other_state, other_metrics) = result, other
+    for x, y in zip(jax.tree.leaves(state.adapters), jax.tree.leaves(other_state.adapters), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=2e-5)
+    np.testing.assert_allclose(metrics.train_loss, other_metrics.train_loss, rtol=rtol)
+    np.testing.assert_array_equal(metrics.uplink_bits, other_metrics.uplink_bits)
+    np.testing.assert_allclose(metrics.latency_s, other_metrics.latency_s, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [2, 4, 6])
+def test_chunk_size_and_padded_clients_change_nothing(reference, chunk):
+    _, state, metrics = reference
+    other = simulation(f"engine.client_chunk={chunk}")  # 4 does not divide 6: two clients are padding
+    assert_same_run((state, metrics), other.run(other.init(jax.random.key(3)), 3))
+
+
+def test_a_second_device_changes_nothing(reference, tmp_path):
+    _, state, _ = reference
+    script = """
+import sys, jax, numpy as np
+sys.path.insert(0, sys.argv[1])
+from toy import simulation
+assert jax.device_count() == 2
+sim = simulation("engine.client_chunk=2")
+state, metrics = sim.run(sim.init(jax.random.key(3)), 3)
+np.savez(sys.argv[2], *map(np.asarray, jax.tree.leaves(state.adapters)))
+"""
+    out = tmp_path / "two.npz"
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", script, str(Path(__file__).parents[1]), str(out)]
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    with np.load(out) as saved:
+        for x, name in zip(jax.tree.leaves(state.adapters), saved.files, strict=True):
+            np.testing.assert_allclose(x, saved[name], rtol=2e-4, atol=2e-5)
+
+
+def test_a_round_of_dense_fedit_equals_a_python_loop_over_clients():
+    sim = simulation("sparsifier.name=dense", "local.steps=1", "local.optimizer.name=sgd")
+    state = sim.init(jax.random.key(5))
+    after, metrics = sim.run(state, 1)
+
+    data, keys = sim.world.data, round_keys(state.key, state.round)
+    weight = np.asarray(data.count) / np.asarray(data.count).sum()
+    average, losses = None, []
+    for client in range(6):
+        key = jax.random.fold_in(keys.local, client)
+        trained = sim.parts.train(
+            sim.world.base,
+            data.train,
+            state.adapters,
+            state.hyper,
+            state.round,
+            Client(data.index[client], data.count[client], key),
+        )
+        losses.append(float(trained.loss))
+        share = jax.tree.map(lambda x, w=weight[client]: w * np.asarray(x, np.float64), trained.adapters)
+        average = share if average is None else jax.tree.map(np.add, average, share)
+    for x, y in zip(jax.tree.leaves(after.adapters), jax.tree.leaves(average), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(metrics.train_loss[0], np.mean(losses), rtol=1e-5)
+
+
+def test_rounds_one_at_a_time_equal_a_run(reference):
+    sim, state, metrics = reference
+    one = sim.init(jax.random.key(3))
+    rows = []
+    for _ in range(3):
+        one, row = sim.run(one, 1)
+        rows.append(row)
+    for x, y in zip(jax.tree.leaves(one.adapters), jax.tree.leaves(state.adapters), strict=True):
+        np.testing.assert_array_equal(x, y)
+    np.testing.assert_array_equal(np.concatenate([row.train_loss for row in rows]), metrics.train_loss)
+
+
+def test_run_leaves_the_given_state_valid(reference):
+    sim, _, _ = reference
+    state = sim.init(jax.random.key(4))
+    first, _ = sim.run(state, 1)
+    second, _ = sim.run(state, 1)
+    for x, y in zip(jax.tree.leaves(first.adapters), jax.tree.leaves(second.adapters), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_evaluation_equals_a_numpy_loop_over_the_test_pool(reference):
+    sim, state, metrics = reference
+    from fedjax_lora.lora.adapters import effective, rank_mask
+    from fedjax_lora.models.load import ModelConfig, build_model
+
+    model, _ = build_model(ModelConfig(), 10, (8, 8, 1))
+    used = effective(state.adapters, rank_mask(3, 4), 16.0 / 3)
+    logits = np.asarray(model.apply(sim.world.base, used, sim.world.data.test), np.float64)
+    label = np.asarray(sim.world.data.test["label"])
+    log_z = np.log(np.exp(logits).sum(1))
+    np.testing.assert_allclose(metrics.eval_loss[-1], (log_z - logits[np.arange(len(label)), label]).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics.eval_accuracy[-1], (logits.argmax(1) == label).mean(), rtol=1e-6)
+    assert np.isnan(metrics.eval_loss[:2]).all()
+
+
+def test_masked_ranks_stay_as_they_were(reference):
+    sim, state, _ = reference
+    start = sim.init(jax.random.key(3))
+    for name, factors in state.adapters.modules.items():
+        np.testing.assert_array_equal(factors.a[:, :, 3:], start.adapters.modules[name].a[:, :, 3:])
+        np.testing.assert_array_equal(factors.b[:, 3:], 0)
+
+
+def test_no_base_weight_has_a_client_axis_in_the_lowered_program():
+    """Shapes in the lowered text: a stacked frozen matrix `[L, n_in, n_out]` never gains a leading axis."""
+    sim = simulation("engine.client_chunk=3")
+    state = sim.init(jax.random.key(0))
+    text = jax.jit(make_round(sim.parts)).lower(sim.world, state).as_text()
+    shapes = {leaf.shape for leaf in jax.tree.leaves(sim.world.base["layers"]) if leaf.ndim == 3}
+    matrices = shapes | {shape[1:] for shape in shapes}
+    found = {tuple(map(int, dims.split("x"))) for dims in re.findall(r"tensor<((?:\d+x)*\d+)xf32>", text)}
+    assert shapes <= found  # the text does name the frozen matrices
+    axes = {3, 6}
+    with_clients = {(clients, *shape) for clients in axes for shape in matrices if (clients, *shape) not in shapes}
+    assert not found & with_clients
+
+
+def test_a_diverged_client_is_counted_and_poisons_nothing():
+    sim = simulation()
+    state = sim.init(jax.random.key(7))
+    poisoned = sim.world.data.train["image"].at[sim.world.data.index[2, : sim.world.data.count[2]]].set(jnp.nan)
+    data = dataclasses.replace(sim.world.data, train={**sim.world.data.train, "image": poisoned})
+    sim.world = dataclasses.replace(sim.world, data=data)
+    after, metrics = sim.run(state, 2)
+    assert metrics.nonfinite_clients.tolist() == [1, 1]
+    assert metrics.participants.tolist() == [5, 5]
+    assert bool(trees.all_finite(after.adapters))
+    assert np.isfinite(metrics.train_loss).all()
+    assert (metrics.client_uplink_bits[:, 2] == 0).all()
+    # Oracle: the same round in which that client has no data at all has the same average.
+    absent = dataclasses.replace(sim.world.data, train={**data.train, "image": jnp.nan_to_num(poisoned)})
+    loop = _average_without(sim, dataclasses.replace(sim.world, data=absent), state, 2)
+    first, _ = sim.run(state, 1)
+    for x, y in zip(jax.tree.leaves(first.adapters.head), jax.tree.leaves(loop), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+def _average_without(sim, world, state, left_out):
+    """NumPy average of the heads of all clients but one."""
+    keys, data = round_keys(state.key, state.round), world.data
+    clients = [client for client in range(6) if client != left_out]
+    weight = np.asarray(data.count)[clients] / np.asarray(data.count)[clients].sum()
+    heads = []
+    for client in clients:
+        key = jax.random.fold_in(keys.local, client)
+        one = Client(data.index[client], data.count[client], key)
+        trained = sim.parts.train(world.base, data.train, state.adapters, state.hyper, state.round, one)
+        heads.append(trained.adapters.head)
+    return jax.tree.map(lambda *h: sum(w * np.asarray(x) for w, x in zip(weight, h, strict=True)), *heads)
+
+
+def test_partial_participation_counts_and_charges_only_the_cohort():
+    sim = simulation("clients.per_round=2")
+    _, metrics = sim.run(sim.init(jax.random.key(1)), 4)
+    assert metrics.participants.tolist() == [2] * 4
+    assert metrics.client_uplink_bits.shape == (4, 2)
+    full = simulation()
+    _, whole = full.run(full.init(jax.random.key(1)), 1)
+    assert (metrics.uplink_bits * 3 == whole.uplink_bits).all()
+
+
+def test_accounting_of_latency_and_keep_ratio_by_hand(reference):
+    _, state, metrics = reference
+    np.testing.assert_allclose(metrics.elapsed_s, np.cumsum(metrics.latency_s), rtol=1e-6)
+    np.testing.assert_allclose(state.elapsed_s, metrics.elapsed_s[-1])
+    np.testing.assert_allclose(metrics.kept_ranks_mean, 2.0)  # floor(0.7 * 3)
+    width = {"query": 64 + 64, "up": 64 + 256}
+    index = min(4, 2 * 2)
+    bits = sum(4 * (2 * w * 32 + index) for w in width.values()) + (64 * 10 + 10) * 32
+    np.testing.assert_array_equal(metrics.client_uplink_bits, bits)
+    dense = sum(4 * 3 * w * 32 for w in width.values()) + (64 * 10 + 10) * 32
+    np.testing.assert_array_equal(metrics.client_downlink_bits, dense)
+
+
+def test_one_program_serves_every_number_of_rounds(reference):
+    sim, _, _ = reference
+    compiled = sim._compiled
+    sim.run(sim.init(jax.random.key(9)), 5)
+    assert sim._compiled is compiled
+
+
+def test_cross_entropy_of_a_masked_batch_equals_that_of_the_true_examples():
+    logits, label = jnp.array([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0], [9.0, 9.0, 0.0]]), jnp.array([0, 1, 2])
+    masked = cross_entropy(logits, label, jnp.array([1.0, 1.0, 0.0]))
+    alone = cross_entropy(logits[:2], label[:2], jnp.ones(2))
+    np.testing.assert_allclose(masked, alone, rtol=1e-6)
+
+
+def test_rounds_below_one_are_refused(reference):
+    sim, state, _ = reference
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        sim.run(state, 0)
+
+
+def test_the_network_can_be_taken_away_without_changing_what_is_learned():
+    fixed, ideal = simulation("clients.per_round=3"), build(config("clients.per_round=3", "control.name=ideal"))
+    fixed_state, fixed_metrics = fixed.run(fixed.init(jax.random.key(2)), 2)
+    ideal_state, ideal_metrics = ideal.run(ideal.init(jax.random.key(2)), 2)
+    if fixed_metrics.participants.tolist() == ideal_metrics.participants.tolist():
+        for x, y in zip(jax.tree.leaves(fixed_state.adapters), jax.tree.leaves(ideal_state.adapters), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    assert (ideal_metrics.latency_s < fixed_metrics.latency_s).all()
+
+
+def test_factors_have_no_square_shape_in_this_toy():
+    """The toy must not hide a transpose: one of its modules is not square."""
+    sim = simulation()
+    factors: Factors = sim.init(jax.random.key(0)).adapters.modules["up"]
+    adapters: Adapters = sim.init(jax.random.key(0)).adapters
+    assert factors.a.shape[1] != factors.b.shape[2]
+    assert set(adapters.head) == {"w", "b"}

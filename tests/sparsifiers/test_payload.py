@@ -1,0 +1,107 @@
+"""Bits on the air against a count value by value."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.sparsifiers import dense, payload, soft, soft_rotated
+from oracles.sparsifier_oracle import (
+    LAYERS,
+    MAX_RANK,
+    WIDTHS,
+    payload_bits,
+    random_adapters,
+    rank_mask,
+    trained_from,
+)
+
+START = random_adapters(0)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 6])
+@pytest.mark.parametrize("budget", ["module", "global"])
+def test_soft_equals_count_of_what_was_sent(budget, rank):
+    mask, trained = jnp.asarray(rank_mask(rank)), trained_from(START, 1, rank=rank)
+    method = soft.make(soft.SoftConfig(budget=budget), START)
+    compress = jax.jit(method.compress)
+    for kept in range(1, rank + 1):
+        ratio = jnp.float32(kept / rank)
+        sent, _ = compress(START, trained, (), ratio, mask, jax.random.key(0))
+        counts = {name: np.asarray(m).sum(-1).astype(int).tolist() for name, m in sent.counted.items()}
+        assert sent.bits.dtype == jnp.uint32
+        assert sent.bits == payload_bits(counts, index=True)
+        planned = method.payload_bits(ratio, mask)
+        assert planned == sent.bits if budget == "module" else planned >= sent.bits
+
+
+def test_global_plan_is_the_dearest_choice():
+    """Brute force: the most that any split of the components over the matrices can cost in values and in index."""
+    method, mask = soft.make(soft.SoftConfig(budget="global"), START), jnp.asarray(rank_mask(4))
+    kept = 2
+    total, wide, narrow = kept * LAYERS * len(WIDTHS), sum(WIDTHS["query"]), sum(WIDTHS["value"])
+    values = max(
+        q * wide + (total - q) * narrow for q in range(total + 1) if q <= 4 * LAYERS and total - q <= 4 * LAYERS
+    )
+    index = LAYERS * len(WIDTHS) * min(MAX_RANK, kept * 3)
+    head = payload_bits({}, index=False)
+    assert method.payload_bits(jnp.float32(0.5), mask) == head + 32 * values + index
+
+
+@pytest.mark.parametrize("rank", [1, 4, 6])
+def test_rotated_equals_count_with_rotations(rank):
+    mask, trained = jnp.asarray(rank_mask(rank)), trained_from(START, 1, rank=rank)
+    method = soft_rotated.make(soft_rotated.SoftRotatedConfig(), START)
+    compress = jax.jit(method.compress)
+    for kept in range(1, rank + 1):
+        ratio = jnp.float32(kept / rank)
+        sent, _ = compress(START, trained, (), ratio, mask, jax.random.key(0))
+        counts = {name: [kept] * LAYERS for name in WIDTHS}
+        assert sent.bits == payload_bits(counts, index=False, extra=2 * MAX_RANK)
+        assert method.payload_bits(ratio, mask) == sent.bits
+
+
+def test_dense_equals_count_at_every_ratio():
+    mask = jnp.asarray(rank_mask(4))
+    method = dense.make(dense.DenseConfig(), START)
+    expected = payload_bits({name: [4] * LAYERS for name in WIDTHS}, index=False)
+    np.testing.assert_array_equal(method.payload_bits(jnp.array([0.1, 1.0]), mask), [expected, expected])
+    assert dense.make(dense.DenseConfig(), START).compress(START, START, (), 0.1, mask, None)[0].bits == expected
+
+
+@pytest.mark.parametrize(
+    ("max_rank", "kept", "expected"),
+    [(1, 1, 0), (2, 1, 1), (8, 1, 3), (8, 3, 8), (16, 3, 12), (9, 2, 8), (8, 0, 0)],
+)
+def test_index_equals_closed_form(max_rank, kept, expected):
+    """min(R, k ceil(log2 R))."""
+    assert payload.index_bits(jnp.uint32(kept), max_rank) == expected
+
+
+def test_shapes_are_enough():
+    """Invariance: a method made from shapes counts the same bits."""
+    shapes = jax.eval_shape(lambda: START)
+    ratio, mask = jnp.float32(0.5), jnp.asarray(rank_mask(4))
+    for module, config in ((soft, soft.SoftConfig()), (dense, dense.DenseConfig())):
+        assert module.make(config, shapes).payload_bits(ratio, mask) == module.make(config, START).payload_bits(
+            ratio, mask
+        )
+
+
+def test_a_payload_beyond_uint32_is_refused():
+    """Closed form: 2^27 values of 32 bits are 2^32 bits."""
+    like = jax.eval_shape(
+        lambda: Adapters({"w": Factors(jnp.zeros((64, 2**17, 8)), jnp.zeros((64, 8, 2**17)))}, {})
+    )
+    with pytest.raises(ValueError, match=r"payload of one client must be below 2\*\*32 bits, got 4294967"):
+        dense.make(dense.DenseConfig(), like)
+
+
+def test_modules_of_unequal_rank_are_refused():
+    """The message itself."""
+    like = Adapters({"w": Factors(jnp.zeros((1, 3, 2)), jnp.zeros((1, 4, 5)))}, {})
+    with pytest.raises(ValueError, match=r"modules must have one common maximum rank, got \[2, 4\]"):
+        dense.make(dense.DenseConfig(), like)
+    with pytest.raises(ValueError, match="name must be 'dense', got 'all'"):
+        dense.DenseConfig(name="all")  # pyright: ignore[reportArgumentType]

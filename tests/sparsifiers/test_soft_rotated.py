@@ -1,0 +1,100 @@
+"""Rotated SOFT against NumPy's SVD of each factor's change."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_lora.sparsifiers.soft_rotated import SoftRotatedConfig, make
+from oracles.sparsifier_oracle import LAYERS, MAX_RANK, RANK, product, random_adapters, rank_mask, trained_from
+
+KEY = jax.random.key(0)
+START = random_adapters(0)
+MASK = jnp.asarray(rank_mask())
+METHOD = make(SoftRotatedConfig(), START)
+COMPRESS = jax.jit(METHOD.compress)
+
+
+def compress(trained, kept):
+    return COMPRESS(START, trained, (), jnp.float32(kept / RANK), MASK, KEY)[0]
+
+
+def truncated(change, kept):
+    u, s, vt = np.linalg.svd(np.float64(change), full_matrices=False)
+    return (u[:, :kept] * s[:kept]) @ vt[:kept], np.sum(s[kept:] ** 2)
+
+
+@pytest.mark.parametrize("step", [0.3, 1e-4])
+@pytest.mark.parametrize("kept", [1, 2, 4])
+def test_each_factor_is_its_best_approximation(kept, step):
+    """Eckart-Young for the changes of a and of b, also for changes whose squares are tiny."""
+    trained = trained_from(START, 1, step)
+    sent = compress(trained, kept)
+    for name in START.modules:
+        for side in ("a", "b"):
+            before, after = (np.asarray(getattr(x.modules[name], side)) for x in (START, trained))
+            decoded = np.asarray(getattr(sent.adapters.modules[name], side))
+            for layer in range(LAYERS):
+                best, _ = truncated(after[layer] - before[layer], kept)
+                np.testing.assert_allclose(decoded[layer] - before[layer], best, atol=1e-5 * step + 1e-6)
+
+
+def test_tail_energy_equals_singular_values_left_out():
+    """NumPy's SVD of every change, both factors."""
+    trained = trained_from(START, 1)
+    found = jax.jit(METHOD.tail_energy)(START, trained, MASK)
+    for k in range(MAX_RANK + 1):
+        expected = sum(
+            truncated(getattr(trained.modules[name], side)[layer] - getattr(f0, side)[layer], k)[1]
+            for name, f0 in START.modules.items()
+            for side in ("a", "b")
+            for layer in range(LAYERS)
+        )
+        np.testing.assert_allclose(found[k], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_dropped_energy_equals_explicit_products():
+    """Of the decoded adapters, product by product."""
+    trained = trained_from(START, 1)
+    sent = compress(trained, 2)
+    expected = sum(
+        np.sum((product(f, layer, range(RANK)) - product(sent.adapters.modules[name], layer, range(RANK))) ** 2)
+        for name, f in trained.modules.items()
+        for layer in range(LAYERS)
+    )
+    np.testing.assert_allclose(sent.dropped_energy, expected, rtol=1e-5)
+
+
+def test_round_trip_at_full_rank_even_where_a_change_is_rank_deficient():
+    """Invariance: all r rotated components rebuild the change, though eigenvalues tie with unused ranks."""
+    trained = trained_from(START, 1)
+    modules = {
+        name: f.replace(a=f.a.at[..., 1].set(START.modules[name].a[..., 1]).at[..., 2].add(1e-4))
+        for name, f in trained.modules.items()
+    }
+    trained = trained.replace(modules=modules)
+    sent = compress(trained, RANK)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-6), sent.adapters, trained)
+    assert sent.dropped_energy < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e12])
+def test_rotation_does_not_depend_on_the_scale_of_a_change(scale):
+    """Invariance: a scaled change is approximated by the scaled approximation, from a broadcast of zero."""
+    zero = jax.tree.map(jnp.zeros_like, START)
+    change = trained_from(zero, 1)
+    scaled = jax.tree.map(lambda x: scale * x, change)
+    half = jnp.float32(0.5)
+    small, _ = COMPRESS(zero, change, (), half, MASK, KEY)
+    large, _ = COMPRESS(zero, scaled, (), half, MASK, KEY)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(y / scale, x, atol=2e-5),
+        small.adapters.modules,
+        large.adapters.modules,
+    )
+
+
+def test_config_names_field_and_value():
+    """The message itself."""
+    with pytest.raises(ValueError, match="name must be 'soft_rotated', got 'soft'"):
+        SoftRotatedConfig(name="soft")  # pyright: ignore[reportArgumentType]

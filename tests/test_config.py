@@ -1,0 +1,182 @@
+"""The YAML form of a configuration: strict, forgiving of nothing, one line for each mistake."""
+
+import dataclasses
+
+import pytest
+
+from fedjax_lora.config import VARIANTS, ConfigError, ExperimentConfig, dump, load_config, to_dict
+from fedjax_lora.presets import PRESETS, preset
+from fedjax_lora.sparsifiers.dense import DenseConfig
+from fedjax_lora.sparsifiers.soft import SoftConfig
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load_text(text, *overrides, base=None):
+        path = tmp_path / "experiment.yaml"
+        path.write_text(text)
+        return load_config(path, overrides, base=base)
+
+    return load_text
+
+
+# The oracle of each row is the specification: one line with the dotted key, the value it got and what is allowed.
+MISTAKES = {
+    # unknown keys
+    "near": ("rouns: 3", ["rouns ", "3", "did you mean rounds?"]),
+    "near, nested": ("lora: {rnk: 2}", ["lora.rnk ", "2", "did you mean lora.rank?"]),
+    "in another section": (
+        "local: {learning_rate: 1}",
+        ["local.learning_rate ", "mean local.optimizer.learning_rate?"],
+    ),
+    "none near": ("lora: {zzz: 2}", ["lora.zzz ", "2", "valid keys are max_rank, rank, alpha, targets"]),
+    "not a string": ("1: 2", ["1 ", "2", "valid keys are seed, rounds, model"]),
+    "of another variant": (
+        "sparsifier: {name: dense, form: a}",
+        ["sparsifier.form ", "'a'", "valid keys are name"],
+    ),
+    # wrong types
+    "string for int": ("lora: {rank: '8'}", ["lora.rank ", "'8'", "an integer"]),
+    "bool for int": ("lora: {rank: true}", ["lora.rank ", "True", "an integer"]),
+    "float for int": ("rounds: 8.0", ["rounds ", "8.0", "an integer"]),
+    "bool for float": ("lora: {alpha: false}", ["lora.alpha ", "False", "a finite number"]),
+    "string for float": ("lora: {alpha: '1e-3'}", ["lora.alpha ", "'1e-3'", "a finite number"]),
+    "nan": ("lora: {alpha: .nan}", ["lora.alpha ", "nan", "a finite number"]),
+    "infinity": ("wireless: {bandwidth_hz: .inf}", ["wireless.bandwidth_hz ", "inf", "a finite number"]),
+    "int for bool": ("wireless: {downlink: 1}", ["wireless.downlink ", "1", "true or false"]),
+    "null for int": ("rounds:", ["rounds ", "None", "an integer"]),
+    "string for list": ("lora: {targets: query}", ["lora.targets ", "'query'", "a list of strings"]),
+    "list of ints": ("lora: {targets: [1]}", ["lora.targets ", "[1]", "a list of strings"]),
+    "optional": ("clients: {per_round: all}", ["clients.per_round ", "'all'", "an integer or null"]),
+    "int or word": (
+        "engine: {client_chunk: auot}",
+        ["engine.client_chunk ", "'auot'", "an integer or auto", "mean auto?"],
+    ),
+    "string for section": ("lora: 3", ["lora ", "3", "a mapping"]),
+    "null for section": ("clients:", ["clients ", "None", "a mapping"]),
+    "list for variant": ("sparsifier: [1]", ["sparsifier ", "[1]", "a mapping"]),
+    # values that are not allowed
+    "literal": (
+        "wireless: {fading: raileigh}",
+        ["wireless.fading ", "'raileigh'", "rayleigh, rician", "mean rayleigh?"],
+    ),
+    "variant": (
+        "sparsifier: {name: soft_rotate}",
+        ["sparsifier.name ", "'soft_rotate'", "dense", "mean soft_rotated?"],
+    ),
+    "variant of no name": ("control: {name: [2]}", ["control.name ", "[2]", "one of fixed, uniform, ideal"]),
+    "out of range": ("rounds: 0", ["rounds ", "0", "at least 1"]),
+    "out of range, nested": (
+        "local: {optimizer: {learning_rate: -1.0}}",
+        ["local.optimizer.learning_rate ", "-1.0"],
+    ),
+    "two fields": ("lora: {rank: 99}", ["lora.rank ", "99", "max_rank"]),
+    "seed": ("seed: -1", ["seed ", "-1", "from 0 to 2**32 - 1"]),
+    # sections that do not fit together
+    "text without model": (
+        "data: {source: tsv, train: a, test: b}",
+        ["model.pretrained ", "None", "data.source is tsv"],
+    ),
+    "images with model": (
+        "model: {pretrained: x}",
+        ["model.pretrained ", "'x'", "absent", "data.source is digits"],
+    ),
+    "warm-up": ("{rounds: 2, local: {steps: 3, optimizer: {warmup_steps: 6}}}", ["warmup_steps ", "below", "6"]),
+    # files
+    "empty": ("", ["empty configuration file"]),
+    "only a comment": ("# nothing", ["empty configuration file"]),
+    "not a mapping": ("- 1", ["a mapping of keys", "[1]"]),
+    "syntax": ("rounds: 3\nlora: [", ["line 2", "valid YAML"]),
+    "tab": ("lora:\n\trank: 2", ["line 2", "valid YAML"]),
+    "twice": ("rounds: 3\nrounds: 4", ["line 2", "'rounds' twice"]),
+    "key that is a list": ("? [1]\n: 2", ["line 1", "a key that is not a word"]),
+    "no such day": ("seed: 2020-99-99", ["valid YAML", "month"]),
+    "tag that executes": ("seed: !!python/object/apply:os.getcwd []", ["line 1", "valid YAML"]),
+}
+
+
+@pytest.mark.parametrize(("text", "fragments"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_in_a_file_is_one_line_as_specified(load, text, fragments):
+    with pytest.raises(ConfigError) as caught:
+        load(text)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not [fragment for fragment in fragments if fragment not in message], message
+
+
+@pytest.mark.parametrize(
+    ("override", "fragments"),
+    [
+        ("rounds", ["key=value", "'rounds'"]),
+        ("=3", ["key=value", "'=3'"]),
+        ("rounds=", ["rounds ", "None", "an integer"]),
+        ("rounds=1.5", ["rounds ", "1.5", "an integer"]),
+        ("rounds.a=3", ["rounds ", "{'a': 3}", "an integer"]),
+        ("lora.targets=[query", ["'lora.targets=[query'", "valid YAML"]),
+        ("lora..rank=2", ["lora. ", "valid keys are max_rank"]),
+        ("sparsifier.name=dense", ["sparsifier.orthogonality ", "2", "valid keys are name"]),
+    ],
+)
+def test_a_mistake_in_an_override_is_one_line_as_specified(load, override, fragments):
+    with pytest.raises(ConfigError) as caught:
+        load("sparsifier: {orthogonality: 2}", override)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not [fragment for fragment in fragments if fragment not in message], message
+
+
+def test_a_missing_file_a_folder_and_bytes_are_one_line_as_specified(tmp_path):
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, reason in [(tmp_path / "none.yaml", "No such file"), (tmp_path, "directory"), (binary, "UTF-8")]:
+        with pytest.raises(ConfigError, match=reason) as caught:
+            load_config(path)
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_dump_then_load_is_the_identity(load, name):
+    config = dataclasses.replace(preset(name), seed=7)
+    config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, targets=("a", "b"), alpha=1e-7))
+    assert load(dump(config)) == config
+    assert load_config(None, base=config) == config
+
+
+def test_a_file_names_only_what_differs_oracle_hand_made_dataclass(load):
+    config = load(
+        "rounds: 3\nlora: {rank: 2, alpha: 4}\nlocal: {optimizer: {learning_rate: 1e-3, clip_norm: 5E-1}}",
+        "lora.rank=3",
+        "lora.targets=[query]",
+    )
+    default = ExperimentConfig()
+    optimizer = dataclasses.replace(default.local.optimizer, learning_rate=0.001, clip_norm=0.5)
+    assert config == dataclasses.replace(
+        default,
+        rounds=3,
+        lora=dataclasses.replace(default.lora, rank=3, alpha=4.0, targets=("query",)),
+        local=dataclasses.replace(default.local, optimizer=optimizer),
+    )
+    assert type(config.lora.alpha) is float
+
+
+def test_a_variant_without_name_is_the_default_oracle_dataclass_defaults(load):
+    assert load("sparsifier: {orthogonality: 2}").sparsifier == SoftConfig(orthogonality=2.0)
+    raw = to_dict(ExperimentConfig())
+    for section, variants in VARIANTS.items():
+        assert raw[section]["name"] == next(iter(variants))
+        assert all(cls().name == name for name, cls in variants.items())
+
+
+def test_another_variant_over_a_preset_starts_from_its_own_defaults(load):
+    base = preset("digits")
+    config = load("seed: 1", "sparsifier.name=dense", base=base)
+    assert config == dataclasses.replace(base, seed=1, sparsifier=DenseConfig())
+    # The same variant keeps what the preset chose.
+    assert load("control: {name: fixed}", base=base).control == base.control
+
+
+def test_an_unknown_preset_is_one_line_as_specified():
+    with pytest.raises(
+        ConfigError, match=r"must be one of digits, digits-ideal, got 'digit'; did you mean digits\?"
+    ):
+        preset("digit")

@@ -1,0 +1,125 @@
+"""Imports go downward only. The oracle is the list of layers, read against the syntax tree of every file."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LAYERS = (
+    ("fedjax_lora_kernels",),
+    ("base", "prng", "trees", "units"),
+    ("ops", "lora", "wireless", "sparsifiers", "aggregation"),
+    ("models", "data", "control", "split"),
+    ("sim",),
+    ("config", "build", "presets", "io"),
+    ("report", "export", "runner", "cli"),
+)
+LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
+
+SAME_LEVEL = {
+    ("sparsifiers", "ops"),
+    ("aggregation", "ops"),
+    ("build", "config"),
+    ("presets", "config"),
+    ("runner", "report"),
+    ("cli", "report"),
+    ("cli", "runner"),
+    ("cli", "export"),
+}
+"""(importer, imported): the pairs of one level that may."""
+
+VERSION_READERS = {"runner", "cli"}
+"""Who may import the root package, for its version."""
+
+
+def imported_packages(module: str, source: str) -> set[str]:
+    """Packages of the project that `module` imports, wherever in its source: `""` is the root package."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: -node.level] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            names += [f"{origin}.{alias.name}" for alias in node.names]
+    packages = set()
+    for name in names:
+        first, _, rest = name.partition(".")
+        if first == "fedjax_lora_kernels":
+            packages.add(first)
+        elif first == "fedjax_lora":
+            package = rest.split(".")[0]
+            packages.add(package if package in LEVEL else "")
+    return packages
+
+
+def package_of(module: str) -> str:
+    """The name that has a layer."""
+    first, _, rest = module.partition(".")
+    return rest.split(".")[0] if first == "fedjax_lora" else first
+
+
+def violations(module: str, source: str) -> set[str]:
+    """What `module` imports against the rule."""
+    importer = package_of(module)
+
+    def allowed(imported: str) -> bool:
+        if not imported:
+            return importer in VERSION_READERS
+        below = LEVEL[imported] < LEVEL[importer]
+        return below or imported == importer or (importer, imported) in SAME_LEVEL
+
+    return {imported for imported in imported_packages(module, source) if not allowed(imported)}
+
+
+def project_files() -> dict[str, Path]:
+    """Module -> file; the root's `__init__` is left out: it may name anything that is public."""
+    files = {}
+    for root in (ROOT, ROOT / "kernels"):
+        for name in ("fedjax_lora", "fedjax_lora_kernels"):
+            for path in (root / name).rglob("*.py"):
+                files[".".join(path.relative_to(root).with_suffix("").parts)] = path
+    return {module: path for module, path in files.items() if module != "fedjax_lora.__init__"}
+
+
+def test_every_file_imports_downward_only():
+    found = {
+        module: wrong
+        for module, path in project_files().items()
+        if (wrong := violations(module, path.read_text(encoding="utf-8")))
+    }
+    assert not found
+
+
+def test_every_package_has_a_layer():
+    packages = {package_of(module) for module in project_files()}
+    assert {"base", "sparsifiers", "sim", "config", "cli"} <= packages <= set(LEVEL)
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "wrong"),
+    [
+        ("fedjax_lora.sparsifiers.soft", "from fedjax_lora.base import Sent\nimport jax", set()),
+        ("fedjax_lora.sparsifiers.soft", "from fedjax_lora.ops import products", set()),
+        ("fedjax_lora.ops.products", "from fedjax_lora_kernels import gram", set()),
+        ("fedjax_lora.sparsifiers.soft", "from fedjax_lora.sparsifiers import ranks", set()),
+        ("fedjax_lora.sparsifiers.soft", "from fedjax_lora.lora import adapters", {"lora"}),
+        ("fedjax_lora.sparsifiers.soft", "def f():\n  import fedjax_lora.sim.engine", {"sim"}),
+        ("fedjax_lora.sparsifiers.soft", "from . import ranks\nfrom .payload import dense_bits", set()),
+        (
+            "fedjax_lora.sparsifiers.soft",
+            "from .. import trees, sim\nfrom ..models.load import x",
+            {"sim", "models"},
+        ),
+        ("fedjax_lora.base", "from fedjax_lora import config, trees", {"config", "trees"}),
+        ("fedjax_lora.config", "from fedjax_lora.build import build", {"build"}),
+        ("fedjax_lora.config", "from fedjax_lora.io import log", {"io"}),
+        ("fedjax_lora.sim.engine", "from fedjax_lora import __version__", {""}),
+        ("fedjax_lora_kernels.gram", "from fedjax_lora.base import Adapters", {"base"}),
+        ("fedjax_lora_kernels.gram", "import fedjax_lora", {""}),
+    ],
+)
+def test_the_rule_itself_against_cases_by_hand(module, source, wrong):
+    assert violations(module, source) == wrong

@@ -1,0 +1,184 @@
+"""The link against closed forms and NumPy, and its invariance to order and padding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from fedjax_lora.base import Decision, LinkState
+from fedjax_lora.wireless import WirelessConfig, make_link, perfect_link, rayleigh_outage
+from oracles import wireless_oracle
+
+KEY = jax.random.key(3)
+IDS = jnp.array([7, 2, 40, 11, 0])
+STATE = LinkState(
+    mean_gain=jnp.array([1e-9, 4e-11, 2e-12]),
+    fading=jnp.array([1 + 0j, 0.6 - 0.8j, 0.1 + 0.2j], jnp.complex64),
+    cpu_hz=jnp.array([1e9, 2e9, 1.6e9]),
+)
+POWER_GAIN = np.array([1, 1, 0.05])
+DECISION = Decision(keep_ratio=jnp.ones(3), bandwidth_hz=jnp.array([5e6, 8e6, 2e6]))
+BITS = jnp.array([1_000_000, 30_000, 200_000], jnp.uint32)
+SNR_PER_GAIN_HZ = 0.01 / 10**-20.4
+ALL, AT_ONCE = jnp.ones(3), jnp.zeros(3)
+
+
+def delivered(link, state=STATE, bits=BITS, decision=DECISION, start_s=AT_ONCE, present=ALL):
+    return jax.jit(link.deliver)(state, bits, decision, start_s, present)
+
+
+def assert_same(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def test_draws_follow_the_client_and_not_its_place():
+    """Invariance under permutation and padding, bit for bit, at the start and after a step."""
+    link = make_link(WirelessConfig(path_loss="uma", fading_correlation=0.5), 8)
+    init, step = jax.jit(link.init), jax.jit(link.step)
+    state = init(KEY, IDS)
+    order = jnp.array([4, 1, 0, 3, 2])
+    padded_ids = jnp.append(IDS, jnp.array([100, 101]))
+    assert_same(init(KEY, IDS[order]), jax.tree.map(lambda leaf: leaf[order], state))
+    padded = init(KEY, padded_ids)
+    assert_same(jax.tree.map(lambda leaf: leaf[:5], padded), state)
+    stepped = step(state, jax.random.key(4), IDS)
+    assert_same(jax.tree.map(lambda leaf: leaf[:5], step(padded, jax.random.key(4), padded_ids)), stepped)
+    assert_same((stepped.mean_gain, stepped.cpu_hz), (state.mean_gain, state.cpu_hz))
+    assert not np.any(np.asarray(stepped.fading) == np.asarray(state.fading))
+
+
+def test_init_draws_each_quantity_from_its_own_law():
+    """Kolmogorov-Smirnov for processors and distances in closed form (no shadowing: the gain is the distance)."""
+    config = WirelessConfig(shadowing_db=0, fading="none")
+    state = jax.jit(make_link(config, 8).init)(KEY, jnp.arange(5000))
+    assert stats.kstest(np.asarray(state.cpu_hz) / 1e9 - 1, "uniform").pvalue > 0.01
+    distance_m = 10 ** ((-10 * np.log10(np.asarray(state.mean_gain)) - 128.1) / 37.6 + 3)
+    assert stats.kstest(np.clip((distance_m**2 - 35**2) / (500**2 - 35**2), 0, 1), "uniform").pvalue > 0.01
+    np.testing.assert_array_equal(state.fading, 1)
+
+
+def test_correlation_of_one_freezes_the_fading():
+    link = make_link(WirelessConfig(fading="rician", fading_correlation=1.0), 8)
+    state = jax.jit(link.init)(KEY, IDS)
+    np.testing.assert_allclose(jax.jit(link.step)(state, jax.random.key(1), IDS).fading, state.fading, atol=1e-6)
+
+
+def test_snr_matches_its_closed_form_with_either_knowledge():
+    gain = np.asarray(STATE.mean_gain, np.float64)
+    perfect = make_link(WirelessConfig(), 8).snr_hz(STATE)
+    np.testing.assert_allclose(perfect, SNR_PER_GAIN_HZ * gain * POWER_GAIN, rtol=1e-6)
+    mean = make_link(WirelessConfig(csi="mean", fade_margin_db=20, noise_figure_db=10), 8).snr_hz(STATE)
+    np.testing.assert_allclose(mean, SNR_PER_GAIN_HZ * gain / 1000, rtol=1e-6)
+
+
+def test_start_is_compute_time_in_closed_form_and_zero_for_an_absent_client():
+    start = make_link(WirelessConfig(), 80).start_s(STATE, jnp.uint32(10**6), jnp.array([1.0, 0.0, 0.5]))
+    np.testing.assert_allclose(start, [80 * 1e7 / 1e9, 0, 80 * 1e7 / 1.6e9], rtol=1e-6)
+
+
+def test_downlink_runs_at_the_worst_present_clients_rate():
+    """NumPy in float64, at 46 dBm over 10 dBm; the last client is the worst and leaves."""
+    link = make_link(WirelessConfig(downlink=True), 80)
+    snr = 10**3.6 * SNR_PER_GAIN_HZ * np.asarray(STATE.mean_gain, np.float64) * POWER_GAIN
+    compute = 80 * 1e7 / np.asarray(STATE.cpu_hz)
+    everyone = link.start_s(STATE, jnp.uint32(10**8), ALL)
+    np.testing.assert_allclose(everyone, compute + 1e8 / wireless_oracle.rate(2e7, snr[2]), rtol=1e-6)
+    two = link.start_s(STATE, jnp.uint32(10**8), jnp.array([1, 1, 0]))
+    np.testing.assert_allclose(two[:2], (compute + 1e8 / wireless_oracle.rate(2e7, snr[1]))[:2], rtol=1e-6)
+    np.testing.assert_array_equal(link.start_s(STATE, jnp.uint32(10**8), jnp.zeros(3)), 0)
+
+
+def test_delivery_matches_numpy_in_float64():
+    start = jnp.array([0.5, 0.25, 0.75])
+    delivery = delivered(make_link(WirelessConfig(), 80), start_s=start)
+    snr = SNR_PER_GAIN_HZ * np.asarray(STATE.mean_gain, np.float64) * POWER_GAIN
+    upload = np.asarray(BITS) / wireless_oracle.rate(np.asarray(DECISION.bandwidth_hz), snr)
+    np.testing.assert_allclose(delivery.latency_s, start + upload, rtol=1e-6)
+    compute_j = 1e-28 * 80 * 1e7 * np.asarray(STATE.cpu_hz, np.float64) ** 2
+    np.testing.assert_allclose(delivery.energy_j, compute_j + 0.01 * upload, rtol=1e-6)
+    np.testing.assert_array_equal(delivery.delivered, True)
+
+
+def test_with_mean_knowledge_delivery_keeps_the_plan_and_fails_below_the_margin():
+    """By hand: power gains 1, 1, 0.05 against a margin of 10 dB; time and energy are those of the plan."""
+    link = make_link(WirelessConfig(csi="mean"), 80)
+    delivery = delivered(link)
+    np.testing.assert_array_equal(delivery.delivered, [True, True, False])
+    planned = wireless_oracle.rate(
+        np.asarray(DECISION.bandwidth_hz), SNR_PER_GAIN_HZ * np.float64(STATE.mean_gain) / 10
+    )
+    np.testing.assert_allclose(delivery.latency_s, np.asarray(BITS) / planned, rtol=1e-6)
+    assert delivery.energy_j[2] > 0.01 * delivery.latency_s[2]
+
+
+def test_share_of_outages_matches_the_closed_form_within_five_standard_errors():
+    """The planned rate is that of c_mean / 10: outage 1 - exp(-0.1), by `rayleigh_outage` too."""
+    clients, band = 20_000, 1e3
+    link = make_link(WirelessConfig(csi="mean"), 8)
+    state = jax.jit(link.init)(KEY, jnp.arange(clients))
+    decision = Decision(jnp.ones(clients), jnp.full(clients, band))
+    arrived = delivered(
+        link, state, jnp.full(clients, 10, jnp.uint32), decision, jnp.zeros(clients), jnp.ones(clients)
+    )
+    expected = 1 - np.exp(-0.1)
+    failed = 1 - np.mean(arrived.delivered)
+    assert abs(failed - expected) < 5 * np.sqrt(expected * (1 - expected) / clients)
+    planned = wireless_oracle.rate(band, 5e4)
+    np.testing.assert_allclose(rayleigh_outage(planned, band, 5e5), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("csi", ["perfect", "mean"])
+def test_who_cannot_send_is_late_for_ever_and_spends_on_computing_alone(csi):
+    """By definition: no band, no gain, and beside them a client that has nothing to send."""
+    state = STATE.replace(mean_gain=jnp.array([1e-9, 0, 0]))
+    decision = Decision(jnp.ones(3), jnp.array([0.0, 1e6, 0.0]))
+    delivery = delivered(make_link(WirelessConfig(csi=csi), 80), state, jnp.array([9, 9, 0], jnp.uint32), decision)
+    np.testing.assert_array_equal(delivery.latency_s, [np.inf, np.inf, 0])
+    np.testing.assert_array_equal(delivery.delivered, [False, False, True])
+    np.testing.assert_allclose(delivery.energy_j, 1e-28 * 80 * 1e7 * np.asarray(STATE.cpu_hz) ** 2, rtol=1e-6)
+
+
+def test_an_absent_client_takes_no_time_and_no_energy():
+    delivery = delivered(make_link(WirelessConfig(), 8), present=jnp.array([1.0, 0.0, 1.0]))
+    np.testing.assert_array_equal([leaf[1] for leaf in delivery], 0)
+    np.testing.assert_array_equal(delivery.delivered, [True, False, True])
+
+
+def test_perfect_link_only_computes():
+    """Closed form: latency is the start, energy the processor's, whatever band, gain and downlink are."""
+    link = perfect_link(WirelessConfig(csi="mean", downlink=True), 80)
+    state = STATE.replace(mean_gain=jnp.array([1e-9, 0, 1e-30]))
+    start = link.start_s(state, jnp.uint32(10**9), ALL)
+    np.testing.assert_allclose(start, 80 * 1e7 / np.asarray(STATE.cpu_hz), rtol=1e-6)
+    delivery = delivered(link, state, decision=Decision(jnp.ones(3), jnp.zeros(3)), start_s=start)
+    np.testing.assert_array_equal(delivery.latency_s, start)
+    np.testing.assert_array_equal(delivery.delivered, True)
+    np.testing.assert_allclose(delivery.energy_j, 1e-28 * 80 * 1e7 * np.asarray(STATE.cpu_hz) ** 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("bandwidth_hz", 0.0, "positive and finite"),
+        ("bandwidth_hz", float("nan"), "positive and finite"),
+        ("power_dbm", float("inf"), "finite"),
+        ("noise_figure_db", -1.0, "at least 0 and finite"),
+        ("path_loss", "rural", "one of 3gpp128, umi, uma"),
+        ("fading", "nakagami", "one of none, rayleigh, rician"),
+        ("csi", "none", "one of perfect, mean"),
+        ("carrier_ghz", 0.1, "between 0.5 and 100"),
+        ("fading_correlation", 1.1, "between 0 and 1"),
+        ("cell_radius_m", 20.0, "at least min_distance_m = 35.0 and finite"),
+        ("cpu_hz_max", 1e8, "at least cpu_hz_min = 1000000000.0 and finite"),
+    ],
+)
+def test_config_names_field_value_and_what_is_allowed(field, value, allowed):
+    with pytest.raises(ValueError) as error:
+        WirelessConfig(**{field: value})
+    assert str(error.value) == f"{field} must be {allowed}, got {value!r}"
+
+
+def test_samples_per_round_is_checked():
+    with pytest.raises(ValueError, match="samples_per_round must be at least 1, got 0"):
+        make_link(WirelessConfig(), 0)
