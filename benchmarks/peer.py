@@ -79,9 +79,7 @@ class Peer:
 
     def start(self, adapters: dict[str, np.ndarray], input_ids: np.ndarray, labels: np.ndarray) -> float:
         """Begin from the engine's global adapters and pool; returns seconds until the program is compiled."""
-        self._global = {
-            name: torch.tensor(np.ascontiguousarray(_pick(adapters, name).T)) for name in self._trained
-        }
+        self._global = {name: torch.tensor(np.ascontiguousarray(_pick(adapters, name).T)) for name in self._trained}
         self._input_ids = torch.tensor(input_ids, dtype=torch.long)
         self._mask = torch.ones_like(self._input_ids)
         self._labels = torch.tensor(labels, dtype=torch.long)

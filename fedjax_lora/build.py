@@ -94,9 +94,7 @@ def _build(config: ExperimentConfig) -> Simulation:
         chunk=_chunk(config, model, sparsifier, world, like, hyper, -(-cohort_size // mesh.size)),
         mesh=mesh,
     )
-    initial = Initial(
-        adapters=initial_adapters, memory=sparsifier.init, server=optimizer.init, link=link, hyper=hyper
-    )
+    initial = Initial(adapters=initial_adapters, memory=sparsifier.init, server=optimizer.init, link=link, hyper=hyper)
     return Simulation(
         parts=parts,
         world=world,

@@ -129,9 +129,7 @@ def _dirichlet(generator: np.random.Generator, labels: np.ndarray, num_clients: 
     return owner
 
 
-def _shards(
-    generator: np.random.Generator, labels: np.ndarray, num_clients: int, shards_per_client: int
-) -> np.ndarray:
+def _shards(generator: np.random.Generator, labels: np.ndarray, num_clients: int, shards_per_client: int) -> np.ndarray:
     """`[N]` owner of each example, shard by shard."""
     shuffled = generator.permutation(len(labels))
     by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]

@@ -118,9 +118,7 @@ class RunFolder:
         for key in [*now, *before]:
             old, new = before.get(key, "nothing"), now.get(key, "nothing")
             if old != new:
-                raise ValueError(
-                    f"{key} must be {old!r} as in {run.path / _CONFIG} to resume the run, got {new!r}"
-                )
+                raise ValueError(f"{key} must be {old!r} as in {run.path / _CONFIG} to resume the run, got {new!r}")
         return run
 
     def append(self, metrics: Metrics) -> None:

@@ -1,7 +1,7 @@
 """BERT-family encoder classifier (Devlin et al., arXiv 1810.04805), MiniLM and BERT checkpoints included.
 
-Adapters may sit on `query`, `key`, `value`, `output` (attention.output.dense), `up` (intermediate.dense) and
-`down` (output.dense).
+Adapters may sit on the modules of MODULE_NAMES: `query`, `key`, `value`, `output` (attention.output.dense), `up`
+(intermediate.dense) and `down` (output.dense).
 """
 
 import dataclasses
@@ -17,29 +17,40 @@ from fedjax_lora.models import layers
 from fedjax_lora.models.primitives import project
 from fedjax_lora.models.safetensors import Weight
 
-_LAYER = "encoder.layer.{layer}."
-_ATTENTION = _LAYER + "attention.self."
+MODULE_NAMES = {
+    "query": "encoder.layer.{layer}.attention.self.query",
+    "key": "encoder.layer.{layer}.attention.self.key",
+    "value": "encoder.layer.{layer}.attention.self.value",
+    "output": "encoder.layer.{layer}.attention.output.dense",
+    "up": "encoder.layer.{layer}.intermediate.dense",
+    "down": "encoder.layer.{layer}.output.dense",
+}
+"""Modules that may carry an adapter -> their names in a Hugging Face BertModel."""
+
+
+def _dense(path: str, *names: str) -> dict[str, Weight]:
+    return {
+        f"{path}/w": Weight(tuple(f"{name}.weight" for name in names), transpose=True),
+        f"{path}/b": Weight(tuple(f"{name}.bias" for name in names)),
+    }
+
+
+def _norm(path: str, name: str) -> dict[str, Weight]:
+    return {f"{path}/scale": Weight((f"{name}.weight",)), f"{path}/bias": Weight((f"{name}.bias",))}
+
 
 WEIGHT_MAP: dict[str, Weight] = {
     "embeddings/word": Weight(("embeddings.word_embeddings.weight",)),
     "embeddings/position": Weight(("embeddings.position_embeddings.weight",)),
     "embeddings/type": Weight(("embeddings.token_type_embeddings.weight",)),
-    "embeddings/norm/scale": Weight(("embeddings.LayerNorm.weight",)),
-    "embeddings/norm/bias": Weight(("embeddings.LayerNorm.bias",)),
-    "layers/query_key_value/w": Weight((_ATTENTION + "query.weight", _ATTENTION + "key.weight", _ATTENTION + "value.weight"), transpose=True),
-    "layers/query_key_value/b": Weight((_ATTENTION + "query.bias", _ATTENTION + "key.bias", _ATTENTION + "value.bias")),
-    "layers/output/w": Weight((_LAYER + "attention.output.dense.weight",), transpose=True),
-    "layers/output/b": Weight((_LAYER + "attention.output.dense.bias",)),
-    "layers/norm_attention/scale": Weight((_LAYER + "attention.output.LayerNorm.weight",)),
-    "layers/norm_attention/bias": Weight((_LAYER + "attention.output.LayerNorm.bias",)),
-    "layers/up/w": Weight((_LAYER + "intermediate.dense.weight",), transpose=True),
-    "layers/up/b": Weight((_LAYER + "intermediate.dense.bias",)),
-    "layers/down/w": Weight((_LAYER + "output.dense.weight",), transpose=True),
-    "layers/down/b": Weight((_LAYER + "output.dense.bias",)),
-    "layers/norm_mlp/scale": Weight((_LAYER + "output.LayerNorm.weight",)),
-    "layers/norm_mlp/bias": Weight((_LAYER + "output.LayerNorm.bias",)),
-    "pooler/w": Weight(("pooler.dense.weight",), transpose=True),
-    "pooler/b": Weight(("pooler.dense.bias",)),
+    **_norm("embeddings/norm", "embeddings.LayerNorm"),
+    **_dense("layers/query_key_value", MODULE_NAMES["query"], MODULE_NAMES["key"], MODULE_NAMES["value"]),
+    **_dense("layers/output", MODULE_NAMES["output"]),
+    **_norm("layers/norm_attention", "encoder.layer.{layer}.attention.output.LayerNorm"),
+    **_dense("layers/up", MODULE_NAMES["up"]),
+    **_dense("layers/down", MODULE_NAMES["down"]),
+    **_norm("layers/norm_mlp", "encoder.layer.{layer}.output.LayerNorm"),
+    **_dense("pooler", "pooler.dense"),
 }
 """Where each frozen weight lies in a Hugging Face checkpoint."""
 

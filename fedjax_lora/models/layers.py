@@ -5,6 +5,7 @@ them, so that neither the program nor its compile time grows with depth.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ class Block(nn.Module):
         x = x if self.pre_norm else norm_attention(x)
 
         y = norm_mlp(x) if self.pre_norm else x
-        y = gelu(Dense({"up": self.mlp_width}, self.dtype, name="up")(y, adapters), self.dtype)
+        y = ACTIVATIONS[self.activation](Dense({"up": self.mlp_width}, self.dtype, name="up")(y, adapters))
         y = Dense({"down": d}, self.dtype, name="down")(y, adapters)
         x = x + dropout(y, self.dropout, keys[1])
         return x if self.pre_norm else norm_mlp(x)
@@ -127,7 +128,7 @@ def init_blocks(block: Block, key: Array, num_layers: int, d: int) -> dict:
     """Random weights of a stack, leaves `[L, ...]`."""
     x, mask = jnp.zeros((1, 1, d)), jnp.ones((1, 1))
     keys = jax.random.split(key, num_layers)
-    return jax.vmap(lambda layer_key: block.init(layer_key, x, mask, {}, None)["params"])(keys)
+    return jax.vmap(lambda layer_key: dict(block.init(layer_key, x, mask, {}, None)["params"]))(keys)
 
 
 def run_blocks(
@@ -145,7 +146,7 @@ def run_blocks(
     num_layers = jax.tree.leaves(layers)[0].shape[0]
     keys = None if key is None else jax.random.split(key, num_layers)
 
-    def step(x: Array, layer: tuple) -> tuple[Array, None]:
+    def step(x: Array, layer: tuple) -> tuple[Any, None]:
         weights, factors, layer_key = layer
         return block.apply({"params": weights}, x, hidden.mask, factors, layer_key), None
 

@@ -1,11 +1,10 @@
 """The operations of a transformer block, each with its own backward rule.
 
-The rules are there for speed, on a CPU above all: they keep one array where automatic differentiation keeps several,
-and they order the products so that no large operand has to be transposed. The gradient to a frozen weight is
-defined but costs nothing while nobody asks for it: the compiler drops what is unused.
+The rules are there for speed, on a CPU above all: they keep one array where automatic differentiation keeps
+several, and they order the products so that no large operand has to be transposed. The gradient to a frozen weight
+is defined but costs nothing while nobody asks for it: the compiler drops what is unused.
 """
 
-import functools
 import math
 
 import jax
@@ -21,8 +20,21 @@ def pack(x: Array) -> Array:
 
     XLA's CPU compiler slices and updates bfloat16 arrays by way of float32: a scan over stacked weights would
     convert all of them at every layer. Integers are moved as they are, and a bitcast is free on every device.
+
+    Raises:
+      ValueError: where bfloat16 weights are differentiated, which integers would silently answer with zero.
     """
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+    return _pack_bfloat16(x) if x.dtype == jnp.bfloat16 else x
+
+
+@jax.custom_jvp
+def _pack_bfloat16(x: Array) -> Array:
+    return jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+@_pack_bfloat16.defjvp
+def _refuse_to_differentiate(primals, tangents):
+    raise ValueError("compute_dtype must be float32 where the frozen weights are trained, got bfloat16")
 
 
 def unpack(x: Array) -> Array:
@@ -42,7 +54,7 @@ def project(x: Array, w: Array, factors: Factors | None = None) -> Array:
 
     Args:
       x: `[..., n_in]` float32.
-      w: `[n_in, n_out]`.
+      w: `[n_in, n_out]`, as it is or packed.
       factors: effective ones of one layer, `a: [n_in, R]`, `b: [R, n_out]`; None for no adapter.
 
     Returns:
@@ -51,7 +63,7 @@ def project(x: Array, w: Array, factors: Factors | None = None) -> Array:
     return _project_forward(x, w, factors)[0]
 
 
-def _project_forward(x: Array, w: Array, factors: Factors | None):
+def _project_forward(x: Array, w: Array, factors: Factors | None) -> tuple[Array, tuple]:
     frozen = unpack(w)
     y = _dot(x.astype(frozen.dtype), frozen, "...i,io->...o")
     if factors is None:
@@ -78,14 +90,9 @@ def _project_backward(residuals: tuple, g: Array) -> tuple[Array, Array | None, 
 project.defvjp(_project_forward, _project_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gelu(x: Array, dtype: DTypeLike) -> Array:
-    """Gaussian error linear unit, `x * Phi(x)` with the exact normal distribution Phi.
-
-    Args:
-      x: float32 of any shape.
-      dtype: in which the slope is kept for the gradient.
-    """
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """Gaussian error linear unit, `x * Phi(x)` with the exact normal distribution Phi."""
     return x * _normal_cdf(x)
 
 
@@ -94,32 +101,31 @@ def _normal_cdf(x: Array) -> Array:
     return 0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))
 
 
-def _gelu_forward(x: Array, dtype: DTypeLike) -> tuple[Array, Array]:
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
     cdf = _normal_cdf(x)
     slope = cdf + x * jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-    return x * cdf, pack(slope.astype(dtype))
+    return x * cdf, slope
 
 
-def _gelu_backward(dtype: DTypeLike, slope: Array, g: Array) -> tuple[Array]:
-    return (g * unpack(slope),)
+def _gelu_backward(slope: Array, g: Array) -> tuple[Array]:
+    return (g * slope,)
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def layer_norm(x: Array, scale_bias: tuple[Array, Array], eps: float) -> Array:
     """Layer normalisation over the last axis, float32.
 
     Args:
       x: `[..., d]`.
-      scale_bias: two arrays `[d]`.
+      scale_bias: `[d]` each.
       eps: added to the variance.
     """
-    return _layer_norm_forward(x, scale_bias, eps)[0]
+    return _layer_norm(x, scale_bias, eps)
 
 
-def _layer_norm_forward(x: Array, scale_bias: tuple[Array, Array], eps: float):
+def _layer_norm_forward(x: Array, scale_bias: tuple[Array, Array], eps: float) -> tuple[Array, tuple]:
     scale, bias = scale_bias
     centred = x - x.mean(-1, keepdims=True)
     inverse = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)
@@ -135,10 +141,10 @@ def _layer_norm_backward(eps: float, residuals: tuple[Array, Array, Array], g: A
     return dx * inverse, ((g * normed).sum(batch_axes), g.sum(batch_axes))
 
 
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+_layer_norm = jax.custom_vjp(lambda *arguments: _layer_norm_forward(*arguments)[0], nondiff_argnums=(2,))
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def attention(qkv: Array, mask: Array, num_heads: int, dtype: DTypeLike) -> Array:
     """Softmax attention in which no position looks at padding.
 
@@ -151,10 +157,10 @@ def attention(qkv: Array, mask: Array, num_heads: int, dtype: DTypeLike) -> Arra
     Returns:
       `[B, S, d]`; the mean of the values for an example without a real position.
     """
-    return _attention_forward(qkv, mask, num_heads, dtype)[0]
+    return _attention(qkv, mask, num_heads, dtype)
 
 
-def _attention_forward(qkv: Array, mask: Array, num_heads: int, dtype: DTypeLike):
+def _attention_forward(qkv: Array, mask: Array, num_heads: int, dtype: DTypeLike) -> tuple[Array, tuple]:
     batch, length, width = qkv.shape
     heads = qkv.reshape(batch, length, 3, num_heads, width // (3 * num_heads))
     query, key, value = heads.transpose(2, 0, 3, 1, 4).astype(dtype)
@@ -162,12 +168,12 @@ def _attention_forward(qkv: Array, mask: Array, num_heads: int, dtype: DTypeLike
     scores = jnp.where(mask[:, None, None, :] > 0, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
     mixed = _dot(weights, value, "bhqk,bhkd->bhqd")
-    return mixed.transpose(0, 2, 1, 3).reshape(batch, length, width // 3), (pack(query), pack(key), pack(value), pack(weights), mask)
+    residuals = (*map(pack, (query, key, value, weights)), mask)
+    return mixed.transpose(0, 2, 1, 3).reshape(batch, length, width // 3), residuals
 
 
 def _attention_backward(num_heads: int, dtype: DTypeLike, residuals: tuple, g: Array) -> tuple[Array, Array]:
-    query, key, value, weights = map(unpack, residuals[:4])
-    mask = residuals[4]
+    query, key, value, weights, mask = map(unpack, residuals)
     batch, length, d = g.shape
     g = g.reshape(batch, length, num_heads, d // num_heads).transpose(0, 2, 1, 3).astype(dtype)
     # Key and value gradients come out as [.., d, k]: the [q, k] operand is then used as it lies in memory.
@@ -182,4 +188,5 @@ def _attention_backward(num_heads: int, dtype: DTypeLike, residuals: tuple, g: A
     return jnp.stack(parts, axis=2).reshape(batch, length, 3 * d), jnp.zeros_like(mask)
 
 
-attention.defvjp(_attention_forward, _attention_backward)
+_attention = jax.custom_vjp(lambda *arguments: _attention_forward(*arguments)[0], nondiff_argnums=(2, 3))
+_attention.defvjp(_attention_forward, _attention_backward)

@@ -45,9 +45,7 @@ def resolve(pretrained: str) -> Path:
     if folder.is_dir():
         return folder
     try:
-        return Path(
-            huggingface_hub.snapshot_download(pretrained, allow_patterns=["*.json", "*.safetensors", "*.txt"])
-        )
+        return Path(huggingface_hub.snapshot_download(pretrained, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
     except Exception as error:  # the hub client raises errors of several libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
@@ -108,7 +106,7 @@ def load(
       ValueError: for tensors that are missing, unexpected or of another shape, and for a damaged file.
     """
     files = tensor_files(folder)
-    leaves = flatten_dict(shapes, sep="/")
+    leaves: dict[str, Any] = flatten_dict(shapes, sep="/")
     wanted = {name for path, weight in weight_map.items() for name in _names(weight, leaves[path].shape)}
     prefix = max(prefixes, key=lambda prefix: sum(prefix + name in files for name in wanted))
     _check(folder, {name.removeprefix(prefix) for name in files}, wanted, ignored)
@@ -122,9 +120,7 @@ def load(
             except SafetensorError as error:
                 raise ValueError(f"model.pretrained must hold readable files, got {file} ({error})") from None
 
-        return unflatten_dict(
-            {path: _leaf(weight, leaves[path], read) for path, weight in weight_map.items()}, sep="/"
-        )
+        return unflatten_dict({path: _leaf(weight, leaves[path], read) for path, weight in weight_map.items()}, sep="/")
 
 
 def save(path: Path, tree: Base) -> None:
@@ -166,7 +162,9 @@ def _check(folder: Path, found: set[str], wanted: set[str], ignored: Sequence[st
     for problem, names in (("lacks", wanted - found), ("has unexpected", unexpected)):
         if names:
             listed = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
-            raise ValueError(f"model.pretrained must match the model: {folder} {problem} {len(names)} tensors: {listed}")
+            raise ValueError(
+                f"model.pretrained must match the model: {folder} {problem} {len(names)} tensors: {listed}"
+            )
 
 
 def _leaf(weight: Weight, shape: jax.ShapeDtypeStruct, read: Callable[[str], np.ndarray]) -> jax.Array:
@@ -182,6 +180,8 @@ def _leaf(weight: Weight, shape: jax.ShapeDtypeStruct, read: Callable[[str], np.
         if any((*part.shape[:-1], width) != want for part in parts):
             stored = want[::-1] if weight.transpose else want
             got = " and ".join(str(tensor.shape) for tensor in tensors)
-            raise ValueError(f"model.pretrained must match the model: {' and '.join(names)} must make up {stored}, got {got}")
+            raise ValueError(
+                f"model.pretrained must match the model: {' and '.join(names)} must make up {stored}, got {got}"
+            )
         layers.append(np.concatenate(parts, axis=-1))
     return jnp.asarray(np.stack(layers) if stacked else layers[0], shape.dtype)

@@ -1,4 +1,4 @@
-"""A small vision transformer (Dosovitskiy et al., arXiv 2010.11929) for small images, normalised before each branch.
+"""A vision transformer (Dosovitskiy et al., arXiv 2010.11929) for small images; each branch normalises its input.
 
 Adapters may sit on `query`, `key`, `value`, `output` (of attention), `up` and `down` (of the perceptron).
 """
@@ -19,8 +19,9 @@ from fedjax_lora.models.primitives import project
 class VitConfig:
     """Shape of a vision transformer; the defaults are `vit-tiny` on 8x8 gray digits.
 
-    image_shape: height, width and channels are the three fields.
+    height, width, channels: of an image.
     patch: side of the square patches; it divides height and width.
+    hidden: model width d.
     dropout: rate after the embeddings and on the output of each residual branch.
     compute_dtype: of the frozen matrices and their products.
     """

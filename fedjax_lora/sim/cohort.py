@@ -48,9 +48,9 @@ def map_clients(work: Callable[..., Any], shared: Any, clients: Any, chunk: int,
     def on_one_device(shared: Any, clients: Any) -> Any:
         return lax.map(lambda client: work(shared, client), clients, batch_size=chunk if chunk > 1 else None)
 
-    return jax.shard_map(
-        on_one_device, mesh=mesh, in_specs=(P(), P(CLIENTS)), out_specs=P(CLIENTS), check_vma=False
-    )(shared, clients)
+    return jax.shard_map(on_one_device, mesh=mesh, in_specs=(P(), P(CLIENTS)), out_specs=P(CLIENTS), check_vma=False)(
+        shared, clients
+    )
 
 
 def client_mesh() -> Mesh:

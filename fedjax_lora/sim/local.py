@@ -99,9 +99,7 @@ def make_train(
             adapters, optimizer_state = carry
             number, rows, weight = inputs
             key = jax.random.fold_in(dropout_key, number)
-            gradient, data_loss = jax.grad(loss, has_aux=True)(
-                adapters, base, hyper, gather(pool, rows), weight, key
-            )
+            gradient, data_loss = jax.grad(loss, has_aux=True)(adapters, base, hyper, gather(pool, rows), weight, key)
             updates, optimizer_state = direction.update(gradient, optimizer_state, adapters)
             rate = hyper.learning_rate * schedule(round_number * config.steps + number)
             adapters = jax.tree.map(lambda x, u: x - rate * u, adapters, updates)

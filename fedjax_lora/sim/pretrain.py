@@ -3,12 +3,11 @@
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import optax
 import numpy as np
+import optax
 from jax import Array, lax
 
 from fedjax_lora.base import Adapters, Base, Model

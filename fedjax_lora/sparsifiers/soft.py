@@ -193,8 +193,7 @@ def make(config: SoftConfig, like: Adapters) -> Sparsifier:
 
     def tail_energy(start: Adapters, trained: Adapters, rank_mask: Array) -> Array:
         energies = {
-            name: jnp.where(rank_mask > 0, sigma, 0.0) ** 2
-            for name, sigma in scores(start, trained, rank_mask).items()
+            name: jnp.where(rank_mask > 0, sigma, 0.0) ** 2 for name, sigma in scores(start, trained, rank_mask).items()
         }
         if config.budget == "global":
             ordered = jnp.sort(jnp.concatenate([e.ravel() for e in energies.values()]), descending=True)

@@ -11,9 +11,7 @@ from fedjax_lora.wireless.rate import LN2, log_gap, marginal_rates, spectral_eff
 
 _ITERATIONS = 30
 _TINY = float(jnp.finfo(jnp.float32).tiny)
-_NEVER_S = (
-    1e15  # thirty million years: an upload that needs longer cannot be sent, and squares of times stay finite
-)
+_NEVER_S = 1e15  # thirty million years: an upload that needs longer cannot be sent, and squares of times stay finite
 _MIN_SLOPE = 1e-20  # dr/db at c/b = 1e-10, far beyond any radio: keeps pulls finite
 
 

@@ -71,9 +71,7 @@ def path_loss_db(model: PathLoss, distance_m: Array, carrier_ghz: float, line_of
     return jnp.where(line_of_sight, los_db, nlos_db)
 
 
-def draw_mean_gain(
-    key: Array, model: PathLoss, distance_m: Array, carrier_ghz: float, shadowing_db: float
-) -> Array:
+def draw_mean_gain(key: Array, model: PathLoss, distance_m: Array, carrier_ghz: float, shadowing_db: float) -> Array:
     """Scalar power gain of path loss and log-normal shadowing; the line of sight is drawn too."""
     sight_key, shadow_key = jax.random.split(key)
     if model == "3gpp128":

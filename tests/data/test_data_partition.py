@@ -73,9 +73,7 @@ def test_near_iid_limit_against_closed_form_counts():
 def test_rounding_favours_no_client():
     """Expectation: with fewer examples of a label than clients, each client's chance is still n / K."""
     labels = np.repeat(np.arange(3), (5, 7, 400))
-    counts = np.mean(
-        [label_counts(partition(KINDS["near_iid"], labels, 16, s), labels) for s in range(400)], axis=0
-    )
+    counts = np.mean([label_counts(partition(KINDS["near_iid"], labels, 16, s), labels) for s in range(400)], axis=0)
     # standard error of a share of 5/16 over 400 seeds is 0.023
     np.testing.assert_allclose(counts[:, :2], np.tile([5 / 16, 7 / 16], (16, 1)), atol=0.1)
 

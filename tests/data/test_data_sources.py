@@ -32,9 +32,7 @@ def make_tokenizer(pad_token: str | None = "[PAD]", padding_side="right", words=
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
     CountingTokenizer.calls = 0
-    return CountingTokenizer(
-        tokenizer_object=core, pad_token=pad_token, unk_token="[UNK]", padding_side=padding_side
-    )
+    return CountingTokenizer(tokenizer_object=core, pad_token=pad_token, unk_token="[UNK]", padding_side=padding_side)
 
 
 @pytest.fixture
@@ -78,9 +76,7 @@ def test_digits_split_is_stratified_and_public_holds_0_to_4_only():
     assert examples.public is not None
     whole = np.bincount(load_digits(return_X_y=True)[1])
     test = np.array([round(0.2 * n) for n in whole])
-    public = np.array(
-        [round(0.45 * (n - t)) if c < 5 else 0 for c, (n, t) in enumerate(zip(whole, test, strict=True))]
-    )
+    public = np.array([round(0.45 * (n - t)) if c < 5 else 0 for c, (n, t) in enumerate(zip(whole, test, strict=True))])
     np.testing.assert_array_equal(np.bincount(examples.test["label"]), test)
     np.testing.assert_array_equal(np.bincount(examples.public["label"], minlength=10), public)
     np.testing.assert_array_equal(np.bincount(examples.train["label"]), whole - test - public)
@@ -97,9 +93,7 @@ def test_digits_split_is_the_recorded_one():
 def test_tokens_equal_hugging_face_padding_and_truncation(files, pad_token, padding_side):
     examples = load(files(), make_tokenizer(pad_token, padding_side))
     sentences = ["good film", "bad", "so so long and bad a film"]
-    expected = make_tokenizer()(
-        sentences, padding="max_length", truncation=True, max_length=6, return_tensors="np"
-    )
+    expected = make_tokenizer()(sentences, padding="max_length", truncation=True, max_length=6, return_tensors="np")
     for name in ("input_ids", "attention_mask"):
         np.testing.assert_array_equal(examples.train[name], expected[name])
         assert examples.train[name].dtype == np.int32
@@ -237,9 +231,7 @@ def test_cache_folder_comes_from_the_environment(files, tmp_path, monkeypatch):
     assert len(list((tmp_path / "elsewhere").iterdir())) == 2
 
 
-@pytest.mark.skipif(
-    "FEDJAX_LORA_SST2" not in os.environ, reason="FEDJAX_LORA_SST2 does not name a folder of SST-2"
-)
+@pytest.mark.skipif("FEDJAX_LORA_SST2" not in os.environ, reason="FEDJAX_LORA_SST2 does not name a folder of SST-2")
 def test_sst2_has_its_published_size():
     """Published counts of the binary sentence split: 6,920 training and 1,821 test sentences."""
     folder = Path(os.environ["FEDJAX_LORA_SST2"])

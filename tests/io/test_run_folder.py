@@ -125,9 +125,7 @@ def test_values_are_the_arrays_own_and_bits_are_exact_oracle_python_integers(run
     assert lines[2]["cumulative_latency_s"] == 2.1
     for name, attribute in FIELDS.items():
         column = np.asarray([line[name] for line in lines])
-        np.testing.assert_array_equal(
-            column.astype(np.float32), np.asarray(getattr(metrics, attribute), np.float32)
-        )
+        np.testing.assert_array_equal(column.astype(np.float32), np.asarray(getattr(metrics, attribute), np.float32))
 
 
 def test_nan_and_infinity_are_null_oracle_strict_json(run):
@@ -182,9 +180,7 @@ def test_summary_adds_up_the_log_oracle_python_loop(run):
         "peak_memory_bytes": None,
         "samples_per_s": math.inf,
     }
-    summary = run.write_summary(
-        told | {"device": "cpu", "versions": {"jax": "1"}, "seed": 3, "partition_hash": "ab"}
-    )
+    summary = run.write_summary(told | {"device": "cpu", "versions": {"jax": "1"}, "seed": 3, "partition_hash": "ab"})
     assert summary == read_summary(run.path)
     assert summary == {
         "initial_accuracy": 0.1,

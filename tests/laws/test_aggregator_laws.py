@@ -16,9 +16,7 @@ TRAINED = stack([trained_from(START, seed) for seed in (1, 2, 3, 4)])
 WEIGHTS = jnp.array([0.4, 0.3, 0.2, 0.1])
 MASK = jnp.asarray(rank_mask())
 SCALE = jnp.float32(2.0)
-COMPRESS = jax.jit(
-    jax.vmap(soft.make(soft.SoftConfig(), START).compress, in_axes=(None, 0, None, None, None, None))
-)
+COMPRESS = jax.jit(jax.vmap(soft.make(soft.SoftConfig(), START).compress, in_axes=(None, 0, None, None, None, None)))
 SENT = COMPRESS(START, TRAINED, (), jnp.float32(0.5), MASK, jax.random.key(0))[0]
 
 
@@ -51,9 +49,7 @@ def test_vmap_equals_loop(jitted):
 def test_dtypes_and_shapes_are_kept(aggregate):
     """Structure: the result is like the broadcast, the errors are float32 scalars."""
     found = jax.eval_shape(aggregate, START, TRAINED, SENT, WEIGHTS, SCALE)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), found.adapters, START
-    )
+    jax.tree.map(lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), found.adapters, START)
     for error in (found.sparsification_error, found.covariance_error):
         assert (error.shape, error.dtype) == ((), jnp.float32)
 

@@ -100,9 +100,7 @@ def test_dtypes_and_shapes_are_kept(method):
     sent, memory = jax.eval_shape(method.compress, START, TRAINED, method.init(START), HALF, MASK, KEY)
     assert jax.tree.structure(memory) == jax.tree.structure(method.init(START))
     assert jax.tree.structure(sent.adapters) == jax.tree.structure(START)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), sent.adapters, START
-    )
+    jax.tree.map(lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), sent.adapters, START)
     assert {name: m.shape for name, m in sent.counted.items()} == dict.fromkeys(WIDTHS, (LAYERS, MAX_RANK))
     assert (sent.bits.shape, sent.bits.dtype) == ((), jnp.uint32)
     floats = [sent.kept_ranks, sent.dropped_energy, *sent.counted.values()]

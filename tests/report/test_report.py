@@ -29,9 +29,7 @@ class Page(HTMLParser):
         self.inside.append(tag)
         self.plots += tag == "svg"
         self.ids += [attributes["id"]] if "id" in attributes else []
-        self.fetched += [
-            value for name, value in attrs if name in ("src", "href", "xlink:href") and value[0] != "#"
-        ]
+        self.fetched += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value[0] != "#"]
         if tag == "tr":
             self.rows.append([])
         if tag in ("th", "td"):

@@ -91,9 +91,7 @@ def test_shapes_are_enough():
 
 def test_a_payload_beyond_uint32_is_refused():
     """Closed form: 2^27 values of 32 bits are 2^32 bits."""
-    like = jax.eval_shape(
-        lambda: Adapters({"w": Factors(jnp.zeros((64, 2**17, 8)), jnp.zeros((64, 8, 2**17)))}, {})
-    )
+    like = jax.eval_shape(lambda: Adapters({"w": Factors(jnp.zeros((64, 2**17, 8)), jnp.zeros((64, 8, 2**17)))}, {}))
     with pytest.raises(ValueError, match=r"payload of one client must be below 2\*\*32 bits, got 4294967"):
         dense.make(dense.DenseConfig(), like)
 

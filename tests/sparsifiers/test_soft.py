@@ -204,9 +204,7 @@ def test_global_budget_takes_the_largest_of_all_modules():
     count = RANK // 2 * LAYERS * len(WIDTHS)
     expected = {entry[1:] for entry in sorted(everything, reverse=True)[:count]}
     found = {
-        (name, layer, i)
-        for name, mask in sent.counted.items()
-        for layer, i in np.argwhere(np.asarray(mask)).tolist()
+        (name, layer, i) for name, mask in sent.counted.items() for layer, i in np.argwhere(np.asarray(mask)).tolist()
     }
     assert found == expected
     assert not np.any(sent.counted["value"])
@@ -234,10 +232,11 @@ def test_decoding_table(send, missing):
 
 @pytest.mark.parametrize("rank", [1, 3, 4, 6])
 def test_number_kept_is_floor_with_at_least_one(rank):
-    """Closed form max(1, floor(k)) at every whole k = ratio * r, where float32 ratios round to either side."""
+    """Closed form max(1, floor(ratio * r)), also where a ratio k / r was rounded down."""
     mask = jnp.asarray(rank_mask(rank))
     for k in range(1, rank + 1):
         assert ranks.num_kept(jnp.float32(k / rank), mask) == k
+        assert ranks.num_kept(jnp.nextafter(jnp.float32(k / rank), jnp.float32(0)), mask) == k
         assert ranks.num_kept(jnp.float32((k - 0.01) / rank), mask) == max(1, k - 1)
     assert ranks.num_kept(jnp.float32(0.0), mask) == 1
 
@@ -274,6 +273,16 @@ def test_tail_energy_of_global_budget_equals_what_is_left_out():
         counted = compress(SoftConfig(budget="global"), k / RANK).counted
         left = [importance(f.a, f.b) ** 2 * (MASK - counted[name]) for name, f in TRAINED.modules.items()]
         np.testing.assert_allclose(tails[k], sum(jnp.sum(x) for x in left), rtol=1e-5)
+
+
+def test_tails_equal_numpy_and_never_rise():
+    """NumPy in float64; and to the last bit non-increasing, over energies of many magnitudes."""
+    for seed in range(20):
+        energies = np.float32(np.random.default_rng(seed).lognormal(0, 4, 200))
+        found = np.asarray(ranks.tails(jnp.asarray(energies)))
+        expected = np.append(np.cumsum(energies[::-1].astype(np.float64))[::-1], 0.0)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        assert np.all(np.diff(found) <= 0)
 
 
 def test_degeneracy_is_named():

@@ -13,14 +13,10 @@ from fedjax_lora import wireless
 from fedjax_lora.wireless import uplink_rate
 from oracles import wireless_oracle
 
-CASES = json.loads((pathlib.Path(__file__).parents[1] / "vectors" / "wireless.json").read_text())[
-    "min_max_latency"
-]
+CASES = json.loads((pathlib.Path(__file__).parents[1] / "vectors" / "wireless.json").read_text())["min_max_latency"]
 
 
-min_max_latency = jax.jit(
-    wireless.min_max_latency
-)  # compiles once a cohort size, where eager would once an operation
+min_max_latency = jax.jit(wireless.min_max_latency)  # compiles once a cohort size, where eager would once an operation
 
 
 def inputs(case):
@@ -128,9 +124,9 @@ def test_latency_and_share_gradients_match_float64_finite_differences(index):
 def test_a_loss_of_the_shares_has_the_chain_rules_gradient():
     """jax.grad of a nonlinear loss of the shares, against float64 differences of the same loss."""
     args = random_case(10, 4)
-    gradient = jax.jit(
-        jax.grad(lambda bits: jnp.sum(jnp.log(min_max_latency(bits, *args[1:]).bandwidth_hz) ** 2))
-    )(args[0])
+    gradient = jax.jit(jax.grad(lambda bits: jnp.sum(jnp.log(min_max_latency(bits, *args[1:]).bandwidth_hz) ** 2)))(
+        args[0]
+    )
     expected = finite_difference(lambda *x: np.sum(np.log(wireless_oracle.min_max_latency(*x)[1]) ** 2), args, 0)
     np.testing.assert_allclose(gradient, expected, rtol=2e-3, atol=2e-4 * np.abs(expected).max())
 
@@ -195,9 +191,7 @@ def test_clients_without_bits_change_nothing_and_get_nothing():
     assert np.isfinite(np.stack(gradient)).all()
 
 
-@pytest.mark.parametrize(
-    ("column", "value"), [(1, 0), (1, 1e-30), (2, np.inf)], ids=["no gain", "faint", "no start"]
-)
+@pytest.mark.parametrize(("column", "value"), [(1, 0), (1, 1e-30), (2, np.inf)], ids=["no gain", "faint", "no start"])
 def test_a_client_that_cannot_send_is_infeasible_and_leaves_the_others_alone(column, value):
     """Invariance: the others' shares are those of a cohort without it; gradients stay finite."""
     bits, snr, start, band = case = random_case(13, 5)
@@ -219,9 +213,7 @@ def test_an_empty_cohort_takes_no_time(clients):
     allocation = min_max_latency(empty, empty, empty, 2e7)
     assert allocation.latency_s == 0 and allocation.feasible
     np.testing.assert_array_equal(allocation.bandwidth_hz, 0)
-    gradient = jax.jit(jax.grad(lambda *args: min_max_latency(*args).latency_s, (0, 1, 2)))(
-        empty, empty, empty, 2e7
-    )
+    gradient = jax.jit(jax.grad(lambda *args: min_max_latency(*args).latency_s, (0, 1, 2)))(empty, empty, empty, 2e7)
     np.testing.assert_array_equal(np.stack(gradient), 0)
 
 

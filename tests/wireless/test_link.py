@@ -118,9 +118,7 @@ def test_share_of_outages_matches_the_closed_form_within_five_standard_errors():
     link = make_link(WirelessConfig(csi="mean"), 8)
     state = jax.jit(link.init)(KEY, jnp.arange(clients))
     decision = Decision(jnp.ones(clients), jnp.full(clients, band))
-    arrived = delivered(
-        link, state, jnp.full(clients, 10, jnp.uint32), decision, jnp.zeros(clients), jnp.ones(clients)
-    )
+    arrived = delivered(link, state, jnp.full(clients, 10, jnp.uint32), decision, jnp.zeros(clients), jnp.ones(clients))
     expected = 1 - np.exp(-0.1)
     failed = 1 - np.mean(arrived.delivered)
     assert abs(failed - expected) < 5 * np.sqrt(expected * (1 - expected) / clients)

@@ -97,16 +97,12 @@ def test_marginal_rates_match_float64_closed_forms():
     np.testing.assert_allclose(by_snr, 1 / (1 + s) / np.log(2), rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("function", "oracle"), [(uplink_rate, "rate"), (required_bandwidth, "required_bandwidth")]
-)
+@pytest.mark.parametrize(("function", "oracle"), [(uplink_rate, "rate"), (required_bandwidth, "required_bandwidth")])
 def test_gradients_match_float64_finite_differences(function, oracle):
     oracle = getattr(wireless_oracle, oracle)
     x, snr, h = np.array([2e5, 2e6, 2e7]), np.array([3e6, 2e9, 1.6e7]), 1e-5
     by_x, by_snr = jax.jit(jax.vmap(jax.grad(function, (0, 1))))(jnp.float32(x), jnp.float32(snr))
-    np.testing.assert_allclose(
-        by_x, (oracle(x * (1 + h), snr) - oracle(x * (1 - h), snr)) / (2 * h * x), rtol=1e-4
-    )
+    np.testing.assert_allclose(by_x, (oracle(x * (1 + h), snr) - oracle(x * (1 - h), snr)) / (2 * h * x), rtol=1e-4)
     difference = (oracle(x, snr * (1 + h)) - oracle(x, snr * (1 - h))) / (2 * h * snr)
     np.testing.assert_allclose(by_snr, difference, rtol=1e-4)
 

