@@ -29,6 +29,7 @@ SETTING = [
     "data.max_length=48",
     "clients.count=50",
     "clients.per_round=10",
+    "clients.weighting=equal",
     "local.optimizer.learning_rate=3e-3",
     "local.optimizer.schedule=linear",
     "control.name=ideal",
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sst2_accuracy.json"))
     options = parser.parse_args()
-    model = options.model or str(common.model_folder())
+    model = common.model_folder(options.model)
     files = [f"model.pretrained={model}", f"data.train={options.train}", f"data.test={options.test}"]
 
     kept = json.loads(options.out.read_text()) if options.out.exists() else {"runs": {}}
@@ -96,6 +97,8 @@ def main() -> None:
         for method, overrides in METHODS.items()
     }
     plan["iid dense seed 0"] = IID
+    for seed in range(options.seeds):
+        plan[f"dense, weighted by examples, seed {seed}"] = [*plan[f"dense seed {seed}"], "clients.weighting=examples"]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for name, overrides in plan.items():
         if name not in kept["runs"]:

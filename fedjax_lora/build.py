@@ -1,5 +1,6 @@
 """From a configuration to a simulation: the only place where a name becomes a function."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,10 @@ CONTROLLERS: dict[str, Callable[[Any], Controller]] = {
     "ideal": baselines.ideal,
     "uniform": baselines.uniform,
     "fixed": baselines.fixed,
+}
+CLIENT_WEIGHTS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "examples": lambda count: count.astype(jnp.float32),
+    "equal": lambda count: jnp.ones(count.shape),
 }
 
 
@@ -90,6 +95,7 @@ def _build(config: ExperimentConfig) -> Simulation:
         controller=CONTROLLERS[config.control.name](config.control),
         link=link,
         optimizer=optimizer,
+        client_weight=CLIENT_WEIGHTS[config.clients.weighting],
         cohort_size=cohort_size,
         chunk=_chunk(config, model, sparsifier, world, like, hyper, -(-cohort_size // mesh.size)),
         mesh=mesh,
@@ -124,8 +130,11 @@ def _model(config: ExperimentConfig, examples: sources.Examples) -> tuple[Model,
     if base is not None:
         return model, base, None
     assert examples.public is not None  # a source of images brings a public part
-    base, head = pretrained(model, examples.public, config.pretrain, str((config.model, examples.fingerprint)))
-    return model, base, head
+    exact = dataclasses.replace(config.model, compute_dtype="float32")  # frozen later, but trained now
+    trainable, _ = load.build_model(exact, num_classes, examples.image_shape)
+    base, head = pretrained(trainable, examples.public, config.pretrain, f"{exact} {examples.fingerprint}")
+    dtypes = jax.eval_shape(model.init, jax.random.key(0))
+    return model, jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), base, dtypes), head
 
 
 def _link(config: ExperimentConfig) -> Link:

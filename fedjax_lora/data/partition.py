@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import numpy as np
 
 Kind = Literal["iid", "dirichlet", "shards"]
+Weighting = Literal["examples", "equal"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,17 +44,22 @@ class ClientsConfig:
 
     count: K, clients in all.
     per_round: C, clients of one round's cohort; None for all.
+    weighting: of the average: by each client's number of examples, as FedAvg does, or all alike. Since every client
+      takes as many local steps as any other, `equal` weighs them by work; it is steadier where sizes differ much.
     partition: how the training examples are spread over them.
     """
 
     count: int = 64
     per_round: int | None = None
+    weighting: Weighting = "examples"
     partition: PartitionConfig = PartitionConfig()
 
     def __post_init__(self):
         """Raises ValueError on a value that is not allowed."""
         if self.count < 1:
             raise ValueError(f"count must be at least 1, got {self.count}")
+        if self.weighting not in get_args(Weighting):
+            raise ValueError(f"weighting must be one of {', '.join(get_args(Weighting))}, got {self.weighting!r}")
         if self.per_round is not None and not 1 <= self.per_round <= self.count:
             raise ValueError(f"per_round must be between 1 and count = {self.count}, got {self.per_round}")
 

@@ -96,7 +96,8 @@ def effective(adapters: Adapters, rank_mask: Array, scale: Array | float) -> Ada
     def fold(factors: Factors) -> Factors:
         return Factors(a=factors.a * rank_mask, b=factors.b * (scale * rank_mask[:, None]))
 
-    return adapters.replace(modules={name: fold(factors) for name, factors in adapters.modules.items()})
+    modules = {name: fold(factors) for name, factors in adapters.modules.items()}
+    return Adapters(modules=modules, head=adapters.head)
 
 
 def merge(base: Base, adapters: Adapters, targets: Mapping[str, tuple[int, int]]) -> Base:

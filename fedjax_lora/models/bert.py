@@ -14,7 +14,7 @@ from jax import Array
 
 from fedjax_lora.base import Adapters, Base, Batch, Hidden, Model
 from fedjax_lora.models import layers
-from fedjax_lora.models.primitives import project
+from fedjax_lora.models.primitives import layer_norm, project
 from fedjax_lora.models.safetensors import Weight
 
 MODULE_NAMES = {
@@ -143,7 +143,6 @@ def bert(config: BertConfig, num_classes: int) -> Model:
         dropout=config.dropout,
         dtype=config.compute_dtype,
     )
-    norm = layers.LayerNorm(config.norm_eps)
 
     def init(key: Array) -> Base:
         word_key, position_key, type_key, layers_key, pooler_key = jax.random.split(key, 5)
@@ -170,7 +169,7 @@ def bert(config: BertConfig, num_classes: int) -> Model:
             raise ValueError(f"input_ids must have at most {config.max_positions} positions, got {ids.shape[1]}")
         types = batch["token_type_ids"] if "token_type_ids" in batch else jnp.zeros_like(ids)
         values = tables["word"][ids] + tables["type"][types] + tables["position"][: ids.shape[1]]
-        values = norm.apply({"params": tables["norm"]}, values)
+        values = layer_norm(values, (tables["norm"]["scale"], tables["norm"]["bias"]), config.norm_eps)
         embed_key = None if key is None else jax.random.fold_in(key, 0)
         values = layers.dropout(values, config.dropout, embed_key)
         return Hidden(values=values, mask=batch["attention_mask"].astype(jnp.float32))

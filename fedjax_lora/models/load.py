@@ -1,13 +1,15 @@
 """From a model's configuration to the model, its pretrained weights and its tokenizer."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import jax
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fedjax_lora.base import Base, Model
 from fedjax_lora.models import bert, safetensors, vit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Pooling = Literal["mean", "cls"]
 Dtype = Literal["float32", "bfloat16"]
@@ -70,18 +72,23 @@ def build_model(
     return vit.vit(vit.tiny(image_shape, **options), num_classes), None
 
 
-def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(pretrained: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a Hugging Face folder or hub id; code that comes with a model is never run.
 
     Raises:
       ValueError: where there is none.
     """
+    from transformers import AutoTokenizer  # slow to import: not before it is needed
+
     folder = safetensors.resolve(pretrained)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        # transformers would make an empty tokenizer and say nothing
+        raise ValueError(f"model.pretrained must hold tokenizer.json or vocab.txt, got {folder} without either")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model.pretrained must hold a tokenizer, got {folder} ({reason})") from None
+        raise ValueError(f"model.pretrained must hold a readable tokenizer, got {folder} ({reason})") from None
 
 
 def _pretrained_bert(config: ModelConfig, pretrained: str, num_classes: int) -> tuple[Model, Base]:

@@ -12,7 +12,7 @@ from jax import Array
 
 from fedjax_lora.base import Adapters, Base, Batch, Hidden, Model
 from fedjax_lora.models import layers
-from fedjax_lora.models.primitives import project
+from fedjax_lora.models.primitives import layer_norm, project
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,6 @@ def vit(config: VitConfig, num_classes: int) -> Model:
         dropout=config.dropout,
         dtype=config.compute_dtype,
     )
-    norm = layers.LayerNorm(1e-6)
     has_cls = config.pooling == "cls"
 
     def init(key: Array) -> Base:
@@ -110,7 +109,8 @@ def vit(config: VitConfig, num_classes: int) -> Model:
     def run(base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:
         layers_key = None if key is None else jax.random.fold_in(key, 1)
         hidden = layers.run_blocks(block, base["layers"], adapters.modules, hidden, layers_key)
-        return hidden._replace(values=norm.apply({"params": base["norm"]}, hidden.values))
+        norm = base["norm"]
+        return hidden._replace(values=layer_norm(hidden.values, (norm["scale"], norm["bias"]), block.norm_eps))
 
     def task(base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Array:
         return layers.pool(hidden, config.pooling) @ adapters.head["w"] + adapters.head["b"]

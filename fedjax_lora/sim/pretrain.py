@@ -11,6 +11,7 @@ import optax
 from jax import Array, lax
 
 from fedjax_lora.base import Adapters, Base, Model
+from fedjax_lora.data.batches import gather
 from fedjax_lora.data.cache import cache_folder
 from fedjax_lora.models import safetensors
 from fedjax_lora.sim.local import cross_entropy
@@ -51,15 +52,16 @@ def pretrain(
     optimizer = optax.adamw(optax.schedules.cosine_decay_schedule(config.learning_rate, config.steps))
     num_examples = pool["label"].shape[0]
 
-    def loss(params: tuple[Base, dict[str, Array]], batch: Mapping[str, Array]) -> Array:
+    def loss(params: tuple[Base, dict[str, Array]], batch: Mapping[str, Array], key: Array) -> Array:
         base, head = params
-        logits = model.apply(base, Adapters(modules={}, head=head), batch)
+        logits = model.apply(base, Adapters(modules={}, head=head), batch, key)
         return cross_entropy(logits, batch["label"], jnp.ones(config.batch_size))
 
     def step(carry, key: Array):
         params, optimizer_state = carry
-        rows = jax.random.randint(key, (config.batch_size,), 0, num_examples)
-        gradient = jax.grad(loss)(params, {name: leaf[rows] for name, leaf in pool.items()})
+        row_key, dropout_key = jax.random.split(key)
+        rows = jax.random.randint(row_key, (config.batch_size,), 0, num_examples)
+        gradient = jax.grad(loss)(params, gather(pool, rows), dropout_key)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         return (optax.apply_updates(params, updates), optimizer_state), None
 

@@ -44,6 +44,7 @@ class Parts(NamedTuple):
     """The functions a round is made of.
 
     train: local training of one client. optimizer: the server's.
+    client_weight: examples `[C]` -> weights `[C]` in the average, not yet normalised.
     cohort_size: C, clients a round. chunk: clients trained at once on each device.
     """
 
@@ -53,6 +54,7 @@ class Parts(NamedTuple):
     controller: Controller
     link: Link
     optimizer: optax.GradientTransformation
+    client_weight: Callable[[Array], Array]
     cohort_size: int
     chunk: int
     mesh: Mesh
@@ -84,7 +86,8 @@ def make_round(parts: Parts) -> RoundFn:
         finite = jax.vmap(trees.all_finite)(trained.adapters)
         active = present & finite
         trained = trained._replace(adapters=keep_where(active, trained.adapters, start))
-        weights = normalised(clients.count * active)
+        client_weight = parts.client_weight(clients.count)
+        weights = normalised(client_weight * active)
 
         # 4. Importance of each rank, and 5. control of keep ratio and bandwidth.
         tail_energy = jax.vmap(parts.sparsifier.tail_energy, (None, 0, None))(start, trained.adapters, mask)
@@ -115,7 +118,7 @@ def make_round(parts: Parts) -> RoundFn:
         arrived = active & delivery.delivered
 
         # 8. Aggregate, step the server, update the queue.
-        weights = normalised(clients.count * arrived)
+        weights = normalised(client_weight * arrived)
         aggregate = parts.aggregator.aggregate(start, trained.adapters, sent, weights, hyper.alpha / hyper.rank)
         pseudo_gradient = jax.tree.map(jnp.subtract, start, aggregate.adapters)
         updates, server = parts.optimizer.update(pseudo_gradient, state.server, start)

@@ -1,0 +1,222 @@
+"""Loading of Hugging Face folders: names, shards, prefixes, and one clear line for each thing that is wrong."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from fedjax_lora.base import Adapters
+from fedjax_lora.models import load, safetensors
+
+SHAPE = {
+    "vocab_size": 31,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 16,
+    "initializer_range": 0.3,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    transformers.BertModel(transformers.BertConfig(**SHAPE)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def build(folder, **options):
+    return load.build_model(load.ModelConfig(pretrained=str(folder), **options), 2)
+
+
+def assert_matches_pytorch(folder, tolerance=2e-5):
+    model, base = build(folder)
+    ids = np.arange(30).reshape(3, 10) % 31
+    mask = (np.arange(10) < np.array([10, 4, 7])[:, None]).astype(np.int64)
+    with torch.no_grad():
+        reference = transformers.BertModel.from_pretrained(folder).eval()
+        expected = reference(torch.tensor(ids), attention_mask=torch.tensor(mask)).last_hidden_state.numpy()
+    batch = {"input_ids": jnp.asarray(ids), "attention_mask": jnp.asarray(mask)}
+    no_adapters = Adapters(modules={}, head={})
+    hidden = jax.jit(lambda base: model.layers(base, no_adapters, model.embed(base, batch, None), None))(base)
+    np.testing.assert_allclose(hidden.values, expected, atol=tolerance, rtol=0)
+
+
+def test_random_bert_against_pytorch(folder):
+    assert_matches_pytorch(folder)
+
+
+def test_sharded_folder_against_pytorch(tmp_path):
+    model = transformers.BertModel(transformers.BertConfig(**SHAPE))
+    model.save_pretrained(tmp_path, max_shard_size="15KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1 and not (tmp_path / "model.safetensors").exists()
+    assert_matches_pytorch(tmp_path)
+
+
+def test_prefixed_names_of_a_classifier_against_pytorch(tmp_path):
+    transformers.BertForSequenceClassification(transformers.BertConfig(**SHAPE)).save_pretrained(tmp_path)
+    assert any(name.startswith("bert.") for name in load_file(tmp_path / "model.safetensors"))
+    assert_matches_pytorch(tmp_path)
+
+
+def test_pooler_serves_cls_pooling_where_the_folder_has_one(folder):
+    model, base = build(folder, pooling="cls")
+    ids = np.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        expected = transformers.BertModel.from_pretrained(folder).eval()(torch.tensor(ids)).pooler_output.numpy()
+    batch = {"input_ids": jnp.asarray(ids), "attention_mask": jnp.ones((2, 10))}
+    head = {"w": jnp.eye(24)[:, :5], "b": jnp.zeros(5)}
+    got = jax.jit(model.apply)(base, Adapters(modules={}, head=head), batch)
+    np.testing.assert_allclose(got, expected[:, :5], atol=2e-5)
+    assert "pooler" not in build(folder)[1]
+
+
+def test_bfloat16_is_kept_for_the_matrices_alone(folder):
+    _, base = build(folder, compute_dtype="bfloat16")
+    _, full = build(folder)
+    low = {name: leaf.dtype for name, leaf in base["layers"]["up"].items()}
+    assert low == {"w": jnp.bfloat16, "b": jnp.float32}
+    assert base["embeddings"]["word"].dtype == jnp.float32
+    np.testing.assert_array_equal(base["layers"]["up"]["w"], full["layers"]["up"]["w"].astype(jnp.bfloat16))
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_missing_tensor_is_named(folder):
+    rewrite(folder, lambda tensors: tensors.pop("encoder.layer.1.attention.self.key.weight"))
+    with pytest.raises(ValueError, match=r"lacks 1 tensors: encoder.layer.1.attention.self.key.weight$"):
+        build(folder)
+
+
+def test_unexpected_tensor_is_named_and_ignored_ones_are_not(folder):
+    rewrite(folder, lambda tensors: tensors.update({"cls.predictions.bias": np.zeros(3, np.float32)}))
+    build(folder)
+    rewrite(folder, lambda tensors: tensors.update({"encoder.layer.2.output.dense.bias": np.zeros(3, np.float32)}))
+    with pytest.raises(ValueError, match=r"has unexpected 1 tensors: encoder.layer.2.output.dense.bias$"):
+        build(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("encoder.layer.1.output.dense.weight", r"\(24, 40\)"),
+        ("encoder.layer.0.attention.self.key.weight", r"\(72, 24\)"),
+    ],
+)
+def test_mis_shaped_tensor_is_named(folder, name, stored):
+    rewrite(folder, lambda tensors: tensors.update({name: np.zeros((40, 23), np.float32)}))
+    with pytest.raises(ValueError, match=rf"{name}.* must make up {stored}, got .*\(40, 23\)"):
+        build(folder)
+
+
+def test_truncated_file_is_named_in_one_line(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(
+        ValueError, match=r"model.pretrained must hold readable files, got .*model.safetensors"
+    ) as error:
+        build(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_pickled_weights_are_not_read(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"must hold model.safetensors or model.safetensors.index.json"):
+        build(folder)
+
+
+def test_index_cannot_point_outside_the_folder(folder):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../secret.safetensors"}}))
+    with pytest.raises(ValueError, match="must map tensors to files beside it"):
+        build(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"model_type": "gpt2"}', "must have model_type bert in config.json, got 'gpt2'"),
+        ("{}", "must have model_type bert in config.json, got None"),
+        ("{", "must hold a readable config.json"),
+        ("[]", "must hold a JSON object in config.json"),
+    ],
+)
+def test_bad_config_is_refused_in_one_line(folder, content, message):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        build(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_neither_folder_nor_hub_id_is_refused_in_one_line(tmp_path, monkeypatch):
+    def offline(*arguments, **options):
+        raise OSError("no network\nand a second line")
+
+    monkeypatch.setattr(safetensors.huggingface_hub, "snapshot_download", offline)
+    message = r"model.pretrained must be a folder or a Hugging Face model id, got '.*absent' \(no network\)"
+    with pytest.raises(ValueError, match=message) as error:
+        build(tmp_path / "absent")
+    assert "\n" not in str(error.value)
+
+
+def test_hub_id_is_downloaded_without_pickles(folder, monkeypatch):
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(folder)
+
+    monkeypatch.setattr(safetensors.huggingface_hub, "snapshot_download", download)
+    build("someone/some-model")
+    assert asked == {"name": "someone/some-model", "allow_patterns": ["*.json", "*.safetensors", "*.txt"]}
+
+
+def test_folder_without_tokenizer_is_refused_in_one_line(folder):
+    with pytest.raises(ValueError, match=r"model.pretrained must hold tokenizer.json or vocab.txt") as error:
+        load.load_tokenizer(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_save_and_restore_give_the_same_tree_round_trip(tmp_path):
+    tree = {
+        "base": {"layers": {"up": {"w": jnp.arange(6.0).reshape(2, 3).astype(jnp.bfloat16), "b": jnp.ones(3)}}},
+        "head": {"w": jnp.arange(4, dtype=jnp.int32)},
+    }
+    safetensors.save(tmp_path / "kept.safetensors", tree)
+    restored = safetensors.restore(tmp_path / "kept.safetensors")
+    assert jax.tree.structure(tree) == jax.tree.structure(restored)
+    jax.tree.map(np.testing.assert_array_equal, tree, restored)
+    assert jax.tree.map(lambda x: x.dtype, tree) == jax.tree.map(lambda x: x.dtype, restored)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "vit"}, "name must be one of vit-tiny, got 'vit'"),
+        ({"pooling": "max"}, "pooling must be one of mean, cls, got 'max'"),
+        ({"compute_dtype": "float16"}, "compute_dtype must be one of float32, bfloat16, got 'float16'"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"pretrained": ""}, "pretrained must be a folder or a Hugging Face model id, got ''"),
+    ],
+)
+def test_config_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        load.ModelConfig(**fields)
+
+
+def test_model_and_data_must_fit(folder):
+    with pytest.raises(ValueError, match=r"model.pretrained must be a folder .* for text, got None"):
+        load.build_model(load.ModelConfig(), 2)
+    with pytest.raises(ValueError, match=r"model.pretrained must be absent for images"):
+        load.build_model(load.ModelConfig(pretrained=str(folder)), 2, (8, 8, 1))
+    with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
+        load.build_model(load.ModelConfig(), 1, (8, 8, 1))

@@ -1,0 +1,133 @@
+"""Operations with hand-written gradients, against automatic differentiation of their textbook forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from fedjax_lora.base import Factors
+from fedjax_lora.models import primitives
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def assert_same_value_and_gradients(function, textbook, *arguments, tolerance=2e-5):
+    cotangent = normal(99, *jax.eval_shape(textbook, *arguments).shape)
+
+    def value_and_gradients(function):
+        value, pullback = jax.vjp(function, *arguments)
+        return value, pullback(cotangent)
+
+    got, expected = jax.jit(lambda: (value_and_gradients(function), value_and_gradients(textbook)))()
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), got, expected)
+
+
+@pytest.mark.parametrize("leading", [(5,), (3, 5)])
+def test_project_against_autodiff_of_the_plain_products(leading):
+    x, w = normal(0, *leading, 7), normal(1, 7, 11)
+    factors = Factors(a=normal(2, 7, 3), b=normal(3, 3, 11))
+    assert_same_value_and_gradients(primitives.project, lambda x, w, f: x @ w + (x @ f.a) @ f.b, x, w, factors)
+    assert_same_value_and_gradients(primitives.project, jnp.matmul, x, w)
+
+
+def test_project_of_packed_weights_rounds_only_the_frozen_product_numpy():
+    x, w = normal(0, 5, 7), normal(1, 7, 11).astype(jnp.bfloat16)
+    factors = Factors(a=normal(2, 7, 3), b=normal(3, 3, 11))
+    rounded = np.asarray(x.astype(jnp.bfloat16), np.float32)
+    expected = rounded @ np.asarray(w, np.float32) + np.asarray(x) @ np.asarray(factors.a) @ np.asarray(factors.b)
+    got = primitives.project(x, primitives.pack(w), factors)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    g = normal(4, 5, 11)
+    dx = jax.vjp(lambda x: primitives.project(x, primitives.pack(w)), x)[1](g)[0]
+    expected = np.asarray(g.astype(jnp.bfloat16), np.float32) @ np.asarray(w, np.float32).T
+    np.testing.assert_allclose(dx, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pack_is_a_bitcast_and_unpack_its_inverse():
+    x = normal(0, 3, 4).astype(jnp.bfloat16)
+    packed = primitives.pack(x)
+    assert packed.dtype == jnp.uint16
+    np.testing.assert_array_equal(packed, np.asarray(x).view(np.uint16))
+    np.testing.assert_array_equal(primitives.unpack(packed), x)
+    single = normal(0, 3, 4)
+    assert primitives.pack(single) is single and primitives.unpack(single) is single
+
+
+def test_bfloat16_weights_refuse_to_be_differentiated():
+    w = jnp.ones((2, 3), jnp.bfloat16)
+    with pytest.raises(ValueError, match="compute_dtype must be float32 where the frozen weights are trained"):
+        jax.grad(lambda w: primitives.project(jnp.ones((1, 2)), primitives.pack(w)).sum())(w)
+
+
+def test_gelu_against_pytorch_with_its_gradient():
+    x = np.concatenate([np.linspace(-12, 12, 401), [0.0, -40.0, 40.0]]).astype(np.float32)
+    reference = torch.tensor(x, requires_grad=True)
+    value = torch.nn.functional.gelu(reference)
+    value.sum().backward()
+    np.testing.assert_allclose(primitives.gelu(x), value.detach().numpy(), rtol=1e-5, atol=1e-6)
+    slope = jax.grad(lambda x: primitives.gelu(x).sum())(x)
+    assert reference.grad is not None
+    np.testing.assert_allclose(slope, reference.grad.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_layer_norm_against_autodiff_of_the_plain_form():
+    def plain(x, scale_bias):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * scale_bias[0] + scale_bias[1]
+
+    arguments = 3 + 2 * normal(0, 4, 5, 9), (normal(1, 9), normal(2, 9))
+    assert_same_value_and_gradients(lambda x, s: primitives.layer_norm(x, s, 1e-6), plain, *arguments)
+
+
+def plain_attention(qkv, mask, num_heads):
+    width = qkv.shape[-1]
+    query, key, value = jnp.split(qkv, 3, axis=-1)
+    per_head = []
+    for part in zip(*(jnp.split(x, num_heads, axis=-1) for x in (query, key, value)), strict=True):
+        q, k, v = part
+        scores = q @ k.swapaxes(1, 2) / np.sqrt(width / (3 * num_heads))
+        scores = jnp.where(mask[:, None, :] > 0, scores, -1e9)
+        per_head.append(jax.nn.softmax(scores) @ v)
+    return jnp.concatenate(per_head, -1)
+
+
+def test_attention_against_autodiff_of_a_loop_over_heads():
+    qkv = normal(0, 2, 5, 3 * 12)
+    mask = jnp.array([[1.0, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    assert_same_value_and_gradients(
+        lambda x: primitives.attention(x, mask, 3, "float32"), lambda x: plain_attention(x, mask, 3), qkv
+    )
+
+
+def test_attention_ignores_padding_invariance():
+    qkv, mask = normal(0, 2, 5, 3 * 12), jnp.array([[1.0, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    junk = jnp.where(mask[:, :, None] > 0, qkv, 100 * normal(1, *qkv.shape))
+    for values in (qkv, junk):
+        real = primitives.attention(values, mask, 3, "float32")[1, :2]
+        np.testing.assert_allclose(real, primitives.attention(qkv[1:, :2], mask[1:, :2], 3, "float32")[0], atol=1e-6)
+
+
+def test_attention_without_a_real_position_is_the_mean_of_the_values_closed_form():
+    qkv = normal(0, 1, 5, 3 * 12)
+
+    def run(qkv):
+        return primitives.attention(qkv, jnp.zeros((1, 5)), 3, "float32")
+
+    np.testing.assert_allclose(run(qkv)[0], np.tile(np.asarray(qkv)[0, :, 24:].mean(0), (5, 1)), atol=1e-6)
+    assert jnp.isfinite(jax.grad(lambda x: run(x).sum())(qkv)).all()
+
+
+def test_attention_in_bfloat16_is_near_float32():
+    qkv, mask = normal(0, 2, 5, 3 * 12), jnp.ones((2, 5))
+
+    def value_and_gradient(dtype):
+        value, pullback = jax.vjp(lambda x: primitives.attention(x, mask, 3, dtype), qkv)
+        return value, pullback(normal(1, 2, 5, 12))[0]
+
+    for low, full in zip(value_and_gradient("bfloat16"), value_and_gradient("float32"), strict=True):
+        assert low.dtype == jnp.float32
+        assert 0 < jnp.abs(low - full).max() < 0.03 * jnp.abs(full).max()
