@@ -18,6 +18,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -192,6 +193,31 @@ def available_memory_bytes() -> int:
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
+def _busy_cpu_s() -> float:
+    """CPU seconds that all processes of the machine have used since it started, over all cores."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal, *_ = map(
+        int, Path("/proc/stat").read_text().split("\n")[0].split()[1:]
+    )
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+class Quiet:
+    """How much of the machine others took while some `Remote`s worked: a comparison wants next to nothing."""
+
+    def __init__(self, *sides: "Remote"):
+        self._sides = sides
+        self._started = time.perf_counter()
+        self._cpu_s = self._others_cpu_s()
+
+    def share_of_others(self) -> float:
+        """CPU time of other processes since this was made, as a share of all cores' time."""
+        cores, wall_s = os.cpu_count() or 1, time.perf_counter() - self._started
+        return max(0.0, self._others_cpu_s() - self._cpu_s) / (cores * wall_s)
+
+    def _others_cpu_s(self) -> float:
+        return _busy_cpu_s() - sum(side.cpu_s() for side in self._sides)
+
+
 def note(message: str) -> None:
     """Progress, on stderr: stdout carries the JSON alone."""
     print(message, file=sys.stderr, flush=True)
@@ -225,6 +251,11 @@ class Remote:
         """What the method returns; RuntimeError where it raised, or where the process died."""
         self._connection.send((method, arguments))
         return self._receive()
+
+    def cpu_s(self) -> float:
+        """CPU seconds that the process has used, over all its threads."""
+        user, system = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def __enter__(self) -> "Remote":
         return self

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import ALPHA, LEARNING_RATE, MATMUL_SIZE, RANK, TARGETS, Dtype, Workload, peak_memory_bytes
 
-from benchmarks.common import ALPHA, LEARNING_RATE, MATMUL_SIZE, RANK, TARGETS, Dtype, Workload, peak_memory_bytes
 from fedjax_lora.build import build
 from fedjax_lora.config import ExperimentConfig
 from fedjax_lora.control.baselines import FixedConfig, IdealConfig

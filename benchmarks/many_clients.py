@@ -1,6 +1,6 @@
 """Memory and time of one round with a thousand MiniLM clients: SOFT at half of the ranks over a simulated cell.
 
-Run from the repository's root: `python -m benchmarks.many_clients`. The simulation runs in a process of its own, whose
+Run as `python benchmarks/many_clients.py`. The simulation runs in a process of its own, whose
 peak memory is the result.
 """
 
@@ -8,14 +8,14 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import DTYPES, Remote, emit, environment, note, workload, workload_arguments
+from common import DTYPES, Remote, emit, environment, note, workload, workload_arguments
 
 LIMIT_BYTES = 4_000_000_000
 
 
 def main() -> None:
     """Measure what the command line asks for."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.many_clients", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     workload_arguments(parser, clients=1000)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the matrix products (%(default)s)")
     options = parser.parse_args()
@@ -26,7 +26,7 @@ def main() -> None:
         shape.write(folder)
         note("building the engine")
         arguments = {"dtype": options.dtype, "client_chunk": "auto", "wireless": True}
-        with Remote("benchmarks.engine:Engine", workload=shape, folder=folder, **arguments) as engine:
+        with Remote("engine:Engine", workload=shape, folder=folder, **arguments) as engine:
             before = engine.call("peak_memory_bytes")
             note(f"one round of {shape.samples} samples")
             seconds, loss = engine.call("round")

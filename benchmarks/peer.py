@@ -12,11 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import BertModel
-
-from benchmarks.common import (
+from common import (
     ALPHA,
     LEARNING_RATE,
     MATMUL_SIZE,
@@ -27,6 +23,10 @@ from benchmarks.common import (
     Workload,
     peak_memory_bytes,
 )
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import BertModel
+from transformers.utils import logging
 
 
 class Classifier(nn.Module):
@@ -67,6 +67,9 @@ class Peer:
 
     def __init__(self, workload: Workload, dtype: Dtype, settings: PeerSettings):
         started = time.perf_counter()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        warnings.simplefilter("ignore")  # advice of the libraries to each other, and of the compiler
         torch.set_num_threads(workload.threads)
         torch.manual_seed(0)
         self._workload = workload
@@ -84,9 +87,7 @@ class Peer:
         self._mask = torch.ones_like(self._input_ids)
         self._labels = torch.tensor(labels, dtype=torch.long)
         started = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler's advice is not part of the result
-            self._train_client(np.zeros((1, self._workload.batch), np.int64))
+        self._train_client(np.zeros((1, self._workload.batch), np.int64))
         return time.perf_counter() - started
 
     def round(self, rows: np.ndarray) -> tuple[float, float]:

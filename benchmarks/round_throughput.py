@@ -1,6 +1,6 @@
 """Throughput of one federated round of MiniLM LoRA, side by side with a PyTorch + PEFT loop over clients.
 
-Run from the repository's root: `python -m benchmarks.round_throughput`. Both sides train on the same batches from the
+Run as `python benchmarks/round_throughput.py`. Both sides train on the same batches from the
 same adapters, in turns (A B A B ...), each in a process of its own; the script checks that their losses agree.
 """
 
@@ -9,11 +9,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import (
+from common import (
     DTYPES,
     FLOP_FORMULA,
     Dtype,
     PeerSettings,
+    Quiet,
     Remote,
     Workload,
     available_memory_bytes,
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.round_throughput", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     workload_arguments(parser, clients=32)
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds of each side (%(default)s)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of the matrix products (both)")
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(shape: Workload, folder: Path, dtype: Dtype, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one dtype."""
     note(f"{dtype}: building the engine")
-    with Remote("benchmarks.engine:Engine", **_engine_arguments(shape, folder, dtype, "auto")) as engine:
+    with Remote("engine:Engine", **_engine_arguments(shape, folder, dtype, "auto")) as engine:
         if options.skip_peer:
             result = _alone(shape, engine, options.repeats)
         else:
@@ -91,11 +92,15 @@ def _engine_arguments(shape: Workload, folder: Path, dtype: Dtype, chunk: int | 
 def _alone(shape: Workload, engine: Remote, repeats: int) -> dict[str, Any]:
     for _ in range(CHECKED_ROUNDS):
         engine.call("round")
-    seconds, rates = [], []
+    quiet, seconds, rates = Quiet(engine), [], []
     for _ in range(repeats):
         seconds.append(engine.call("round")[0])
         rates.append(engine.call("matmul_gflops"))
-    return {"matmul_gflops": {"jax": max(rates)}, "engine": _report(shape, engine, seconds, max(rates))}
+    return {
+        "cpu_share_of_others": quiet.share_of_others(),
+        "matmul_gflops": {"jax": max(rates)},
+        "engine": _report(shape, engine, seconds, max(rates)),
+    }
 
 
 def _side_by_side(shape: Workload, engine: Remote, dtype: Dtype, options: argparse.Namespace) -> dict[str, Any]:
@@ -106,18 +111,20 @@ def _side_by_side(shape: Workload, engine: Remote, dtype: Dtype, options: argpar
     settings = PeerSettings(best["attention"], best["frozen"], best["compile"])
 
     note(f"{dtype}: {CHECKED_ROUNDS} rounds to check, {options.repeats} to time")
-    with Remote("benchmarks.peer:Peer", workload=shape, dtype=dtype, settings=settings) as peer:
+    with Remote("peer:Peer", workload=shape, dtype=dtype, settings=settings) as peer:
         compile_s = peer.call("start", *begin)
         losses = [_pair(engine, peer)[1] for _ in range(CHECKED_ROUNDS)]
         distance = peer.call("adapters_distance", engine.call("adapters"))
-        seconds, jax_rates, torch_rates = [], [], []
+        quiet, seconds, jax_rates, torch_rates = Quiet(engine, peer), [], [], []
         for _ in range(options.repeats):
             seconds.append(_pair(engine, peer)[0])
             jax_rates.append(engine.call("matmul_gflops"))
             torch_rates.append(peer.call("matmul_gflops"))
         ours, theirs = zip(*seconds, strict=True)
+        share_of_others = quiet.share_of_others()
         difference = max(abs(a - b) for a, b in losses)
         return {
+            "cpu_share_of_others": share_of_others,
             "ratio": spread([b / a for a, b in seconds]),
             "matmul_gflops": {"jax": max(jax_rates), "torch": max(torch_rates)},
             "engine": _report(shape, engine, ours, max(jax_rates)),
@@ -151,7 +158,7 @@ def _tune(shape: Workload, rows: Any, dtype: Dtype, begin: tuple, with_compile: 
     tried = []
     for settings in _candidates(dtype, with_compile):
         try:
-            with Remote("benchmarks.peer:Peer", workload=shape, dtype=dtype, settings=settings) as peer:
+            with Remote("peer:Peer", workload=shape, dtype=dtype, settings=settings) as peer:
                 peer.call("start", *begin)
                 fastest = min(peer.call("round", rows)[0] for _ in range(3))
             found: dict[str, Any] = {"samples_per_s": rows.size / fastest}
@@ -192,7 +199,7 @@ def _sweep(shape: Workload, folder: Path, dtype: Dtype) -> list[dict[str, Any]]:
         if swept and 2 * swept[-1]["peak_memory_bytes"] > available_memory_bytes():
             note(f"{dtype}: client_chunk {chunk} and above are left out, for lack of memory")
             break
-        with Remote("benchmarks.engine:Engine", **_engine_arguments(shape, folder, dtype, chunk)) as engine:
+        with Remote("engine:Engine", **_engine_arguments(shape, folder, dtype, chunk)) as engine:
             engine.call("round")
             rates = [shape.samples / engine.call("round")[0] for _ in range(SWEEP_ROUNDS)]
             swept.append(

@@ -318,8 +318,10 @@ class Metrics:
     round: int32, counted from 1.
     train_loss: mean over the participants of their mean local cross-entropy.
     eval_loss, eval_accuracy: on the held-out pool, after the round.
-    latency_s: seconds of the slowest delivered client; elapsed_s: their sum so far.
-    client_uplink_bits, client_downlink_bits: `[C]` uint32, 0 for who did not send or receive.
+    latency_s: seconds until the last upload ended; a client that can never be heard is not waited for.
+    elapsed_s: the sum of latency_s so far.
+    client_uplink_bits, client_downlink_bits: `[C]` uint32, 0 for who did not send or receive; an upload that
+      was lost to fading counts.
     energy_j: of the whole cohort.
     queue_s: virtual queue after the round.
     keep_ratio_mean, kept_ranks_mean: over the participants.

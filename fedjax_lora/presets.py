@@ -8,7 +8,10 @@ from fedjax_lora.config import ConfigError, ExperimentConfig
 from fedjax_lora.control.baselines import FixedConfig, IdealConfig
 from fedjax_lora.data.partition import ClientsConfig, PartitionConfig
 from fedjax_lora.data.sources import DataConfig
+from fedjax_lora.lora.adapters import LoraConfig
 from fedjax_lora.models.load import ModelConfig
+from fedjax_lora.sim.local import LocalConfig
+from fedjax_lora.sim.optimizers import OptimizerConfig
 from fedjax_lora.sparsifiers.dense import DenseConfig
 from fedjax_lora.sparsifiers.soft_rotated import SoftRotatedConfig
 
@@ -16,10 +19,12 @@ from fedjax_lora.sparsifiers.soft_rotated import SoftRotatedConfig
 def digits() -> ExperimentConfig:
     """A tiny vision transformer on handwritten digits: 50 clients that send a quarter of the ranks, rotated."""
     return ExperimentConfig(
-        rounds=30,
+        rounds=40,
         model=ModelConfig(name="vit-tiny"),
+        lora=LoraConfig(targets=("query", "value", "up", "down")),
         data=DataConfig(source="digits"),
-        clients=ClientsConfig(count=50, partition=PartitionConfig(kind="dirichlet", alpha=0.5)),
+        clients=ClientsConfig(count=50, weighting="equal", partition=PartitionConfig(kind="dirichlet", alpha=0.5)),
+        local=LocalConfig(optimizer=OptimizerConfig(learning_rate=1e-2, schedule="linear")),
         sparsifier=SoftRotatedConfig(),
         control=FixedConfig(keep_ratio=0.25),
     )

@@ -28,20 +28,21 @@ def export(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} must be a new or an empty folder to export to, got one in use")
-    tensors = {}
+    tensors, targets = {}, []
     for module, factors in adapters.modules.items():
         a, b = np.asarray(factors.a)[:, :, :rank], np.asarray(factors.b)[:, :rank]
         for layer in range(a.shape[0]):
-            prefix = f"base_model.model.{names[module].format(layer=layer)}"
+            # Whole names: PEFT matches endings, and that of `down` is the ending of `output` too.
+            targets.append(names[module].format(layer=layer))
+            prefix = f"base_model.model.{targets[-1]}"
             tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a[layer].T)
             tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b[layer].T)
-    suffixes = sorted({names[module].rsplit("{layer}.")[-1] for module in adapters.modules})
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": suffixes,
+        "target_modules": targets,
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,

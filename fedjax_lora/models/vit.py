@@ -29,7 +29,7 @@ class VitConfig:
     height: int = 8
     width: int = 8
     channels: int = 1
-    patch: int = 2
+    patch: int = 4
     hidden: int = 64
     num_layers: int = 4
     num_heads: int = 4
@@ -46,10 +46,9 @@ class VitConfig:
 
 
 def tiny(image_shape: tuple[int, int, int], **options) -> VitConfig:
-    """`vit-tiny` for images of `(height, width, channels)`: patches of 2 up to 16 pixels a side, of 4 above."""
+    """`vit-tiny` for images of `(height, width, channels)`."""
     height, width, channels = image_shape
-    patch = 2 if max(height, width) <= 16 else 4
-    return VitConfig(height=height, width=width, channels=channels, patch=patch, **options)
+    return VitConfig(height=height, width=width, channels=channels, **options)
 
 
 def vit(config: VitConfig, num_classes: int) -> Model:

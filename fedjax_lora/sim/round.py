@@ -142,7 +142,7 @@ def make_round(parts: Parts) -> RoundFn:
             eval_accuracy=jnp.float32(jnp.nan),
             latency_s=latency_s,
             elapsed_s=new_state.elapsed_s,
-            client_uplink_bits=jnp.where(arrived | (delivery.latency_s < jnp.inf), sent.bits, 0),
+            client_uplink_bits=jnp.where(jnp.isfinite(delivery.latency_s), sent.bits, 0),
             client_downlink_bits=jnp.where(present, downlink_bits, 0),
             energy_j=jnp.sum(delivery.energy_j),
             queue_s=queue_s,

@@ -1,0 +1,147 @@
+"""Benchmarks at toy size: the FLOP model against a list of products, and a result's numbers against each other."""
+
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+ROOT = Path(__file__).parents[2]
+SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+WORDS = ["good", "bad", "film", "so", "long", "and", "dull"]
+LAYERS, WIDTH, MLP = 2, 12, 20
+SHAPE = ["--clients", "3", "--steps", "2", "--batch", "2", "--length", "7"]
+SAMPLES = 3 * 2 * 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Folder of a small BERT with a tokenizer of whole words."""
+    folder = tmp_path_factory.mktemp("model")
+    config = transformers.BertConfig(
+        vocab_size=len(SPECIAL + WORDS),
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=3,
+        intermediate_size=MLP,
+        max_position_embeddings=16,
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]")
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def common():
+    """The module that the benchmarks share."""
+    spec = importlib.util.spec_from_file_location("benchmarks_common", ROOT / "benchmarks" / "common.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look for their types
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(script, *arguments):
+    """The JSON that a benchmark prints."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *SHAPE, *map(str, arguments)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def check_side(side, result, dtype):
+    """Rates follow from the round's seconds, FLOPs from the rates."""
+    rates = [SAMPLES / s for s in side["round_s"]]
+    expected = {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
+    assert side["samples_per_s"] == pytest.approx(expected)
+    assert side["gflops"] == pytest.approx(expected["median"] * result["flop_model"]["gflop_per_sample"])
+    matmul = result["results"][dtype]["matmul_gflops"]["jax"]
+    assert side["share_of_jax_matmul"] == pytest.approx(side["gflops"] / matmul)
+    assert side["peak_memory_bytes"] > 1e8  # a Python process with its libraries, not kibibytes
+
+
+def test_flop_model_is_the_sum_over_every_product_of_a_layer(common, model):
+    """Brute force: each product `[m, k] @ [k, n]` of a layer, forward, and those of the backward pass."""
+    tokens = 7
+    frozen = [(tokens, WIDTH, WIDTH)] * 4 + [(tokens, WIDTH, MLP), (tokens, MLP, WIDTH)]
+    attention = [(tokens, WIDTH, tokens), (tokens, tokens, WIDTH)]
+    flop = 0
+    for m, k, n in frozen:
+        flop += 2 * m * k * n  # forward
+        flop += 2 * m * n * k  # gradient to the input alone
+    for m, k, n in attention:
+        flop += 2 * m * k * n
+        flop += 2 * (2 * m * k * n)  # gradients to both operands
+    assert common.Workload(model=str(model), length=tokens).flop_per_sample() == LAYERS * flop
+
+
+def test_sentences_fill_their_length_and_every_client_has_its_own(common, model, tmp_path):
+    """Count: one sentence for each place in a batch, of whole words that the vocabulary holds."""
+    workload = common.Workload(model=str(model), clients=3, steps=2, batch=5, length=7)
+    workload.write(tmp_path)
+    lines = (tmp_path / "train.tsv").read_text().splitlines()
+    assert len(lines) == 3 * 2 * 5
+    for line in lines:
+        sentence, label = line.split("\t")
+        assert len(sentence.split()) == 7 - 2 and set(sentence.split()) <= set(WORDS)
+        assert label in ("0", "1")
+
+
+def test_round_throughput_of_the_engine_alone_adds_up(model):
+    """The JSON's own arithmetic."""
+    result = run(
+        "round_throughput.py", "--model", model, "--repeats", 3, "--dtypes", "float32", "--skip-peer", "--skip-sweep"
+    )
+    assert list(result["results"]) == ["float32"]
+    check_side(result["results"]["float32"]["engine"], result, "float32")
+    assert 0 <= result["results"]["float32"]["cpu_share_of_others"] <= 1
+
+
+@pytest.mark.slow
+def test_round_throughput_against_the_peer_adds_up_and_agrees(model, tmp_path):
+    """The JSON's own arithmetic; and PyTorch's losses, round by round."""
+    out = tmp_path / "new" / "result.json"
+    result = run("round_throughput.py", "--model", model, "--repeats", 2, "--skip-compile", "--out", out)
+    assert json.loads(out.read_text()) == result
+    assert list(result["results"]) == ["float32", "bfloat16"]
+    for dtype, found in result["results"].items():
+        engine, peer, check = found["engine"], found["peer"], found["check"]
+        check_side(engine, result, dtype)
+        check_side(peer, result, dtype)
+        ratios = [b / a for a, b in zip(engine["round_s"], peer["round_s"], strict=True)]
+        assert found["ratio"]["median"] == pytest.approx(statistics.median(ratios))
+        fastest = max(tried["samples_per_s"] for tried in peer["tried"])
+        chosen = ("attention", "frozen", "compile")
+        assert any(
+            tried["samples_per_s"] == fastest and all(tried[name] == peer[name] for name in chosen)
+            for tried in peer["tried"]
+        )
+        differences = [abs(a - b) for a, b in zip(check["engine_loss"], check["peer_loss"], strict=True)]
+        assert check["largest_difference"] == max(differences) <= check["tolerance"]
+        assert check["agrees"] is True
+        assert [swept["client_chunk"] for swept in found["client_chunk_sweep"]] == [1, 2]
+
+
+@pytest.mark.slow
+def test_many_clients_says_by_its_own_measurement_whether_memory_suffices(model):
+    """The JSON's own arithmetic."""
+    result = run("many_clients.py", "--model", model)
+    found = result["results"]
+    assert found["samples_per_s"] == pytest.approx(SAMPLES / found["round_s"])
+    assert found["peak_memory_bytes_before_the_round"] <= found["peak_memory_bytes"]
+    assert found["limit_bytes"] == 4_000_000_000
+    assert found["under_limit"] is (found["peak_memory_bytes"] < found["limit_bytes"])
