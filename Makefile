@@ -10,7 +10,7 @@ run: $(VENV)/installed  ## fine-tune on the embedded digits over a simulated cel
 test: $(VENV)/installed-test  ## lint, types and the suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest -n 2 -m "not slow"
 
 test-all: $(VENV)/installed-test  ## the suite with its slow tests

@@ -16,7 +16,7 @@ from fedjax_lora.data.batches import federated_dataset
 from fedjax_lora.data.partition import partition
 from fedjax_lora.lora import adapters, targets
 from fedjax_lora.models import load
-from fedjax_lora.sim.chunk import activation_bytes, choose_chunk
+from fedjax_lora.sim.chunk import activation_budget_bytes, activation_bytes, choose_chunk
 from fedjax_lora.sim.cohort import client_mesh
 from fedjax_lora.sim.engine import Initial, Simulation
 from fedjax_lora.sim.evaluate import make_evaluate
@@ -164,4 +164,4 @@ def _chunk(
     if config.engine.client_chunk != "auto":
         return min(config.engine.client_chunk, cohort_per_device)
     needed = activation_bytes(model, sparsifier, world, like, hyper, config.local.batch_size)
-    return choose_chunk(cohort_per_device, needed, jax.devices()[0])
+    return choose_chunk(cohort_per_device, needed, activation_budget_bytes())

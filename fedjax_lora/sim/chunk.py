@@ -31,11 +31,16 @@ def activation_bytes(
     return max(trees.num_bytes(kept) - trees.num_bytes(world.base), 1)
 
 
-def choose_chunk(cohort_per_device: int, bytes_per_client: int, device: jax.Device) -> int:
-    """The largest divisor of a device's cohort whose activations fit its budget; at least 1."""
-    budget = CPU_CACHE_BYTES
-    if device.platform != "cpu":
-        memory_bytes = (device.memory_stats() or {}).get("bytes_limit", 2**33)
-        budget = int(ACCELERATOR_SHARE * memory_bytes)
+def activation_budget_bytes() -> int:
+    """What the activations of all clients at once may take on one of the devices at hand."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return CPU_CACHE_BYTES
+    memory_bytes = (device.memory_stats() or {}).get("bytes_limit", 2**33)
+    return int(ACCELERATOR_SHARE * memory_bytes)
+
+
+def choose_chunk(cohort_per_device: int, bytes_per_client: int, budget_bytes: int) -> int:
+    """The largest divisor of a device's cohort whose activations fit the budget; at least 1."""
     sizes = (size for size in range(1, cohort_per_device + 1) if cohort_per_device % size == 0)
-    return max((size for size in sizes if size * bytes_per_client <= budget), default=1)
+    return max((size for size in sizes if size * bytes_per_client <= budget_bytes), default=1)

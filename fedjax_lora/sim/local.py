@@ -12,7 +12,7 @@ from jax import Array, lax
 from fedjax_lora.base import Adapters, Base, Batch, Hyper, Model, Sparsifier
 from fedjax_lora.data.batches import gather, local_batches
 from fedjax_lora.lora.adapters import effective, rank_mask
-from fedjax_lora.sim.optimizers import OptimizerConfig
+from fedjax_lora.sim.optimizers import Optimizer, OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,11 +33,11 @@ class LocalConfig:
 class Client(NamedTuple):
     """What one client trains on; the round maps over a leading cohort axis.
 
-    index: `[n_max]` rows of the pool. count: valid entries of `index`. key: the client's own.
+    rows: `[n_max]` rows of the pool. examples: how many of them are valid. key: the client's own.
     """
 
-    index: Array
-    count: Array
+    rows: Array
+    examples: Array
     key: Array
 
 
@@ -79,8 +79,8 @@ def max_rank(adapters: Adapters) -> int:
 def make_train(
     model: Model,
     sparsifier: Sparsifier,
-    direction: optax.GradientTransformation,
-    schedule: Callable[[Array], Array],
+    direction: Optimizer,
+    schedule: optax.Schedule,
     config: LocalConfig,
 ) -> Train:
     """Local training as `(base, pool, start, hyper, round, client) -> Trained`, for one client.
@@ -93,7 +93,7 @@ def make_train(
         base: Base, pool: dict[str, Array], start: Adapters, hyper: Hyper, round_number: Array, client: Client
     ) -> Trained:
         order_key, dropout_key = jax.random.split(client.key)
-        rows, weight = local_batches(order_key, client.index, client.count, config.steps, config.batch_size)
+        rows, weight = local_batches(order_key, client.rows, client.examples, config.steps, config.batch_size)
 
         def step(carry, inputs):
             adapters, optimizer_state = carry

@@ -2,10 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import optax
-from jax import Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,17 @@ class ServerConfig:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
 
 
-def direction(config: OptimizerConfig) -> optax.GradientTransformation:
+class Optimizer(NamedTuple):
+    """An optax transformation, over trees of any kind: optax's own types name arrays alone.
+
+    init: `params -> state`. update: `(gradient, state, params) -> (update, state)`.
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+def direction(config: OptimizerConfig) -> Optimizer:
     """The descent direction before it is multiplied by the learning rate."""
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     step = {
@@ -61,16 +70,16 @@ def direction(config: OptimizerConfig) -> optax.GradientTransformation:
         "momentum": lambda: optax.trace(config.momentum),
         "adamw": lambda: optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(config.weight_decay)),
     }[config.name]()
-    return optax.chain(clip, step)
+    return Optimizer(*optax.chain(clip, step))
 
 
-def server_optimizer(config: ServerConfig) -> optax.GradientTransformation:
+def server_optimizer(config: ServerConfig) -> Optimizer:
     """The server's whole step, learning rate included."""
     momentum = config.momentum if config.name == "momentum" else None
-    return optax.sgd(config.learning_rate, momentum)
+    return Optimizer(*optax.sgd(config.learning_rate, momentum))
 
 
-def schedule(config: OptimizerConfig, total_steps: int) -> Callable[[Array], Array]:
+def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """`step -> factor` in [0, 1] on the peak learning rate; `step` counts local steps over all rounds."""
     steps = max(1, total_steps - config.warmup_steps)
     decay = {

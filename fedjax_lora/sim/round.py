@@ -1,11 +1,11 @@
 """One round, top to bottom: channel, cohort, training, control, sparsification, transmission, aggregation."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 from jax import Array
 from jax.sharding import Mesh
@@ -28,6 +28,7 @@ from fedjax_lora.lora.adapters import rank_mask
 from fedjax_lora.prng import client_keys, round_keys
 from fedjax_lora.sim.cohort import choose, map_clients, padded_size
 from fedjax_lora.sim.local import Client, Train, Trained, max_rank
+from fedjax_lora.sim.optimizers import Optimizer
 from fedjax_lora.sparsifiers.diagnostics import orthogonality
 from fedjax_lora.sparsifiers.payload import dense_bits
 
@@ -53,7 +54,7 @@ class Parts(NamedTuple):
     aggregator: Aggregator
     controller: Controller
     link: Link
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
     client_weight: Callable[[Array], Array]
     cohort_size: int
     chunk: int
@@ -86,7 +87,7 @@ def make_round(parts: Parts) -> RoundFn:
         finite = jax.vmap(trees.all_finite)(trained.adapters)
         active = present & finite
         trained = trained._replace(adapters=keep_where(active, trained.adapters, start))
-        client_weight = parts.client_weight(clients.count)
+        client_weight = parts.client_weight(clients.examples)
         weights = normalised(client_weight * active)
 
         # 4. Importance of each rank, and 5. control of keep ratio and bandwidth.
@@ -113,7 +114,7 @@ def make_round(parts: Parts) -> RoundFn:
         )
 
         # 7. Transmit.
-        sent = sent.replace(bits=jnp.where(active, sent.bits, 0))
+        sent = dataclasses.replace(sent, bits=jnp.where(active, sent.bits, 0))
         delivery = parts.link.deliver(cohort_link, sent.bits, decision, start_s, active)
         arrived = active & delivery.delivered
 
@@ -125,9 +126,10 @@ def make_round(parts: Parts) -> RoundFn:
         latency_s = round_latency(delivery)
         queue_s = parts.controller.update_queue(state.queue_s, latency_s)
 
-        new_state = state.replace(
+        new_state = dataclasses.replace(
+            state,
             round=state.round + 1,
-            adapters=optax.apply_updates(start, updates),
+            adapters=jax.tree.map(jnp.add, start, updates),
             server=server,
             link=link_state,
             queue_s=queue_s,

@@ -1,26 +1,25 @@
+import jax
 import pytest
 
 from fedjax_lora.sim import chunk
 
 
-class FakeDevice:
-    def __init__(self, platform, bytes_limit=None):
-        self.platform = platform
-        self._stats = None if bytes_limit is None else {"bytes_limit": bytes_limit}
+@pytest.mark.parametrize(
+    ("cohort", "megabytes", "budget", "expected"),
+    [(32, 80, 32, 1), (32, 8, 32, 4), (10, 4, 32, 5), (64, 100, 8192, 64), (64, 400, 8192, 16), (7, 10, 32, 1)],
+)
+def test_chunk_is_the_largest_divisor_within_the_budget_by_hand(cohort, megabytes, budget, expected):
+    assert chunk.choose_chunk(cohort, megabytes * 2**20, budget * 2**20) == expected
+
+
+class Accelerator:
+    platform = "gpu"
 
     def memory_stats(self):
-        return self._stats
+        return {"bytes_limit": 2**34}
 
 
-@pytest.mark.parametrize(
-    ("cohort", "megabytes", "device", "expected"),
-    [
-        (32, 80, FakeDevice("cpu"), 1),
-        (32, 8, FakeDevice("cpu"), 4),
-        (10, 4, FakeDevice("cpu"), 5),
-        (64, 100, FakeDevice("gpu", 2**34), 64),
-        (64, 400, FakeDevice("gpu", 2**34), 16),
-    ],
-)
-def test_chunk_is_the_largest_divisor_within_the_budget_by_hand(cohort, megabytes, device, expected):
-    assert chunk.choose_chunk(cohort, megabytes * 2**20, device) == expected
+def test_the_budget_is_a_share_of_an_accelerators_memory_by_hand(monkeypatch):
+    assert chunk.activation_budget_bytes() == chunk.CPU_CACHE_BYTES
+    monkeypatch.setattr(jax, "devices", lambda: [Accelerator()])
+    assert chunk.activation_budget_bytes() == 2**33
