@@ -1,7 +1,8 @@
 """Accuracy of the sparsifiers on SST-2 with MiniLM, and one long iid run; prints JSON and resumes where it stopped.
 
 The setting: 10 of 50 clients a round, Dirichlet(0.5), 14 rounds of 10 steps on batches of 8, 48 tokens, mean pooling,
-r = 8 on query and value, AdamW 3e-3 with linear decay, no network. The iid run takes 50 rounds with all clients equal.
+r = 8 on query and value, AdamW 3e-3 with linear decay, no network. The iid run deals the sentences evenly and takes 50
+rounds of the same size at 1e-3.
 """
 
 import argparse

@@ -324,7 +324,7 @@ class Metrics:
       was lost to fading counts.
     energy_j: of the whole cohort.
     queue_s: virtual queue after the round.
-    keep_ratio_mean, kept_ranks_mean: over the participants.
+    keep_ratio_mean, kept_ranks_mean: what control planned and what was sent, over the participants.
     participants: clients whose update entered the average.
     outages: scheduled clients whose upload did not arrive.
     nonfinite_clients: clients left out because their update was not finite.

@@ -105,9 +105,10 @@ def _build(config: ExperimentConfig) -> Simulation:
         parts=parts,
         world=world,
         initial=initial,
-        evaluate=make_evaluate(model, config.engine.eval_batch_size),
+        evaluate=make_evaluate(model, config.engine.eval_batch_size, mesh),
         eval_every=config.engine.eval_every,
         partition_hash=split.hash,
+        truncated=examples.truncated,
     )
 
 
@@ -147,7 +148,7 @@ def _hyper(config: ExperimentConfig) -> Hyper:
         rank=jnp.float32(config.lora.rank),
         alpha=jnp.float32(config.lora.alpha),
         learning_rate=jnp.float32(config.local.optimizer.learning_rate),
-        orthogonality=jnp.float32(getattr(config.sparsifier, "orthogonality", 0.0)),
+        orthogonality=jnp.float32(config.sparsifier.orthogonality),
         keep_ratio=jnp.float32(config.control.keep_ratio),
     )
 

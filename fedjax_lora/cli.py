@@ -14,11 +14,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.command(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"fedjax-lora: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fedjax-lora: interrupted; continue with --resume", file=sys.stderr)
+        print("fedjax-lora: interrupted", file=sys.stderr)
         return 130
 
 
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# The heavy imports are inside the commands: `--help` should not wait for JAX.
+# Each command imports what it needs: `presets` should not wait for the plots.
 
 
 def _run(options: argparse.Namespace) -> int:

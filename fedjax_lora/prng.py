@@ -17,7 +17,6 @@ class RoundKeys(NamedTuple):
     cohort: Array
     local: Array
     sparsify: Array
-    transmit: Array
 
 
 def round_keys(key: Array, round_number: Array) -> RoundKeys:

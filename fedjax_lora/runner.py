@@ -17,7 +17,7 @@ from fedjax_lora.base import Metrics
 from fedjax_lora.build import build
 from fedjax_lora.config import ExperimentConfig, dump
 from fedjax_lora.io import checkpoint
-from fedjax_lora.io.log import RunFolder
+from fedjax_lora.io.log import RunFolder, read_summary
 from fedjax_lora.report.html import write_report
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sparsifiers.soft import SoftConfig, degeneracy
@@ -26,10 +26,11 @@ from fedjax_lora.sparsifiers.soft import SoftConfig, degeneracy
 def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) -> dict[str, Any]:
     """Run an experiment to its last round, or continue it from its last checkpoint.
 
-    Everything that can be wrong with the configuration is found before the folder is made.
+    The program is built, compiled and evaluated once before the folder is made: a mistake in the configuration
+    leaves nothing behind. Times in the summary are those of the last session of a resumed run.
 
     Returns:
-      The summary, as in `summary.json`.
+      The summary, as in `summary.json`; that of a run that has ended already stays as it is.
 
     Raises:
       ValueError: the folder is in use, or cannot be resumed with this configuration.
@@ -38,16 +39,20 @@ def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) ->
     if not resume:
         RunFolder.check_free(path)
     simulation = build(config)
-    folder = RunFolder.resume(path, dump(config)) if resume else RunFolder.create(path, dump(config))
-    if isinstance(config.sparsifier, SoftConfig) and (note := degeneracy(config.sparsifier)):
+    for note in _notes(config, simulation):
         console.print(f"note: {note}")
 
     state = simulation.init(jax.random.key(config.seed))
     _, initial_accuracy = simulation.evaluate(state)
+    folder = RunFolder.resume(path, dump(config)) if resume else RunFolder.create(path, dump(config))
     if resume:
         state = checkpoint.restore(folder.checkpoints, state) or state
         folder.truncate(int(state.round))
     done = int(state.round)
+    ended = read_summary(path)
+    if done == config.rounds and ended is not None:
+        write_report([path], folder.report)
+        return ended
     console.print(
         f"{config.clients.count} clients, {simulation.parts.cohort_size} a round, "
         f"{simulation.parts.chunk} at once; compiled in {simulation.compile_s:.1f} s; "
@@ -80,6 +85,16 @@ def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) ->
     )
     write_report([path], folder.report)
     return summary
+
+
+def _notes(config: ExperimentConfig, simulation: Simulation) -> list[str]:
+    """What a user should know of this run beforehand."""
+    notes = []
+    if isinstance(config.sparsifier, SoftConfig) and (note := degeneracy(config.sparsifier)):
+        notes.append(note)
+    if simulation.truncated:
+        notes.append(f"{simulation.truncated} sentences were cut to data.max_length = {config.data.max_length} tokens")
+    return notes
 
 
 def _samples(config: ExperimentConfig, simulation: Simulation, rounds: int) -> int:

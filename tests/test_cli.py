@@ -64,7 +64,6 @@ def test_a_killed_run_resumes_bit_for_bit_as_if_it_had_not_been(finished, tmp_pa
     assert process.wait() == -signal.SIGKILL
     assert not (out / "summary.json").exists()
 
-    # The same run, three rounds at a time without an end: compare the log up to what both have.
     resumed = subprocess.run([*command[:-1], "rounds=60", "--resume"], capture_output=True, text=True, check=True)
     assert "report:" in resumed.stdout
     whole = tmp_path / "whole"
@@ -98,6 +97,7 @@ def one_line(capsys, arguments: list[str]) -> str:
         ("clients.count=5000", ["clients.count", "1113", "5000"]),
         ("lora.targets=[queri]", ["lora.targets", "queri", "query"]),
         ("lora.max_rank=65", ["max_rank", "64", "65"]),
+        ("server.learning_rate=0.0", ["server.learning_rate", "0.0", "above 0"]),
         ("sparsifier.name=sofd", ["sparsifier.name", "sofd", "soft"]),
     ],
 )

@@ -44,12 +44,13 @@ def gather(pool: Mapping[str, Array], rows: Array) -> dict[str, Array]:
     return trees.take(dict(pool), rows)
 
 
-def evaluation_batches(num_examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def evaluation_batches(num_examples: int, batch_size: int, num_batches: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of a whole pool in its order, `[M, B]` int32, and weight `[M, B]` float32.
 
-    The last batch is filled up with row 0 at weight 0, so all have one shape.
+    What `num_batches` = M batches hold beyond the pool is filled up with row 0 at weight 0.
     """
-    num_batches = -(-num_examples // batch_size)
+    if num_batches * batch_size < num_examples:
+        raise ValueError(f"num_batches must hold all {num_examples} examples, got {num_batches} of {batch_size}")
     rows = np.arange(num_batches * batch_size, dtype=np.int32).reshape(num_batches, batch_size)
     own = rows < num_examples
     return np.where(own, rows, 0), own.astype(np.float32)

@@ -1,6 +1,9 @@
 """Files that are there in full or not at all."""
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -15,3 +18,24 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to fill; it takes the name `path`, which must be new or empty, when the block ends without an error.
+
+    Raises:
+      ValueError: `path` is in use, or cannot be written.
+    """
+    target = Path(path).absolute()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{path} must be a new or an empty folder, got one in use")
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, target)
+    except OSError as error:
+        raise ValueError(f"{path} must be a folder that can be written, got {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

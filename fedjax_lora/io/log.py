@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import yaml
 
 from fedjax_lora.base import Metrics
-from fedjax_lora.io.files import write_atomically
+from fedjax_lora.io.files import atomic_folder, write_atomically
 
 FIELDS = {
     "round": "round",
@@ -93,17 +92,10 @@ class RunFolder:
           ValueError: `check_free` refuses the path, or it cannot be written.
         """
         cls.check_free(path)
-        target = Path(path).absolute()
-        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        try:
-            (partial / "checkpoints").mkdir(parents=True)
+        with atomic_folder(path) as partial:
+            (partial / "checkpoints").mkdir()
             (partial / _CONFIG).write_text(config_text, encoding="utf-8")
             (partial / _METRICS).touch()
-            os.replace(partial, target)
-        except OSError as error:
-            raise ValueError(f"{path} must be a folder that can be written, got {error.strerror}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         return cls(path)
 
     @classmethod
@@ -178,7 +170,13 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / _CONFIG
     if not path.is_file():
         raise ValueError(f"{folder} must be the folder of a run, got no {_CONFIG} in it")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must be the YAML of a configuration, got something else")
+    return config
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
@@ -207,7 +205,12 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 def read_summary(folder: str | Path) -> dict[str, Any] | None:
     """The summary of a run; None as long as the run has not ended."""
     path = Path(folder) / _SUMMARY
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON, got {error}") from error
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fedjax_lora.base import Adapters
+from fedjax_lora.io.files import atomic_folder
 
 
 def export(
@@ -25,9 +26,6 @@ def export(
     Raises:
       ValueError: the folder is in use.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} must be a new or an empty folder to export to, got one in use")
     tensors, targets = {}, []
     for module, factors in adapters.modules.items():
         a, b = np.asarray(factors.a)[:, :, :rank], np.asarray(factors.b)[:, :rank]
@@ -47,7 +45,7 @@ def export(
         "bias": "none",
         "inference_mode": True,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    save_file({name: np.asarray(leaf) for name, leaf in adapters.head.items()}, folder / "head.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with atomic_folder(folder) as partial:
+        save_file(tensors, partial / "adapter_model.safetensors")
+        save_file({name: np.asarray(leaf) for name, leaf in adapters.head.items()}, partial / "head.safetensors")
+        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -71,7 +71,10 @@ def init(
 
     def factors(name: str, n_in: int, n_out: int) -> Factors:
         module_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        a, _ = jnp.linalg.qr(jax.random.normal(module_key, (num_layers, n_in, max_rank)))
+        normal = jax.random.normal(module_key, (num_layers, n_in, max_rank))
+        # A layer at a time: batched factorisations that run side by side can starve XLA's CPU threads, each waiting
+        # for tasks that only the other could run.
+        a = jax.lax.map(lambda x: jnp.linalg.qr(x)[0], normal)
         return Factors(a=init_scale * a, b=jnp.zeros((num_layers, max_rank, n_out)))
 
     return {name: factors(name, *shape) for name, shape in targets.items()}

@@ -86,8 +86,8 @@ class BertConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "width", "num_layers", "num_heads", "mlp_width", "max_positions", "num_types"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}")
         if self.width % self.num_heads:
             raise ValueError(f"num_heads must divide width = {self.width}, got {self.num_heads}")
         if self.activation not in layers.ACTIVATIONS:
@@ -166,7 +166,9 @@ def bert(config: BertConfig, num_classes: int) -> Model:
     def embed(base: Base, batch: Batch, key: Array | None) -> Hidden:
         ids, tables = batch["input_ids"], base["embeddings"]
         if ids.shape[1] > config.max_positions:
-            raise ValueError(f"input_ids must have at most {config.max_positions} positions, got {ids.shape[1]}")
+            raise ValueError(
+                f"data.max_length must be at most {config.max_positions}, the model's positions, got {ids.shape[1]}"
+            )
         types = batch["token_type_ids"] if "token_type_ids" in batch else jnp.zeros_like(ids)
         values = tables["word"][ids] + tables["type"][types] + tables["position"][: ids.shape[1]]
         values = layer_norm(values, (tables["norm"]["scale"], tables["norm"]["bias"]), config.norm_eps)

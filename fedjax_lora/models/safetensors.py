@@ -6,6 +6,7 @@ Only safetensors are read, never a pickle, and nothing of a folder is executed.
 import contextlib
 import fnmatch
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,7 +129,7 @@ def save(path: Path, tree: Base) -> None:
 
     A reader never sees half a file: it is written under another name and then renamed.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     save_file({name: np.asarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}, partial)
     partial.replace(path)
 

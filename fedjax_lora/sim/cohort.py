@@ -14,10 +14,10 @@ from fedjax_lora.prng import client_keys
 CLIENTS = "clients"
 
 
-def padded_size(cohort_size: int, chunk: int, num_devices: int) -> int:
-    """The cohort rounded up to whole chunks on every device."""
+def padded_size(size: int, chunk: int, num_devices: int) -> int:
+    """`size` items rounded up to whole chunks on every device."""
     block = chunk * num_devices
-    return -(-cohort_size // block) * block
+    return -(-size // block) * block
 
 
 def choose(key: Array, num_clients: int, cohort_size: int, size: int) -> tuple[Array, Array]:
@@ -39,18 +39,19 @@ def choose(key: Array, num_clients: int, cohort_size: int, size: int) -> tuple[A
     return jnp.concatenate([ids, padding]), present
 
 
-def map_clients(work: Callable[..., Any], shared: Any, clients: Any, chunk: int, mesh: Mesh) -> Any:
-    """`work(shared, client)` for every client of the leading axis, `chunk` at a time on each device.
+def map_over_devices(work: Callable[..., Any], shared: Any, items: Any, chunk: int, mesh: Mesh) -> Any:
+    """`work(shared, item)` for every item of the leading axis (clients, batches), `chunk` at a time on each device.
 
-    `shared` (the frozen base among it) is replicated and never given a client axis.
+    `shared` (the frozen base among it) is replicated and never given an axis. The leading axis is a multiple of
+    `chunk` times the number of devices, see `padded_size`.
     """
 
-    def on_one_device(shared: Any, clients: Any) -> Any:
-        return lax.map(lambda client: work(shared, client), clients, batch_size=chunk if chunk > 1 else None)
+    def on_one_device(shared: Any, items: Any) -> Any:
+        return lax.map(lambda item: work(shared, item), items, batch_size=chunk if chunk > 1 else None)
 
-    return jax.shard_map(on_one_device, mesh=mesh, in_specs=(P(), P(CLIENTS)), out_specs=P(CLIENTS), check_vma=False)(
-        shared, clients
-    )
+    specs = (P(), P(CLIENTS))
+    mapped = jax.shard_map(on_one_device, mesh=mesh, in_specs=specs, out_specs=P(CLIENTS), check_vma=False)
+    return mapped(shared, items)
 
 
 def client_mesh() -> Mesh:

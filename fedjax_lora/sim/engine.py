@@ -83,6 +83,7 @@ class Simulation:
       world: frozen base and data, on the device.
       parts: the functions that a round is made of.
       partition_hash: of who holds which examples.
+      truncated: sentences that were cut to the maximum length.
       compile_s: seconds that tracing and compiling took; 0 until the first run.
     """
 
@@ -94,10 +95,12 @@ class Simulation:
         evaluate: Evaluate,
         eval_every: int,
         partition_hash: str,
+        truncated: int,
     ):
         self.parts = parts
         self.eval_every = eval_every
         self.partition_hash = partition_hash
+        self.truncated = truncated
         self.compile_s = 0.0
         self._initial = initial
         self._everywhere = replicated(parts.mesh)

@@ -1,7 +1,9 @@
 """Central training of a model that comes without pretrained weights, on the public part of the data."""
 
+import contextlib
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Mapping
 
 import jax
@@ -15,6 +17,8 @@ from fedjax_lora.data.batches import gather
 from fedjax_lora.data.cache import cache_folder
 from fedjax_lora.models import safetensors
 from fedjax_lora.sim.local import cross_entropy
+
+_FORMAT = 1  # part of the cache's key: raise it when the training below changes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,17 +85,19 @@ def pretrained(
 
     Args:
       model, pool, config: as for `pretrain`.
-      fingerprint: says which model and data these are.
+      fingerprint: of the model's options and the data.
     """
-    name = hashlib.sha256(f"{fingerprint} {config}".encode()).hexdigest()[:16]
-    path = cache_folder() / f"pretrained-{name}.safetensors"
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    text = f"{_FORMAT} {fingerprint} {config} {shapes}"
+    path = cache_folder() / f"pretrained-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
     if path.is_file():
-        try:
+        with contextlib.suppress(ValueError, KeyError):  # damaged: train again and replace it
             kept = safetensors.restore(path)
             return kept["base"], kept["head"]
-        except ValueError:  # damaged: train again and replace it
-            path.unlink()
-    base, head = pretrain(model, {k: jnp.asarray(v) for k, v in pool.items()}, config, jax.random.key(0))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.save(path, {"base": base, "head": head})
+    base, head = pretrain(model, {name: jnp.asarray(leaf) for name, leaf in pool.items()}, config, jax.random.key(0))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.save(path, {"base": base, "head": head})
+    except OSError as error:  # a read-only home should cost time, not the run
+        warnings.warn(f"pretrained weights are not cached, {path.parent}: {error.strerror}", stacklevel=2)
     return base, head

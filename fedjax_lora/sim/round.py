@@ -26,7 +26,7 @@ from fedjax_lora.base import (
 )
 from fedjax_lora.lora.adapters import rank_mask
 from fedjax_lora.prng import client_keys, round_keys
-from fedjax_lora.sim.cohort import choose, map_clients, padded_size
+from fedjax_lora.sim.cohort import choose, map_over_devices, padded_size
 from fedjax_lora.sim.local import Client, Train, Trained, max_rank
 from fedjax_lora.sim.optimizers import Optimizer
 from fedjax_lora.sparsifiers.diagnostics import orthogonality
@@ -93,7 +93,7 @@ def make_round(parts: Parts) -> RoundFn:
         # 4. Importance of each rank, and 5. control of keep ratio and bandwidth.
         tail_energy = jax.vmap(parts.sparsifier.tail_energy, (None, 0, None))(start, trained.adapters, mask)
         downlink_bits = dense_bits(start, mask)
-        start_s = parts.link.start_s(cohort_link, downlink_bits, active)
+        start_s = parts.link.start_s(cohort_link, downlink_bits, present)
         decision = parts.controller.decide(
             Observation(
                 snr_hz=parts.link.snr_hz(cohort_link),
@@ -115,7 +115,7 @@ def make_round(parts: Parts) -> RoundFn:
 
         # 7. Transmit.
         sent = dataclasses.replace(sent, bits=jnp.where(active, sent.bits, 0))
-        delivery = parts.link.deliver(cohort_link, sent.bits, decision, start_s, active)
+        delivery = parts.link.deliver(cohort_link, sent.bits, decision, start_s, present)
         arrived = active & delivery.delivered
 
         # 8. Aggregate, step the server, update the queue.
@@ -123,7 +123,7 @@ def make_round(parts: Parts) -> RoundFn:
         aggregate = parts.aggregator.aggregate(start, trained.adapters, sent, weights, hyper.alpha / hyper.rank)
         pseudo_gradient = jax.tree.map(jnp.subtract, start, aggregate.adapters)
         updates, server = parts.optimizer.update(pseudo_gradient, state.server, start)
-        latency_s = round_latency(delivery)
+        latency_s = round_latency(delivery, active)
         queue_s = parts.controller.update_queue(state.queue_s, latency_s)
 
         new_state = dataclasses.replace(
@@ -171,7 +171,7 @@ def train_cohort(parts: Parts, world: World, state: FedState, clients: Client) -
         return parts.train(base, pool, start, hyper, round_number, client)
 
     shared = (world.base, world.data.train, state.adapters, state.hyper, state.round)
-    return map_clients(work, shared, clients, parts.chunk, parts.mesh)
+    return map_over_devices(work, shared, clients, parts.chunk, parts.mesh)
 
 
 def normalised(weight: Array) -> Array:
@@ -196,9 +196,10 @@ def mean_over(included: Array) -> Callable[[Array], Array]:
     return mean
 
 
-def round_latency(delivery: Delivery) -> Array:
-    """Seconds until the last upload ended; a client that can never be heard is not waited for."""
-    return jnp.max(jnp.where(jnp.isfinite(delivery.latency_s), delivery.latency_s, 0.0))
+def round_latency(delivery: Delivery, active: Array) -> Array:
+    """Seconds until the last upload ended; who diverged or can never be heard is not waited for."""
+    heard = active & jnp.isfinite(delivery.latency_s)
+    return jnp.max(jnp.where(heard, delivery.latency_s, 0.0))
 
 
 def scatter(memory, ids: Array, arrived: Array, new, old):

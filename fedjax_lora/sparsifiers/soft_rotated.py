@@ -8,8 +8,10 @@ of the factors nor its singular value decomposition is formed.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+import itertools
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -58,12 +60,11 @@ def make(config: SoftRotatedConfig, like: Adapters) -> Sparsifier:
     ) -> tuple[Sent, Any]:
         del key
         kept, modules = ranks.num_kept(keep_ratio, rank_mask), {}
-        for name, new in trained.modules.items():
+        for name, (of_a, of_b) in _principal(start, trained, rank_mask).items():
             old = start.modules[name]
-            change_a, change_b = _changes(new, old, rank_mask)
             modules[name] = Factors(
-                a=old.a + _best(change_a, kept, rank_mask),
-                b=old.b + jnp.swapaxes(_best(change_b, kept, rank_mask), -1, -2),
+                a=old.a + _best(of_a, kept, rank_mask),
+                b=old.b + jnp.swapaxes(_best(of_b, kept, rank_mask), -1, -2),
             )
         decoded = Adapters(modules=modules, head=trained.head)
         in_use = ranks.everywhere(rank_mask, like)
@@ -77,11 +78,8 @@ def make(config: SoftRotatedConfig, like: Adapters) -> Sparsifier:
         return sent, memory
 
     def tail_energy(start: Adapters, trained: Adapters, rank_mask: Array) -> Array:
-        energies = jnp.zeros(max_rank)
-        for name, new in trained.modules.items():
-            for change in _changes(new, start.modules[name], rank_mask):
-                values, _ = _principal(change, rank_mask)
-                energies += jnp.sum(values.reshape(-1, max_rank), axis=0)
+        found = jax.tree.leaves(_principal(start, trained, rank_mask), is_leaf=lambda x: isinstance(x, _Principal))
+        energies = jnp.sum(jnp.concatenate([part.energies for part in found]), axis=0)
         return ranks.tails(energies)
 
     return Sparsifier(
@@ -93,26 +91,40 @@ def make(config: SoftRotatedConfig, like: Adapters) -> Sparsifier:
     )
 
 
-def _changes(new: Factors, old: Factors, rank_mask: Array) -> tuple[Array, Array]:
-    """Changes of both factors with the ranks as columns, `[L, n_in, R]` and `[L, n_out, R]`; 0 in unused ranks."""
-    return (new.a - old.a) * rank_mask, jnp.swapaxes(new.b - old.b, -1, -2) * rank_mask
+class _Principal(NamedTuple):
+    """A factor's change with the ranks as columns, and its orthogonal components, largest first.
+
+    change: `[L, n, R]`, 0 in unused ranks. energies: `[L, R]`. rotation: `[L, R, R]`, the components as columns.
+    """
+
+    change: Array
+    energies: Array
+    rotation: Array
 
 
-def _principal(change: Array, rank_mask: Array) -> tuple[Array, Array]:
-    """Energies `[..., R]` of the rotated components, largest first, and the rotation `[..., R, R]` as columns."""
-    products = gram(change)
-    energy = jnp.trace(products, axis1=-2, axis2=-1)[..., None]
+def _principal(start: Adapters, trained: Adapters, rank_mask: Array) -> dict[str, tuple[_Principal, _Principal]]:
+    """Components of the changes of both factors, by module."""
+    changes = {}
+    for name, new in trained.modules.items():
+        old = start.modules[name]
+        changes[name] = ((new.a - old.a) * rank_mask, jnp.swapaxes(new.b - old.b, -1, -2) * rank_mask)
+    flat, structure = jax.tree.flatten(changes)
+    grams = jnp.concatenate([gram(change) for change in flat])
+    energy = jnp.trace(grams, axis1=-2, axis2=-1)[:, None]
     # At unit trace, accuracy is the same at every scale of the change. Unused ranks move from eigenvalue 0 to -1:
     # they come last even if a rank in use has not changed.
-    scaled = products / jnp.where(energy > 0, energy, 1.0)[..., None] - jnp.diag(1.0 - rank_mask)
+    scaled = grams / jnp.where(energy > 0, energy, 1.0)[..., None] - jnp.diag(1.0 - rank_mask)
+    # One call for all matrices: several side by side can starve XLA's CPU threads.
     values, vectors = jnp.linalg.eigh(scaled)
-    return jnp.maximum(values[..., ::-1], 0.0) * energy, vectors[..., ::-1]
+    energies, rotations = jnp.maximum(values[:, ::-1], 0.0) * energy, vectors[..., ::-1]
+    ends = list(itertools.accumulate(change.shape[0] for change in flat))[:-1]
+    parts = zip(flat, jnp.split(energies, ends), jnp.split(rotations, ends), strict=True)
+    return jax.tree.unflatten(structure, [_Principal(*part) for part in parts])
 
 
-def _best(change: Array, kept: Array, rank_mask: Array) -> Array:
-    """The best approximation of rank `kept` of `change` `[..., n, R]`, as the receiver rebuilds it."""
-    _, rotation = _principal(change, rank_mask)
-    rotation = rotation * (jnp.arange(rank_mask.shape[-1]) < kept)
+def _best(part: _Principal, kept: Array, rank_mask: Array) -> Array:
+    """The best approximation of rank `kept` of a change, `[L, n, R]`, as the receiver rebuilds it."""
+    rotation = part.rotation * (jnp.arange(rank_mask.shape[-1]) < kept)
     # Products in full float32: what is sent and turned back must be the change, not a bfloat16 copy of it.
-    rotated = jnp.matmul(change, rotation, precision="highest")
+    rotated = jnp.matmul(part.change, rotation, precision="highest")
     return jnp.matmul(rotated, jnp.swapaxes(rotation, -1, -2), precision="highest") * rank_mask

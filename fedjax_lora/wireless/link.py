@@ -136,7 +136,7 @@ def make_link(config: WirelessConfig, samples_per_round: int) -> Link:
         upload_s = latency.transfer_time_s(bits, uplink_rate(decision.bandwidth_hz, planned_hz))
         end_s = start_s + upload_s
         # The rate rises with the gain: what was planned arrives just where the true gain is no worse.
-        carried = (true_snr_hz(state) >= planned_hz) | (bits == 0)
+        carried = (true_snr_hz(state) >= planned_hz) | (bits == 0) | (config.csi == "perfect")
         compute_j = energy.compute_energy_j(cycles, state.cpu_hz, config.capacitance)
         energy_j = compute_j + energy.transmit_energy_j(power_w, upload_s)
         here = present > 0

@@ -115,14 +115,19 @@ def test_gather_equals_numpy_indexing():
         np.testing.assert_array_equal(value, pool[name][rows])
 
 
-@pytest.mark.parametrize(("num_examples", "batch_size"), [(10, 4), (8, 4), (3, 5), (1, 1)])
-def test_evaluation_batches_cover_the_pool_once_in_order(num_examples, batch_size):
-    """Conservation: the rows of weight 1 are 0 ... N - 1, and no batch is empty."""
-    rows, weight = evaluation_batches(num_examples, batch_size)
-    assert rows.shape == weight.shape and rows.shape[1] == batch_size
+@pytest.mark.parametrize(("num_examples", "batch_size", "num_batches"), [(10, 4, 3), (8, 4, 2), (3, 5, 2), (1, 1, 1)])
+def test_evaluation_batches_cover_the_pool_once_in_order(num_examples, batch_size, num_batches):
+    """Conservation: the rows of weight 1 are 0 ... N - 1."""
+    rows, weight = evaluation_batches(num_examples, batch_size, num_batches)
+    assert rows.shape == weight.shape == (num_batches, batch_size)
     np.testing.assert_array_equal(rows[weight == 1], np.arange(num_examples))
-    assert weight.sum() == num_examples and (weight.sum(axis=1) > 0).all()
+    assert weight.sum() == num_examples
     assert rows.min() >= 0 and rows.max() < num_examples
+
+
+def test_too_few_evaluation_batches_are_refused():
+    with pytest.raises(ValueError, match="num_batches must hold all 9 examples, got 2 of 4"):
+        evaluation_batches(9, 4, 2)
 
 
 def make_examples(num_train):

@@ -246,7 +246,7 @@ def test_dropout_acts_with_a_key_only_invariance(tiny):
 
 def test_too_long_a_sequence_is_refused(tiny):
     model, base, adapters = tiny
-    with pytest.raises(ValueError, match="input_ids must have at most 16 positions, got 17"):
+    with pytest.raises(ValueError, match=r"data\.max_length must be at most 16, the model.s positions, got 17"):
         jax.eval_shape(model.apply, base, adapters, text_batch(length=17))
 
 
@@ -257,7 +257,8 @@ def test_too_long_a_sequence_is_refused(tiny):
         ({"hidden_act": "swish"}, "activation must be one of gelu, gelu_new, gelu_pytorch_tanh, relu, got 'swish'"),
         ({"position_embedding_type": "relative_key"}, "must be 'absolute', got 'relative_key'"),
         ({"is_decoder": True}, "is_decoder must be false"),
-        ({"num_hidden_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"num_hidden_layers": 0}, "num_layers must be an integer of at least 1, got 0"),
+        ({"hidden_size": "24"}, "width must be an integer of at least 1, got .24."),
     ],
 )
 def test_variants_that_it_does_not_compute_are_refused(fields, message):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.sim.cohort import choose, client_mesh, map_clients, padded_size
+from fedjax_lora.sim.cohort import choose, client_mesh, map_over_devices, padded_size
 
 
 def test_full_participation_is_every_client_once_then_padding():
@@ -35,6 +35,6 @@ def test_padded_size_is_the_next_multiple_by_hand(cohort, chunk, devices, size):
 @pytest.mark.parametrize("chunk", [1, 2, 6])
 def test_mapping_over_clients_equals_a_python_loop(chunk):
     w, clients = jnp.arange(12.0).reshape(3, 4), jnp.arange(18.0).reshape(6, 3)
-    mapped = map_clients(lambda w, x: jnp.sin(x) @ w, w, clients, chunk, client_mesh())
+    mapped = map_over_devices(lambda w, x: jnp.sin(x) @ w, w, clients, chunk, client_mesh())
     loop = np.stack([np.sin(np.asarray(x)) @ np.asarray(w) for x in clients])
     np.testing.assert_allclose(mapped, loop, rtol=2e-5)

@@ -230,9 +230,9 @@ def test_the_network_can_be_taken_away_without_changing_what_is_learned():
     fixed, ideal = simulation("clients.per_round=3"), build(config("clients.per_round=3", "control.name=ideal"))
     fixed_state, fixed_metrics = fixed.run(fixed.init(jax.random.key(2)), 2)
     ideal_state, ideal_metrics = ideal.run(ideal.init(jax.random.key(2)), 2)
-    if fixed_metrics.participants.tolist() == ideal_metrics.participants.tolist():
-        for x, y in zip(jax.tree.leaves(fixed_state.adapters), jax.tree.leaves(ideal_state.adapters), strict=True):
-            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    assert fixed_metrics.participants.tolist() == ideal_metrics.participants.tolist() == [3, 3]
+    for x, y in zip(jax.tree.leaves(fixed_state.adapters), jax.tree.leaves(ideal_state.adapters), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
     assert (ideal_metrics.latency_s < fixed_metrics.latency_s).all()
 
 
