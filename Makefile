@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 .PHONY: run test test-all
 
 run: $(VENV)/installed  ## fine-tune on the embedded digits over a simulated cell
-	$(BIN)/fedjax-lora run
+	$(BIN)/fedjax-lora run $(if $(wildcard runs/digits/config.yaml),--resume)
 
 test: $(VENV)/installed-test  ## lint, types and the suite
 	$(BIN)/ruff check .

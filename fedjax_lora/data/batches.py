@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .. import trees
-from ..base import Dataset
-from .partition import Partition
-from .sources import Examples
+from fedjax_lora import trees
+from fedjax_lora.base import Dataset
+from fedjax_lora.data.partition import Partition
+from fedjax_lora.data.sources import Examples
 
 
 def local_batches(key: Array, index_row: Array, count: Array, steps: int, batch_size: int) -> tuple[Array, Array]:

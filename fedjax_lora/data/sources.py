@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from . import tokens, tsv
+from fedjax_lora.data import tokens, tsv
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,8 +14,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from .cache import cache_folder
-from .tsv import Table
+from fedjax_lora.data.cache import cache_folder
+from fedjax_lora.data.tsv import Table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from fedjax_lora import trees
 from fedjax_lora.base import Adapters, Base, Hyper, Model, Sparsifier
 from fedjax_lora.data.batches import gather
+from fedjax_lora.sim.cohort import padded_size
 from fedjax_lora.sim.local import local_loss
 from fedjax_lora.sim.round import World
 
@@ -41,6 +42,7 @@ def activation_budget_bytes() -> int:
 
 
 def choose_chunk(cohort_per_device: int, bytes_per_client: int, budget_bytes: int) -> int:
-    """The largest divisor of a device's cohort whose activations fit the budget; at least 1."""
-    sizes = (size for size in range(1, cohort_per_device + 1) if cohort_per_device % size == 0)
-    return max((size for size in sizes if size * bytes_per_client <= budget_bytes), default=1)
+    """The most clients whose activations fit the budget, such that padding adds no more than 5 %; at least 1."""
+    fitting = range(1, min(cohort_per_device, budget_bytes // bytes_per_client) + 1)
+    full = [size for size in fitting if padded_size(cohort_per_device, size, 1) <= 1.05 * cohort_per_device]
+    return max(full, default=1)

@@ -1,4 +1,4 @@
-"""LoRA on BERT, against PyTorch with PEFT: loss, gradients and one step of gradient descent."""
+"""Local training of LoRA on BERT, against PyTorch with PEFT: loss, gradients, steps and regulariser."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,12 @@ import pytest
 import torch
 import transformers
 
-from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.base import Adapters, Factors, Hyper
 from fedjax_lora.lora import adapters as lora
 from fedjax_lora.models import bert, load
+from fedjax_lora.sim.local import Client, LocalConfig, cross_entropy, make_train
+from fedjax_lora.sim.optimizers import OptimizerConfig, direction, schedule
+from fedjax_lora.sparsifiers import dense, soft
 
 RANK, ALPHA, RATE = 3, 6.0, 0.5
 PEFT_TARGETS = ["query", "value", "intermediate.dense", "output.dense"]
@@ -65,37 +68,111 @@ def read_torch(get):
     return Adapters(modules=modules, head={"w": get(f"{head}.weight").T, "b": get(f"{head}.bias")})
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # raised inside PEFT
-def test_loss_gradients_and_a_step_against_peft(tmp_path):
+BATCH = {
+    "input_ids": np.random.default_rng(0).integers(1, 31, (4, 10)),
+    "attention_mask": (np.arange(10) < np.array([10, 4, 7, 9])[:, None]).astype(np.int64),
+    "label": np.array([0, 1, 1, 0]),
+}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A small BERT whose perceptron is not square: its folder, our model and weights, and adapters."""
+    folder = tmp_path_factory.mktemp("bert")
     shape = transformers.BertConfig(
         vocab_size=31, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
         max_position_embeddings=16, initializer_range=0.1,
     )  # fmt: skip
-    transformers.BertForSequenceClassification(shape).save_pretrained(tmp_path)
-    model, base = load.build_model(load.ModelConfig(pretrained=str(tmp_path), pooling="cls"), 2)
-    adapters = random_adapters(model)
-    random = np.random.default_rng(0)
-    ids, label = random.integers(1, 31, (4, 10)), np.array([0, 1, 1, 0])
-    attention_mask = (np.arange(10) < np.array([10, 4, 7, 9])[:, None]).astype(np.int64)
+    transformers.BertForSequenceClassification(shape).save_pretrained(folder)
+    model, base = load.build_model(load.ModelConfig(pretrained=str(folder), pooling="cls"), 2)
+    return folder, model, base, random_adapters(model)
 
-    reference = peft_model(tmp_path, adapters)
-    optimizer = torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], lr=RATE)
-    expected_loss = reference(
-        input_ids=torch.tensor(ids), attention_mask=torch.tensor(attention_mask), labels=torch.tensor(label)
+
+def torch_loss(reference):
+    inputs = {name: torch.tensor(value) for name, value in BATCH.items()}
+    return reference(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=inputs["label"]
     ).loss
+
+
+def parameters_of(reference):
+    parameters = dict(reference.named_parameters())
+    return read_torch(lambda name: parameters[name].detach().numpy().copy())
+
+
+def train(setting, sparsifier_config, optimizer, steps, round_number=0):
+    """The engine's own local training of one client that holds exactly the batch."""
+    _, model, base, adapters = setting
+    make_sparsifier = soft.make if isinstance(sparsifier_config, soft.SoftConfig) else dense.make
+    sparsifier = make_sparsifier(sparsifier_config, adapters)
+    hyper = Hyper(
+        rank=jnp.float32(RANK),
+        alpha=jnp.float32(ALPHA),
+        learning_rate=jnp.float32(optimizer.learning_rate),
+        orthogonality=jnp.float32(sparsifier_config.orthogonality),
+        keep_ratio=jnp.float32(1),
+    )
+    # The client holds the four examples; two more places of its table are padding.
+    client = Client(jnp.array([0, 1, 2, 3, 0, 0]), jnp.int32(4), jax.random.key(4))
+    work = make_train(
+        model, sparsifier, direction(optimizer), schedule(optimizer, 2 * steps), LocalConfig(steps=steps, batch_size=5)
+    )
+    pool = {name: jnp.asarray(value) for name, value in BATCH.items()}
+    return jax.jit(work)(base, pool, adapters, hyper, jnp.int32(round_number), client)
+
+
+def assert_close(got, expected, rtol, atol):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), got, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # raised inside PEFT
+def test_gradients_and_one_sgd_step_of_local_training_against_peft(setting):
+    folder, model, base, adapters = setting
+    reference = peft_model(folder, adapters)
+    optimizer = torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], lr=RATE)
+    expected_loss = torch_loss(reference)
     expected_loss.backward()
     parameters = dict(reference.named_parameters())
     expected_gradient = read_torch(lambda name: parameters[name].grad.numpy().copy())
     optimizer.step()
-    expected_step = read_torch(lambda name: parameters[name].detach().numpy())
 
     def loss(adapters):
         effective = lora.effective(adapters, lora.rank_mask(RANK, RANK), ALPHA / RANK)
-        batch = {"input_ids": jnp.asarray(ids), "attention_mask": jnp.asarray(attention_mask)}
-        return -jnp.take_along_axis(jax.nn.log_softmax(model.apply(base, effective, batch)), label[:, None], 1).mean()
+        return cross_entropy(model.apply(base, effective, BATCH), BATCH["label"], jnp.ones(4))
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(adapters)
-    step = jax.tree.map(lambda p, g: p - RATE * g, adapters, gradient)
-    np.testing.assert_allclose(value, expected_loss.item(), rtol=1e-5)
-    for got, expected in ((gradient, expected_gradient), (step, expected_step)):
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), got, expected)
+    assert_close(jax.jit(jax.grad(loss))(adapters), expected_gradient, rtol=1e-5, atol=1e-5)
+    trained = train(setting, dense.DenseConfig(), OptimizerConfig(name="sgd", learning_rate=RATE), steps=1)
+    np.testing.assert_allclose(trained.loss, expected_loss.item(), rtol=1e-5)
+    assert_close(trained.adapters, parameters_of(reference), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_adamw_with_a_linear_schedule_in_the_second_round_against_torch(setting):
+    reference = peft_model(setting[0], setting[3])
+    trainable = [p for p in reference.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1.0, weight_decay=0.1)
+    for factor in (0.5, 0.25):  # steps 2 and 3 of 4
+        optimizer.param_groups[0]["lr"] = 0.01 * factor
+        optimizer.zero_grad()
+        torch_loss(reference).backward()
+        optimizer.step()
+    config = OptimizerConfig(name="adamw", learning_rate=0.01, schedule="linear", weight_decay=0.1)
+    trained = train(setting, dense.DenseConfig(), config, steps=2, round_number=1)
+    assert_close(trained.adapters, parameters_of(reference), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_the_regulariser_of_soft_enters_the_step_as_in_torch(setting):
+    reference = peft_model(setting[0], setting[3])
+    optimizer = torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], lr=0.05)
+    loss = torch_loss(reference)
+    for name, p in reference.named_parameters():
+        if ".lora_" in name:
+            columns = p.T if ".lora_A." in name else p
+            gram = columns.T @ columns
+            loss = loss + 0.3 * ((gram - torch.diag(torch.diag(gram))) ** 2).sum()
+    loss.backward()
+    optimizer.step()
+    config = OptimizerConfig(name="sgd", learning_rate=0.05)
+    trained = train(setting, soft.SoftConfig(orthogonality=0.3), config, steps=1)
+    assert_close(trained.adapters, parameters_of(reference), rtol=1e-4, atol=1e-5)

@@ -6,9 +6,17 @@ from fedjax_lora.sim import chunk
 
 @pytest.mark.parametrize(
     ("cohort", "megabytes", "budget", "expected"),
-    [(32, 80, 32, 1), (32, 8, 32, 4), (10, 4, 32, 5), (64, 100, 8192, 64), (64, 400, 8192, 16), (7, 10, 32, 1)],
+    [
+        (32, 80, 32, 1),
+        (32, 8, 32, 4),
+        (10, 4, 32, 5),
+        (64, 100, 8192, 64),
+        (64, 400, 8192, 16),
+        (7, 10, 32, 1),
+        (61, 1, 60, 31),
+    ],
 )
-def test_chunk_is_the_largest_divisor_within_the_budget_by_hand(cohort, megabytes, budget, expected):
+def test_chunk_is_the_largest_that_fits_and_hardly_pads_by_hand(cohort, megabytes, budget, expected):
     assert chunk.choose_chunk(cohort, megabytes * 2**20, budget * 2**20) == expected
 
 
