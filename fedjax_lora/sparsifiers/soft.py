@@ -41,7 +41,7 @@ class SoftConfig:
     """
 
     name: Literal["soft"] = "soft"
-    orthogonality: float = 1.0
+    orthogonality: float = 0.1
     form: Form = "offdiag"
     send: Send = "factors"
     missing: Missing = "senders"

@@ -13,7 +13,7 @@ from fedjax_lora.sim import chunk
         (64, 100, 8192, 64),
         (64, 400, 8192, 16),
         (7, 10, 32, 1),
-        (61, 1, 60, 31),
+        (61, 1, 60, 32),
     ],
 )
 def test_chunk_is_the_largest_that_fits_and_hardly_pads_by_hand(cohort, megabytes, budget, expected):
