@@ -40,7 +40,7 @@ def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) ->
         RunFolder.check_free(path)
     simulation = build(config)
     for note in _notes(config, simulation):
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", soft_wrap=True)
 
     state = simulation.init(jax.random.key(config.seed))
     _, initial_accuracy = simulation.evaluate(state)
@@ -56,7 +56,8 @@ def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) ->
     console.print(
         f"{config.clients.count} clients, {simulation.parts.cohort_size} a round, "
         f"{simulation.parts.chunk} at once; compiled in {simulation.compile_s:.1f} s; "
-        f"accuracy before: {initial_accuracy:.4f}"
+        f"accuracy before: {initial_accuracy:.4f}",
+        soft_wrap=True,
     )
 
     training_started = time.perf_counter()
@@ -67,7 +68,7 @@ def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) ->
             checkpoint.save(folder.checkpoints, state)
             progress.update(task, completed=int(metrics.round[-1]), status=_status(metrics))
             if not console.is_terminal:
-                console.print(f"round {int(metrics.round[-1])}/{config.rounds}  {_status(metrics)}")
+                console.print(f"round {int(metrics.round[-1])}/{config.rounds}  {_status(metrics)}", soft_wrap=True)
     training_s = time.perf_counter() - training_started
 
     summary = folder.write_summary(
