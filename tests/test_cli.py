@@ -120,7 +120,7 @@ def text_files(folder: Path, train: str = "good film\t1\nbad film\t0\n" * 4, tes
     [
         ({"train": "good\t1\nno label\nbad\t0\n"}, ["train.tsv", "2", "no label"]),
         ({"test": "fine\t1\nodd\t7\n"}, ["'7'", "train"]),
-        ({"train": ""}, ["train.tsv", "empty"]),
+        ({"train": ""}, ["data.train must hold at least one", "train.tsv"]),
     ],
 )
 def test_a_damaged_text_file_is_one_line(capsys, tmp_path, files, expected):

@@ -152,7 +152,7 @@ def _digits() -> Examples:
 
 def _sentences(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", cache: tokens.Cache) -> Examples:
     assert config.train is not None and config.test is not None  # as DataConfig demands of this source
-    train, test = tsv.read(config.train, "train"), tsv.read(config.test, "test")
+    train, test = tsv.read(config.train, "data.train"), tsv.read(config.test, "data.test")
     class_names = tsv.class_names(train, test)
     ids = {name: label for label, name in enumerate(class_names)}
     pools = []

@@ -132,8 +132,8 @@ def test_sentence_may_hold_tabs_and_odd_line_breaks(files):
         ("good film\tpos\nbad neg\n", TEST, r"train\.tsv, line 2: must be sentence<TAB>label, got 'bad neg'$"),
         ("good film\tpos\n\nbad\t\n", TEST, r"train\.tsv, line 3: must be sentence<TAB>label, got 'bad\\t'$"),
         (TRAIN, "\tneg\n", r"test\.tsv, line 1: must be sentence<TAB>label, got '\\tneg'$"),
-        ("", TEST, r"^train must hold at least one sentence<TAB>label line, got none in .*train\.tsv$"),
-        (TRAIN, "\n \n", r"^test must hold at least one sentence<TAB>label line, got none in .*test\.tsv$"),
+        ("", TEST, r"^data\.train must hold at least one sentence<TAB>label line, got none in .*train\.tsv$"),
+        (TRAIN, "\n \n", r"^data\.test must hold at least one sentence<TAB>label line, got none in .*test\.tsv$"),
         ("good\tpos\nfilm\tpos\n", "bad\tpos\n", r"train\.tsv: must hold at least 2 labels, got only 'pos'$"),
         (TRAIN, "bad\tneg\nso\tmeh\n", r"test\.tsv, line 2: must be a label of the training file, got 'meh'$"),
         (b"good\tpos\nb\xffd\tneg\n", TEST, r"train\.tsv, line 2: must be UTF-8, got 0xff$"),
@@ -147,7 +147,7 @@ def test_a_bad_file_is_one_line_that_says_where(files, train, test, message):
 
 def test_a_missing_file_is_named(tmp_path):
     config = DataConfig(source="tsv", train=str(tmp_path / "no.tsv"), test="x")
-    with pytest.raises(ValueError, match=r"^train must be a file that can be read, got .*no\.tsv: No such file"):
+    with pytest.raises(ValueError, match=r"^data\.train must be a file that can be read, got .*no\.tsv: No such file"):
         load(config, make_tokenizer())
 
 
