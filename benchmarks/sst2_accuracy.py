@@ -100,8 +100,6 @@ def main() -> None:
         for method, overrides in METHODS.items()
     }
     plan["iid dense seed 0"] = IID
-    for seed in range(options.seeds):
-        plan[f"dense, weighted by examples, seed {seed}"] = [*plan[f"dense seed {seed}"], "clients.weighting=examples"]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for name, overrides in plan.items():
         if kept["runs"].get(name, {}).get("overrides") != overrides:
