@@ -31,19 +31,19 @@ def jitted(aggregate):
     return jax.jit(aggregate)
 
 
-def close(x, y):
+def assert_close(x, y):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), x, y)
 
 
 def test_jit_equals_eager(aggregate, jitted):
-    close(jitted(START, TRAINED, SENT, WEIGHTS, SCALE), aggregate(START, TRAINED, SENT, WEIGHTS, SCALE))
+    assert_close(jitted(START, TRAINED, SENT, WEIGHTS, SCALE), aggregate(START, TRAINED, SENT, WEIGHTS, SCALE))
 
 
 def test_vmap_equals_loop(jitted):
     """Seeds and settings: other weights and scales over one cohort."""
     weights, scales = jnp.stack([WEIGHTS, WEIGHTS[::-1]]), jnp.array([1.0, 3.0])
     mapped = jax.vmap(jitted, in_axes=(None, None, None, 0, 0))(START, TRAINED, SENT, weights, scales)
-    close(mapped, stack([jitted(START, TRAINED, SENT, weights[i], scales[i]) for i in range(2)]))
+    assert_close(mapped, stack([jitted(START, TRAINED, SENT, weights[i], scales[i]) for i in range(2)]))
 
 
 def test_dtypes_and_shapes_are_kept(aggregate):
@@ -72,7 +72,7 @@ def test_permutation_of_clients_changes_nothing(jitted):
     """Invariance."""
     order = jnp.array([2, 0, 3, 1])
     permuted = jitted(START, trees.take(TRAINED, order), trees.take(SENT, order), WEIGHTS[order], SCALE)
-    close(permuted, jitted(START, TRAINED, SENT, WEIGHTS, SCALE))
+    assert_close(permuted, jitted(START, TRAINED, SENT, WEIGHTS, SCALE))
 
 
 @pytest.mark.parametrize("value", [5.0, np.nan, np.inf])
@@ -86,7 +86,7 @@ def test_client_of_weight_zero_changes_nothing(jitted, value):
         adapters=jax.tree.map(pad, SENT.adapters), counted={name: pad(m) for name, m in SENT.counted.items()}
     )
     padded = jitted(START, jax.tree.map(pad, TRAINED), sent, jnp.append(WEIGHTS, jnp.zeros(2)), SCALE)
-    close(padded, jitted(START, TRAINED, SENT, WEIGHTS, SCALE))
+    assert_close(padded, jitted(START, TRAINED, SENT, WEIGHTS, SCALE))
 
 
 def test_nobody_leaves_the_broadcast(jitted):

@@ -73,15 +73,15 @@ def tail_energy(method):
     return jax.jit(method.tail_energy)
 
 
-def close(x, y, atol=1e-5):
+def assert_close(x, y, atol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=atol), x, y)
 
 
 def test_jit_equals_eager(method, compress, tail_energy):
-    close(compress(START, TRAINED, (), HALF, MASK, KEY), method.compress(START, TRAINED, (), HALF, MASK, KEY))
-    close(tail_energy(START, TRAINED, MASK), method.tail_energy(START, TRAINED, MASK), atol=1e-3)
-    close(jax.jit(method.penalty)(TRAINED, MASK), method.penalty(TRAINED, MASK))
-    close(jax.jit(method.payload_bits)(HALF, MASK), method.payload_bits(HALF, MASK))
+    assert_close(compress(START, TRAINED, (), HALF, MASK, KEY), method.compress(START, TRAINED, (), HALF, MASK, KEY))
+    assert_close(tail_energy(START, TRAINED, MASK), method.tail_energy(START, TRAINED, MASK), atol=1e-3)
+    assert_close(jax.jit(method.penalty)(TRAINED, MASK), method.penalty(TRAINED, MASK))
+    assert_close(jax.jit(method.payload_bits)(HALF, MASK), method.payload_bits(HALF, MASK))
 
 
 def test_vmap_equals_loop(compress):
@@ -92,7 +92,7 @@ def test_vmap_equals_loop(compress):
     keys = jax.random.split(KEY, 3)
     mapped, _ = jax.vmap(compress, in_axes=(None, 0, None, 0, 0, 0))(START, stack(cohort), (), ratios, masks, keys)
     looped = [compress(START, cohort[k], (), ratios[k], masks[k], keys[k])[0] for k in range(3)]
-    close(mapped, stack(looped))
+    assert_close(mapped, stack(looped))
 
 
 def test_dtypes_and_shapes_are_kept(method):
@@ -144,7 +144,7 @@ def test_keep_ratio_one_decodes_as_dense(compress, rank):
     mask, trained = jnp.asarray(rank_mask(rank)), trained_from(START, 1, rank=rank)
     sent, _ = compress(START, trained, (), jnp.float32(1.0), mask, KEY)
     expected, _ = dense.make(dense.DenseConfig(), START).compress(START, trained, (), HALF, mask, KEY)
-    close(sent.adapters, expected.adapters)
+    assert_close(sent.adapters, expected.adapters)
     jax.tree.map(np.testing.assert_array_equal, sent.counted, expected.counted)
     assert sent.kept_ranks == rank
     assert sent.dropped_energy < 1e-6
@@ -168,7 +168,7 @@ def test_payload_bits_maps_over_ratios(method):
     """Oracle: one ratio at a time; more ranks never cost less."""
     ratios = jnp.array([[0.01, 0.3, 0.5], [0.7, 0.9, 1.0]])
     found = method.payload_bits(ratios, MASK)
-    close(found, jnp.stack([jnp.stack([method.payload_bits(x, MASK) for x in line]) for line in ratios]))
+    assert_close(found, jnp.stack([jnp.stack([method.payload_bits(x, MASK) for x in line]) for line in ratios]))
     assert np.all(np.diff(found.ravel()) >= 0)
 
 
@@ -193,6 +193,6 @@ def test_ranks_not_in_use_change_nothing(compress, tail_energy, method):
         for name, f in TRAINED.modules.items()
     }
     noisy = TRAINED.replace(modules=modules)
-    close(compress(START, noisy, (), HALF, MASK, KEY), compress(START, TRAINED, (), HALF, MASK, KEY))
-    close(tail_energy(START, noisy, MASK), tail_energy(START, TRAINED, MASK))
-    close(method.penalty(noisy, MASK), method.penalty(TRAINED, MASK))
+    assert_close(compress(START, noisy, (), HALF, MASK, KEY), compress(START, TRAINED, (), HALF, MASK, KEY))
+    assert_close(tail_energy(START, noisy, MASK), tail_energy(START, TRAINED, MASK))
+    assert_close(method.penalty(noisy, MASK), method.penalty(TRAINED, MASK))
