@@ -19,6 +19,7 @@ from fedjax_lora.data.sources import DataConfig
 from fedjax_lora.lora.adapters import LoraConfig
 from fedjax_lora.models.load import ModelConfig
 from fedjax_lora.prng import client_keys, round_keys
+from fedjax_lora.sim.cohort import use_cpu_cores
 from fedjax_lora.sim.engine import EngineConfig
 from fedjax_lora.sim.local import LocalConfig
 from fedjax_lora.sim.optimizers import OptimizerConfig
@@ -42,6 +43,7 @@ class Engine:
         self, workload: Workload, folder: Path, dtype: Dtype, client_chunk: int | Literal["auto"], wireless: bool
     ):
         os.environ["FEDJAX_LORA_CACHE"] = str(folder)
+        use_cpu_cores()
         started = time.perf_counter()
         self._workload = workload
         self._dtype = dtype

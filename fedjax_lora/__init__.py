@@ -7,6 +7,7 @@
 from fedjax_lora import aggregation, control, models, sparsifiers, wireless
 from fedjax_lora.build import build
 from fedjax_lora.config import ConfigError, ExperimentConfig, load_config
+from fedjax_lora.sim.cohort import use_cpu_cores
 from fedjax_lora.sim.engine import Simulation
 
 __version__ = "0.1.0"
@@ -21,5 +22,6 @@ __all__ = [
     "load_config",
     "models",
     "sparsifiers",
+    "use_cpu_cores",
     "wireless",
 ]

@@ -74,7 +74,9 @@ def _run(options: argparse.Namespace) -> int:
     from fedjax_lora.presets import preset
     from fedjax_lora.report.tables import summary_lines
     from fedjax_lora.runner import run
+    from fedjax_lora.sim.cohort import use_cpu_cores
 
+    use_cpu_cores()
     name = options.preset or (None if options.config else "digits")
     config = load_config(options.config, options.overrides, base=preset(name) if name else None)
     path = Path(options.out or Path("runs") / (Path(options.config).stem if options.config else str(name)))

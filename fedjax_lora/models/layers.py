@@ -15,13 +15,13 @@ from jax import Array
 from fedjax_lora.base import Factors, Hidden
 from fedjax_lora.models.primitives import attention, gelu, layer_norm, pack, project
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+ACTIVATIONS: dict[str, Callable[[Array, str], Array]] = {
     "gelu": gelu,
-    "gelu_new": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
-    "relu": jax.nn.relu,
+    "gelu_new": lambda x, dtype: jax.nn.gelu(x),
+    "gelu_pytorch_tanh": lambda x, dtype: jax.nn.gelu(x),
+    "relu": lambda x, dtype: jax.nn.relu(x),
 }
-"""Activations by the name that Hugging Face gives them."""
+"""Activations by the name that Hugging Face gives them: `(x, dtype of what the backward pass keeps)`."""
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
@@ -64,16 +64,17 @@ class Dense(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation in float32."""
+    """Layer normalisation in float32; what its backward pass keeps is in `dtype`."""
 
     eps: float
+    dtype: str
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """`[..., d] -> [..., d]`."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        return layer_norm(x, (scale, bias), self.eps)
+        return layer_norm(x, (scale, bias), self.eps, self.dtype)
 
 
 class Block(nn.Module):
@@ -85,7 +86,7 @@ class Block(nn.Module):
     norm_eps: of the layer normalisations.
     pre_norm: whether a branch normalises its input (ViT) or its sum with the residual stream (BERT).
     dropout: rate on the output of each branch.
-    dtype: of the frozen matrices and their products.
+    dtype: of the frozen matrices, their products, and what the backward pass keeps.
     """
 
     num_heads: int
@@ -101,8 +102,8 @@ class Block(nn.Module):
         """`[B, S, d] -> [B, S, d]`."""
         d = x.shape[-1]
         keys = (None, None) if key is None else jax.random.split(key)
-        norm_attention = LayerNorm(self.norm_eps, name="norm_attention")
-        norm_mlp = LayerNorm(self.norm_eps, name="norm_mlp")
+        norm_attention = LayerNorm(self.norm_eps, self.dtype, name="norm_attention")
+        norm_mlp = LayerNorm(self.norm_eps, self.dtype, name="norm_mlp")
 
         y = norm_attention(x) if self.pre_norm else x
         qkv = Dense({"query": d, "key": d, "value": d}, self.dtype, name="query_key_value")(y, adapters)
@@ -112,7 +113,8 @@ class Block(nn.Module):
         x = x if self.pre_norm else norm_attention(x)
 
         y = norm_mlp(x) if self.pre_norm else x
-        y = ACTIVATIONS[self.activation](Dense({"up": self.mlp_width}, self.dtype, name="up")(y, adapters))
+        y = Dense({"up": self.mlp_width}, self.dtype, name="up")(y, adapters)
+        y = ACTIVATIONS[self.activation](y, self.dtype)
         y = Dense({"down": d}, self.dtype, name="down")(y, adapters)
         x = x + dropout(y, self.dropout, keys[1])
         return x if self.pre_norm else norm_mlp(x)

@@ -1,15 +1,16 @@
 """The operations of a transformer block, each with its own backward rule.
 
 The rules are there for speed, on a CPU above all: they keep one array where automatic differentiation keeps
-several, and they order the products so that no large operand has to be transposed. The gradient to a frozen weight
-is defined but costs nothing while nobody asks for it: the compiler drops what is unused.
+several, in the dtype that the products multiply in, and they order the products so that no large operand has to be
+transposed. The gradient to a frozen weight is defined but costs nothing while nobody asks for it: the compiler drops
+what is unused.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from fedjax_lora.base import Factors
@@ -29,7 +30,7 @@ def pack(x: Array) -> Array:
 
 @jax.custom_jvp
 def _pack_bfloat16(x: Array) -> Array:
-    return jax.lax.bitcast_convert_type(x, jnp.uint16)
+    return lax.bitcast_convert_type(x, jnp.uint16)
 
 
 @_pack_bfloat16.defjvp
@@ -39,7 +40,17 @@ def _refuse_to_differentiate(primals, tangents):
 
 def unpack(x: Array) -> Array:
     """The array that was given to `pack`."""
-    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+def _keep(x: Array, dtype: DTypeLike) -> Array:
+    """`x` as the backward pass will find it: rounded to `dtype`, packed."""
+    return pack(x.astype(dtype))
+
+
+def _kept(x: Array) -> Array:
+    """What `_keep` kept, float32."""
+    return unpack(x).astype(jnp.float32)
 
 
 def _dot(x: Array, y: Array, spec: str) -> Array:
@@ -81,8 +92,8 @@ def _project_backward(residuals: tuple, g: Array) -> tuple[Array, Array | None, 
     if factors is None:
         return dx, dw, None
     g_narrow = _dot(g, factors.b, "...o,ro->...r")
-    # The narrow operand first: the other order transposes the wide one.
-    da = _dot(g_narrow, x, "...r,...i->ri").T
+    # The narrow operand first: the other order transposes the wide one. Without the barrier XLA restores it.
+    da = lax.optimization_barrier(_dot(g_narrow, x, "...r,...i->ri")).T
     db = _dot(narrow, g, "...r,...o->ro")
     return dx + _dot(g_narrow, factors.a, "...r,ir->...i"), dw, Factors(a=da, b=db)
 
@@ -90,58 +101,67 @@ def _project_backward(residuals: tuple, g: Array) -> tuple[Array, Array | None, 
 project.defvjp(_project_forward, _project_backward)
 
 
-@jax.custom_vjp
-def gelu(x: Array) -> Array:
-    """Gaussian error linear unit, `x * Phi(x)` with the exact normal distribution Phi."""
-    return x * _normal_cdf(x)
+def gelu(x: Array, dtype: DTypeLike = jnp.float32) -> Array:
+    """Gaussian error linear unit, `x * Phi(x)` with the exact normal distribution Phi.
+
+    Args:
+      x: any shape, float32.
+      dtype: in which the slope is kept for the backward pass.
+    """
+    return _gelu(x, dtype)
 
 
 def _normal_cdf(x: Array) -> Array:
     # jax.nn.gelu goes through erfc, which takes twice as long as erf.
-    return 0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))
+    return 0.5 + 0.5 * lax.erf(x * math.sqrt(0.5))
 
 
-def _gelu_forward(x: Array) -> tuple[Array, Array]:
+def _gelu_forward(x: Array, dtype: DTypeLike) -> tuple[Array, Array]:
     cdf = _normal_cdf(x)
     slope = cdf + x * jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-    return x * cdf, slope
+    return x * cdf, _keep(slope, dtype)
 
 
-def _gelu_backward(slope: Array, g: Array) -> tuple[Array]:
-    return (g * slope,)
+def _gelu_backward(dtype: DTypeLike, slope: Array, g: Array) -> tuple[Array]:
+    del dtype
+    return (g * _kept(slope),)
 
 
-gelu.defvjp(_gelu_forward, _gelu_backward)
+_gelu = jax.custom_vjp(lambda x, dtype: x * _normal_cdf(x), nondiff_argnums=(1,))
+_gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
-def layer_norm(x: Array, scale_bias: tuple[Array, Array], eps: float) -> Array:
+def layer_norm(x: Array, scale_bias: tuple[Array, Array], eps: float, dtype: DTypeLike = jnp.float32) -> Array:
     """Layer normalisation over the last axis, float32.
 
     Args:
       x: `[..., d]`.
       scale_bias: `[d]` each.
       eps: added to the variance.
+      dtype: in which the normalised values are kept for the backward pass.
     """
-    return _layer_norm(x, scale_bias, eps)
+    return _layer_norm(x, scale_bias, eps, dtype)
 
 
-def _layer_norm_forward(x: Array, scale_bias: tuple[Array, Array], eps: float) -> tuple[Array, tuple]:
+def _layer_norm_forward(x: Array, scale_bias: tuple[Array, Array], eps: float, dtype: DTypeLike) -> tuple[Array, tuple]:
     scale, bias = scale_bias
     centred = x - x.mean(-1, keepdims=True)
-    inverse = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)
+    inverse = lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)
     normed = centred * inverse
-    return normed * scale + bias, (normed, inverse, scale)
+    return normed * scale + bias, (_keep(normed, dtype), inverse, scale)
 
 
-def _layer_norm_backward(eps: float, residuals: tuple[Array, Array, Array], g: Array):
+def _layer_norm_backward(eps: float, dtype: DTypeLike, residuals: tuple[Array, Array, Array], g: Array):
+    del eps, dtype
     normed, inverse, scale = residuals
+    normed = _kept(normed)
     batch_axes = tuple(range(g.ndim - 1))
     scaled = g * scale
     dx = scaled - scaled.mean(-1, keepdims=True) - normed * (scaled * normed).mean(-1, keepdims=True)
     return dx * inverse, ((g * normed).sum(batch_axes), g.sum(batch_axes))
 
 
-_layer_norm = jax.custom_vjp(lambda *arguments: _layer_norm_forward(*arguments)[0], nondiff_argnums=(2,))
+_layer_norm = jax.custom_vjp(lambda *arguments: _layer_norm_forward(*arguments)[0], nondiff_argnums=(2, 3))
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
@@ -168,24 +188,28 @@ def _attention_forward(qkv: Array, mask: Array, num_heads: int, dtype: DTypeLike
     scores = jnp.where(mask[:, None, None, :] > 0, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
     mixed = _dot(weights, value, "bhqk,bhkd->bhqd")
-    residuals = (*map(pack, (query, key, value, weights)), mask)
+    residuals = (*map(pack, (query, key, value, weights, mixed.astype(dtype))), mask)
     return mixed.transpose(0, 2, 1, 3).reshape(batch, length, width // 3), residuals
 
 
 def _attention_backward(num_heads: int, dtype: DTypeLike, residuals: tuple, g: Array) -> tuple[Array, Array]:
-    query, key, value, weights, mask = map(unpack, residuals)
+    query, key, value, weights, mixed, mask = map(unpack, residuals)
     batch, length, d = g.shape
     g = g.reshape(batch, length, num_heads, d // num_heads).transpose(0, 2, 1, 3).astype(dtype)
-    # Key and value gradients come out as [.., d, k]: the [q, k] operand is then used as it lies in memory.
-    dvalue = _dot(g, weights, "bhqd,bhqk->bhdk")
     dweights = _dot(g, value, "bhqd,bhkd->bhqk")
-    wide = weights.astype(jnp.float32)
-    dscores = wide * (dweights - (dweights * wide).sum(-1, keepdims=True)) * query.shape[-1] ** -0.5
-    dscores = dscores.astype(dtype)
+    # The sum of weights * dweights over the keys, from d / heads terms instead of S.
+    along = (g.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(-1, keepdims=True)
+    dscores = (weights.astype(jnp.float32) * (dweights - along) * query.shape[-1] ** -0.5).astype(dtype)
     dquery = _dot(dscores, key, "bhqk,bhkd->bhqd")
-    dkey = _dot(query, dscores, "bhqd,bhqk->bhdk")
+    dkey, dvalue = _summed_over_queries(query, dscores), _summed_over_queries(g, weights)
     parts = (dquery.transpose(0, 2, 1, 3), dkey.transpose(0, 3, 1, 2), dvalue.transpose(0, 3, 1, 2))
-    return jnp.stack(parts, axis=2).reshape(batch, length, 3 * d), jnp.zeros_like(mask)
+    dqkv = jnp.stack([part.astype(dtype) for part in parts], axis=2).reshape(batch, length, 3 * d)
+    return dqkv.astype(jnp.float32), jnp.zeros_like(mask)
+
+
+def _summed_over_queries(x: Array, y: Array) -> Array:
+    """`[B, H, S, d]` with `[B, H, S, S]` -> `[B, H, d, S]`; the large operand is used as it lies in memory."""
+    return _dot(lax.optimization_barrier(x.swapaxes(2, 3)), y, "bhdq,bhqk->bhdk")
 
 
 _attention = jax.custom_vjp(lambda *arguments: _attention_forward(*arguments)[0], nondiff_argnums=(2, 3))

@@ -1,5 +1,6 @@
 """Who takes part in a round, and how work for one client is mapped over the cohort."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,21 @@ from jax.sharding import PartitionSpec as P
 from fedjax_lora.prng import client_keys
 
 CLIENTS = "clients"
+
+MAX_CPU_DEVICES = 8
+"""Most devices that `use_cpu_cores` makes: each holds a copy of the frozen base."""
+
+
+def use_cpu_cores() -> None:
+    """Make a JAX device of each CPU core (of at most MAX_CPU_DEVICES), so that each trains a client of its own.
+
+    Most of a small model's operations are too small to be shared by cores. Call it before JAX is first used; a number
+    that the environment sets (`JAX_NUM_CPU_DEVICES`, or `XLA_FLAGS`) stands. Accelerators are not affected.
+    """
+    chosen = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", "")
+    if not chosen:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", min(cores, MAX_CPU_DEVICES))
 
 
 def padded_size(size: int, chunk: int, num_devices: int) -> int:

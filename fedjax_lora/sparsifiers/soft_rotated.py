@@ -9,7 +9,7 @@ of the factors nor its singular value decomposition is formed.
 
 import dataclasses
 import itertools
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,76 +19,119 @@ from fedjax_lora.base import Adapters, Factors, Sent, Sparsifier
 from fedjax_lora.ops.products import gram
 from fedjax_lora.sparsifiers import diagnostics, payload, ranks
 
+Budget = Literal["module", "global"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftRotatedConfig:
-    """Rotated changes; exact, hence without a regulariser to weigh."""
+    """Rotated changes; exact, hence without a regulariser to weigh.
+
+    budget: keep k components of each factor of each `module` and layer, or as many in all, chosen by energy over
+      the whole adapter (`global`).
+    """
 
     orthogonality: ClassVar[float] = 0.0
     name: Literal["soft_rotated"] = "soft_rotated"
+    budget: Budget = "module"
 
     def __post_init__(self) -> None:
         if self.name != "soft_rotated":
             raise ValueError(f"name must be 'soft_rotated', got {self.name!r}")
+        if self.budget not in get_args(Budget):
+            raise ValueError(f"budget must be one of {', '.join(get_args(Budget))}, got {self.budget!r}")
 
 
 def make(config: SoftRotatedConfig, like: Adapters) -> Sparsifier:
     """The sparsifier of rotated changes.
 
-    Payload of a matrix: `k (n_in + n_out) + 2 k R` values of 32 bits; there is no index. Tail energy: what is
-    left out of `||da||_F^2 + ||db||_F^2`, so in units of a factor squared, while that of `soft` is in units of the
-    factors' product squared.
+    A component of a factor costs its own width and R values of 32 bits for its row of the rotation; with the global
+    budget each factor of each matrix is sent with its number of components. Tail energy: what is left out of
+    `||da||_F^2 + ||db||_F^2`, so in units of a factor squared, while that of `soft` is in units of the factors'
+    product squared.
 
     Args:
       config: its options.
       like: adapters, or their shapes.
     """
-    del config  # it has no option yet, but every method is made in the same way
-    max_rank = ranks.max_rank(like)
-    rotation_values = 2 * max_rank
-    payload.check_fits(like, rotation_values)
+    max_rank, num_matrices = ranks.max_rank(like), ranks.num_matrices(like)
+    payload.check_fits(like, 2 * max_rank)
+    overall = config.budget == "global"
+    fixed_bits = payload.head_bits(like) + (2 * num_matrices * max_rank.bit_length() if overall else 0)
 
-    def bits(kept: Array) -> Array:
-        parts = [
-            payload.component_bits(kept * factors.a.shape[0], factors, rotation_values)
-            for factors in like.modules.values()
+    def counts(found: dict[str, _Pair], kept: Array) -> dict[str, tuple[Array, Array]]:
+        """`[L]` components of either factor to keep, by module."""
+        if not overall:
+            return {name: (jnp.full(like.modules[name].a.shape[0], kept),) * 2 for name in found}
+        masks = [
+            ranks.largest_overall({name: pair[factor].energies for name, pair in found.items()}, kept * num_matrices)
+            for factor in (0, 1)
         ]
-        return sum(parts, jnp.uint32(payload.head_bits(like)))
+        return {name: tuple(jnp.sum(mask[name], -1).astype(jnp.uint32) for mask in masks) for name in found}
 
     def compress(
         start: Adapters, trained: Adapters, memory: Any, keep_ratio: Array, rank_mask: Array, key: Array
     ) -> tuple[Sent, Any]:
         del key
-        kept, modules = ranks.num_kept(keep_ratio, rank_mask), {}
-        for name, (of_a, of_b) in _principal(start, trained, rank_mask).items():
-            old = start.modules[name]
+        found, modules = _principal(start, trained, rank_mask), {}
+        kept = counts(found, ranks.num_kept(keep_ratio, rank_mask))
+        for name, (of_a, of_b) in found.items():
+            old, (kept_a, kept_b) = start.modules[name], kept[name]
             modules[name] = Factors(
-                a=old.a + _best(of_a, kept, rank_mask),
-                b=old.b + jnp.swapaxes(_best(of_b, kept, rank_mask), -1, -2),
+                a=old.a + _best(of_a, kept_a, rank_mask),
+                b=old.b + jnp.swapaxes(_best(of_b, kept_b, rank_mask), -1, -2),
             )
         decoded = Adapters(modules=modules, head=trained.head)
         in_use = ranks.everywhere(rank_mask, like)
         sent = Sent(
             adapters=decoded,
             counted=in_use,
-            bits=bits(kept),
-            kept_ranks=kept.astype(jnp.float32),
+            bits=sum(
+                (_bits(f, jnp.sum(kept[name][0]), jnp.sum(kept[name][1])) for name, f in like.modules.items()),
+                jnp.uint32(fixed_bits),
+            ),
+            kept_ranks=sum((jnp.sum(a + b) for a, b in kept.values()), jnp.uint32(0)) / (2.0 * num_matrices),
             dropped_energy=diagnostics.difference_energy(trained, decoded, in_use),
         )
         return sent, memory
 
     def tail_energy(start: Adapters, trained: Adapters, rank_mask: Array) -> Array:
-        found = jax.tree.leaves(_principal(start, trained, rank_mask), is_leaf=lambda x: isinstance(x, _Principal))
-        energies = jnp.sum(jnp.concatenate([part.energies for part in found]), axis=0)
-        return ranks.tails(energies)
+        found = _principal(start, trained, rank_mask)
+        pools = [jnp.concatenate([pair[factor].energies for pair in found.values()]) for factor in (0, 1)]
+        if overall:
+            # Keeping k a matrix keeps the first k * num_matrices of each pool: one column of these.
+            pools = [jnp.sort(pool.ravel(), descending=True).reshape(max_rank, num_matrices).T for pool in pools]
+        return ranks.tails(jnp.sum(jnp.concatenate(pools), axis=0))
+
+    def payload_bits(keep_ratio: Array, rank_mask: Array) -> Array:
+        kept, rank = ranks.num_kept(keep_ratio, rank_mask), jnp.sum(rank_mask).astype(jnp.uint32)
+        bits = jnp.uint32(fixed_bits)
+        if not overall:
+            parts = (_bits(f, kept * f.a.shape[0], kept * f.a.shape[0]) for f in like.modules.values())
+            return sum(parts, bits).astype(jnp.float32)
+        # The most that a choice can cost: the widest first.
+        for widths in (
+            [(f.a.shape[-2], f) for f in like.modules.values()],
+            [(f.b.shape[-1], f) for f in like.modules.values()],
+        ):
+            left = kept * num_matrices
+            for width, f in sorted(widths, key=lambda pair: pair[0], reverse=True):
+                count = jnp.minimum(left, rank * f.a.shape[0])
+                bits, left = bits + count * jnp.uint32(payload.BITS_PER_VALUE * (width + max_rank)), left - count
+        return bits.astype(jnp.float32)
 
     return Sparsifier(
         init=lambda adapters: (),
         penalty=lambda adapters, rank_mask: jnp.zeros(()),
         tail_energy=tail_energy,
-        payload_bits=lambda keep_ratio, rank_mask: bits(ranks.num_kept(keep_ratio, rank_mask)).astype(jnp.float32),
+        payload_bits=payload_bits,
         compress=compress,
     )
+
+
+def _bits(like: Factors, kept_a: Array, kept_b: Array) -> Array:
+    """uint32 bits of so many components (uint32) of either factor of a module."""
+    of_a, of_b = (payload.BITS_PER_VALUE * (width + like.a.shape[-1]) for width in (like.a.shape[-2], like.b.shape[-1]))
+    return kept_a * jnp.uint32(of_a) + kept_b * jnp.uint32(of_b)
 
 
 class _Principal(NamedTuple):
@@ -102,7 +145,10 @@ class _Principal(NamedTuple):
     rotation: Array
 
 
-def _principal(start: Adapters, trained: Adapters, rank_mask: Array) -> dict[str, tuple[_Principal, _Principal]]:
+_Pair = tuple[_Principal, _Principal]
+
+
+def _principal(start: Adapters, trained: Adapters, rank_mask: Array) -> dict[str, _Pair]:
     """Components of the changes of both factors, by module."""
     changes = {}
     for name, new in trained.modules.items():
@@ -123,8 +169,8 @@ def _principal(start: Adapters, trained: Adapters, rank_mask: Array) -> dict[str
 
 
 def _best(part: _Principal, kept: Array, rank_mask: Array) -> Array:
-    """The best approximation of rank `kept` of a change, `[L, n, R]`, as the receiver rebuilds it."""
-    rotation = part.rotation * (jnp.arange(rank_mask.shape[-1]) < kept)
+    """The best approximation of rank `kept` (`[L]`) of a change, `[L, n, R]`, as the receiver rebuilds it."""
+    rotation = part.rotation * (jnp.arange(rank_mask.shape[-1]) < kept[:, None])[:, None, :]
     # Products in full float32: what is sent and turned back must be the change, not a bfloat16 copy of it.
     rotated = jnp.matmul(part.change, rotation, precision="highest")
     return jnp.matmul(rotated, jnp.swapaxes(rotation, -1, -2), precision="highest") * rank_mask
