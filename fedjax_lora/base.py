@@ -19,6 +19,8 @@ and state are `flax.struct` dataclasses (traced); records of functions and small
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
@@ -116,6 +118,41 @@ class Hyper:
 
 
 @struct.dataclass
+class Scope:
+    """What of its adapters a client trains, or sends, in one round: masks, so that one program serves every choice.
+
+    ranks: `[R]`, 1 for the rank components in use, 0 for the others.
+    a, b, head: float32 scalars, 1 where the factor or the head takes part, else 0.
+    """
+
+    ranks: Array
+    a: Array
+    b: Array
+    head: Array
+
+    @classmethod
+    def whole(cls, ranks: Array) -> "Scope":
+        """Both factors, in these ranks, and the head."""
+        return cls(ranks=jnp.asarray(ranks), a=jnp.ones(()), b=jnp.ones(()), head=jnp.ones(()))
+
+    def select(self, inside: Adapters, outside: Adapters) -> Adapters:
+        """`inside` where it is in scope, `outside` elsewhere."""
+        in_a, in_b = self.ranks * self.a > 0, (self.ranks * self.b > 0)[:, None]
+        modules = {
+            name: Factors(
+                a=jnp.where(in_a, inside.modules[name].a, old.a), b=jnp.where(in_b, inside.modules[name].b, old.b)
+            )
+            for name, old in outside.modules.items()
+        }
+        head = jax.tree.map(lambda new, old: jnp.where(self.head > 0, new, old), inside.head, outside.head)
+        return Adapters(modules=modules, head=head)
+
+
+CLIENT_SCOPE = Scope(ranks=0, a=None, b=None, head=None)  # type: ignore[arg-type]
+"""`in_axes` of a cohort's scopes: `ranks: [C, R]`, the scalars shared."""
+
+
+@struct.dataclass
 class Sent:
     """One client's transmission, as the server decodes it.
 
@@ -139,42 +176,86 @@ class Sparsifier(NamedTuple):
 
     init: `adapters -> memory`: what a client carries from one of its rounds to the next; `()` for nothing.
     penalty: `(adapters, rank_mask [R]) -> scalar` added to the local loss, times `Hyper.orthogonality`.
-    tail_energy: `(start, trained, rank_mask) -> [R + 1]`: energy left out when k components a module are kept,
+    broadcast: `(adapters, scope) -> (adapters, bits)`: what the clients start from, and its uint32 downlink bits.
+    tail_energy: `(start, trained, scope) -> [R + 1]`: energy left out when k components a module are kept,
       k = 0 ... R; non-increasing, 0 at the structural rank.
-    payload_bits: `(keep_ratio [...], rank_mask [R]) -> [...]` float32 uplink bits at that ratio, head included:
-      what control plans with.
-    compress: `(start, trained, memory, keep_ratio, rank_mask, key) -> (Sent, memory)`; `start` is the broadcast.
+    payload_bits: `(keep_ratio [...], scope) -> [...]` float32 uplink bits at that ratio, head included: what
+      control plans with.
+    compress: `(start, trained, memory, keep_ratio, scope, key) -> (Sent, memory)`; `start` is the broadcast, and
+      `trained` is equal to it outside of the scope.
     """
 
     init: Callable[[Adapters], Any]
     penalty: Callable[[Adapters, Array], Array]
-    tail_energy: Callable[[Adapters, Adapters, Array], Array]
-    payload_bits: Callable[[Array, Array], Array]
-    compress: Callable[[Adapters, Adapters, Any, Array, Array, Array], tuple[Sent, Any]]
+    broadcast: Callable[[Adapters, Scope], tuple[Adapters, Array]]
+    tail_energy: Callable[[Adapters, Adapters, Scope], Array]
+    payload_bits: Callable[[Array, Scope], Array]
+    compress: Callable[[Adapters, Adapters, Any, Array, Scope, Array], tuple[Sent, Any]]
 
 
 class Aggregate(NamedTuple):
     """What the server makes of a round.
 
     adapters: the new global adapters, before the server optimizer.
+    merged: module name -> `[L, n_in, n_out]`, what is added to the frozen weights from now on; `{}` where the
+      method never does.
     sparsification_error: `||s * E_s||_F` over all modules.
-    covariance_error: `||s * Cov||_F` over all modules.
+    covariance_error: `||s * (sum_k p_k a_k b_k - server's product)||_F` over all modules, of what was received and
+      with what was merged in the server's product; `||s * Cov||_F` where the factors are averaged apart.
     """
 
     adapters: Adapters
+    merged: dict[str, Array]
     sparsification_error: Array
     covariance_error: Array
 
 
-class Aggregator(NamedTuple):
-    """How the server averages.
+class Live(NamedTuple):
+    """Which parts of the adapters take part, as in `Scope`."""
 
-    aggregate: `(broadcast, trained [C, ...], sent [C, ...], weights [C], scale) -> Aggregate`. `weights` are
+    a: Array | float = 1.0
+    b: Array | float = 1.0
+    head: Array | float = 1.0
+
+
+class Aggregator(NamedTuple):
+    """How the server averages, and what the clients train for it.
+
+    aggregate: `(broadcast, trained [C, ...], sent [C, ...], weights [C], scale, key) -> Aggregate`. `weights` are
       non-negative, sum to 1, and are 0 for a client that is absent; all-zero weights leave the broadcast as it
-      is. `trained` is what the clients hold (for the error norms); `scale` is s = alpha / r.
+      is. `trained` is what the clients hold of what they send (for the error norms); `scale` is s = alpha / r.
+    trains: `round -> Live` that the clients train.
+    sends: `round -> Live` that they send, a subset of what they train.
+    keeps: the parts ("a", "b", "head") that stay with each client from round to round.
+    merges: whether `Aggregate.merged` is used.
+    extra_downlink_bits: uint32 bits of the broadcast beside the adapters.
+    next_rank: `(trained of one client, its rank) -> rank` of its next round.
     """
 
-    aggregate: Callable[[Adapters, Adapters, Sent, Array, Array], Aggregate]
+    aggregate: Callable[[Adapters, Adapters, Sent, Array, Array, Array], Aggregate]
+    trains: Callable[[Array], Live] = lambda round_number: Live()
+    sends: Callable[[Array], Live] = lambda round_number: Live()
+    keeps: tuple[str, ...] = ()
+    merges: bool = False
+    extra_downlink_bits: int = 0
+    next_rank: Callable[[Adapters, Array], Array] = lambda trained, rank: rank
+
+
+class Drift(NamedTuple):
+    """A correction of the clients' gradients against their drift apart.
+
+    init_client, init_server: `adapters -> state`, one client's and the server's; `()` for none.
+    gradient: `(gradient, adapters, start, server, client) -> gradient` at each local step.
+    next_client: `(start, trained, path, server, client) -> client` after local training, where `path` is the sum of
+      the learning rates of its steps.
+    next_server: `(server, mean over the K clients of the change of their state) -> server`.
+    """
+
+    init_client: Callable[[Adapters], Any]
+    init_server: Callable[[Adapters], Any]
+    gradient: Callable[[Adapters, Adapters, Adapters, Any, Any], Adapters]
+    next_client: Callable[[Adapters, Adapters, Array, Any, Any], Any]
+    next_server: Callable[[Any, Any], Any]
 
 
 class Observation(NamedTuple):
@@ -286,6 +367,21 @@ class Dataset:
 
 
 @struct.dataclass
+class ClientState:
+    """What every client carries from one of its rounds to the next; leaves are `[K, ...]`.
+
+    rank: its structural rank, float32.
+    kept: the parts of the adapters that stay with it: part ("a", "b", "head") -> leaves; `{}` for none.
+    memory: of the sparsifier. drift: of the correction.
+    """
+
+    rank: Array
+    kept: dict[str, Any]
+    memory: Any
+    drift: Any
+
+
+@struct.dataclass
 class FedState:
     """All that a run carries from one round to the next.
 
@@ -296,7 +392,9 @@ class FedState:
     link: LinkState of all K clients.
     queue_s: virtual queue of the latency constraint.
     elapsed_s: simulated seconds so far.
-    memory: per-client memory of the sparsifier, leaves `[K, ...]`.
+    merged: module name -> `[L, n_in, n_out]` added to the frozen weights; `{}` for none.
+    drift: the server's state of the drift correction.
+    clients: what each client carries.
     hyper: traced numbers, constant over a run.
     """
 
@@ -307,7 +405,9 @@ class FedState:
     link: LinkState
     queue_s: Array
     elapsed_s: Array
-    memory: Any
+    merged: dict[str, Array]
+    drift: Any
+    clients: ClientState
     hyper: Hyper
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedjax_lora import trees
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.base import Adapters, Aggregator, Base, Controller, Hyper, Link, Model, Sparsifier
+from fedjax_lora.base import Adapters, Aggregator, Base, Controller, Drift, FedState, Hyper, Link, Model, Sparsifier
 from fedjax_lora.config import ConfigError, ExperimentConfig
 from fedjax_lora.control import baselines
 from fedjax_lora.data import sources
@@ -16,6 +17,7 @@ from fedjax_lora.data.batches import federated_dataset
 from fedjax_lora.data.partition import partition
 from fedjax_lora.lora import adapters, targets
 from fedjax_lora.models import load
+from fedjax_lora.sim import drift
 from fedjax_lora.sim.chunk import activation_budget_bytes, activation_bytes, choose_chunk
 from fedjax_lora.sim.cohort import client_mesh
 from fedjax_lora.sim.engine import Initial, Simulation
@@ -25,15 +27,21 @@ from fedjax_lora.sim.optimizers import direction, schedule, server_optimizer
 from fedjax_lora.sim.pretrain import pretrained
 from fedjax_lora.sim.round import Parts, World
 from fedjax_lora.sparsifiers import dense, soft, soft_rotated
+from fedjax_lora.sparsifiers.wire import Wire, make_wire
 from fedjax_lora.wireless.link import make_link, perfect_link
 
-SPARSIFIERS: dict[str, Callable[[Any, Adapters], Sparsifier]] = {
+SPARSIFIERS: dict[str, Callable[[Any, Adapters, Wire], Sparsifier]] = {
     "dense": dense.make,
     "soft": soft.make,
     "soft_rotated": soft_rotated.make,
 }
 AGGREGATORS: dict[str, Callable[[Any], Aggregator]] = {
     "fedit": fedit.make,
+}
+DRIFTS: dict[str, Callable[[Any], Drift]] = {
+    "none": drift.no_drift,
+    "fedprox": drift.fedprox,
+    "scaffold": drift.scaffold,
 }
 CONTROLLERS: dict[str, Callable[[Any], Controller]] = {
     "ideal": baselines.ideal,
@@ -75,23 +83,29 @@ def _build(config: ExperimentConfig) -> Simulation:
         return Adapters(modules=modules, head=model.init_head(head_key) if head is None else head)
 
     like = jax.eval_shape(initial_adapters, jax.random.key(0))
-    sparsifier = SPARSIFIERS[config.sparsifier.name](config.sparsifier, like)
+    sparsifier = SPARSIFIERS[config.sparsifier.name](config.sparsifier, like, make_wire(config.wire))
     link = _link(config)
     optimizer = server_optimizer(config.server)
     hyper = _hyper(config)
     mesh = client_mesh()
     cohort_size = config.clients.per_round or config.clients.count
     local = config.local
+    aggregator = AGGREGATORS[config.aggregation.name](config.aggregation)
+    correction = DRIFTS[config.drift.name](config.drift)
     parts = Parts(
         train=make_train(
             model,
             sparsifier,
+            correction,
             direction(local.optimizer),
             schedule(local.optimizer, config.rounds * local.steps),
             local,
         ),
         sparsifier=sparsifier,
-        aggregator=AGGREGATORS[config.aggregation.name](config.aggregation),
+        drift=correction,
+        drift_bits=8 * trees.num_bytes(jax.eval_shape(correction.init_client, like)),
+        aggregator=aggregator,
+        current_base=_current_base(model),
         controller=CONTROLLERS[config.control.name](config.control),
         link=link,
         optimizer=optimizer,
@@ -100,7 +114,15 @@ def _build(config: ExperimentConfig) -> Simulation:
         chunk=_chunk(config, model, sparsifier, world, like, hyper, -(-cohort_size // mesh.size)),
         mesh=mesh,
     )
-    initial = Initial(adapters=initial_adapters, memory=sparsifier.init, server=optimizer.init, link=link, hyper=hyper)
+    initial = Initial(
+        adapters=initial_adapters,
+        memory=sparsifier.init,
+        server=optimizer.init,
+        merged=_nothing_merged if aggregator.merges else lambda adapters: {},
+        ranks=_client_ranks(config),
+        link=link,
+        hyper=hyper,
+    )
     return Simulation(
         parts=parts,
         world=world,
@@ -151,6 +173,23 @@ def _hyper(config: ExperimentConfig) -> Hyper:
         orthogonality=jnp.float32(config.sparsifier.orthogonality),
         keep_ratio=jnp.float32(config.control.keep_ratio),
     )
+
+
+def _current_base(model: Model) -> Callable[[World, FedState], Base]:
+    def current_base(world: World, state: FedState) -> Base:
+        return adapters.add_to_base(world.base, state.merged, model.targets) if state.merged else world.base
+
+    return current_base
+
+
+def _nothing_merged(like: Adapters) -> dict[str, jax.Array]:
+    return {name: jnp.zeros((f.a.shape[0], f.a.shape[1], f.b.shape[2])) for name, f in like.modules.items()}
+
+
+def _client_ranks(config: ExperimentConfig) -> jax.Array:
+    """`[K]`: the ranks that the clients are dealt in turn, or the one that all have."""
+    dealt = config.lora.client_ranks or (config.lora.rank,)
+    return jnp.float32(jnp.resize(jnp.array(dealt), config.clients.count))
 
 
 def _chunk(

@@ -26,6 +26,7 @@ from fedjax_lora.data.partition import ClientsConfig
 from fedjax_lora.data.sources import DataConfig
 from fedjax_lora.lora.adapters import LoraConfig
 from fedjax_lora.models.load import ModelConfig
+from fedjax_lora.sim.drift import FedProxConfig, NoDriftConfig, ScaffoldConfig
 from fedjax_lora.sim.engine import EngineConfig
 from fedjax_lora.sim.local import LocalConfig
 from fedjax_lora.sim.optimizers import ServerConfig
@@ -33,15 +34,18 @@ from fedjax_lora.sim.pretrain import PretrainConfig
 from fedjax_lora.sparsifiers.dense import DenseConfig
 from fedjax_lora.sparsifiers.soft import SoftConfig
 from fedjax_lora.sparsifiers.soft_rotated import SoftRotatedConfig
+from fedjax_lora.sparsifiers.wire import WireConfig
 from fedjax_lora.wireless.link import WirelessConfig
 
 SparsifierConfig = DenseConfig | SoftConfig | SoftRotatedConfig
 AggregationConfig = FedItConfig
+DriftConfig = NoDriftConfig | FedProxConfig | ScaffoldConfig
 ControlConfig = IdealConfig | UniformConfig | FixedConfig
 
 VARIANTS: dict[str, dict[str, type]] = {
     "sparsifier": {"soft": SoftConfig, "soft_rotated": SoftRotatedConfig, "dense": DenseConfig},
     "aggregation": {"fedit": FedItConfig},
+    "drift": {"none": NoDriftConfig, "fedprox": FedProxConfig, "scaffold": ScaffoldConfig},
     "control": {"fixed": FixedConfig, "uniform": UniformConfig, "ideal": IdealConfig},
 }
 """Section -> `name` -> its configuration; the first is the default, also where a section leaves `name` out."""
@@ -68,9 +72,11 @@ class ExperimentConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     clients: ClientsConfig = dataclasses.field(default_factory=ClientsConfig)
     local: LocalConfig = dataclasses.field(default_factory=LocalConfig)
+    drift: DriftConfig = dataclasses.field(default_factory=NoDriftConfig)
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
     sparsifier: SparsifierConfig = dataclasses.field(default_factory=SoftConfig)
     aggregation: AggregationConfig = dataclasses.field(default_factory=FedItConfig)
+    wire: WireConfig = dataclasses.field(default_factory=WireConfig)
     wireless: WirelessConfig = dataclasses.field(default_factory=WirelessConfig)
     control: ControlConfig = dataclasses.field(default_factory=FixedConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
@@ -87,6 +93,10 @@ class ExperimentConfig:
         if self.data.source == "digits" and self.model.pretrained is not None:
             raise ValueError(
                 f"model.pretrained must be absent where data.source is digits, got {self.model.pretrained!r}"
+            )
+        if self.drift.name == "scaffold" and self.local.optimizer.name != "sgd":
+            raise ValueError(
+                f"local.optimizer.name must be sgd where drift.name is scaffold, got {self.local.optimizer.name!r}"
             )
         steps, warmup_steps = self.rounds * self.local.steps, self.local.optimizer.warmup_steps
         if warmup_steps >= steps:

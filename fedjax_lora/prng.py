@@ -17,6 +17,7 @@ class RoundKeys(NamedTuple):
     cohort: Array
     local: Array
     sparsify: Array
+    aggregate: Array
 
 
 def round_keys(key: Array, round_number: Array) -> RoundKeys:

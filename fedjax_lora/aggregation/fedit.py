@@ -35,7 +35,10 @@ def make(config: FedItConfig) -> Aggregator:
     """
     del config  # it has no option yet, but every method is made in the same way
 
-    def aggregate(broadcast: Adapters, trained: Adapters, sent: Sent, weights: Array, scale: Array) -> Aggregate:
+    def aggregate(
+        broadcast: Adapters, trained: Adapters, sent: Sent, weights: Array, scale: Array, key: Array
+    ) -> Aggregate:
+        del key
         modules, sparsification, covariance = {}, jnp.zeros(()), jnp.zeros(())
         for name, old in broadcast.modules.items():
             cohort = trained.modules[name], sent.adapters.modules[name], sent.counted[name]
@@ -43,7 +46,8 @@ def make(config: FedItConfig) -> Aggregator:
             sparsification += jnp.sum(of_sparsification)
             covariance += jnp.sum(of_averaging)
         return Aggregate(
-            adapters=Adapters(modules=modules, head=_average_head(broadcast.head, sent.adapters.head, weights)),
+            adapters=Adapters(modules=modules, head=average_head(broadcast.head, sent.adapters.head, weights)),
+            merged={},
             sparsification_error=scale * jnp.sqrt(sparsification),
             covariance_error=scale * jnp.sqrt(covariance),
         )
@@ -95,7 +99,7 @@ def _average(old: Factors, received: Factors, w: Array) -> Factors:
     )
 
 
-def _average_head(old: dict[str, Array], heads: dict[str, Array], weights: Array) -> dict[str, Array]:
+def average_head(old: dict[str, Array], heads: dict[str, Array], weights: Array) -> dict[str, Array]:
     """The heads' average by p, as changes too."""
 
     def average(x0: Array, change: Array) -> Array:

@@ -25,6 +25,8 @@ class LoraConfig:
     alpha: products are scaled by alpha / r.
     targets: names of the modules that carry an adapter.
     init_scale: length of the columns of `a` at the start.
+    client_ranks: structural ranks that the clients are dealt in turn; () gives `rank` to all. None is above
+      `rank`, by which products are scaled for all.
     """
 
     max_rank: int = 8
@@ -32,12 +34,15 @@ class LoraConfig:
     alpha: float = 16.0
     targets: tuple[str, ...] = ("query", "value")
     init_scale: float = 1.0
+    client_ranks: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.max_rank < 1:
             raise ValueError(f"max_rank must be at least 1, got {self.max_rank}")
         if not 1 <= self.rank <= self.max_rank:
             raise ValueError(f"rank must be from 1 to max_rank = {self.max_rank}, got {self.rank}")
+        if not all(1 <= rank <= self.rank for rank in self.client_ranks):
+            raise ValueError(f"client_ranks must be from 1 to rank = {self.rank}, got {self.client_ranks}")
         if not 0 < self.alpha < float("inf"):
             raise ValueError(f"alpha must be positive and finite, got {self.alpha}")
         if not self.targets:
@@ -104,14 +109,20 @@ def effective(adapters: Adapters, rank_mask: Array, scale: Array | float) -> Ada
 
 
 def merge(base: Base, adapters: Adapters, targets: Mapping[str, tuple[int, int]]) -> Base:
-    """Frozen weights with the products `a @ b` added, in the dtype of the weights.
+    """Frozen weights with the products `a @ b` of effective adapters added, see `add_to_base`."""
+    products = {name: jnp.einsum("lir,lro->lio", f.a, f.b) for name, f in adapters.modules.items()}
+    return add_to_base(base, products, targets)
+
+
+def add_to_base(base: Base, changes: Mapping[str, Array], targets: Mapping[str, tuple[int, int]]) -> Base:
+    """Frozen weights with the changes of their modules added, in the dtype of the weights.
 
     `base["layers"]` names a stacked matrix `w: [L, n_in, n_out]` after the module it serves; where one matrix
     serves several modules side by side it is named after them all, joined by `_` (`query_key_value`).
 
     Args:
       base: of the model whose `targets` are given.
-      adapters: effective ones.
+      changes: module name -> `[L, n_in, n_out]`.
       targets: `Model.targets`, all of them.
     """
     layers = dict(base["layers"])
@@ -119,11 +130,9 @@ def merge(base: Base, adapters: Adapters, targets: Mapping[str, tuple[int, int]]
         start = 0
         for name in (part for part in group.split("_") if part in targets):
             stop = start + targets[name][1]
-            if name in adapters.modules:
-                factors = adapters.modules[name]
+            if name in changes:
                 w = layers[group]["w"]
-                product = jnp.einsum("lir,lro->lio", factors.a, factors.b)
-                merged = w.astype(jnp.float32).at[:, :, start:stop].add(product).astype(w.dtype)
+                merged = w.astype(jnp.float32).at[:, :, start:stop].add(changes[name]).astype(w.dtype)
                 layers[group] = {**layers[group], "w": merged}
             start = stop
     return {**base, "layers": layers}

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from fedjax_lora import trees
 from fedjax_lora.base import Adapters, Base, Hyper, Model, Sparsifier
 from fedjax_lora.data.batches import gather
+from fedjax_lora.lora.adapters import rank_mask
 from fedjax_lora.sim.cohort import padded_size
-from fedjax_lora.sim.local import local_loss
+from fedjax_lora.sim.local import local_loss, max_rank
 from fedjax_lora.sim.round import World
 
 CPU_CACHE_BYTES = 32 * 2**20
@@ -26,7 +27,8 @@ def activation_bytes(
     def residuals(adapters: Adapters, base: Base, pool: dict[str, jax.Array]):
         batch = gather(pool, jnp.zeros(batch_size, jnp.int32))
         key, weight = jax.random.key(0), jnp.ones(batch_size)
-        return jax.vjp(lambda x: loss(x, base, hyper, batch, weight, key)[0], adapters)[1]
+        mask = rank_mask(hyper.rank, max_rank(adapters))
+        return jax.vjp(lambda x: loss(x, base, hyper, mask, batch, weight, key)[0], adapters)[1]
 
     kept = jax.eval_shape(residuals, like, world.base, world.data.train)
     return max(trees.num_bytes(kept) - trees.num_bytes(world.base), 1)

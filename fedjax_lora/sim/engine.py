@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from fedjax_lora.base import Adapters, FedState, Hyper, Link, Metrics
+from fedjax_lora.base import Adapters, Base, ClientState, FedState, Hyper, Link, Metrics
 from fedjax_lora.sim.cohort import replicated
 from fedjax_lora.sim.evaluate import Evaluate
+from fedjax_lora.sim.kept import extract
 from fedjax_lora.sim.round import Parts, RoundFn, World, make_round
 
 
@@ -42,18 +43,24 @@ class EngineConfig:
 class Initial:
     """What a state starts from, beside the key.
 
-    adapters: `key -> Adapters`. memory: `adapters -> memory` of one client.
-    server: `adapters -> state` of the server optimizer.
+    adapters: `key -> Adapters`. memory: `adapters -> memory` of one client's sparsifier.
+    server: `adapters -> state` of the server optimizer. merged: `adapters -> FedState.merged`.
+    ranks: `[K]`, the clients' structural ranks.
     """
 
     adapters: Callable[[Array], Adapters]
     memory: Callable[[Adapters], Any]
     server: Callable[[Adapters], Any]
+    merged: Callable[[Adapters], dict[str, Array]]
+    ranks: Array
     link: Link
     hyper: Hyper
 
 
-def make_segment(round_fn: RoundFn, evaluate: Evaluate, max_rounds: int):
+BaseOf = Callable[[World, FedState], Base]
+
+
+def make_segment(round_fn: RoundFn, evaluate: Evaluate, base_of: BaseOf, max_rounds: int):
     """`(world, state, rounds) -> (state, metrics [max_rounds], loss, accuracy)`: rounds, then one evaluation.
 
     The number of rounds is traced: one executable serves a whole segment, a shorter last one, and 0 rounds,
@@ -70,7 +77,7 @@ def make_segment(round_fn: RoundFn, evaluate: Evaluate, max_rounds: int):
             return state, jax.tree.map(lambda all_rows, x: all_rows.at[number].set(x), rows, row)
 
         state, rows = lax.fori_loop(0, rounds, body, (state, rows))
-        loss, accuracy = evaluate(world.base, world.data.test, state.adapters, state.hyper)
+        loss, accuracy = evaluate(base_of(world, state), world.data.test, state.adapters, state.hyper)
         return state, rows, loss, accuracy
 
     return segment
@@ -105,7 +112,7 @@ class Simulation:
         self._initial = initial
         self._everywhere = replicated(parts.mesh)
         self.world = jax.device_put(world, self._everywhere)
-        segment = make_segment(make_round(parts), evaluate, eval_every)
+        segment = make_segment(make_round(parts), evaluate, parts.current_base, eval_every)
         self._program = jax.jit(segment, donate_argnums=1, out_shardings=self._everywhere)
         self._compiled = None
 
@@ -117,7 +124,13 @@ class Simulation:
         def make(key: Array) -> FedState:
             run_key, adapter_key, link_key = jax.random.split(key, 3)
             adapters = initial.adapters(adapter_key)
-            one_memory = initial.memory(adapters)
+            one = ClientState(
+                rank=jnp.float32(0),
+                kept=extract(adapters, self.parts.aggregator.keeps),
+                memory=initial.memory(adapters),
+                drift=self.parts.drift.init_client(adapters),
+            )
+            clients = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)), one)
             return FedState(
                 key=run_key,
                 round=jnp.int32(0),
@@ -126,7 +139,9 @@ class Simulation:
                 link=initial.link.init(link_key, jnp.arange(num_clients)),
                 queue_s=jnp.float32(0),
                 elapsed_s=jnp.float32(0),
-                memory=jax.tree.map(lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)), one_memory),
+                merged=initial.merged(adapters),
+                drift=self.parts.drift.init_server(adapters),
+                clients=dataclasses.replace(clients, rank=initial.ranks),
                 hyper=initial.hyper,
             )
 

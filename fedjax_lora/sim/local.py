@@ -2,16 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from fedjax_lora.base import Adapters, Base, Batch, Hyper, Model, Sparsifier
+from fedjax_lora.base import Adapters, Base, Batch, ClientState, Drift, Hyper, Live, Model, Scope, Sparsifier
 from fedjax_lora.data.batches import gather, local_batches
 from fedjax_lora.lora.adapters import effective, rank_mask
+from fedjax_lora.sim.kept import compose
 from fedjax_lora.sim.optimizers import Optimizer, OptimizerConfig
 
 
@@ -34,21 +35,40 @@ class Client(NamedTuple):
     """What one client trains on; the round maps over a leading cohort axis.
 
     rows: `[n_max]` rows of the pool. examples: how many of them are valid. key: the client's own.
+    state: what it carries from its earlier rounds.
     """
 
     rows: Array
     examples: Array
     key: Array
+    state: ClientState
 
 
 class Trained(NamedTuple):
-    """What local training leaves: the adapters and the mean cross-entropy over the steps."""
+    """What local training leaves: the adapters, the mean cross-entropy over the steps, and the drift state."""
 
     adapters: Adapters
     loss: Array
+    drift: Any
 
 
-Train = Callable[[Base, dict[str, Array], Adapters, Hyper, Array, Client], Trained]
+class Broadcast(NamedTuple):
+    """What every client of a round is given.
+
+    base: the frozen weights. pool: the examples. adapters: where all start. live: what they train.
+    drift: the server's state of the drift correction. hyper, round: the traced numbers and the round's.
+    """
+
+    base: Base
+    pool: dict[str, Array]
+    adapters: Adapters
+    live: Live
+    drift: Any
+    hyper: Hyper
+    round: Array
+
+
+Train = Callable[[Broadcast, Client], Trained]
 
 
 def cross_entropy(logits: Array, label: Array, weight: Array) -> Array:
@@ -58,12 +78,14 @@ def cross_entropy(logits: Array, label: Array, weight: Array) -> Array:
 
 
 def local_loss(model: Model, sparsifier: Sparsifier) -> Callable[..., tuple[Array, Array]]:
-    """`(adapters, base, hyper, batch, weight, key) -> (objective, cross-entropy)` of one batch."""
+    """`(adapters, base, hyper, mask, batch, weight, key) -> (objective, cross-entropy)` of one batch.
+
+    mask: `[R]`, the client's ranks in use.
+    """
 
     def loss(
-        adapters: Adapters, base: Base, hyper: Hyper, batch: Batch, weight: Array, key: Array
+        adapters: Adapters, base: Base, hyper: Hyper, mask: Array, batch: Batch, weight: Array, key: Array
     ) -> tuple[Array, Array]:
-        mask = rank_mask(hyper.rank, max_rank(adapters))
         used = effective(adapters, mask, hyper.alpha / hyper.rank)
         data_loss = cross_entropy(model.apply(base, used, batch, key), batch["label"], weight)
         return data_loss + hyper.orthogonality * sparsifier.penalty(adapters, mask), data_loss
@@ -79,34 +101,42 @@ def max_rank(adapters: Adapters) -> int:
 def make_train(
     model: Model,
     sparsifier: Sparsifier,
+    drift: Drift,
     direction: Optimizer,
     schedule: optax.Schedule,
     config: LocalConfig,
 ) -> Train:
-    """Local training as `(base, pool, start, hyper, round, client) -> Trained`, for one client.
+    """Local training as `(broadcast, client) -> Trained`, for one client.
 
-    The frozen base is closed over by the loss and never differentiated.
+    The frozen base is closed over by the loss and never differentiated. What is not live neither moves nor drifts.
     """
     loss = local_loss(model, sparsifier)
 
-    def train(
-        base: Base, pool: dict[str, Array], start: Adapters, hyper: Hyper, round_number: Array, client: Client
-    ) -> Trained:
+    def train(given: Broadcast, client: Client) -> Trained:
         order_key, dropout_key = jax.random.split(client.key)
         rows, weight = local_batches(order_key, client.rows, client.examples, config.steps, config.batch_size)
+        start, hyper = compose(given.adapters, client.state.kept), given.hyper
+        mask = rank_mask(client.state.rank, max_rank(start))
+        scope = Scope(ranks=mask, a=given.live.a, b=given.live.b, head=given.live.head)
+        zero = jax.tree.map(jnp.zeros_like, start)
 
         def step(carry, inputs):
             adapters, optimizer_state = carry
             number, rows, weight = inputs
             key = jax.random.fold_in(dropout_key, number)
-            gradient, data_loss = jax.grad(loss, has_aux=True)(adapters, base, hyper, gather(pool, rows), weight, key)
-            updates, optimizer_state = direction.update(gradient, optimizer_state, adapters)
-            rate = hyper.learning_rate * schedule(round_number * config.steps + number)
-            adapters = jax.tree.map(lambda x, u: x - rate * u, adapters, updates)
+            batch = gather(given.pool, rows)
+            gradient, data_loss = jax.grad(loss, has_aux=True)(adapters, given.base, hyper, mask, batch, weight, key)
+            gradient = drift.gradient(gradient, adapters, start, given.drift, client.state.drift)
+            updates, optimizer_state = direction.update(scope.select(gradient, zero), optimizer_state, adapters)
+            updates = scope.select(updates, zero)
+            adapters = jax.tree.map(lambda x, u: x - rates[number] * u, adapters, updates)
             return (adapters, optimizer_state), data_loss
 
-        inputs = (jnp.arange(config.steps), rows, weight)
-        (adapters, _), losses = lax.scan(step, (start, direction.init(start)), inputs)
-        return Trained(adapters, jnp.mean(losses))
+        numbers = jnp.arange(config.steps)
+        factors = jnp.broadcast_to(schedule(given.round * config.steps + numbers), numbers.shape)
+        rates = hyper.learning_rate * factors
+        (adapters, _), losses = lax.scan(step, (start, direction.init(start)), (numbers, rows, weight))
+        moved = drift.next_client(start, adapters, jnp.sum(rates), given.drift, client.state.drift)
+        return Trained(adapters, jnp.mean(losses), moved)
 
     return train

@@ -39,17 +39,29 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """The server's optimizer on the pseudo-gradient `broadcast - average`; `sgd` at 1.0 is plain averaging."""
+    """The server's optimizer on the pseudo-gradient `broadcast - average`; `sgd` at 1.0 is plain averaging (FedAvg).
 
-    name: Literal["sgd", "momentum"] = "sgd"
+    `momentum` is FedAvgM (T.-M. H. Hsu et al., arXiv 1909.06335); `adam` and `yogi` are FedAdam and FedYogi (S. Reddi
+    et al., "Adaptive Federated Optimization", ICLR 2021).
+
+    momentum: of `momentum`. beta1, beta2, epsilon: of `adam` and `yogi`.
+    """
+
+    name: Literal["sgd", "momentum", "adam", "yogi"] = "sgd"
     learning_rate: float = 1.0
     momentum: float = 0.9
+    beta1: float = 0.9
+    beta2: float = 0.99
+    epsilon: float = 1e-3
 
     def __post_init__(self):
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        for name in ("momentum", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.epsilon <= 0:
+            raise ValueError(f"epsilon must be above 0, got {self.epsilon}")
 
 
 class Optimizer(NamedTuple):
@@ -75,8 +87,14 @@ def direction(config: OptimizerConfig) -> Optimizer:
 
 def server_optimizer(config: ServerConfig) -> Optimizer:
     """The server's whole step, learning rate included."""
-    momentum = config.momentum if config.name == "momentum" else None
-    return Optimizer(*optax.sgd(config.learning_rate, momentum))
+    rate, decays = config.learning_rate, (config.beta1, config.beta2, config.epsilon)
+    made = {
+        "sgd": lambda: optax.sgd(rate),
+        "momentum": lambda: optax.sgd(rate, config.momentum),
+        "adam": lambda: optax.adam(rate, *decays),
+        "yogi": lambda: optax.yogi(rate, *decays),
+    }[config.name]()
+    return Optimizer(*made)
 
 
 def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,25 +12,30 @@ from jax.sharding import Mesh
 
 from fedjax_lora import trees
 from fedjax_lora.base import (
+    CLIENT_SCOPE,
     Adapters,
     Aggregator,
     Base,
+    ClientState,
     Controller,
     Dataset,
     Delivery,
+    Drift,
     FedState,
     Link,
+    Live,
     Metrics,
     Observation,
+    Scope,
     Sparsifier,
 )
 from fedjax_lora.lora.adapters import rank_mask
 from fedjax_lora.prng import client_keys, round_keys
 from fedjax_lora.sim.cohort import choose, map_over_devices, padded_size
-from fedjax_lora.sim.local import Client, Train, Trained, max_rank
+from fedjax_lora.sim.kept import extract
+from fedjax_lora.sim.local import Broadcast, Client, Train, Trained, max_rank
 from fedjax_lora.sim.optimizers import Optimizer
 from fedjax_lora.sparsifiers.diagnostics import orthogonality
-from fedjax_lora.sparsifiers.payload import dense_bits
 
 
 @struct.dataclass
@@ -45,13 +50,18 @@ class Parts(NamedTuple):
     """The functions a round is made of.
 
     train: local training of one client. optimizer: the server's.
+    drift_bits: uplink bits of the drift correction, for each client.
+    current_base: `(world, state) -> base`: the frozen weights with all that was merged into them.
     client_weight: examples `[C]` -> weights `[C]` in the average, not yet normalised.
     cohort_size: C, clients a round. chunk: clients trained at once on each device.
     """
 
     train: Train
     sparsifier: Sparsifier
+    drift: Drift
+    drift_bits: int
     aggregator: Aggregator
+    current_base: Callable[[World, FedState], Base]
     controller: Controller
     link: Link
     optimizer: Optimizer
@@ -66,75 +76,85 @@ RoundFn = Callable[[World, FedState], tuple[FedState, Metrics]]
 
 def make_round(parts: Parts) -> RoundFn:
     """`(world, state) -> (state, metrics)`: one round of federated LoRA over the simulated cell."""
+    sparsifier, link = parts.sparsifier, parts.link
 
     def round_fn(world: World, state: FedState) -> tuple[FedState, Metrics]:
         keys = round_keys(state.key, state.round)
-        hyper, start = state.hyper, state.adapters
-        mask = rank_mask(hyper.rank, max_rank(start))
-        num_clients = world.data.count.shape[0]
+        hyper, num_clients = state.hyper, world.data.count.shape[0]
 
         # 1. Draw the channel.
-        link_state = parts.link.step(state.link, keys.channel, jnp.arange(num_clients))
+        link_state = link.step(state.link, keys.channel, jnp.arange(num_clients))
 
-        # 2. Choose the cohort.
+        # 2. Choose the cohort, and what it trains and sends.
         size = padded_size(parts.cohort_size, parts.chunk, parts.mesh.size)
         ids, present = choose(keys.cohort, num_clients, parts.cohort_size, size)
-        cohort_link = trees.take(link_state, ids)
+        own, cohort_link = trees.take((state.clients, link_state), ids)
+        masks = jax.vmap(rank_mask, (0, None))(own.rank, max_rank(state.adapters))
+        scope = Scope(masks, *map(jnp.float32, parts.aggregator.sends(state.round)))
+        start, downlink_bits = jax.vmap(sparsifier.broadcast, (None, CLIENT_SCOPE), (None, 0))(state.adapters, scope)
+        downlink_bits += jnp.uint32(parts.aggregator.extra_downlink_bits)
 
         # 3. Train locally; who diverged is left out from here on.
-        clients = Client(world.data.index[ids], world.data.count[ids], client_keys(keys.local, ids))
-        trained = train_cohort(parts, world, state, clients)
+        clients = Client(world.data.index[ids], world.data.count[ids], client_keys(keys.local, ids), own)
+        trained = train_cohort(parts, world, state, start, clients)
         finite = jax.vmap(trees.all_finite)(trained.adapters)
         active = present & finite
         trained = trained._replace(adapters=keep_where(active, trained.adapters, start))
+        shown = jax.vmap(Scope.select, (CLIENT_SCOPE, 0, None))(scope, trained.adapters, start)
         client_weight = parts.client_weight(clients.examples)
-        weights = normalised(client_weight * active)
 
         # 4. Importance of each rank, and 5. control of keep ratio and bandwidth.
-        tail_energy = jax.vmap(parts.sparsifier.tail_energy, (None, 0, None))(start, trained.adapters, mask)
-        downlink_bits = dense_bits(start, mask)
-        start_s = parts.link.start_s(cohort_link, downlink_bits, present)
+        tail_energy = jax.vmap(sparsifier.tail_energy, (None, 0, CLIENT_SCOPE))(start, shown, scope)
+        start_s = link.start_s(cohort_link, downlink_bits, present)
         decision = parts.controller.decide(
             Observation(
-                snr_hz=parts.link.snr_hz(cohort_link),
+                snr_hz=link.snr_hz(cohort_link),
                 start_s=start_s,
-                weights=weights,
+                weights=normalised(client_weight * active),
                 tail_energy=tail_energy,
-                payload_bits=lambda ratio: parts.sparsifier.payload_bits(ratio, mask),
-                bandwidth_hz=jnp.float32(parts.link.bandwidth_hz),
+                payload_bits=lambda ratio: jax.vmap(sparsifier.payload_bits, (0, CLIENT_SCOPE))(ratio, scope),
+                bandwidth_hz=jnp.float32(link.bandwidth_hz),
                 queue_s=state.queue_s,
                 hyper=hyper,
             )
         )
 
         # 6. Sparsify.
-        memory = trees.take(state.memory, ids)
-        sent, new_memory = jax.vmap(parts.sparsifier.compress, (None, 0, 0, 0, None, 0))(
-            start, trained.adapters, memory, decision.keep_ratio, mask, client_keys(keys.sparsify, ids)
+        sent, memory = jax.vmap(sparsifier.compress, (None, 0, 0, 0, CLIENT_SCOPE, 0))(
+            start, shown, own.memory, decision.keep_ratio, scope, client_keys(keys.sparsify, ids)
         )
 
         # 7. Transmit.
-        sent = dataclasses.replace(sent, bits=jnp.where(active, sent.bits, 0))
-        delivery = parts.link.deliver(cohort_link, sent.bits, decision, start_s, present)
+        extra_bits = jnp.uint32(parts.drift_bits)
+        sent = dataclasses.replace(sent, bits=jnp.where(active, sent.bits + extra_bits, 0))
+        delivery = link.deliver(cohort_link, sent.bits, decision, start_s, present)
         arrived = active & delivery.delivered
 
         # 8. Aggregate, step the server, update the queue.
-        weights = normalised(client_weight * arrived)
-        aggregate = parts.aggregator.aggregate(start, trained.adapters, sent, weights, hyper.alpha / hyper.rank)
+        aggregate = parts.aggregator.aggregate(
+            start, shown, sent, normalised(client_weight * arrived), hyper.alpha / hyper.rank, keys.aggregate
+        )
         pseudo_gradient = jax.tree.map(jnp.subtract, start, aggregate.adapters)
         updates, server = parts.optimizer.update(pseudo_gradient, state.server, start)
         latency_s = round_latency(delivery, active)
-        queue_s = parts.controller.update_queue(state.queue_s, latency_s)
-
+        moved = ClientState(
+            rank=jax.vmap(parts.aggregator.next_rank)(trained.adapters, own.rank),
+            kept=jax.vmap(lambda adapters: extract(adapters, parts.aggregator.keeps))(trained.adapters),
+            memory=memory,
+            drift=trained.drift,
+        )
+        clients_after = scatter(state.clients, ids, arrived, moved, own)
         new_state = dataclasses.replace(
             state,
             round=state.round + 1,
             adapters=jax.tree.map(jnp.add, start, updates),
             server=server,
             link=link_state,
-            queue_s=queue_s,
+            queue_s=parts.controller.update_queue(state.queue_s, latency_s),
             elapsed_s=state.elapsed_s + latency_s,
-            memory=scatter(state.memory, ids, arrived, new_memory, memory),
+            merged=jax.tree.map(jnp.add, state.merged, aggregate.merged),
+            drift=parts.drift.next_server(state.drift, mean_change(clients_after.drift, state.clients.drift)),
+            clients=clients_after,
         )
         over_arrived = mean_over(arrived)
         metrics = Metrics(
@@ -147,7 +167,7 @@ def make_round(parts: Parts) -> RoundFn:
             client_uplink_bits=jnp.where(jnp.isfinite(delivery.latency_s), sent.bits, 0),
             client_downlink_bits=jnp.where(present, downlink_bits, 0),
             energy_j=jnp.sum(delivery.energy_j),
-            queue_s=queue_s,
+            queue_s=new_state.queue_s,
             keep_ratio_mean=over_arrived(decision.keep_ratio),
             kept_ranks_mean=over_arrived(sent.kept_ranks),
             participants=jnp.sum(arrived),
@@ -156,22 +176,30 @@ def make_round(parts: Parts) -> RoundFn:
             sparsification_error=aggregate.sparsification_error,
             covariance_error=aggregate.covariance_error,
             dropped_energy=over_arrived(sent.dropped_energy),
-            orthogonality=over_arrived(jax.vmap(orthogonality, (0, None))(trained.adapters, mask)),
+            orthogonality=over_arrived(jax.vmap(orthogonality)(trained.adapters, masks)),
         )
         return new_state, metrics
 
     return round_fn
 
 
-def train_cohort(parts: Parts, world: World, state: FedState, clients: Client) -> Trained:
+def train_cohort(parts: Parts, world: World, state: FedState, start: Adapters, clients: Client) -> Trained:
     """Local training of every client of the cohort: leaves `[C, ...]`."""
+    given = Broadcast(
+        base=parts.current_base(world, state),
+        pool=world.data.train,
+        adapters=start,
+        live=Live(*map(jnp.float32, parts.aggregator.trains(state.round))),
+        drift=state.drift,
+        hyper=state.hyper,
+        round=state.round,
+    )
+    return map_over_devices(parts.train, given, clients, parts.chunk, parts.mesh)
 
-    def work(shared, client: Client) -> Trained:
-        base, pool, start, hyper, round_number = shared
-        return parts.train(base, pool, start, hyper, round_number, client)
 
-    shared = (world.base, world.data.train, state.adapters, state.hyper, state.round)
-    return map_over_devices(work, shared, clients, parts.chunk, parts.mesh)
+def mean_change(new: Any, old: Any) -> Any:
+    """The mean over all K clients of how their states changed."""
+    return jax.tree.map(lambda x, y: jnp.mean(x - y, axis=0), new, old)
 
 
 def normalised(weight: Array) -> Array:

@@ -6,8 +6,9 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Sent, Sparsifier
+from fedjax_lora.base import Adapters, Scope, Sent, Sparsifier
 from fedjax_lora.sparsifiers import payload, ranks
+from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,32 +23,33 @@ class DenseConfig:
             raise ValueError(f"name must be 'dense', got {self.name!r}")
 
 
-def make(config: DenseConfig, like: Adapters) -> Sparsifier:
-    """The sparsifier that sends all r ranks of every module: `r (n_in + n_out)` values of 32 bits a matrix.
+def make(config: DenseConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
+    """The sparsifier that sends all r ranks of every module: `r (n_in + n_out)` values a matrix.
 
     Its tail energy is zero throughout, since nothing is ever left out.
 
     Args:
       config: its options.
       like: adapters, or their shapes.
+      wire: how the changes of the numbers travel.
     """
     del config  # it has no option yet, but every method is made in the same way
     payload.check_fits(like)
     max_rank = ranks.max_rank(like)
 
-    def payload_bits(keep_ratio: Array, rank_mask: Array) -> Array:
-        return jnp.broadcast_to(payload.dense_bits(like, rank_mask).astype(jnp.float32), jnp.shape(keep_ratio))
+    def payload_bits(keep_ratio: Array, scope: Scope) -> Array:
+        return jnp.broadcast_to(payload.dense_bits(like, scope, wire).astype(jnp.float32), jnp.shape(keep_ratio))
 
     def compress(
-        start: Adapters, trained: Adapters, memory: Any, keep_ratio: Array, rank_mask: Array, key: Array
+        start: Adapters, trained: Adapters, memory: Any, keep_ratio: Array, scope: Scope, key: Array
     ) -> tuple[Sent, Any]:
-        del keep_ratio, key
-        chosen = ranks.everywhere(rank_mask, like)
+        del keep_ratio
+        decoded = arriving(wire, scope.select(trained, start), start, key)
         sent = Sent(
-            adapters=ranks.replace(start, trained, chosen),
-            counted=chosen,
-            bits=payload.dense_bits(like, rank_mask),
-            kept_ranks=jnp.sum(rank_mask),
+            adapters=decoded,
+            counted=ranks.everywhere(scope.ranks, like),
+            bits=payload.dense_bits(like, scope, wire),
+            kept_ranks=jnp.sum(scope.ranks),
             dropped_energy=jnp.zeros(()),
         )
         return sent, memory
@@ -55,7 +57,8 @@ def make(config: DenseConfig, like: Adapters) -> Sparsifier:
     return Sparsifier(
         init=lambda adapters: (),
         penalty=lambda adapters, rank_mask: jnp.zeros(()),
-        tail_energy=lambda start, trained, rank_mask: jnp.zeros(max_rank + 1),
+        broadcast=payload.dense_broadcast,
+        tail_energy=lambda start, trained, scope: jnp.zeros(max_rank + 1),
         payload_bits=payload_bits,
         compress=compress,
     )

@@ -1,7 +1,7 @@
 """What components and the head cost: exact counts of bits, in uint32.
 
-A module has L matrices of each factor, and a component of one layer costs `n_in + n_out` values. Widths differ
-between modules (grouped-query attention), hence a count for every module. Heads are charged in full.
+A module has L matrices of each factor, and a component of one layer costs `n_in` values for a and `n_out` for b.
+Widths differ between modules (grouped-query attention), hence a count for every module. Heads are charged in full.
 """
 
 import math
@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Factors
-
-BITS_PER_VALUE = 32
+from fedjax_lora.base import Adapters, Factors, Scope
+from fedjax_lora.sparsifiers.wire import FLOAT32, Wire
 
 
 def width(factors: Factors) -> int:
@@ -20,9 +19,11 @@ def width(factors: Factors) -> int:
     return factors.a.shape[-2] + factors.b.shape[-1]
 
 
-def component_bits(count: Array, factors: Factors, extra_values: int = 0) -> Array:
-    """Bits of `count` (uint32) components of a module, each sent with `extra_values` more values."""
-    return count * jnp.uint32(BITS_PER_VALUE * (width(factors) + extra_values))
+def component_bits(count: Array, factors: Factors, scope: Scope, wire: Wire = FLOAT32) -> Array:
+    """Bits of `count` (uint32) components of a module: of the factors that are in scope."""
+    n_in, n_out = factors.a.shape[-2], factors.b.shape[-1]
+    values = n_in * scope.a.astype(jnp.uint32) + n_out * scope.b.astype(jnp.uint32)
+    return count * values * jnp.uint32(wire.bits_per_value)
 
 
 def index_bits(kept: Array, max_rank: int) -> Array:
@@ -31,16 +32,29 @@ def index_bits(kept: Array, max_rank: int) -> Array:
     return jnp.minimum(jnp.uint32(max_rank), kept * jnp.uint32(position_bits))
 
 
-def head_bits(like: Adapters) -> int:
-    """Bits of the task head, sent whole."""
-    return BITS_PER_VALUE * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(like.head))
+def head_values(like: Adapters) -> int:
+    """Values of the task head, which is sent whole."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(like.head))
 
 
-def dense_bits(like: Adapters, rank_mask: Array) -> Array:
-    """uint32 bits of all ranks in use and the head: a dense upload, or the broadcast."""
-    rank = jnp.sum(rank_mask).astype(jnp.uint32)
-    parts = [component_bits(rank * f.a.shape[0], f) for f in like.modules.values()]
-    return sum(parts, jnp.uint32(head_bits(like)))
+def common_bits(like: Adapters, scope: Scope, wire: Wire = FLOAT32) -> Array:
+    """uint32 bits that every payload has: the head, and the scale of each tensor where the wire has scales."""
+    matrices = sum(factors.a.shape[0] for factors in like.modules.values())
+    a, b, head = (part.astype(jnp.uint32) for part in (scope.a, scope.b, scope.head))
+    scales = matrices * (a + b) + len(jax.tree.leaves(like.head)) * head
+    return head * jnp.uint32(head_values(like) * wire.bits_per_value) + scales * jnp.uint32(wire.bits_per_tensor)
+
+
+def dense_bits(like: Adapters, scope: Scope, wire: Wire = FLOAT32) -> Array:
+    """uint32 bits of all that is in scope: a dense upload, or the broadcast."""
+    rank = jnp.sum(scope.ranks).astype(jnp.uint32)
+    parts = [component_bits(rank * f.a.shape[0], f, scope, wire) for f in like.modules.values()]
+    return sum(parts, common_bits(like, scope, wire))
+
+
+def dense_broadcast(adapters: Adapters, scope: Scope) -> tuple[Adapters, Array]:
+    """`Sparsifier.broadcast` of a server that sends all that is in scope."""
+    return adapters, dense_bits(adapters, scope)
 
 
 def check_fits(like: Adapters, extra_values: int = 0) -> None:
@@ -50,10 +64,10 @@ def check_fits(like: Adapters, extra_values: int = 0) -> None:
       like: adapters, or their shapes.
       extra_values: sent with every component beside its factors.
     """
-    bits = head_bits(like)
+    bits = FLOAT32.bits_per_value * head_values(like)
     for factors in like.modules.values():
         layers, _, max_rank = factors.a.shape
         index = max_rank  # never more than the bitmap
-        bits += layers * (max_rank * BITS_PER_VALUE * (width(factors) + extra_values) + index)
+        bits += layers * (max_rank * FLOAT32.bits_per_value * (width(factors) + extra_values) + index)
     if bits >= 2**32:
         raise ValueError(f"payload of one client must be below 2**32 bits, got {bits}")

@@ -1,11 +1,17 @@
-"""Which rank components a client keeps, as masks of static shape."""
+"""Which rank components a client keeps, as masks of static shape, and what sending them costs."""
 
 import math
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.base import Adapters, Factors, Scope
+from fedjax_lora.sparsifiers import payload
+from fedjax_lora.sparsifiers.wire import Wire
+
+Budget = Literal["module", "global"]
+"""Whether k components of each matrix are kept, or as many in all, chosen over the whole adapter."""
 
 FLOOR_SLACK = 1e-4
 """Added before rounding down, so that a ratio k / r rounded to float32 keeps k components and not k - 1."""
@@ -56,6 +62,50 @@ def largest_overall(scores: dict[str, Array], count: Array) -> dict[str, Array]:
         masks[name] = flat[offset : offset + size].reshape(s.shape)
         offset += size
     return masks
+
+
+def choose(scores: dict[str, Array], kept: Array, budget: Budget, rank_mask: Array) -> dict[str, Array]:
+    """Masks `[L, R]` of the components with the largest scores, by module; none of a rank that is not in use."""
+    if budget == "global":
+        matrices = sum(s.shape[0] for s in scores.values())
+        chosen = largest_overall(scores, kept * matrices)
+    else:
+        chosen = {name: largest(s, kept) for name, s in scores.items()}
+    return {name: mask * rank_mask for name, mask in chosen.items()}
+
+
+def chosen_bits(chosen: dict[str, Array], like: Adapters, scope: Scope, wire: Wire) -> Array:
+    """uint32 bits of the chosen components, module name -> `[L, R]`, with index and head."""
+    bits = payload.common_bits(like, scope, wire)
+    for name, mask in chosen.items():
+        kept = jnp.sum(mask, axis=-1).astype(jnp.uint32)
+        bits += payload.component_bits(jnp.sum(kept), like.modules[name], scope, wire)
+        bits += jnp.sum(payload.index_bits(kept, mask.shape[-1]))
+    return bits
+
+
+def planned_bits(keep_ratio: Array, budget: Budget, like: Adapters, scope: Scope, wire: Wire) -> Array:
+    """`[...]` float32: the most that `chosen_bits` can be at keep ratios `[...]`."""
+    kept = num_kept(keep_ratio, scope.ranks)
+    rank = jnp.sum(scope.ranks).astype(jnp.uint32)
+    # An even spread of the kept ranks has the longest index: a matrix's index is concave in its count.
+    index = num_matrices(like) * payload.index_bits(kept, max_rank(like))
+    bits, left = payload.common_bits(like, scope, wire) + index, kept * num_matrices(like)
+    for factors in sorted(like.modules.values(), key=payload.width, reverse=True):
+        layers = factors.a.shape[0]
+        count = jnp.minimum(left, rank * layers) if budget == "global" else kept * layers
+        bits, left = bits + payload.component_bits(count, factors, scope, wire), left - count
+    return bits.astype(jnp.float32)
+
+
+def tail_energy(energies: Array, budget: Budget) -> Array:
+    """`[R + 1]` energy left out when k components a matrix are kept, from those of all, `[matrices, R]`."""
+    if budget == "global":
+        # Keeping k a matrix keeps the first k * matrices of all: one column of these.
+        ordered = jnp.sort(energies.ravel(), descending=True).reshape(energies.shape[::-1]).T
+    else:
+        ordered = jnp.sort(energies, axis=-1, descending=True)
+    return tails(jnp.sum(ordered, axis=0))
 
 
 def replace(fill: Adapters, trained: Adapters, chosen: dict[str, Array]) -> Adapters:

@@ -15,15 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Sent, Sparsifier
+from fedjax_lora.base import Adapters, Scope, Sent, Sparsifier
 from fedjax_lora.ops.products import gram
 from fedjax_lora.ops.rank_energy import rank_energy
 from fedjax_lora.sparsifiers import diagnostics, payload, ranks
+from fedjax_lora.sparsifiers.ranks import Budget
+from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving
 
 Form = Literal["offdiag", "identity", "a_only", "none"]
 Send = Literal["factors", "change"]
 Missing = Literal["senders", "zero"]
-Budget = Literal["module", "global"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ class SoftConfig:
       as zero factors or a zero change.
     budget: keep k components of each `module` and layer, or as many in all, chosen over the whole adapter
       (`global`).
+    error_feedback: a client adds what it left out to its next update; it goes with `send: change`, and harms where
+      clients take part rarely.
     """
 
     name: Literal["soft"] = "soft"
@@ -46,6 +49,7 @@ class SoftConfig:
     send: Send = "factors"
     missing: Missing = "senders"
     budget: Budget = "module"
+    error_feedback: bool = False
 
     def __post_init__(self) -> None:
         if self.name != "soft":
@@ -56,6 +60,8 @@ class SoftConfig:
             value, allowed = getattr(self, field), get_args(kind)
             if value not in allowed:
                 raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {value!r}")
+        if self.error_feedback and self.send != "change":
+            raise ValueError(f"error_feedback must be false where send is {self.send}, got True")
 
 
 def degeneracy(config: SoftConfig) -> str | None:
@@ -132,102 +138,79 @@ def orthogonality_penalty(a: Array, b: Array, form: Form = "offdiag", rank_mask:
     return sum((jnp.sum((g * others) ** 2) for g in grams), jnp.zeros(()))
 
 
-def make(config: SoftConfig, like: Adapters) -> Sparsifier:
+def make(config: SoftConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
     """The sparsifier of these options.
 
-    A component of one layer costs `n_in + n_out` values of 32 bits, and each matrix an index that says which are
-    kept. With the global budget `payload_bits` is the largest that a choice can cost: the widest modules first.
-    Its tail energy is the sum of squared importances left out.
+    A component of one layer costs `n_in + n_out` values, and each matrix an index that says which are kept. With the
+    global budget `payload_bits` is the largest that a choice can cost: the widest modules first. Its tail energy is
+    the sum of squared importances left out.
 
     Args:
       config: its options.
       like: adapters, or their shapes.
+      wire: how the numbers travel: of the factors, or of their changes, as `send` says.
     """
     payload.check_fits(like)
-    max_rank, num_matrices = ranks.max_rank(like), ranks.num_matrices(like)
+    num_matrices = ranks.num_matrices(like)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like.modules)
 
     def penalty(adapters: Adapters, rank_mask: Array) -> Array:
         terms = [orthogonality_penalty(f.a, f.b, config.form, rank_mask) for f in adapters.modules.values()]
         return jnp.sum(jnp.stack(terms))
 
-    def scores(start: Adapters, trained: Adapters, rank_mask: Array) -> dict[str, Array]:
-        """`[L, R]` importances; a rank that is not in use comes after all others."""
-        found = {}
-        for name, f in trained.modules.items():
-            f0 = start.modules[name]
-            sigma = importance(f.a, f.b) if config.send == "factors" else importance(f.a, f.b, f0.a, f0.b)
-            found[name] = jnp.where(rank_mask > 0, sigma, -1.0)
-        return found
-
-    def choose(start: Adapters, trained: Adapters, keep_ratio: Array, rank_mask: Array) -> dict[str, Array]:
-        kept, sigma = ranks.num_kept(keep_ratio, rank_mask), scores(start, trained, rank_mask)
-        if config.budget == "global":
-            chosen = ranks.largest_overall(sigma, kept * num_matrices)
-        else:
-            chosen = {name: ranks.largest(s, kept) for name, s in sigma.items()}
-        return {name: mask * rank_mask for name, mask in chosen.items()}
-
     def compress(
-        start: Adapters, trained: Adapters, memory: Any, keep_ratio: Array, rank_mask: Array, key: Array
+        start: Adapters, trained: Adapters, memory: Any, keep_ratio: Array, scope: Scope, key: Array
     ) -> tuple[Sent, Any]:
-        del key
-        chosen = choose(start, trained, keep_ratio, rank_mask)
-        in_use = ranks.everywhere(rank_mask, like)
+        held = trained
+        if config.error_feedback:
+            held = scope.select(jax.tree.map(jnp.add, trained, memory), trained)
+        kept, sigma = ranks.num_kept(keep_ratio, scope.ranks), _scores(config.send, start, held, scope.ranks)
+        chosen = ranks.choose(sigma, kept, config.budget, scope.ranks)
+        in_use = ranks.everywhere(scope.ranks, like)
         drop = {name: in_use[name] - mask for name, mask in chosen.items()}
-        fill = start
-        if config.send == "factors" and config.missing == "zero":
-            fill = ranks.replace(start, jax.tree.map(jnp.zeros_like, start), in_use)
-        decoded = ranks.replace(fill, trained, chosen)
+        empty = Adapters(modules=nothing, head=start.head)
+        known = empty if config.send == "factors" else start
+        fill = ranks.replace(start, empty, in_use) if config.send == "factors" and config.missing == "zero" else start
+        arrived = arriving(wire, ranks.replace(known, held, chosen), known, key)
+        decoded = scope.select(ranks.replace(fill, arrived, chosen), start)
         if config.send == "factors":
-            energy = diagnostics.dropped_energy(trained, drop)
+            energy = diagnostics.dropped_energy(held, drop)
         else:
-            energy = diagnostics.difference_energy(trained, start, drop)
+            energy = diagnostics.difference_energy(held, start, drop)
         sent = Sent(
             adapters=decoded,
             counted=chosen if config.missing == "senders" else in_use,
-            bits=_sent_bits(chosen, like),
+            bits=ranks.chosen_bits(chosen, like, scope, wire),
             kept_ranks=sum((jnp.sum(mask) for mask in chosen.values()), jnp.zeros(())) / num_matrices,
             dropped_energy=energy,
         )
-        return sent, memory
+        return sent, jax.tree.map(jnp.subtract, held, decoded) if config.error_feedback else memory
 
-    def tail_energy(start: Adapters, trained: Adapters, rank_mask: Array) -> Array:
-        energies = {
-            name: jnp.where(rank_mask > 0, sigma, 0.0) ** 2 for name, sigma in scores(start, trained, rank_mask).items()
-        }
-        if config.budget == "global":
-            ordered = jnp.sort(jnp.concatenate([e.ravel() for e in energies.values()]), descending=True)
-            # Keeping k a matrix keeps the first k * num_matrices of all: one row of these.
-            return ranks.tails(jnp.sum(ordered.reshape(max_rank, num_matrices), axis=-1))
-        ordered = jnp.sort(jnp.concatenate(list(energies.values())), axis=-1, descending=True)
-        return ranks.tails(jnp.sum(ordered, axis=0))
+    def tail_energy(start: Adapters, trained: Adapters, scope: Scope) -> Array:
+        energies = [
+            jnp.where(scope.ranks > 0, sigma, 0.0) ** 2
+            for sigma in _scores(config.send, start, trained, scope.ranks).values()
+        ]
+        return ranks.tail_energy(jnp.concatenate(energies), config.budget)
 
-    def payload_bits(keep_ratio: Array, rank_mask: Array) -> Array:
-        kept = ranks.num_kept(keep_ratio, rank_mask)
-        rank = jnp.sum(rank_mask).astype(jnp.uint32)
-        # An even spread of the kept ranks has the longest index: a matrix's index is concave in its count.
-        bits = jnp.uint32(payload.head_bits(like)) + num_matrices * payload.index_bits(kept, max_rank)
-        left = kept * num_matrices
-        for factors in sorted(like.modules.values(), key=payload.width, reverse=True):
-            layers = factors.a.shape[0]
-            count = jnp.minimum(left, rank * layers) if config.budget == "global" else kept * layers
-            bits, left = bits + payload.component_bits(count, factors), left - count
-        return bits.astype(jnp.float32)
+    def payload_bits(keep_ratio: Array, scope: Scope) -> Array:
+        return ranks.planned_bits(keep_ratio, config.budget, like, scope, wire)
 
     return Sparsifier(
-        init=lambda adapters: (),
+        init=lambda adapters: jax.tree.map(jnp.zeros_like, adapters) if config.error_feedback else (),
         penalty=penalty,
+        broadcast=payload.dense_broadcast,
         tail_energy=tail_energy,
         payload_bits=payload_bits,
         compress=compress,
     )
 
 
-def _sent_bits(chosen: dict[str, Array], like: Adapters) -> Array:
-    """uint32 bits of the chosen components, module name -> `[L, R]`, with index and head."""
-    bits = jnp.uint32(payload.head_bits(like))
-    for name, mask in chosen.items():
-        kept = jnp.sum(mask, axis=-1).astype(jnp.uint32)
-        bits += payload.component_bits(jnp.sum(kept), like.modules[name])
-        bits += jnp.sum(payload.index_bits(kept, mask.shape[-1]))
-    return bits
+def _scores(send: Send, start: Adapters, trained: Adapters, rank_mask: Array) -> dict[str, Array]:
+    """`[L, R]` importances; a rank that is not in use comes after all others."""
+    found = {}
+    for name, f in trained.modules.items():
+        f0 = start.modules[name]
+        sigma = importance(f.a, f.b) if send == "factors" else importance(f.a, f.b, f0.a, f0.b)
+        found[name] = jnp.where(rank_mask > 0, sigma, -1.0)
+    return found

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Factors, Sent, Sparsifier
+from fedjax_lora.base import Adapters, Factors, Scope, Sent, Sparsifier
 from fedjax_lora.ops.products import gram
 from fedjax_lora.sparsifiers import diagnostics, payload, ranks
-
-Budget = Literal["module", "global"]
+from fedjax_lora.sparsifiers.ranks import Budget
+from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,97 +41,105 @@ class SoftRotatedConfig:
             raise ValueError(f"budget must be one of {', '.join(get_args(Budget))}, got {self.budget!r}")
 
 
-def make(config: SoftRotatedConfig, like: Adapters) -> Sparsifier:
+def make(config: SoftRotatedConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
     """The sparsifier of rotated changes.
 
-    A component of a factor costs its own width and R values of 32 bits for its row of the rotation; with the global
-    budget each factor of each matrix is sent with its number of components. Tail energy: what is left out of
+    A component of a factor costs its own width and R values for its row of the rotation; with the global budget each
+    factor of each matrix is sent with its number of components. Tail energy: what is left out of
     `||da||_F^2 + ||db||_F^2`, so in units of a factor squared, while that of `soft` is in units of the factors'
     product squared.
 
     Args:
       config: its options.
       like: adapters, or their shapes.
+      wire: how the rotated changes travel; the rotations travel in full.
     """
     max_rank, num_matrices = ranks.max_rank(like), ranks.num_matrices(like)
     payload.check_fits(like, 2 * max_rank)
-    overall = config.budget == "global"
-    fixed_bits = payload.head_bits(like) + (2 * num_matrices * max_rank.bit_length() if overall else 0)
+    count_bits = 2 * num_matrices * max_rank.bit_length() if config.budget == "global" else 0
 
-    def counts(found: dict[str, _Pair], kept: Array) -> dict[str, tuple[Array, Array]]:
-        """`[L]` components of either factor to keep, by module."""
-        if not overall:
-            return {name: (jnp.full(like.modules[name].a.shape[0], kept),) * 2 for name in found}
-        masks = [
-            ranks.largest_overall({name: pair[factor].energies for name, pair in found.items()}, kept * num_matrices)
-            for factor in (0, 1)
-        ]
-        return {name: tuple(jnp.sum(mask[name], -1).astype(jnp.uint32) for mask in masks) for name in found}
+    def bits(kept: dict[str, tuple[Array, Array]], scope: Scope) -> Array:
+        parts = [_bits(like.modules[name], counts, scope, wire) for name, counts in kept.items()]
+        return sum(parts, payload.common_bits(like, scope, wire) + jnp.uint32(count_bits))
 
     def compress(
-        start: Adapters, trained: Adapters, memory: Any, keep_ratio: Array, rank_mask: Array, key: Array
+        start: Adapters, trained: Adapters, memory: Any, keep_ratio: Array, scope: Scope, key: Array
     ) -> tuple[Sent, Any]:
-        del key
-        found, modules = _principal(start, trained, rank_mask), {}
-        kept = counts(found, ranks.num_kept(keep_ratio, rank_mask))
-        for name, (of_a, of_b) in found.items():
-            old, (kept_a, kept_b) = start.modules[name], kept[name]
-            modules[name] = Factors(
-                a=old.a + _best(of_a, kept_a, rank_mask),
-                b=old.b + jnp.swapaxes(_best(of_b, kept_b, rank_mask), -1, -2),
+        head_key, key = jax.random.split(key)
+        found, modules = _principal(start, trained, scope.ranks), {}
+        kept = _counts(config.budget, found, ranks.num_kept(keep_ratio, scope.ranks))
+        for (name, pair), part in zip(found.items(), jax.random.split(key, len(found)), strict=True):
+            of_a, of_b = (
+                _best(*of, scope.ranks, wire) for of in zip(pair, kept[name], jax.random.split(part), strict=True)
             )
-        decoded = Adapters(modules=modules, head=trained.head)
-        in_use = ranks.everywhere(rank_mask, like)
+            old = start.modules[name]
+            modules[name] = Factors(a=old.a + of_a, b=old.b + jnp.swapaxes(of_b, -1, -2))
+        heads = arriving(wire, Adapters({}, trained.head), Adapters({}, start.head), head_key)
+        decoded = scope.select(Adapters(modules=modules, head=heads.head), start)
+        in_use = ranks.everywhere(scope.ranks, like)
         sent = Sent(
             adapters=decoded,
             counted=in_use,
-            bits=sum(
-                (_bits(f, jnp.sum(kept[name][0]), jnp.sum(kept[name][1])) for name, f in like.modules.items()),
-                jnp.uint32(fixed_bits),
-            ),
+            bits=bits({name: (jnp.sum(a), jnp.sum(b)) for name, (a, b) in kept.items()}, scope),
             kept_ranks=sum((jnp.sum(a + b) for a, b in kept.values()), jnp.uint32(0)) / (2.0 * num_matrices),
             dropped_energy=diagnostics.difference_energy(trained, decoded, in_use),
         )
         return sent, memory
 
-    def tail_energy(start: Adapters, trained: Adapters, rank_mask: Array) -> Array:
-        found = _principal(start, trained, rank_mask)
-        pools = [jnp.concatenate([pair[factor].energies for pair in found.values()]) for factor in (0, 1)]
-        if overall:
-            # Keeping k a matrix keeps the first k * num_matrices of each pool: one column of these.
-            pools = [jnp.sort(pool.ravel(), descending=True).reshape(max_rank, num_matrices).T for pool in pools]
-        return ranks.tails(jnp.sum(jnp.concatenate(pools), axis=0))
+    def tail_energy(start: Adapters, trained: Adapters, scope: Scope) -> Array:
+        found = _principal(start, trained, scope.ranks).values()
+        pools = [jnp.concatenate([pair[factor].energies for pair in found]) for factor in (0, 1)]
+        return ranks.tail_energy(pools[0], config.budget) + ranks.tail_energy(pools[1], config.budget)
 
-    def payload_bits(keep_ratio: Array, rank_mask: Array) -> Array:
-        kept, rank = ranks.num_kept(keep_ratio, rank_mask), jnp.sum(rank_mask).astype(jnp.uint32)
-        bits = jnp.uint32(fixed_bits)
-        if not overall:
-            parts = (_bits(f, kept * f.a.shape[0], kept * f.a.shape[0]) for f in like.modules.values())
-            return sum(parts, bits).astype(jnp.float32)
-        # The most that a choice can cost: the widest first.
-        for widths in (
-            [(f.a.shape[-2], f) for f in like.modules.values()],
-            [(f.b.shape[-1], f) for f in like.modules.values()],
-        ):
-            left = kept * num_matrices
-            for width, f in sorted(widths, key=lambda pair: pair[0], reverse=True):
-                count = jnp.minimum(left, rank * f.a.shape[0])
-                bits, left = bits + count * jnp.uint32(payload.BITS_PER_VALUE * (width + max_rank)), left - count
-        return bits.astype(jnp.float32)
+    def payload_bits(keep_ratio: Array, scope: Scope) -> Array:
+        kept, rank = ranks.num_kept(keep_ratio, scope.ranks), jnp.sum(scope.ranks).astype(jnp.uint32)
+        if config.budget == "module":
+            counts = {name: (kept * f.a.shape[0],) * 2 for name, f in like.modules.items()}
+        else:
+            counts = _widest_first(like, kept * num_matrices, rank)
+        return bits(counts, scope).astype(jnp.float32)
 
     return Sparsifier(
         init=lambda adapters: (),
         penalty=lambda adapters, rank_mask: jnp.zeros(()),
+        broadcast=payload.dense_broadcast,
         tail_energy=tail_energy,
         payload_bits=payload_bits,
         compress=compress,
     )
 
 
-def _bits(like: Factors, kept_a: Array, kept_b: Array) -> Array:
-    """uint32 bits of so many components (uint32) of either factor of a module."""
-    of_a, of_b = (payload.BITS_PER_VALUE * (width + like.a.shape[-1]) for width in (like.a.shape[-2], like.b.shape[-1]))
-    return kept_a * jnp.uint32(of_a) + kept_b * jnp.uint32(of_b)
+def _bits(like: Factors, counts: tuple[Array, Array], scope: Scope, wire: Wire) -> Array:
+    """uint32 bits of so many components (uint32, over all layers) of either factor of a module."""
+    bits, rotation_bits = jnp.uint32(0), FLOAT32.bits_per_value * like.a.shape[-1]
+    for count, width, part in zip(counts, (like.a.shape[-2], like.b.shape[-1]), (scope.a, scope.b), strict=True):
+        bits += part.astype(jnp.uint32) * count * jnp.uint32(wire.bits_per_value * width + rotation_bits)
+    return bits
+
+
+def _counts(budget: Budget, found: dict[str, "_Pair"], kept: Array) -> dict[str, tuple[Array, Array]]:
+    """`[L]` components of either factor to keep, uint32, by module."""
+    if budget == "module":
+        return {name: (jnp.full(pair[0].energies.shape[0], kept),) * 2 for name, pair in found.items()}
+    num_matrices = sum(pair[0].energies.shape[0] for pair in found.values())
+    masks = [
+        ranks.largest_overall({name: pair[factor].energies for name, pair in found.items()}, kept * num_matrices)
+        for factor in (0, 1)
+    ]
+    of_a, of_b = ({name: jnp.sum(m, -1).astype(jnp.uint32) for name, m in mask.items()} for mask in masks)
+    return {name: (of_a[name], of_b[name]) for name in found}
+
+
+def _widest_first(like: Adapters, budget: Array, rank: Array) -> dict[str, tuple[Array, Array]]:
+    """Components of either factor, by module, where `budget` of each factor cost the most: the widest first."""
+    counts: list[dict[str, Array]] = []
+    for width in (lambda f: f.a.shape[-2], lambda f: f.b.shape[-1]):
+        left, found = budget, {}
+        for name in sorted(like.modules, key=lambda name: width(like.modules[name]), reverse=True):
+            found[name] = jnp.minimum(left, rank * like.modules[name].a.shape[0])
+            left = left - found[name]
+        counts.append(found)
+    return {name: (counts[0][name], counts[1][name]) for name in like.modules}
 
 
 class _Principal(NamedTuple):
@@ -168,9 +176,9 @@ def _principal(start: Adapters, trained: Adapters, rank_mask: Array) -> dict[str
     return jax.tree.unflatten(structure, [_Principal(*part) for part in parts])
 
 
-def _best(part: _Principal, kept: Array, rank_mask: Array) -> Array:
+def _best(part: _Principal, kept: Array, key: Array, rank_mask: Array, wire: Wire) -> Array:
     """The best approximation of rank `kept` (`[L]`) of a change, `[L, n, R]`, as the receiver rebuilds it."""
     rotation = part.rotation * (jnp.arange(rank_mask.shape[-1]) < kept[:, None])[:, None, :]
     # Products in full float32: what is sent and turned back must be the change, not a bfloat16 copy of it.
-    rotated = jnp.matmul(part.change, rotation, precision="highest")
+    rotated = wire.encode(jnp.matmul(part.change, rotation, precision="highest"), key)
     return jnp.matmul(rotated, jnp.swapaxes(rotation, -1, -2), precision="highest") * rank_mask

@@ -13,6 +13,7 @@ AGGREGATE = jax.jit(make(FedItConfig()).aggregate)
 BROADCAST = random_adapters(0)
 WEIGHTS = np.array([0.5, 0.0, 0.2, 0.3])
 SCALE = jnp.float32(2.0)
+KEY = jax.random.key(0)
 
 
 def cohort(seed=1):
@@ -33,7 +34,7 @@ def message(decoded, counted):
 
 def test_average_equals_loop():
     trained, decoded, counted = cohort()
-    found = AGGREGATE(BROADCAST, trained, message(decoded, counted), jnp.float32(WEIGHTS), SCALE)
+    found = AGGREGATE(BROADCAST, trained, message(decoded, counted), jnp.float32(WEIGHTS), SCALE, KEY)
     averages, _ = fedit(BROADCAST, decoded, counted, WEIGHTS)
     for name, (a, b) in averages.items():
         np.testing.assert_allclose(found.adapters.modules[name].a, a, rtol=1e-5, atol=1e-6)
@@ -46,7 +47,7 @@ def test_average_equals_loop():
 def test_component_of_nobody_stays_as_broadcast():
     """Invariance, to the bit."""
     trained, decoded, counted = cohort()
-    found = AGGREGATE(BROADCAST, trained, message(decoded, counted), jnp.float32(WEIGHTS), SCALE)
+    found = AGGREGATE(BROADCAST, trained, message(decoded, counted), jnp.float32(WEIGHTS), SCALE, KEY)
     for name, f in BROADCAST.modules.items():
         np.testing.assert_array_equal(found.adapters.modules[name].a[..., 3], f.a[..., 3])
         np.testing.assert_array_equal(found.adapters.modules[name].b[:, 3], f.b[:, 3])
@@ -55,7 +56,7 @@ def test_component_of_nobody_stays_as_broadcast():
 def test_identity_of_averages_and_both_error_norms():
     """Explicit matrices: ideal = product of averages + Cov + E_s to 1e-5, and the norms are those of the terms."""
     trained, decoded, counted = cohort()
-    found = AGGREGATE(BROADCAST, trained, message(decoded, counted), jnp.float32(WEIGHTS), SCALE)
+    found = AGGREGATE(BROADCAST, trained, message(decoded, counted), jnp.float32(WEIGHTS), SCALE, KEY)
     averages, w = fedit(BROADCAST, decoded, counted, WEIGHTS)
     sparsification = covariance = 0.0
     for name, old in BROADCAST.modules.items():
@@ -86,7 +87,7 @@ def test_nothing_left_out_and_equal_clients_have_no_error():
     one = random_adapters(3)
     trained = jax.tree.map(lambda x: jnp.stack([x] * 4), one)
     counted = {name: np.ones((4, LAYERS, MAX_RANK), np.float32) for name in WIDTHS}
-    found = AGGREGATE(BROADCAST, trained, message(trained, counted), jnp.full(4, 0.25), SCALE)
+    found = AGGREGATE(BROADCAST, trained, message(trained, counted), jnp.full(4, 0.25), SCALE, KEY)
     assert found.sparsification_error < 1e-5
     assert found.covariance_error < 1e-5
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found.adapters, one)

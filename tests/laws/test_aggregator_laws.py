@@ -8,16 +8,17 @@ import pytest
 from fedjax_lora import trees
 from fedjax_lora.aggregation import fedit
 from fedjax_lora.sparsifiers import soft
-from oracles.sparsifier_oracle import random_adapters, rank_mask, stack, trained_from
+from oracles.sparsifier_oracle import random_adapters, scope, stack, trained_from
 
 TABLE = {"fedit": (fedit, fedit.FedItConfig())}
 START = random_adapters(0)
 TRAINED = stack([trained_from(START, seed) for seed in (1, 2, 3, 4)])
 WEIGHTS = jnp.array([0.4, 0.3, 0.2, 0.1])
-MASK = jnp.asarray(rank_mask())
+SCOPE = scope()
+KEY = jax.random.key(1)
 SCALE = jnp.float32(2.0)
 COMPRESS = jax.jit(jax.vmap(soft.make(soft.SoftConfig(), START).compress, in_axes=(None, 0, None, None, None, None)))
-SENT = COMPRESS(START, TRAINED, (), jnp.float32(0.5), MASK, jax.random.key(0))[0]
+SENT = COMPRESS(START, TRAINED, (), jnp.float32(0.5), SCOPE, jax.random.key(0))[0]
 
 
 @pytest.fixture(scope="module", params=TABLE)
@@ -36,19 +37,21 @@ def assert_close(x, y):
 
 
 def test_jit_equals_eager(aggregate, jitted):
-    assert_close(jitted(START, TRAINED, SENT, WEIGHTS, SCALE), aggregate(START, TRAINED, SENT, WEIGHTS, SCALE))
+    assert_close(
+        jitted(START, TRAINED, SENT, WEIGHTS, SCALE, KEY), aggregate(START, TRAINED, SENT, WEIGHTS, SCALE, KEY)
+    )
 
 
 def test_vmap_equals_loop(jitted):
     """Seeds and settings: other weights and scales over one cohort."""
     weights, scales = jnp.stack([WEIGHTS, WEIGHTS[::-1]]), jnp.array([1.0, 3.0])
-    mapped = jax.vmap(jitted, in_axes=(None, None, None, 0, 0))(START, TRAINED, SENT, weights, scales)
-    assert_close(mapped, stack([jitted(START, TRAINED, SENT, weights[i], scales[i]) for i in range(2)]))
+    mapped = jax.vmap(jitted, in_axes=(None, None, None, 0, 0, None))(START, TRAINED, SENT, weights, scales, KEY)
+    assert_close(mapped, stack([jitted(START, TRAINED, SENT, weights[i], scales[i], KEY) for i in range(2)]))
 
 
 def test_dtypes_and_shapes_are_kept(aggregate):
     """Structure: the result is like the broadcast, the errors are float32 scalars."""
-    found = jax.eval_shape(aggregate, START, TRAINED, SENT, WEIGHTS, SCALE)
+    found = jax.eval_shape(aggregate, START, TRAINED, SENT, WEIGHTS, SCALE, KEY)
     jax.tree.map(lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), found.adapters, START)
     for error in (found.sparsification_error, found.covariance_error):
         assert (error.shape, error.dtype) == ((), jnp.float32)
@@ -61,7 +64,7 @@ def test_traced_once_for_all_weights(aggregate):
     @jax.jit
     def counted(weights, scale):
         traces.append(1)
-        return aggregate(START, TRAINED, SENT, weights, scale)
+        return aggregate(START, TRAINED, SENT, weights, scale, KEY)
 
     for weights in (WEIGHTS, jnp.array([0.0, 1.0, 0.0, 0.0]), jnp.zeros(4)):
         counted.trace(weights, SCALE)
@@ -71,8 +74,8 @@ def test_traced_once_for_all_weights(aggregate):
 def test_permutation_of_clients_changes_nothing(jitted):
     """Invariance."""
     order = jnp.array([2, 0, 3, 1])
-    permuted = jitted(START, trees.take(TRAINED, order), trees.take(SENT, order), WEIGHTS[order], SCALE)
-    assert_close(permuted, jitted(START, TRAINED, SENT, WEIGHTS, SCALE))
+    permuted = jitted(START, trees.take(TRAINED, order), trees.take(SENT, order), WEIGHTS[order], SCALE, KEY)
+    assert_close(permuted, jitted(START, TRAINED, SENT, WEIGHTS, SCALE, KEY))
 
 
 @pytest.mark.parametrize("value", [5.0, np.nan, np.inf])
@@ -85,13 +88,13 @@ def test_client_of_weight_zero_changes_nothing(jitted, value):
     sent = SENT.replace(
         adapters=jax.tree.map(pad, SENT.adapters), counted={name: pad(m) for name, m in SENT.counted.items()}
     )
-    padded = jitted(START, jax.tree.map(pad, TRAINED), sent, jnp.append(WEIGHTS, jnp.zeros(2)), SCALE)
-    assert_close(padded, jitted(START, TRAINED, SENT, WEIGHTS, SCALE))
+    padded = jitted(START, jax.tree.map(pad, TRAINED), sent, jnp.append(WEIGHTS, jnp.zeros(2)), SCALE, KEY)
+    assert_close(padded, jitted(START, TRAINED, SENT, WEIGHTS, SCALE, KEY))
 
 
 def test_nobody_leaves_the_broadcast(jitted):
     """Closed form: weights all zero give the broadcast to the bit, and no error."""
-    found = jitted(START, jax.tree.map(lambda x: x * jnp.nan, TRAINED), SENT, jnp.zeros(4), SCALE)
+    found = jitted(START, jax.tree.map(lambda x: x * jnp.nan, TRAINED), SENT, jnp.zeros(4), SCALE, KEY)
     jax.tree.map(np.testing.assert_array_equal, found.adapters, START)
     assert found.sparsification_error == 0.0
     assert found.covariance_error == 0.0
@@ -100,8 +103,8 @@ def test_nobody_leaves_the_broadcast(jitted):
 def test_zero_updates_leave_the_broadcast(jitted):
     """Closed form: clients that hold the broadcast return it to the bit."""
     still = stack([START] * 4)
-    sent = COMPRESS(START, still, (), jnp.float32(0.5), MASK, jax.random.key(0))[0]
-    found = jitted(START, still, sent, WEIGHTS, SCALE)
+    sent = COMPRESS(START, still, (), jnp.float32(0.5), SCOPE, jax.random.key(0))[0]
+    found = jitted(START, still, sent, WEIGHTS, SCALE, KEY)
     jax.tree.map(np.testing.assert_array_equal, found.adapters, START)
     assert found.covariance_error == 0.0
     np.testing.assert_allclose(found.sparsification_error, 0.0, atol=2e-5)
@@ -109,7 +112,7 @@ def test_zero_updates_leave_the_broadcast(jitted):
 
 def test_scale_multiplies_both_errors(jitted):
     """Closed form: the norms are linear in s."""
-    once, thrice = (jitted(START, TRAINED, SENT, WEIGHTS, jnp.float32(s)) for s in (1.0, 3.0))
+    once, thrice = (jitted(START, TRAINED, SENT, WEIGHTS, jnp.float32(s), KEY) for s in (1.0, 3.0))
     np.testing.assert_allclose(thrice.sparsification_error, 3 * once.sparsification_error, rtol=1e-6)
     np.testing.assert_allclose(thrice.covariance_error, 3 * once.covariance_error, rtol=1e-6)
     assert once.sparsification_error > 0.1 and once.covariance_error > 0.1

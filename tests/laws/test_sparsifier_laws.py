@@ -16,6 +16,7 @@ from oracles.sparsifier_oracle import (
     payload_bits,
     random_adapters,
     rank_mask,
+    scope,
     stack,
     trained_from,
 )
@@ -49,6 +50,7 @@ TABLE = {
 START = random_adapters(0)
 TRAINED = trained_from(START, 1)
 MASK = jnp.asarray(rank_mask())
+SCOPE = scope()
 HALF = jnp.float32(0.5)
 KEY = jax.random.key(0)
 
@@ -78,26 +80,26 @@ def assert_close(x, y, atol=1e-5):
 
 
 def test_jit_equals_eager(method, compress, tail_energy):
-    assert_close(compress(START, TRAINED, (), HALF, MASK, KEY), method.compress(START, TRAINED, (), HALF, MASK, KEY))
-    assert_close(tail_energy(START, TRAINED, MASK), method.tail_energy(START, TRAINED, MASK), atol=1e-3)
+    assert_close(compress(START, TRAINED, (), HALF, SCOPE, KEY), method.compress(START, TRAINED, (), HALF, SCOPE, KEY))
+    assert_close(tail_energy(START, TRAINED, SCOPE), method.tail_energy(START, TRAINED, SCOPE), atol=1e-3)
     assert_close(jax.jit(method.penalty)(TRAINED, MASK), method.penalty(TRAINED, MASK))
-    assert_close(jax.jit(method.payload_bits)(HALF, MASK), method.payload_bits(HALF, MASK))
+    assert_close(jax.jit(method.payload_bits)(HALF, SCOPE), method.payload_bits(HALF, SCOPE))
 
 
 def test_vmap_equals_loop(compress):
     """Clients of their own updates, ratios and structural ranks."""
     cohort = [trained_from(START, seed) for seed in (1, 2, 3)]
     ratios = jnp.array([0.25, 0.5, 1.0])
-    masks = jnp.stack([jnp.asarray(rank_mask(rank)) for rank in (4, 5, 6)])
+    scopes = stack([scope(rank) for rank in (4, 5, 6)])
     keys = jax.random.split(KEY, 3)
-    mapped, _ = jax.vmap(compress, in_axes=(None, 0, None, 0, 0, 0))(START, stack(cohort), (), ratios, masks, keys)
-    looped = [compress(START, cohort[k], (), ratios[k], masks[k], keys[k])[0] for k in range(3)]
+    mapped, _ = jax.vmap(compress, in_axes=(None, 0, None, 0, 0, 0))(START, stack(cohort), (), ratios, scopes, keys)
+    looped = [compress(START, cohort[k], (), ratios[k], scope(4 + k), keys[k])[0] for k in range(3)]
     assert_close(mapped, stack(looped))
 
 
 def test_dtypes_and_shapes_are_kept(method):
     """Structure: decoded adapters are like the trained ones, numbers are float32, bits are uint32."""
-    sent, memory = jax.eval_shape(method.compress, START, TRAINED, method.init(START), HALF, MASK, KEY)
+    sent, memory = jax.eval_shape(method.compress, START, TRAINED, method.init(START), HALF, SCOPE, KEY)
     assert jax.tree.structure(memory) == jax.tree.structure(method.init(START))
     assert jax.tree.structure(sent.adapters) == jax.tree.structure(START)
     jax.tree.map(lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), sent.adapters, START)
@@ -106,10 +108,10 @@ def test_dtypes_and_shapes_are_kept(method):
     floats = [sent.kept_ranks, sent.dropped_energy, *sent.counted.values()]
     floats += [
         jax.eval_shape(method.penalty, TRAINED, MASK),
-        jax.eval_shape(method.tail_energy, START, TRAINED, MASK),
+        jax.eval_shape(method.tail_energy, START, TRAINED, SCOPE),
     ]
     assert {x.dtype for x in floats} == {jnp.dtype(jnp.float32)}
-    planned = jax.eval_shape(method.payload_bits, jnp.ones((3, 2)), MASK)
+    planned = jax.eval_shape(method.payload_bits, jnp.ones((3, 2)), SCOPE)
     assert (planned.shape, planned.dtype) == ((3, 2), jnp.float32)
 
 
@@ -124,7 +126,7 @@ def test_traced_once_for_all_ratios_and_ranks(method):
         return sent.bits, method.tail_energy(START, trained, mask), method.payload_bits(ratio, mask)
 
     for ratio, rank in ((0.25, 2), (0.5, 4), (1.0, 6)):
-        counted.trace(TRAINED, jnp.float32(ratio), jnp.asarray(rank_mask(rank)))
+        counted.trace(TRAINED, jnp.float32(ratio), scope(rank))
     assert len(traces) == 1
 
 
@@ -132,18 +134,18 @@ def test_traced_once_for_all_ratios_and_ranks(method):
 def test_zero_update_stays_zero_change(row, compress, tail_energy, ratio):
     """Invariance, to the bit; also from a broadcast of zero b, where every change ties."""
     for start in (START, jax.tree.map(jnp.zeros_like, START)):
-        sent, _ = compress(start, start, (), jnp.float32(ratio), MASK, KEY)
+        sent, _ = compress(start, start, (), jnp.float32(ratio), SCOPE, KEY)
         if row.keeps_broadcast or ratio == 1.0:
             jax.tree.map(np.testing.assert_array_equal, sent.adapters, start)
-        assert not any(np.any(np.isnan(leaf)) for leaf in jax.tree.leaves((sent, tail_energy(start, start, MASK))))
+        assert not any(np.any(np.isnan(leaf)) for leaf in jax.tree.leaves((sent, tail_energy(start, start, SCOPE))))
 
 
 @pytest.mark.parametrize("rank", [1, 4, 6])
 def test_keep_ratio_one_decodes_as_dense(compress, rank):
     """Oracle: the dense sparsifier; nothing in use is dropped and everyone has a say in every rank in use."""
-    mask, trained = jnp.asarray(rank_mask(rank)), trained_from(START, 1, rank=rank)
-    sent, _ = compress(START, trained, (), jnp.float32(1.0), mask, KEY)
-    expected, _ = dense.make(dense.DenseConfig(), START).compress(START, trained, (), HALF, mask, KEY)
+    used, trained = scope(rank), trained_from(START, 1, rank=rank)
+    sent, _ = compress(START, trained, (), jnp.float32(1.0), used, KEY)
+    expected, _ = dense.make(dense.DenseConfig(), START).compress(START, trained, (), HALF, used, KEY)
     assert_close(sent.adapters, expected.adapters)
     jax.tree.map(np.testing.assert_array_equal, sent.counted, expected.counted)
     assert sent.kept_ranks == rank
@@ -154,21 +156,21 @@ def test_keep_ratio_one_decodes_as_dense(compress, rank):
 def test_bits_equal_independent_count(row, method, compress, kept):
     """Oracle: a count value by value; a plan never falls short of what is sent."""
     ratio = jnp.float32(kept / RANK)
-    sent, _ = compress(START, TRAINED, (), ratio, MASK, KEY)
+    sent, _ = compress(START, TRAINED, (), ratio, SCOPE, KEY)
     if getattr(row.config, "budget", "module") == "global":
         counts = {name: np.asarray(m).sum(-1).astype(int).tolist() for name, m in sent.counted.items()}
         assert sum(map(sum, counts.values())) == kept * LAYERS * len(WIDTHS)
     else:
         counts = {name: [RANK if row.everything else kept] * LAYERS for name in WIDTHS}
     assert sent.bits == payload_bits(counts, row.index, row.extra)
-    assert method.payload_bits(ratio, MASK) >= sent.bits
+    assert method.payload_bits(ratio, SCOPE) >= sent.bits
 
 
 def test_payload_bits_maps_over_ratios(method):
     """Oracle: one ratio at a time; more ranks never cost less."""
     ratios = jnp.array([[0.01, 0.3, 0.5], [0.7, 0.9, 1.0]])
-    found = method.payload_bits(ratios, MASK)
-    assert_close(found, jnp.stack([jnp.stack([method.payload_bits(x, MASK) for x in line]) for line in ratios]))
+    found = method.payload_bits(ratios, SCOPE)
+    assert_close(found, jnp.stack([jnp.stack([method.payload_bits(x, SCOPE) for x in line]) for line in ratios]))
     assert np.all(np.diff(found.ravel()) >= 0)
 
 
@@ -176,7 +178,7 @@ def test_payload_bits_maps_over_ratios(method):
 def test_tail_energy_falls_to_zero_at_the_structural_rank(tail_energy, rank):
     """Invariance: non-increasing to the last bit, never negative, exactly 0 from r on."""
     for seed in range(5):
-        tails = np.asarray(tail_energy(START, trained_from(START, seed, rank=rank), jnp.asarray(rank_mask(rank))))
+        tails = np.asarray(tail_energy(START, trained_from(START, seed, rank=rank), scope(rank)))
         assert tails.shape == (MAX_RANK + 1,)
         assert np.all(np.diff(tails) <= 0)
         np.testing.assert_array_equal(tails[rank:], 0.0)
@@ -193,6 +195,6 @@ def test_ranks_not_in_use_change_nothing(compress, tail_energy, method):
         for name, f in TRAINED.modules.items()
     }
     noisy = TRAINED.replace(modules=modules)
-    assert_close(compress(START, noisy, (), HALF, MASK, KEY), compress(START, TRAINED, (), HALF, MASK, KEY))
-    assert_close(tail_energy(START, noisy, MASK), tail_energy(START, TRAINED, MASK))
+    assert_close(compress(START, noisy, (), HALF, SCOPE, KEY), compress(START, TRAINED, (), HALF, SCOPE, KEY))
+    assert_close(tail_energy(START, noisy, SCOPE), tail_energy(START, TRAINED, SCOPE))
     assert_close(method.penalty(noisy, MASK), method.penalty(TRAINED, MASK))

@@ -8,10 +8,11 @@ import pytest
 import torch
 import transformers
 
-from fedjax_lora.base import Adapters, Factors, Hyper
+from fedjax_lora.base import Adapters, ClientState, Factors, Hyper, Live
 from fedjax_lora.lora import adapters as lora
 from fedjax_lora.models import bert, load
-from fedjax_lora.sim.local import Client, LocalConfig, cross_entropy, make_train
+from fedjax_lora.sim.drift import NoDriftConfig, no_drift
+from fedjax_lora.sim.local import Broadcast, Client, LocalConfig, cross_entropy, make_train
 from fedjax_lora.sim.optimizers import OptimizerConfig, direction, schedule
 from fedjax_lora.sparsifiers import dense, soft
 
@@ -113,12 +114,19 @@ def train(setting, sparsifier_config, optimizer, steps, round_number=0):
         keep_ratio=jnp.float32(1),
     )
     # The client holds the four examples; two more places of its table are padding.
-    client = Client(jnp.array([0, 1, 2, 3, 0, 0]), jnp.int32(4), jax.random.key(4))
+    own = ClientState(rank=jnp.float32(RANK), kept={}, memory=(), drift=())
+    client = Client(jnp.array([0, 1, 2, 3, 0, 0]), jnp.int32(4), jax.random.key(4), own)
     work = make_train(
-        model, sparsifier, direction(optimizer), schedule(optimizer, 2 * steps), LocalConfig(steps=steps, batch_size=5)
+        model,
+        sparsifier,
+        no_drift(NoDriftConfig()),
+        direction(optimizer),
+        schedule(optimizer, 2 * steps),
+        LocalConfig(steps=steps, batch_size=5),
     )
     pool = {name: jnp.asarray(value) for name, value in BATCH.items()}
-    return jax.jit(work)(base, pool, adapters, hyper, jnp.int32(round_number), client)
+    given = Broadcast(base, pool, adapters, Live(*map(jnp.float32, Live())), (), hyper, jnp.int32(round_number))
+    return jax.jit(work)(given, client)
 
 
 def assert_close(got, expected, rtol, atol):

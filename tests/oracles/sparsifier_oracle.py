@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 
-from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.base import Adapters, Factors, Scope
 
 LAYERS, MAX_RANK, RANK = 2, 6, 4
 WIDTHS = {"query": (12, 20), "value": (13, 5)}
@@ -15,6 +15,11 @@ HEAD = {"bias": (3,), "kernel": (7, 3)}
 def rank_mask(rank=RANK):
     """`[R]` mask of a structural rank."""
     return (np.arange(MAX_RANK) < rank).astype(np.float32)
+
+
+def scope(rank=RANK):
+    """Both factors and the head, in the first `rank` components."""
+    return Scope.whole(jax.numpy.asarray(rank_mask(rank)))
 
 
 def random_adapters(seed, clients=None):

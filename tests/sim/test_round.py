@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from fedjax_lora import trees
-from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.base import Adapters, Factors, Live
 from fedjax_lora.build import build
 from fedjax_lora.prng import round_keys
-from fedjax_lora.sim.local import Client, cross_entropy
+from fedjax_lora.sim.local import Broadcast, Client, cross_entropy
 from fedjax_lora.sim.round import make_round
 from toy import config, simulation
 
@@ -65,6 +65,15 @@ np.savez(sys.argv[2], *map(np.asarray, jax.tree.leaves(state.adapters)))
             np.testing.assert_allclose(x, saved[name], rtol=2e-4, atol=2e-5)
 
 
+LIVE = Live(*map(jnp.float32, Live()))
+
+
+def broadcast(sim, state, world=None):
+    """What a round of a plain method gives its clients."""
+    world = world or sim.world
+    return Broadcast(world.base, world.data.train, state.adapters, LIVE, state.drift, state.hyper, state.round)
+
+
 def test_a_round_of_dense_fedit_equals_a_python_loop_over_clients():
     sim = simulation("sparsifier.name=dense", "local.steps=1", "local.optimizer.name=sgd")
     state = sim.init(jax.random.key(5))
@@ -75,14 +84,8 @@ def test_a_round_of_dense_fedit_equals_a_python_loop_over_clients():
     average, losses = None, []
     for client in range(6):
         key = jax.random.fold_in(keys.local, client)
-        trained = sim.parts.train(
-            sim.world.base,
-            data.train,
-            state.adapters,
-            state.hyper,
-            state.round,
-            Client(data.index[client], data.count[client], key),
-        )
+        own = jax.tree.map(lambda x, k=client: x[k], state.clients)
+        trained = sim.parts.train(broadcast(sim, state), Client(data.index[client], data.count[client], key, own))
         losses.append(float(trained.loss))
         share = jax.tree.map(lambda x, w=weight[client]: w * np.asarray(x, np.float64), trained.adapters)
         average = share if average is None else jax.tree.map(np.add, average, share)
@@ -177,8 +180,9 @@ def _average_without(sim, world, state, left_out):
     heads = []
     for client in clients:
         key = jax.random.fold_in(keys.local, client)
-        one = Client(data.index[client], data.count[client], key)
-        trained = sim.parts.train(world.base, data.train, state.adapters, state.hyper, state.round, one)
+        own = jax.tree.map(lambda x, k=client: x[k], state.clients)
+        one = Client(data.index[client], data.count[client], key, own)
+        trained = sim.parts.train(broadcast(sim, state, world), one)
         heads.append(trained.adapters.head)
     return jax.tree.map(lambda *h: sum(w * np.asarray(x) for w, x in zip(weight, h, strict=True)), *heads)
 

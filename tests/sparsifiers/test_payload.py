@@ -13,7 +13,7 @@ from oracles.sparsifier_oracle import (
     WIDTHS,
     payload_bits,
     random_adapters,
-    rank_mask,
+    scope,
     trained_from,
 )
 
@@ -23,22 +23,22 @@ START = random_adapters(0)
 @pytest.mark.parametrize("rank", [1, 4, 6])
 @pytest.mark.parametrize("budget", ["module", "global"])
 def test_soft_equals_count_of_what_was_sent(budget, rank):
-    mask, trained = jnp.asarray(rank_mask(rank)), trained_from(START, 1, rank=rank)
+    used, trained = scope(rank), trained_from(START, 1, rank=rank)
     method = soft.make(soft.SoftConfig(budget=budget), START)
     compress = jax.jit(method.compress)
     for kept in range(1, rank + 1):
         ratio = jnp.float32(kept / rank)
-        sent, _ = compress(START, trained, (), ratio, mask, jax.random.key(0))
+        sent, _ = compress(START, trained, (), ratio, used, jax.random.key(0))
         counts = {name: np.asarray(m).sum(-1).astype(int).tolist() for name, m in sent.counted.items()}
         assert sent.bits.dtype == jnp.uint32
         assert sent.bits == payload_bits(counts, index=True)
-        planned = method.payload_bits(ratio, mask)
+        planned = method.payload_bits(ratio, used)
         assert planned == sent.bits if budget == "module" else planned >= sent.bits
 
 
 def test_global_plan_is_the_dearest_choice():
     """Brute force: the most that any split of the components over the matrices can cost in values and in index."""
-    method, mask = soft.make(soft.SoftConfig(budget="global"), START), jnp.asarray(rank_mask(4))
+    method, used = soft.make(soft.SoftConfig(budget="global"), START), scope(4)
     kept = 2
     total, wide, narrow = kept * LAYERS * len(WIDTHS), sum(WIDTHS["query"]), sum(WIDTHS["value"])
     values = max(
@@ -46,28 +46,31 @@ def test_global_plan_is_the_dearest_choice():
     )
     index = LAYERS * len(WIDTHS) * min(MAX_RANK, kept * 3)
     head = payload_bits({}, index=False)
-    assert method.payload_bits(jnp.float32(0.5), mask) == head + 32 * values + index
+    assert method.payload_bits(jnp.float32(0.5), used) == head + 32 * values + index
 
 
 @pytest.mark.parametrize("rank", [1, 4, 6])
 def test_rotated_equals_count_with_rotations(rank):
-    mask, trained = jnp.asarray(rank_mask(rank)), trained_from(START, 1, rank=rank)
+    used, trained = scope(rank), trained_from(START, 1, rank=rank)
     method = soft_rotated.make(soft_rotated.SoftRotatedConfig(), START)
     compress = jax.jit(method.compress)
     for kept in range(1, rank + 1):
         ratio = jnp.float32(kept / rank)
-        sent, _ = compress(START, trained, (), ratio, mask, jax.random.key(0))
+        sent, _ = compress(START, trained, (), ratio, used, jax.random.key(0))
         counts = {name: [kept] * LAYERS for name in WIDTHS}
         assert sent.bits == payload_bits(counts, index=False, extra=2 * MAX_RANK)
-        assert method.payload_bits(ratio, mask) == sent.bits
+        assert method.payload_bits(ratio, used) == sent.bits
 
 
 def test_dense_equals_count_at_every_ratio():
-    mask = jnp.asarray(rank_mask(4))
+    used = scope(4)
     method = dense.make(dense.DenseConfig(), START)
     expected = payload_bits({name: [4] * LAYERS for name in WIDTHS}, index=False)
-    np.testing.assert_array_equal(method.payload_bits(jnp.array([0.1, 1.0]), mask), [expected, expected])
-    assert dense.make(dense.DenseConfig(), START).compress(START, START, (), 0.1, mask, None)[0].bits == expected
+    np.testing.assert_array_equal(method.payload_bits(jnp.array([0.1, 1.0]), used), [expected, expected])
+    assert (
+        dense.make(dense.DenseConfig(), START).compress(START, START, (), 0.1, used, jax.random.key(0))[0].bits
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,10 +85,10 @@ def test_index_equals_closed_form(max_rank, kept, expected):
 def test_shapes_are_enough():
     """Invariance: a method made from shapes counts the same bits."""
     shapes = jax.eval_shape(lambda: START)
-    ratio, mask = jnp.float32(0.5), jnp.asarray(rank_mask(4))
+    ratio, used = jnp.float32(0.5), scope(4)
     for module, config in ((soft, soft.SoftConfig()), (dense, dense.DenseConfig())):
-        assert module.make(config, shapes).payload_bits(ratio, mask) == module.make(config, START).payload_bits(
-            ratio, mask
+        assert module.make(config, shapes).payload_bits(ratio, used) == module.make(config, START).payload_bits(
+            ratio, used
         )
 
 

@@ -20,6 +20,7 @@ from oracles.sparsifier_oracle import (
     product,
     random_adapters,
     rank_mask,
+    scope,
     trained_from,
 )
 
@@ -34,8 +35,8 @@ def jitted(config):
     return jax.jit(make(config, START).compress)
 
 
-def compress(config, keep_ratio, start=START, trained=TRAINED, mask=MASK):
-    return jitted(config)(start, trained, (), jnp.float32(keep_ratio), mask, KEY)[0]
+def compress(config, keep_ratio, start=START, trained=TRAINED, used=None):
+    return jitted(config)(start, trained, (), jnp.float32(keep_ratio), used or scope(), KEY)[0]
 
 
 def orthogonal_sides(a_side, b_side):
@@ -147,8 +148,8 @@ def test_penalty_of_all_modules_is_their_sum():
 def test_top_ranks_are_the_best_subset_when_one_side_is_orthogonal(sides, kept):
     """Brute force over all subsets of k of r = 5 ranks."""
     rank = 5
-    trained, mask = orthogonal_sides(*sides), jnp.asarray(rank_mask(rank))
-    sent = compress(SoftConfig(), kept / rank, trained=trained, mask=mask)
+    trained, used = orthogonal_sides(*sides), scope(rank)
+    sent = compress(SoftConfig(), kept / rank, trained=trained, used=used)
     for name, f in trained.modules.items():
         for layer in range(LAYERS):
             left_out = {
@@ -166,8 +167,8 @@ def test_top_ranks_are_the_best_subset_when_one_side_is_orthogonal(sides, kept):
 def test_top_ranks_are_the_truncated_svd_when_both_sides_are_orthogonal(kept):
     """Eckart-Young: NumPy's SVD of the explicit product."""
     rank = 5
-    trained, mask = orthogonal_sides(True, True), jnp.asarray(rank_mask(rank))
-    sent = compress(SoftConfig(), kept / rank, trained=trained, mask=mask)
+    trained, used = orthogonal_sides(True, True), scope(rank)
+    sent = compress(SoftConfig(), kept / rank, trained=trained, used=used)
     for name, f in trained.modules.items():
         for layer in range(LAYERS):
             u, s, vt = np.linalg.svd(product(f, layer, range(rank)), full_matrices=False)
@@ -253,7 +254,7 @@ def test_equal_scores_go_to_the_first():
 @pytest.mark.parametrize("send", ["factors", "change"])
 def test_tail_energy_equals_sorted_importances(send):
     """NumPy: each matrix's squared importances, sorted, summed from k on."""
-    tails = make(SoftConfig(send=send), START).tail_energy(START, TRAINED, MASK)
+    tails = make(SoftConfig(send=send), START).tail_energy(START, TRAINED, scope())
     expected = np.zeros(MAX_RANK + 1)
     for name, f in TRAINED.modules.items():
         f0 = START.modules[name]
@@ -268,7 +269,7 @@ def test_tail_energy_equals_sorted_importances(send):
 def test_tail_energy_of_global_budget_equals_what_is_left_out():
     """Oracle: the importances of the components that compress leaves out at every k."""
     method = make(SoftConfig(budget="global"), START)
-    tails = method.tail_energy(START, TRAINED, MASK)
+    tails = method.tail_energy(START, TRAINED, scope())
     for k in range(1, RANK + 1):
         counted = compress(SoftConfig(budget="global"), k / RANK).counted
         left = [importance(f.a, f.b) ** 2 * (MASK - counted[name]) for name, f in TRAINED.modules.items()]

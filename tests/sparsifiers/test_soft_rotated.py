@@ -7,17 +7,17 @@ import pytest
 
 from fedjax_lora.base import Adapters, Factors
 from fedjax_lora.sparsifiers.soft_rotated import SoftRotatedConfig, make
-from oracles.sparsifier_oracle import LAYERS, MAX_RANK, RANK, product, random_adapters, rank_mask, trained_from
+from oracles.sparsifier_oracle import LAYERS, MAX_RANK, RANK, product, random_adapters, scope, trained_from
 
 KEY = jax.random.key(0)
 START = random_adapters(0)
-MASK = jnp.asarray(rank_mask())
+SCOPE = scope()
 METHOD = make(SoftRotatedConfig(), START)
 COMPRESS = jax.jit(METHOD.compress)
 
 
 def compress(trained, kept):
-    return COMPRESS(START, trained, (), jnp.float32(kept / RANK), MASK, KEY)[0]
+    return COMPRESS(START, trained, (), jnp.float32(kept / RANK), SCOPE, KEY)[0]
 
 
 def truncated(change, kept):
@@ -43,7 +43,7 @@ def test_each_factor_is_its_best_approximation(kept, step):
 def test_tail_energy_equals_singular_values_left_out():
     """NumPy's SVD of every change, both factors."""
     trained = trained_from(START, 1)
-    found = jax.jit(METHOD.tail_energy)(START, trained, MASK)
+    found = jax.jit(METHOD.tail_energy)(START, trained, SCOPE)
     for k in range(MAX_RANK + 1):
         expected = sum(
             truncated(getattr(trained.modules[name], side)[layer] - getattr(f0, side)[layer], k)[1]
@@ -87,8 +87,8 @@ def test_rotation_does_not_depend_on_the_scale_of_a_change(scale):
     change = trained_from(zero, 1)
     scaled = jax.tree.map(lambda x: scale * x, change)
     half = jnp.float32(0.5)
-    small, _ = COMPRESS(zero, change, (), half, MASK, KEY)
-    large, _ = COMPRESS(zero, scaled, (), half, MASK, KEY)
+    small, _ = COMPRESS(zero, change, (), half, SCOPE, KEY)
+    large, _ = COMPRESS(zero, scaled, (), half, SCOPE, KEY)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(y / scale, x, atol=2e-5),
         small.adapters.modules,
