@@ -12,7 +12,8 @@ from fedjax_lora.sim.local import local_loss, max_rank
 from fedjax_lora.sim.round import World
 
 CPU_CACHE_BYTES = 32 * 2**20
-"""A last-level cache of common size: once the activations spill from it, more clients at once gain nothing."""
+"""A last-level cache of common size: once the activations spill from it, more clients at once gain nothing. The
+devices of a CPU share it."""
 
 ACCELERATOR_SHARE = 0.5
 """Share of the accelerator's memory that activations may take; the rest is weights, adapters and slack."""
@@ -38,7 +39,7 @@ def activation_budget_bytes() -> int:
     """What the activations of all clients at once may take on one of the devices at hand."""
     device = jax.devices()[0]
     if device.platform == "cpu":
-        return CPU_CACHE_BYTES
+        return CPU_CACHE_BYTES // jax.device_count()
     memory_bytes = (device.memory_stats() or {}).get("bytes_limit", 2**33)
     return int(ACCELERATOR_SHARE * memory_bytes)
 

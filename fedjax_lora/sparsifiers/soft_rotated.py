@@ -28,11 +28,14 @@ class SoftRotatedConfig:
 
     budget: keep k components of each factor of each `module` and layer, or as many in all, chosen by energy over
       the whole adapter (`global`).
+    keep_norm: scale what is sent of each factor up to the norm of its whole change. The best approximation is shorter
+      than what it stands for, and so are the steps of the average; this gives up its least error for their length.
     """
 
     orthogonality: ClassVar[float] = 0.0
     name: Literal["soft_rotated"] = "soft_rotated"
     budget: Budget = "module"
+    keep_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.name != "soft_rotated":
@@ -44,10 +47,10 @@ class SoftRotatedConfig:
 def make(config: SoftRotatedConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
     """The sparsifier of rotated changes.
 
-    A component of a factor costs its own width and R values for its row of the rotation; with the global budget each
-    factor of each matrix is sent with its number of components. Tail energy: what is left out of
-    `||da||_F^2 + ||db||_F^2`, so in units of a factor squared, while that of `soft` is in units of the factors'
-    product squared.
+    A component of a factor costs its own width and R values for its row of the rotation. Beside them each factor of
+    each matrix is sent with its number of components where the budget is global, and with a scale to keep its norm.
+    Tail energy: what is left out of `||da||_F^2 + ||db||_F^2`, so in units of a factor squared, while that of `soft`
+    is in units of the factors' product squared.
 
     Args:
       config: its options.
@@ -56,11 +59,12 @@ def make(config: SoftRotatedConfig, like: Adapters, wire: Wire = FLOAT32) -> Spa
     """
     max_rank, num_matrices = ranks.max_rank(like), ranks.num_matrices(like)
     payload.check_fits(like, 2 * max_rank)
-    count_bits = 2 * num_matrices * max_rank.bit_length() if config.budget == "global" else 0
+    side_bits = max_rank.bit_length() * (config.budget == "global") + FLOAT32.bits_per_value * config.keep_norm
 
     def bits(kept: dict[str, tuple[Array, Array]], scope: Scope) -> Array:
+        factors = num_matrices * (scope.a + scope.b).astype(jnp.uint32)
         parts = [_bits(like.modules[name], counts, scope, wire) for name, counts in kept.items()]
-        return sum(parts, payload.common_bits(like, scope, wire) + jnp.uint32(count_bits))
+        return sum(parts, payload.common_bits(like, scope, wire) + factors * jnp.uint32(side_bits))
 
     def compress(
         start: Adapters, trained: Adapters, memory: Any, keep_ratio: Array, scope: Scope, key: Array
@@ -70,7 +74,8 @@ def make(config: SoftRotatedConfig, like: Adapters, wire: Wire = FLOAT32) -> Spa
         kept = _counts(config.budget, found, ranks.num_kept(keep_ratio, scope.ranks))
         for (name, pair), part in zip(found.items(), jax.random.split(key, len(found)), strict=True):
             of_a, of_b = (
-                _best(*of, scope.ranks, wire) for of in zip(pair, kept[name], jax.random.split(part), strict=True)
+                _best(*of, scope.ranks, wire, config.keep_norm)
+                for of in zip(pair, kept[name], jax.random.split(part), strict=True)
             )
             old = start.modules[name]
             modules[name] = Factors(a=old.a + of_a, b=old.b + jnp.swapaxes(of_b, -1, -2))
@@ -176,9 +181,14 @@ def _principal(start: Adapters, trained: Adapters, rank_mask: Array) -> dict[str
     return jax.tree.unflatten(structure, [_Principal(*part) for part in parts])
 
 
-def _best(part: _Principal, kept: Array, key: Array, rank_mask: Array, wire: Wire) -> Array:
+def _best(part: _Principal, kept: Array, key: Array, rank_mask: Array, wire: Wire, keep_norm: bool) -> Array:
     """The best approximation of rank `kept` (`[L]`) of a change, `[L, n, R]`, as the receiver rebuilds it."""
-    rotation = part.rotation * (jnp.arange(rank_mask.shape[-1]) < kept[:, None])[:, None, :]
+    chosen = jnp.arange(rank_mask.shape[-1]) < kept[:, None]
+    rotation = part.rotation * chosen[:, None, :]
     # Products in full float32: what is sent and turned back must be the change, not a bfloat16 copy of it.
     rotated = wire.encode(jnp.matmul(part.change, rotation, precision="highest"), key)
-    return jnp.matmul(rotated, jnp.swapaxes(rotation, -1, -2), precision="highest") * rank_mask
+    rebuilt = jnp.matmul(rotated, jnp.swapaxes(rotation, -1, -2), precision="highest") * rank_mask
+    if not keep_norm:
+        return rebuilt
+    whole, sent = jnp.sum(part.energies, -1), jnp.sum(part.energies * chosen, -1)
+    return rebuilt * jnp.sqrt(whole / jnp.where(sent > 0, sent, 1.0))[:, None, None]

@@ -26,6 +26,7 @@ class Row(NamedTuple):
     """A method, and what tells it from the others in these laws.
 
     index: whether a matrix is sent with an index. extra: values sent with a component beside its factors.
+    side: bits sent beside the components.
     everything: whether all ranks are sent at any ratio. keeps_broadcast: whether what is not sent stays as it was.
     """
 
@@ -33,6 +34,7 @@ class Row(NamedTuple):
     config: Any
     index: bool = True
     extra: int = 0
+    side: int = 0
     everything: bool = False
     keeps_broadcast: bool = True
 
@@ -46,6 +48,13 @@ TABLE = {
     "soft global": Row(soft, soft.SoftConfig(budget="global", form="a_only")),
     "soft global change": Row(soft, soft.SoftConfig(budget="global", send="change", form="none")),
     "soft_rotated": Row(soft_rotated, soft_rotated.SoftRotatedConfig(), index=False, extra=2 * MAX_RANK),
+    "soft_rotated norm": Row(
+        soft_rotated,
+        soft_rotated.SoftRotatedConfig(keep_norm=True),
+        index=False,
+        extra=2 * MAX_RANK,
+        side=2 * 32 * LAYERS * len(WIDTHS),
+    ),
 }
 START = random_adapters(0)
 TRAINED = trained_from(START, 1)
@@ -162,7 +171,7 @@ def test_bits_equal_independent_count(row, method, compress, kept):
         assert sum(map(sum, counts.values())) == kept * LAYERS * len(WIDTHS)
     else:
         counts = {name: [RANK if row.everything else kept] * LAYERS for name in WIDTHS}
-    assert sent.bits == payload_bits(counts, row.index, row.extra)
+    assert sent.bits == payload_bits(counts, row.index, row.extra) + row.side
     assert method.payload_bits(ratio, SCOPE) >= sent.bits
 
 
