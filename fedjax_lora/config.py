@@ -43,7 +43,14 @@ from fedjax_lora.sparsifiers.wire import WireConfig
 from fedjax_lora.wireless.link import WirelessConfig
 
 SparsifierConfig = (
-    DenseConfig | SoftConfig | SoftRotatedConfig | TopKConfig | RandomRankConfig | SvdConfig | LoraA2Config | FlascConfig
+    DenseConfig
+    | SoftConfig
+    | SoftRotatedConfig
+    | TopKConfig
+    | RandomRankConfig
+    | SvdConfig
+    | LoraA2Config
+    | FlascConfig
 )
 AggregationConfig = FedItConfig
 DriftConfig = NoDriftConfig | FedProxConfig | ScaffoldConfig

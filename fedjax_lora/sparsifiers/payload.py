@@ -19,9 +19,7 @@ def width(factors: Factors) -> int:
     return factors.a.shape[-2] + factors.b.shape[-1]
 
 
-def component_bits(
-    count: Array, factors: Factors, scope: Scope, wire: Wire = FLOAT32, exact_values: int = 0
-) -> Array:
+def component_bits(count: Array, factors: Factors, scope: Scope, wire: Wire = FLOAT32, exact_values: int = 0) -> Array:
     """Bits of `count` (uint32) components of a module: of the factors that are in scope.
 
     exact_values: sent in float32 with each factor's part of a component, whatever the wire.
