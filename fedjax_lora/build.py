@@ -26,7 +26,7 @@ from fedjax_lora.sim.local import make_train
 from fedjax_lora.sim.optimizers import direction, schedule, server_optimizer
 from fedjax_lora.sim.pretrain import pretrained
 from fedjax_lora.sim.round import Parts, World
-from fedjax_lora.sparsifiers import dense, soft, soft_rotated
+from fedjax_lora.sparsifiers import dense, flasc, lora_a2, random_rank, soft, soft_rotated, svd, top_k
 from fedjax_lora.sparsifiers.wire import Wire, make_wire
 from fedjax_lora.wireless.link import make_link, perfect_link
 
@@ -34,6 +34,11 @@ SPARSIFIERS: dict[str, Callable[[Any, Adapters, Wire], Sparsifier]] = {
     "dense": dense.make,
     "soft": soft.make,
     "soft_rotated": soft_rotated.make,
+    "top_k": top_k.make,
+    "random_rank": random_rank.make,
+    "svd": svd.make,
+    "lora_a2": lora_a2.make,
+    "flasc": flasc.make,
 }
 AGGREGATORS: dict[str, Callable[[Any], Aggregator]] = {
     "fedit": fedit.make,

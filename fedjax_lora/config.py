@@ -32,18 +32,41 @@ from fedjax_lora.sim.local import LocalConfig
 from fedjax_lora.sim.optimizers import ServerConfig
 from fedjax_lora.sim.pretrain import PretrainConfig
 from fedjax_lora.sparsifiers.dense import DenseConfig
+from fedjax_lora.sparsifiers.flasc import FlascConfig
+from fedjax_lora.sparsifiers.lora_a2 import LoraA2Config
+from fedjax_lora.sparsifiers.random_rank import RandomRankConfig
 from fedjax_lora.sparsifiers.soft import SoftConfig
 from fedjax_lora.sparsifiers.soft_rotated import SoftRotatedConfig
+from fedjax_lora.sparsifiers.svd import SvdConfig
+from fedjax_lora.sparsifiers.top_k import TopKConfig
 from fedjax_lora.sparsifiers.wire import WireConfig
 from fedjax_lora.wireless.link import WirelessConfig
 
-SparsifierConfig = DenseConfig | SoftConfig | SoftRotatedConfig
+SparsifierConfig = (
+    DenseConfig
+    | SoftConfig
+    | SoftRotatedConfig
+    | TopKConfig
+    | RandomRankConfig
+    | SvdConfig
+    | LoraA2Config
+    | FlascConfig
+)
 AggregationConfig = FedItConfig
 DriftConfig = NoDriftConfig | FedProxConfig | ScaffoldConfig
 ControlConfig = IdealConfig | UniformConfig | FixedConfig
 
 VARIANTS: dict[str, dict[str, type]] = {
-    "sparsifier": {"soft": SoftConfig, "soft_rotated": SoftRotatedConfig, "dense": DenseConfig},
+    "sparsifier": {
+        "soft": SoftConfig,
+        "soft_rotated": SoftRotatedConfig,
+        "dense": DenseConfig,
+        "top_k": TopKConfig,
+        "random_rank": RandomRankConfig,
+        "svd": SvdConfig,
+        "lora_a2": LoraA2Config,
+        "flasc": FlascConfig,
+    },
     "aggregation": {"fedit": FedItConfig},
     "drift": {"none": NoDriftConfig, "fedprox": FedProxConfig, "scaffold": ScaffoldConfig},
     "control": {"fixed": FixedConfig, "uniform": UniformConfig, "ideal": IdealConfig},

@@ -135,7 +135,7 @@ def make_round(parts: Parts) -> RoundFn:
             start, shown, sent, normalised(client_weight * arrived), hyper.alpha / hyper.rank, keys.aggregate
         )
         pseudo_gradient = jax.tree.map(jnp.subtract, start, aggregate.adapters)
-        updates, server = parts.optimizer.update(pseudo_gradient, state.server, start)
+        updates, server = parts.optimizer.update(pseudo_gradient, state.server, state.adapters)
         latency_s = round_latency(delivery, active)
         moved = ClientState(
             rank=jax.vmap(parts.aggregator.next_rank)(trained.adapters, own.rank),
@@ -147,7 +147,7 @@ def make_round(parts: Parts) -> RoundFn:
         new_state = dataclasses.replace(
             state,
             round=state.round + 1,
-            adapters=jax.tree.map(jnp.add, start, updates),
+            adapters=jax.tree.map(jnp.add, state.adapters, updates),  # whole, also where the broadcast was not
             server=server,
             link=link_state,
             queue_s=parts.controller.update_queue(state.queue_s, latency_s),

@@ -19,11 +19,16 @@ def width(factors: Factors) -> int:
     return factors.a.shape[-2] + factors.b.shape[-1]
 
 
-def component_bits(count: Array, factors: Factors, scope: Scope, wire: Wire = FLOAT32) -> Array:
-    """Bits of `count` (uint32) components of a module: of the factors that are in scope."""
-    n_in, n_out = factors.a.shape[-2], factors.b.shape[-1]
-    values = n_in * scope.a.astype(jnp.uint32) + n_out * scope.b.astype(jnp.uint32)
-    return count * values * jnp.uint32(wire.bits_per_value)
+def component_bits(count: Array, factors: Factors, scope: Scope, wire: Wire = FLOAT32, exact_values: int = 0) -> Array:
+    """Bits of `count` (uint32) components of a module: of the factors that are in scope.
+
+    exact_values: sent in float32 with each factor's part of a component, whatever the wire.
+    """
+    of_a, of_b = (
+        jnp.uint32(width * wire.bits_per_value + exact_values * FLOAT32.bits_per_value)
+        for width in (factors.a.shape[-2], factors.b.shape[-1])
+    )
+    return count * (of_a * scope.a.astype(jnp.uint32) + of_b * scope.b.astype(jnp.uint32))
 
 
 def index_bits(kept: Array, max_rank: int) -> Array:
@@ -57,17 +62,18 @@ def dense_broadcast(adapters: Adapters, scope: Scope) -> tuple[Adapters, Array]:
     return adapters, dense_bits(adapters, scope)
 
 
-def check_fits(like: Adapters, extra_values: int = 0) -> None:
+def check_fits(like: Adapters, extra_values: int = 0, bits_per_value: int = FLOAT32.bits_per_value) -> None:
     """Raise ValueError where a count of bits could overflow uint32.
 
     Args:
       like: adapters, or their shapes.
       extra_values: sent with every component beside its factors.
+      bits_per_value: the most that a value costs.
     """
-    bits = FLOAT32.bits_per_value * head_values(like)
+    bits = bits_per_value * head_values(like)
     for factors in like.modules.values():
         layers, _, max_rank = factors.a.shape
         index = max_rank  # never more than the bitmap
-        bits += layers * (max_rank * FLOAT32.bits_per_value * (width(factors) + extra_values) + index)
+        bits += layers * (max_rank * bits_per_value * (width(factors) + extra_values) + index)
     if bits >= 2**32:
         raise ValueError(f"payload of one client must be below 2**32 bits, got {bits}")

@@ -6,9 +6,9 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array, lax
 
-from fedjax_lora.base import Adapters, Factors, Scope
-from fedjax_lora.sparsifiers import payload
-from fedjax_lora.sparsifiers.wire import Wire
+from fedjax_lora.base import Adapters, Factors, Scope, Sent
+from fedjax_lora.sparsifiers import diagnostics, payload
+from fedjax_lora.sparsifiers.wire import Wire, arriving
 
 Budget = Literal["module", "global"]
 """Whether k components of each matrix are kept, or as many in all, chosen over the whole adapter."""
@@ -117,6 +117,21 @@ def replace(fill: Adapters, trained: Adapters, chosen: dict[str, Array]) -> Adap
             a=jnp.where(take[..., None, :], new.a, old.a), b=jnp.where(take[..., :, None], new.b, old.b)
         )
     return Adapters(modules=modules, head=trained.head)
+
+
+def send_changes(
+    start: Adapters, trained: Adapters, chosen: dict[str, Array], bits: Array, scope: Scope, wire: Wire, key: Array
+) -> Sent:
+    """The changes of the `chosen` components, module name -> `[L, R]`, at `bits`; a component not sent is unchanged."""
+    in_use = everywhere(scope.ranks, start)
+    drop = {name: in_use[name] - mask for name, mask in chosen.items()}
+    return Sent(
+        adapters=scope.select(arriving(wire, replace(start, trained, chosen), start, key), start),
+        counted=in_use,
+        bits=bits,
+        kept_ranks=sum((jnp.sum(mask) for mask in chosen.values()), jnp.zeros(())) / num_matrices(start),
+        dropped_energy=diagnostics.difference_energy(trained, start, drop),
+    )
 
 
 def tails(energies: Array) -> Array:

@@ -184,7 +184,9 @@ def make(config: SoftConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier
             kept_ranks=sum((jnp.sum(mask) for mask in chosen.values()), jnp.zeros(())) / num_matrices,
             dropped_energy=energy,
         )
-        return sent, jax.tree.map(jnp.subtract, held, decoded) if config.error_feedback else memory
+        if config.error_feedback:
+            memory = scope.select(jax.tree.map(jnp.subtract, held, decoded), memory)
+        return sent, memory
 
     def tail_energy(start: Adapters, trained: Adapters, scope: Scope) -> Array:
         energies = [

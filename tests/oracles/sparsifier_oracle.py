@@ -17,9 +17,10 @@ def rank_mask(rank=RANK):
     return (np.arange(MAX_RANK) < rank).astype(np.float32)
 
 
-def scope(rank=RANK):
-    """Both factors and the head, in the first `rank` components."""
-    return Scope.whole(jax.numpy.asarray(rank_mask(rank)))
+def scope(rank=RANK, factors="ab"):
+    """These factors and the head, in the first `rank` components."""
+    whole = Scope.whole(jax.numpy.asarray(rank_mask(rank)))
+    return whole.replace(a=jax.numpy.float32("a" in factors), b=jax.numpy.float32("b" in factors))
 
 
 def random_adapters(seed, clients=None):
@@ -66,22 +67,42 @@ def product(factors, layer, ranks=None):
     return sum((parts[i] for i in (range(len(parts)) if ranks is None else ranks)), np.zeros_like(parts[0]))
 
 
-def payload_bits(counts, index, extra=0):
+def payload_bits(counts, index, extra=0, value_bits=32, factors="ab"):
     """Bits of a payload, value by value.
 
     counts: module -> list over layers of the number of components sent.
     index: whether each matrix says which ranks it sends.
-    extra: values sent with every component beside its factors.
+    extra: values in full that each factor's part of a component comes with.
+    value_bits: of each number; below 32 each tensor has a scale in full.
+    factors: which are sent.
     """
-    bits = 0
-    for shape in HEAD.values():
-        bits += 32 * math.prod(shape)
+    bits = common_bits(value_bits, factors)
     for name, kept in counts.items():
         for k in kept:
             for _ in range(k):
-                bits += 32 * (WIDTHS[name][0] + WIDTHS[name][1] + extra)
+                for factor in factors:
+                    bits += value_bits * WIDTHS[name]["ab".index(factor)] + 32 * extra
             if index:
                 bits += min(MAX_RANK, k * math.ceil(math.log2(MAX_RANK)))
+    return bits
+
+
+def element_bits(ratio, value_bits=32, factors="ab", rank=RANK):
+    """Bits of a payload of single values with their positions."""
+    pool = 0
+    for n_in, n_out in WIDTHS.values():
+        pool += LAYERS * rank * sum({"a": n_in, "b": n_out}[factor] for factor in factors)
+    count = max(1, math.floor(ratio * pool))
+    return common_bits(value_bits, factors) + count * value_bits + min(pool, count * math.ceil(math.log2(pool)))
+
+
+def common_bits(value_bits=32, factors="ab"):
+    """Bits of the head, and of a scale for every matrix and leaf where values are quantised."""
+    bits = 0
+    for shape in HEAD.values():
+        bits += value_bits * math.prod(shape)
+    if value_bits < 32:
+        bits += 32 * (len(HEAD) + len(WIDTHS) * LAYERS * len(factors))
     return bits
 
 

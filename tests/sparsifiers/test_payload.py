@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.base import Adapters, Factors, Scope
+from fedjax_lora.lora import adapters
+from fedjax_lora.models.bert import BertConfig, bert
 from fedjax_lora.sparsifiers import dense, payload, soft, soft_rotated
 from oracles.sparsifier_oracle import (
     LAYERS,
@@ -58,7 +60,7 @@ def test_rotated_equals_count_with_rotations(rank):
         ratio = jnp.float32(kept / rank)
         sent, _ = compress(START, trained, (), ratio, used, jax.random.key(0))
         counts = {name: [kept] * LAYERS for name in WIDTHS}
-        assert sent.bits == payload_bits(counts, index=False, extra=2 * MAX_RANK)
+        assert sent.bits == payload_bits(counts, index=False, extra=MAX_RANK)
         assert method.payload_bits(ratio, used) == sent.bits
 
 
@@ -106,3 +108,13 @@ def test_modules_of_unequal_rank_are_refused():
         dense.make(dense.DenseConfig(), like)
     with pytest.raises(ValueError, match="name must be 'dense', got 'all'"):
         dense.DenseConfig(name="all")  # pyright: ignore[reportArgumentType]
+
+
+def test_encoder_of_roberta_base_equals_published_count():
+    """Closed form: 12 layers x 8 x (4 x (768 + 768) + 2 x (768 + 3072)); and over 30 clients and 50 rounds."""
+    encoder = bert(BertConfig(vocab_size=50265, width=768, num_layers=12, num_heads=12, mlp_width=3072), num_classes=2)
+    like = jax.eval_shape(lambda key: Adapters(adapters.init(key, encoder.targets, 12, 8), {}), jax.random.key(0))
+    assert sorted(like.modules) == ["down", "key", "output", "query", "up", "value"]
+    values = int(payload.dense_bits(like, Scope.whole(jnp.ones(8)))) // 32
+    assert values == 12 * 8 * (4 * (768 + 768) + 2 * (768 + 3072)) == 1_327_104
+    assert values * 30 * 50 == 1_990_656_000
