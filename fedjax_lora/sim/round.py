@@ -50,7 +50,7 @@ class Parts(NamedTuple):
     """The functions a round is made of.
 
     train: local training of one client. optimizer: the server's.
-    drift_bits: uplink bits of the drift correction, for each client.
+    drift_bits: `scope -> uint32` uplink bits of the drift correction of one client.
     current_base: `(world, state) -> base`: the frozen weights with all that was merged into them.
     client_weight: examples `[C]` -> weights `[C]` in the average, not yet normalised.
     cohort_size: C, clients a round. chunk: clients trained at once on each device.
@@ -59,7 +59,7 @@ class Parts(NamedTuple):
     train: Train
     sparsifier: Sparsifier
     drift: Drift
-    drift_bits: int
+    drift_bits: Callable[[Scope], Array]
     aggregator: Aggregator
     current_base: Callable[[World, FedState], Base]
     controller: Controller
@@ -125,7 +125,7 @@ def make_round(parts: Parts) -> RoundFn:
         )
 
         # 7. Transmit.
-        extra_bits = jnp.uint32(parts.drift_bits)
+        extra_bits = jax.vmap(parts.drift_bits, (CLIENT_SCOPE,))(scope)
         sent = dataclasses.replace(sent, bits=jnp.where(active, sent.bits + extra_bits, 0))
         delivery = link.deliver(cohort_link, sent.bits, decision, start_s, present)
         arrived = active & delivery.delivered
@@ -162,6 +162,7 @@ def make_round(parts: Parts) -> RoundFn:
             train_loss=over_arrived(trained.loss),
             eval_loss=jnp.float32(jnp.nan),
             eval_accuracy=jnp.float32(jnp.nan),
+            personal_accuracy=jnp.float32(jnp.nan),
             latency_s=latency_s,
             elapsed_s=new_state.elapsed_s,
             client_uplink_bits=jnp.where(jnp.isfinite(delivery.latency_s), sent.bits, 0),
