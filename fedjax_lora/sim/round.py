@@ -90,7 +90,8 @@ def make_round(parts: Parts) -> RoundFn:
         ids, present = choose(keys.cohort, num_clients, parts.cohort_size, size)
         own, cohort_link = trees.take((state.clients, link_state), ids)
         masks = jax.vmap(rank_mask, (0, None))(own.rank, max_rank(state.adapters))
-        scope = Scope(masks, *map(jnp.float32, parts.aggregator.sends(state.round)))
+        sends = list(map(jnp.float32, parts.aggregator.sends(state.round)))
+        scope = Scope(masks, *sends)
         start, downlink_bits = jax.vmap(sparsifier.broadcast, (None, CLIENT_SCOPE), (None, 0))(state.adapters, scope)
         downlink_bits += jnp.uint32(parts.aggregator.extra_downlink_bits)
 
@@ -136,6 +137,9 @@ def make_round(parts: Parts) -> RoundFn:
         )
         pseudo_gradient = jax.tree.map(jnp.subtract, start, aggregate.adapters)
         updates, server = parts.optimizer.update(pseudo_gradient, state.server, start)
+        # Momentum would move what is at rest in this round.
+        shared = Scope(rank_mask(hyper.rank, max_rank(start)), *sends)
+        updates = shared.select(updates, jax.tree.map(jnp.zeros_like, start))
         latency_s = round_latency(delivery, active)
         moved = ClientState(
             rank=jax.vmap(parts.aggregator.next_rank)(trained.adapters, own.rank),

@@ -12,7 +12,8 @@ from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.prng import round_keys
 from fedjax_lora.sim.drift import FedProxConfig, ScaffoldConfig, fedprox, scaffold
 from fedjax_lora.sim.local import cross_entropy
-from oracles.sparsifier_oracle import random_adapters, rank_mask as numpy_mask
+from oracles.sparsifier_oracle import random_adapters
+from oracles.sparsifier_oracle import rank_mask as numpy_mask
 from toy import simulation
 
 SETTINGS = ("sparsifier.name=dense", "local.optimizer.name=sgd", "local.optimizer.learning_rate=0.1")
@@ -70,9 +71,7 @@ def scaffold_round(sim, state):
         for step in range(steps):
             g = gradient(x, gather(data.train, rows[step]), valid[step])
             x = jax.tree.map(lambda x, g, c, c_k: x - rate * (g - c_k + c), x, g, c, c_k)
-        owns.append(
-            jax.tree.map(lambda c_k, c, x0, x: c_k - c + (x0 - x) / (steps * rate), c_k, c, state.adapters, x)
-        )
+        owns.append(jax.tree.map(lambda c_k, c, x0, x: c_k - c + (x0 - x) / (steps * rate), c_k, c, state.adapters, x))
         mean = jax.tree.map(lambda m, x, w=weight[k]: m + w * x, mean, x)
     server = jax.tree.map(lambda *leaves: sum(leaves) / 6, *owns)
     return mean, jax.tree.map(lambda *leaves: jnp.stack(leaves), *owns), server
