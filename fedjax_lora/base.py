@@ -246,15 +246,15 @@ class Drift(NamedTuple):
 
     init_client, init_server: `adapters -> state`, one client's and the server's; `()` for none.
     gradient: `(gradient, adapters, start, server, client) -> gradient` at each local step.
-    next_client: `(start, trained, path, server, client) -> client` after local training, where `path` is the sum of
-      the learning rates of its steps.
+    next_client: `(start, trained, path, scope, server, client) -> client` after local training of what is in scope,
+      where `path` is the sum of the learning rates of its steps.
     next_server: `(server, mean over the K clients of the change of their state) -> server`.
     """
 
     init_client: Callable[[Adapters], Any]
     init_server: Callable[[Adapters], Any]
     gradient: Callable[[Adapters, Adapters, Adapters, Any, Any], Adapters]
-    next_client: Callable[[Adapters, Adapters, Array, Any, Any], Any]
+    next_client: Callable[[Adapters, Adapters, Array, Scope, Any, Any], Any]
     next_server: Callable[[Any, Any], Any]
 
 
@@ -417,7 +417,8 @@ class Metrics:
 
     round: int32, counted from 1.
     train_loss: mean over the participants of their mean local cross-entropy.
-    eval_loss, eval_accuracy: on the held-out pool, after the round.
+    eval_loss, eval_accuracy: of the global adapters on the held-out pool, after the round.
+    personal_accuracy: of the clients' own adapters where they keep some, see `sim.evaluate.make_evaluate_personal`.
     latency_s: seconds until the last upload ended; a client that can never be heard is not waited for.
     elapsed_s: the sum of latency_s so far.
     client_uplink_bits, client_downlink_bits: `[C]` uint32, 0 for who did not send or receive; an upload that
@@ -438,6 +439,7 @@ class Metrics:
     train_loss: Array
     eval_loss: Array
     eval_accuracy: Array
+    personal_accuracy: Array
     latency_s: Array
     elapsed_s: Array
     client_uplink_bits: Array

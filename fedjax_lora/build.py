@@ -7,9 +7,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_lora import trees
-from fedjax_lora.aggregation import fedit
-from fedjax_lora.base import Adapters, Aggregator, Base, Controller, Drift, FedState, Hyper, Link, Model, Sparsifier
+from fedjax_lora.aggregation import fedit, fedsa, ffa, hetlora, rolora
+from fedjax_lora.base import (
+    Adapters,
+    Aggregator,
+    Base,
+    Controller,
+    Drift,
+    FedState,
+    Hyper,
+    Link,
+    Model,
+    Scope,
+    Sparsifier,
+)
 from fedjax_lora.config import ConfigError, ExperimentConfig
 from fedjax_lora.control import baselines
 from fedjax_lora.data import sources
@@ -21,12 +32,13 @@ from fedjax_lora.sim import drift
 from fedjax_lora.sim.chunk import activation_budget_bytes, activation_bytes, choose_chunk
 from fedjax_lora.sim.cohort import client_mesh
 from fedjax_lora.sim.engine import Initial, Simulation
-from fedjax_lora.sim.evaluate import make_evaluate
+from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal, nothing_personal
 from fedjax_lora.sim.local import make_train
 from fedjax_lora.sim.optimizers import direction, schedule, server_optimizer
 from fedjax_lora.sim.pretrain import pretrained
 from fedjax_lora.sim.round import Parts, World
 from fedjax_lora.sparsifiers import dense, flasc, lora_a2, random_rank, soft, soft_rotated, svd, top_k
+from fedjax_lora.sparsifiers.payload import dense_bits
 from fedjax_lora.sparsifiers.wire import Wire, make_wire
 from fedjax_lora.wireless.link import make_link, perfect_link
 
@@ -42,6 +54,10 @@ SPARSIFIERS: dict[str, Callable[[Any, Adapters, Wire], Sparsifier]] = {
 }
 AGGREGATORS: dict[str, Callable[[Any], Aggregator]] = {
     "fedit": fedit.make,
+    "ffa": ffa.make,
+    "rolora": rolora.make,
+    "fedsa": fedsa.make,
+    "hetlora": hetlora.make,
 }
 DRIFTS: dict[str, Callable[[Any], Drift]] = {
     "none": drift.no_drift,
@@ -108,7 +124,7 @@ def _build(config: ExperimentConfig) -> Simulation:
         ),
         sparsifier=sparsifier,
         drift=correction,
-        drift_bits=8 * trees.num_bytes(jax.eval_shape(correction.init_client, like)),
+        drift_bits=_drift_bits(correction, like),
         aggregator=aggregator,
         current_base=_current_base(model),
         controller=CONTROLLERS[config.control.name](config.control),
@@ -119,6 +135,7 @@ def _build(config: ExperimentConfig) -> Simulation:
         chunk=_chunk(config, model, sparsifier, world, like, hyper, -(-cohort_size // mesh.size)),
         mesh=mesh,
     )
+    personal = make_evaluate_personal(model, config.engine.eval_batch_size, len(examples.class_names), mesh)
     initial = Initial(
         adapters=initial_adapters,
         memory=sparsifier.init,
@@ -133,6 +150,7 @@ def _build(config: ExperimentConfig) -> Simulation:
         world=world,
         initial=initial,
         evaluate=make_evaluate(model, config.engine.eval_batch_size, mesh),
+        evaluate_personal=personal if aggregator.keeps else nothing_personal,
         eval_every=config.engine.eval_every,
         partition_hash=split.hash,
         truncated=examples.truncated,
@@ -185,6 +203,13 @@ def _current_base(model: Model) -> Callable[[World, FedState], Base]:
         return adapters.add_to_base(world.base, state.merged, model.targets) if state.merged else world.base
 
     return current_base
+
+
+def _drift_bits(correction: Drift, like: Adapters) -> Callable[[Scope], jax.Array]:
+    """A client whose correction has a state sends the change of it too, uncompressed."""
+    if jax.tree.leaves(jax.eval_shape(correction.init_client, like)):
+        return lambda scope: dense_bits(like, scope)
+    return lambda scope: jnp.uint32(0)
 
 
 def _nothing_merged(like: Adapters) -> dict[str, jax.Array]:

@@ -21,6 +21,10 @@ from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
 from cattrs.gen import make_dict_structure_fn
 
 from fedjax_lora.aggregation.fedit import FedItConfig
+from fedjax_lora.aggregation.fedsa import FedSaConfig
+from fedjax_lora.aggregation.ffa import FfaConfig
+from fedjax_lora.aggregation.hetlora import HetLoraConfig
+from fedjax_lora.aggregation.rolora import RoLoraConfig
 from fedjax_lora.control.baselines import FixedConfig, IdealConfig, UniformConfig
 from fedjax_lora.data.partition import ClientsConfig
 from fedjax_lora.data.sources import DataConfig
@@ -52,7 +56,7 @@ SparsifierConfig = (
     | LoraA2Config
     | FlascConfig
 )
-AggregationConfig = FedItConfig
+AggregationConfig = FedItConfig | FfaConfig | RoLoraConfig | FedSaConfig | HetLoraConfig
 DriftConfig = NoDriftConfig | FedProxConfig | ScaffoldConfig
 ControlConfig = IdealConfig | UniformConfig | FixedConfig
 
@@ -67,7 +71,13 @@ VARIANTS: dict[str, dict[str, type]] = {
         "lora_a2": LoraA2Config,
         "flasc": FlascConfig,
     },
-    "aggregation": {"fedit": FedItConfig},
+    "aggregation": {
+        "fedit": FedItConfig,
+        "ffa": FfaConfig,
+        "rolora": RoLoraConfig,
+        "fedsa": FedSaConfig,
+        "hetlora": HetLoraConfig,
+    },
     "drift": {"none": NoDriftConfig, "fedprox": FedProxConfig, "scaffold": ScaffoldConfig},
     "control": {"fixed": FixedConfig, "uniform": UniformConfig, "ideal": IdealConfig},
 }
@@ -117,15 +127,49 @@ class ExperimentConfig:
             raise ValueError(
                 f"model.pretrained must be absent where data.source is digits, got {self.model.pretrained!r}"
             )
-        if self.drift.name == "scaffold" and self.local.optimizer.name != "sgd":
-            raise ValueError(
-                f"local.optimizer.name must be sgd where drift.name is scaffold, got {self.local.optimizer.name!r}"
-            )
+        _check_methods(self)
         steps, warmup_steps = self.rounds * self.local.steps, self.local.optimizer.warmup_steps
         if warmup_steps >= steps:
             raise ValueError(
                 f"local.optimizer.warmup_steps must be below rounds * local.steps = {steps}, got {warmup_steps}"
             )
+
+
+def _check_methods(config: ExperimentConfig) -> None:
+    """Raise ValueError where methods are chosen that do not go together."""
+    aggregation, sparsifier, ranks = config.aggregation, config.sparsifier, config.lora.client_ranks
+    if ranks and not aggregation.heterogeneous:
+        able = [name for name, kind in VARIANTS["aggregation"].items() if kind.heterogeneous]
+        raise ValueError(
+            f"lora.client_ranks must be absent where aggregation.name is {aggregation.name} "
+            f"({', '.join(able)} allow it), got {ranks}"
+        )
+    if aggregation.name == "fedsa" and sparsifier.name == "soft":
+        raise ValueError(
+            "sparsifier.name must be another than soft where aggregation.name is fedsa, "
+            "which sends no b for soft to weigh a component by, got 'soft'"
+        )
+    if aggregation.name == "hetlora" and sparsifier.name == "soft" and sparsifier.missing == "senders":
+        raise ValueError(
+            "sparsifier.missing must be zero where aggregation.name is hetlora, "
+            "which pads with zeros what a client does not send, got 'senders'"
+        )
+    if config.drift.name != "scaffold":
+        return
+    if config.local.optimizer.name != "sgd":
+        raise ValueError(
+            f"local.optimizer.name must be sgd where drift.name is scaffold, got {config.local.optimizer.name!r}"
+        )
+    if aggregation.name == "fedsa":
+        raise ValueError(
+            "aggregation.name must be another than fedsa where drift.name is scaffold, "
+            "which would pull the clients' own b together, got 'fedsa'"
+        )
+    if ranks:
+        raise ValueError(
+            f"lora.client_ranks must be absent where drift.name is scaffold, "
+            f"whose mean is over all clients, got {ranks}"
+        )
 
 
 def load_config(
@@ -300,7 +344,7 @@ def _is(value: Any, member: Any) -> bool:
     if typing.get_origin(member) is Literal:
         return any(value == option and type(value) is type(option) for option in typing.get_args(member))
     if typing.get_origin(member) is tuple:
-        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        return isinstance(value, tuple) and all(type(item) is typing.get_args(member)[0] for item in value)
     return type(value) is member and not (member is float and not math.isfinite(value))
 
 
@@ -309,7 +353,9 @@ def _words(member: Any) -> str:
     if typing.get_origin(member) is Literal:
         options = [str(option) for option in typing.get_args(member)]
         return f"one of {', '.join(options)}" if len(options) > 1 else options[0]
-    return _WORDS[(typing.get_origin(member) or member).__name__]
+    if typing.get_origin(member) is tuple:
+        return {str: "a list of strings", int: "a list of integers"}[typing.get_args(member)[0]]
+    return _WORDS[member.__name__]
 
 
 _WORDS = {
@@ -317,7 +363,6 @@ _WORDS = {
     "int": "an integer",
     "float": "a finite number",
     "str": "a string",
-    "tuple": "a list of strings",
     "NoneType": "null",
 }
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from fedjax_lora.aggregation.ffa import FfaConfig
 from fedjax_lora.config import VARIANTS, ConfigError, ExperimentConfig, dump, load_config, to_dict
 from fedjax_lora.presets import PRESETS, preset
 from fedjax_lora.sparsifiers.dense import DenseConfig
@@ -80,6 +81,26 @@ MISTAKES = {
     "images with model": (
         "model: {pretrained: x}",
         ["model.pretrained ", "'x'", "absent", "data.source is digits"],
+    ),
+    "scaffold with adamw": (
+        "{drift: {name: scaffold}, local: {optimizer: {name: adamw}}}",
+        ["local.optimizer.name ", "sgd", "drift.name is scaffold", "'adamw'"],
+    ),
+    "scaffold with own parts": (
+        "{drift: {name: scaffold}, local: {optimizer: {name: sgd}}, aggregation: {name: fedsa}, "
+        "sparsifier: {name: dense}}",
+        ["aggregation.name ", "drift.name is scaffold", "'fedsa'"],
+    ),
+    "scaffold with client ranks": (
+        "{drift: {name: scaffold}, local: {optimizer: {name: sgd}}, lora: {client_ranks: [1, 2]}}",
+        ["lora.client_ranks ", "drift.name is scaffold", "(1, 2)"],
+    ),
+    "client ranks as words": ("lora: {client_ranks: [a]}", ["lora.client_ranks ", "['a']", "a list of integers"]),
+    "client rank too large": ("lora: {client_ranks: [2, 9]}", ["lora.client_ranks ", "(2, 9)", "rank = 8"]),
+    "soft without b": ("aggregation: {name: fedsa}", ["sparsifier.name ", "aggregation.name is fedsa", "'soft'"]),
+    "padding of what is not sent": (
+        "aggregation: {name: hetlora}",
+        ["sparsifier.missing ", "zero", "aggregation.name is hetlora", "'senders'"],
     ),
     "warm-up": ("{rounds: 2, local: {steps: 3, optimizer: {warmup_steps: 6}}}", ["warmup_steps ", "below", "6"]),
     # files
@@ -173,6 +194,17 @@ def test_another_variant_over_a_preset_starts_from_its_own_defaults(load):
     assert config == dataclasses.replace(base, seed=1, sparsifier=DenseConfig())
     # The same variant keeps what the preset chose.
     assert load("control: {name: fixed}", base=base).control == base.control
+
+
+def test_client_ranks_are_refused_by_name_where_the_aggregator_needs_one_rank(load, monkeypatch):
+    """The line names the key, the aggregator and those that allow it; one is made to refuse for the purpose."""
+    assert load("lora: {client_ranks: [1, 8, 2]}").lora.client_ranks == (1, 8, 2)
+    monkeypatch.setattr(FfaConfig, "heterogeneous", False)
+    with pytest.raises(ConfigError) as caught:
+        load("{lora: {client_ranks: [1, 2]}, aggregation: {name: ffa}}")
+    message = str(caught.value)
+    assert message.startswith("lora.client_ranks must be absent where aggregation.name is ffa (fedit, rolora, fedsa, ")
+    assert "hetlora" in message and "\n" not in message and message.endswith("got (1, 2)")
 
 
 def test_an_unknown_preset_is_one_line_as_specified():

@@ -5,7 +5,8 @@ weights for each rank component, so that a client which did not send one may hav
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from fedjax_lora.base import Adapters, Aggregate, Aggregator, Factors, Sent
 class FedItConfig:
     """Average a with a and b with b."""
 
+    heterogeneous: ClassVar[bool] = True
     name: Literal["fedit"] = "fedit"
 
     def __post_init__(self) -> None:
@@ -27,13 +29,26 @@ class FedItConfig:
             raise ValueError(f"name must be 'fedit', got {self.name!r}")
 
 
-def make(config: FedItConfig) -> Aggregator:
-    """The aggregator that averages the factors apart, heads too.
+Enter = Callable[[Factors, Factors, Array, Array], tuple[Factors, Array]]
+"""What enters the average of a layer, and how much it weighs.
 
-    Client k weighs `w_ki = p_k m_ki / sum_j p_j m_ji` in component i of a layer, where m is `Sent.counted`; where
-    nobody counts, the broadcast stays. A client of weight 0 changes nothing, not even with NaN.
+`(broadcast, received [C, ...], counted [C, R], p [C]) -> (factors [C, ...], w [C, R])`; the weights of each component
+sum to 1 over the clients, or are 0 where p is.
+"""
+
+
+def make(config: FedItConfig) -> Aggregator:
+    """The aggregator that averages the factors apart, heads too; a component is averaged over those who sent it.
+
+    A client of weight 0 changes nothing, not even with NaN. For the error norms a client holds the broadcast in the
+    ranks that it does not have.
     """
     del config  # it has no option yet, but every method is made in the same way
+    return Aggregator(aggregate=averaging(by_senders))
+
+
+def averaging(enter: Enter) -> Callable[..., Aggregate]:
+    """`Aggregator.aggregate` of the weighted averages of each factor, and of the heads by p."""
 
     def aggregate(
         broadcast: Adapters, trained: Adapters, sent: Sent, weights: Array, scale: Array, key: Array
@@ -42,7 +57,7 @@ def make(config: FedItConfig) -> Aggregator:
         modules, sparsification, covariance = {}, jnp.zeros(()), jnp.zeros(())
         for name, old in broadcast.modules.items():
             cohort = trained.modules[name], sent.adapters.modules[name], sent.counted[name]
-            modules[name], of_sparsification, of_averaging = _average_module(old, *cohort, weights)
+            modules[name], of_sparsification, of_averaging = _average_module(enter, old, *cohort, weights)
             sparsification += jnp.sum(of_sparsification)
             covariance += jnp.sum(of_averaging)
         return Aggregate(
@@ -52,11 +67,26 @@ def make(config: FedItConfig) -> Aggregator:
             covariance_error=scale * jnp.sqrt(covariance),
         )
 
-    return Aggregator(aggregate=aggregate)
+    return aggregate
+
+
+def by_senders(old: Factors, received: Factors, counted: Array, weights: Array) -> tuple[Factors, Array]:
+    """The `Enter` in which `w_ki = p_k m_ki / sum_j p_j m_ji`, where m is `Sent.counted`.
+
+    Where nobody counts, all enter with the broadcast, by p.
+    """
+    p = weights[:, None]
+    raw = p * jnp.where(p > 0, counted, 0.0)
+    total = jnp.sum(raw, axis=0)
+    anyone = total > 0
+    w = jnp.where(anyone, raw / jnp.where(anyone, total, 1.0), p)
+    a = jnp.where(anyone, received.a, old.a)
+    b = jnp.where(anyone[:, None], received.b, old.b)
+    return Factors(a=a, b=b), w
 
 
 def _average_module(
-    old: Factors, trained: Factors, decoded: Factors, counted: Array, weights: Array
+    enter: Enter, old: Factors, trained: Factors, decoded: Factors, counted: Array, weights: Array
 ) -> tuple[Factors, Array, Array]:
     """The average of one module `[L, ...]`, and the energies `[L]` of E_s and of Cov.
 
@@ -67,7 +97,7 @@ def _average_module(
         before = trees.take(old, index)
         mine, received, m = jax.tree.map(lambda leaf: leaf[:, index], (trained, decoded, counted))
         mine, received = trees.where(weights > 0, (mine, received), (before, before))
-        received, w = _effective(before, received, m, weights)
+        received, w = enter(before, received, m, weights)
         average = _average(before, received, w)
         return (
             average,
@@ -76,18 +106,6 @@ def _average_module(
         )
 
     return jax.lax.map(layer, jnp.arange(old.a.shape[0]))
-
-
-def _effective(old: Factors, received: Factors, counted: Array, weights: Array) -> tuple[Factors, Array]:
-    """What enters a layer's average, and with which weights `[C, R]`: the broadcast, by p, where nobody counts."""
-    p = weights[:, None]
-    raw = p * jnp.where(p > 0, counted, 0.0)
-    total = jnp.sum(raw, axis=0)
-    anyone = total > 0
-    w = jnp.where(anyone, raw / jnp.where(anyone, total, 1.0), p)
-    a = jnp.where(anyone, received.a, old.a)
-    b = jnp.where(anyone[:, None], received.b, old.b)
-    return Factors(a=a, b=b), w
 
 
 def _average(old: Factors, received: Factors, w: Array) -> Factors:

@@ -18,6 +18,7 @@ FIELDS = {
     "train_loss": "train_loss",
     "eval_loss": "eval_loss",
     "eval_accuracy": "eval_accuracy",
+    "personal_accuracy": "personal_accuracy",
     "latency_s": "latency_s",
     "cumulative_latency_s": "elapsed_s",
     "uplink_bits": "uplink_bits",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Drift
+from fedjax_lora.base import Adapters, Drift, Scope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def no_drift(config: NoDriftConfig) -> Drift:
         init_client=lambda adapters: (),
         init_server=lambda adapters: (),
         gradient=lambda gradient, adapters, start, server, client: gradient,
-        next_client=lambda start, trained, path, server, client: client,
+        next_client=lambda start, trained, path, scope, server, client: client,
         next_server=lambda server, change: server,
     )
 
@@ -64,7 +64,10 @@ def fedprox(config: FedProxConfig) -> Drift:
 
 
 def scaffold(config: ScaffoldConfig) -> Drift:
-    """The gradient is corrected by `c - c_k`; after training `c_k` becomes `c_k - c + (start - trained) / path`."""
+    """The gradient is corrected by `c - c_k`; after training `c_k` becomes `c_k - c + (start - trained) / path`.
+
+    A control variate of what was not trained in a round stays as it is.
+    """
     del config
 
     def zeros(adapters: Adapters) -> Adapters:
@@ -76,9 +79,12 @@ def scaffold(config: ScaffoldConfig) -> Drift:
         del adapters, start
         return jax.tree.map(lambda g, c, own: g + c - own, gradient, server, client)
 
-    def next_client(start: Adapters, trained: Adapters, path: Array, server: Adapters, client: Adapters) -> Adapters:
+    def next_client(
+        start: Adapters, trained: Adapters, path: Array, scope: Scope, server: Adapters, client: Adapters
+    ) -> Adapters:
         rate = 1 / jnp.maximum(path, jnp.finfo(jnp.float32).tiny)
-        return jax.tree.map(lambda x0, x, c, own: own - c + (x0 - x) * rate, start, trained, server, client)
+        moved = jax.tree.map(lambda x0, x, c, own: own - c + (x0 - x) * rate, start, trained, server, client)
+        return scope.select(moved, client)
 
     return Drift(
         init_client=zeros,

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from fedjax_lora.base import Adapters, Base, ClientState, FedState, Hyper, Link, Metrics
 from fedjax_lora.sim.cohort import replicated
-from fedjax_lora.sim.evaluate import Evaluate
+from fedjax_lora.sim.evaluate import Evaluate, EvaluatePersonal
 from fedjax_lora.sim.kept import extract
 from fedjax_lora.sim.round import Parts, RoundFn, World, make_round
 
@@ -60,8 +60,18 @@ class Initial:
 BaseOf = Callable[[World, FedState], Base]
 
 
-def make_segment(round_fn: RoundFn, evaluate: Evaluate, base_of: BaseOf, max_rounds: int):
-    """`(world, state, rounds) -> (state, metrics [max_rounds], loss, accuracy)`: rounds, then one evaluation.
+class Scores(NamedTuple):
+    """An evaluation: as `eval_loss`, `eval_accuracy` and `personal_accuracy` of `Metrics`."""
+
+    loss: Array
+    accuracy: Array
+    personal: Array
+
+
+def make_segment(
+    round_fn: RoundFn, evaluate: Evaluate, evaluate_personal: EvaluatePersonal, base_of: BaseOf, max_rounds: int
+):
+    """`(world, state, rounds) -> (state, metrics [max_rounds], Scores)`: rounds, then one evaluation.
 
     The number of rounds is traced: one executable serves a whole segment, a shorter last one, and 0 rounds,
     which only evaluates. Rows of the metrics from `rounds` on are to be ignored.
@@ -77,8 +87,10 @@ def make_segment(round_fn: RoundFn, evaluate: Evaluate, base_of: BaseOf, max_rou
             return state, jax.tree.map(lambda all_rows, x: all_rows.at[number].set(x), rows, row)
 
         state, rows = lax.fori_loop(0, rounds, body, (state, rows))
-        loss, accuracy = evaluate(base_of(world, state), world.data.test, state.adapters, state.hyper)
-        return state, rows, loss, accuracy
+        base = base_of(world, state)
+        loss, accuracy = evaluate(base, world.data.test, state.adapters, state.hyper)
+        personal = evaluate_personal(base, world.data, state.adapters, state.clients, state.hyper)
+        return state, rows, Scores(loss, accuracy, personal)
 
     return segment
 
@@ -100,6 +112,7 @@ class Simulation:
         world: World,
         initial: Initial,
         evaluate: Evaluate,
+        evaluate_personal: EvaluatePersonal,
         eval_every: int,
         partition_hash: str,
         truncated: int,
@@ -112,7 +125,7 @@ class Simulation:
         self._initial = initial
         self._everywhere = replicated(parts.mesh)
         self.world = jax.device_put(world, self._everywhere)
-        segment = make_segment(make_round(parts), evaluate, parts.current_base, eval_every)
+        segment = make_segment(make_round(parts), evaluate, evaluate_personal, parts.current_base, eval_every)
         self._program = jax.jit(segment, donate_argnums=1, out_shardings=self._everywhere)
         self._compiled = None
 
@@ -182,13 +195,14 @@ class Simulation:
         """Mean cross-entropy (nats) and accuracy of the state's adapters on the held-out pool."""
         state = jax.tree.map(jnp.copy, jax.device_put(state, self._everywhere))
         self.compile(state)
-        _, _, loss, accuracy = self._call(state, 0)
-        return float(loss), float(accuracy)
+        scores = self._call(state, 0)[2]
+        return float(scores.loss), float(scores.accuracy)
 
     def _run_segment(self, state: FedState, number: int) -> tuple[FedState, Metrics]:
-        state, rows, loss, accuracy = self._call(state, number)
+        state, rows, scores = self._call(state, number)
         metrics = jax.tree.map(lambda x: np.array(x[:number]), jax.device_get(rows))
-        metrics.eval_loss[-1], metrics.eval_accuracy[-1] = loss, accuracy
+        metrics.eval_loss[-1], metrics.eval_accuracy[-1] = scores.loss, scores.accuracy
+        metrics.personal_accuracy[-1] = scores.personal
         return state, metrics
 
     def _call(self, state: FedState, number: int):

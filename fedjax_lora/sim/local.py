@@ -136,7 +136,7 @@ def make_train(
         factors = jnp.broadcast_to(schedule(given.round * config.steps + numbers), numbers.shape)
         rates = hyper.learning_rate * factors
         (adapters, _), losses = lax.scan(step, (start, direction.init(start)), (numbers, rows, weight))
-        moved = drift.next_client(start, adapters, jnp.sum(rates), given.drift, client.state.drift)
+        moved = drift.next_client(start, adapters, jnp.sum(rates), scope, given.drift, client.state.drift)
         return Trained(adapters, jnp.mean(losses), moved)
 
     return train

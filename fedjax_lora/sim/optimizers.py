@@ -42,7 +42,7 @@ class ServerConfig:
     """The server's optimizer on the pseudo-gradient `broadcast - average`; `sgd` at 1.0 is plain averaging (FedAvg).
 
     `momentum` is FedAvgM (T.-M. H. Hsu et al., arXiv 1909.06335); `adam` and `yogi` are FedAdam and FedYogi (S. Reddi
-    et al., "Adaptive Federated Optimization", ICLR 2021).
+    et al., "Adaptive Federated Optimization", ICLR 2021), with optax's start and correction of the moments' bias.
 
     momentum: of `momentum`. beta1, beta2, epsilon: of `adam` and `yogi`.
     """

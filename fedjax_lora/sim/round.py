@@ -50,7 +50,7 @@ class Parts(NamedTuple):
     """The functions a round is made of.
 
     train: local training of one client. optimizer: the server's.
-    drift_bits: uplink bits of the drift correction, for each client.
+    drift_bits: `scope -> uint32` uplink bits of the drift correction of one client.
     current_base: `(world, state) -> base`: the frozen weights with all that was merged into them.
     client_weight: examples `[C]` -> weights `[C]` in the average, not yet normalised.
     cohort_size: C, clients a round. chunk: clients trained at once on each device.
@@ -59,7 +59,7 @@ class Parts(NamedTuple):
     train: Train
     sparsifier: Sparsifier
     drift: Drift
-    drift_bits: int
+    drift_bits: Callable[[Scope], Array]
     aggregator: Aggregator
     current_base: Callable[[World, FedState], Base]
     controller: Controller
@@ -90,7 +90,8 @@ def make_round(parts: Parts) -> RoundFn:
         ids, present = choose(keys.cohort, num_clients, parts.cohort_size, size)
         own, cohort_link = trees.take((state.clients, link_state), ids)
         masks = jax.vmap(rank_mask, (0, None))(own.rank, max_rank(state.adapters))
-        scope = Scope(masks, *map(jnp.float32, parts.aggregator.sends(state.round)))
+        sends = list(map(jnp.float32, parts.aggregator.sends(state.round)))
+        scope = Scope(masks, *sends)
         start, downlink_bits = jax.vmap(sparsifier.broadcast, (None, CLIENT_SCOPE), (None, 0))(state.adapters, scope)
         downlink_bits += jnp.uint32(parts.aggregator.extra_downlink_bits)
 
@@ -125,7 +126,7 @@ def make_round(parts: Parts) -> RoundFn:
         )
 
         # 7. Transmit.
-        extra_bits = jnp.uint32(parts.drift_bits)
+        extra_bits = jax.vmap(parts.drift_bits, (CLIENT_SCOPE,))(scope)
         sent = dataclasses.replace(sent, bits=jnp.where(active, sent.bits + extra_bits, 0))
         delivery = link.deliver(cohort_link, sent.bits, decision, start_s, present)
         arrived = active & delivery.delivered
@@ -136,6 +137,9 @@ def make_round(parts: Parts) -> RoundFn:
         )
         pseudo_gradient = jax.tree.map(jnp.subtract, start, aggregate.adapters)
         updates, server = parts.optimizer.update(pseudo_gradient, state.server, state.adapters)
+        # Momentum would move what is at rest in this round.
+        shared = Scope(rank_mask(hyper.rank, max_rank(start)), *sends)
+        updates = shared.select(updates, jax.tree.map(jnp.zeros_like, start))
         latency_s = round_latency(delivery, active)
         moved = ClientState(
             rank=jax.vmap(parts.aggregator.next_rank)(trained.adapters, own.rank),
@@ -162,6 +166,7 @@ def make_round(parts: Parts) -> RoundFn:
             train_loss=over_arrived(trained.loss),
             eval_loss=jnp.float32(jnp.nan),
             eval_accuracy=jnp.float32(jnp.nan),
+            personal_accuracy=jnp.float32(jnp.nan),
             latency_s=latency_s,
             elapsed_s=new_state.elapsed_s,
             client_uplink_bits=jnp.where(jnp.isfinite(delivery.latency_s), sent.bits, 0),

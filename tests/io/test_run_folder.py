@@ -21,6 +21,7 @@ CONTRACT = [
     "train_loss",
     "eval_loss",
     "eval_accuracy",
+    "personal_accuracy",
     "latency_s",
     "cumulative_latency_s",
     "uplink_bits",

@@ -28,7 +28,8 @@ class Row(NamedTuple):
     """A method, and what tells it from the others in these laws.
 
     wire: how its numbers travel. index: whether a matrix is sent with an index. extra: values in full that each
-    factor's part of a component comes with. seed_bits: sent once. factor_bits: sent once for each factor. elements: whether single values are sent, not
+    factor's part of a component comes with. seed_bits: sent once. factor_bits: sent once for each factor.
+    elements: whether single values are sent, not
     components. everything: whether all ranks are sent at any ratio. global_budget: whether components are chosen over
     the whole adapter. keeps_broadcast: whether what is not sent stays as it was. error: how far from the trained
     values those that are sent may arrive; 0 to the bit where nothing changed.

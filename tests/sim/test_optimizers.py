@@ -55,6 +55,67 @@ def test_server_sgd_at_rate_one_is_the_average_by_closed_form():
     np.testing.assert_allclose(optax.apply_updates(broadcast, updates), average)
 
 
+PSEUDO_GRADIENTS = np.array([[0.5, -1.0, 0.0], [0.2, 3.0, -0.1], [-2.0, 0.1, 0.3]])
+
+
+def fed_avg_m(rate, gradients):
+    """`v = beta v + g`, `x = x - rate v`."""
+    x = v = 0.0
+    for g in gradients:
+        v = 0.8 * v + g
+        x = x - rate * v
+    return x
+
+
+def fed_adaptive(second_moment, start):
+    """`x = x - rate m' / (sqrt(v') + epsilon)` with moments from `start`, divided by `1 - beta^t`."""
+
+    def steps(rate, gradients):
+        x, m, v = 0.0, start, start
+        for t, g in enumerate(gradients, start=1):
+            m = 0.7 * m + 0.3 * g
+            v = second_moment(v, g)
+            x = x - rate * (m / (1 - 0.7**t)) / (np.sqrt(v / (1 - 0.95**t)) + 0.01)
+        return x
+
+    return steps
+
+
+FORMULAS = {
+    "sgd": lambda rate, gradients: -rate * gradients.sum(0),
+    "momentum": fed_avg_m,
+    "adam": fed_adaptive(lambda v, g: 0.95 * v + 0.05 * g**2, 0.0),
+    "yogi": fed_adaptive(lambda v, g: v - 0.05 * np.sign(v - g**2) * g**2, 1e-6),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_server_optimizers_against_their_formulas_by_hand(name):
+    """Hsu et al. for FedAvgM; Reddi et al. for FedAdam and FedYogi, with moments that are corrected for their start."""
+    settings = {"momentum": 0.8, "beta1": 0.7, "beta2": 0.95, "epsilon": 0.01}
+    optimizer = server_optimizer(ServerConfig(name=name, learning_rate=0.3, **settings))
+    x = jnp.zeros(3)
+    state = optimizer.init(x)
+    for g in PSEUDO_GRADIENTS:
+        updates, state = optimizer.update(jnp.float32(g), state, x)
+        x = optax.apply_updates(x, updates)
+    np.testing.assert_allclose(x, FORMULAS[name](0.3, PSEUDO_GRADIENTS), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"beta2": -0.1}, r"beta2 must be in \[0, 1\), got -0.1"),
+        ({"epsilon": 0.0}, "epsilon must be above 0, got 0.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+    ],
+)
+def test_a_server_value_out_of_range_is_refused_by_name(values, message):
+    with pytest.raises(ValueError, match=message):
+        ServerConfig(**values)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -1,0 +1,38 @@
+"""FedSA-LoRA: all is trained, a alone is shared; each client keeps its own b and head.
+
+P. Guo et al., "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025, arXiv 2410.01463. That
+the head stays with the client is our choice.
+"""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from fedjax_lora.aggregation import fedit
+from fedjax_lora.base import Aggregator, Live
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FedSaConfig:
+    """Share a alone; there is nothing to choose."""
+
+    heterogeneous: ClassVar[bool] = True
+    name: Literal["fedsa"] = "fedsa"
+
+    def __post_init__(self) -> None:
+        if self.name != "fedsa":
+            raise ValueError(f"name must be 'fedsa', got {self.name!r}")
+
+
+def make(config: FedSaConfig) -> Aggregator:
+    """The aggregator of a shared a under the clients' own b and heads.
+
+    The server's b and head stay as they were at the start, b = 0: the global accuracy remains the one before the run,
+    the clients' own is `Metrics.personal_accuracy`, and both error norms are 0, since what is shared has no product.
+    """
+    del config  # it has no option yet, but every method is made in the same way
+
+    def shared(round_number: object) -> Live:
+        del round_number
+        return Live(b=0.0, head=0.0)
+
+    return fedit.make(fedit.FedItConfig())._replace(sends=shared, keeps=("b", "head"))

@@ -1,0 +1,33 @@
+"""FFA-LoRA: a stays as it was drawn, b and the head are trained and averaged.
+
+Y. Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", ICLR 2024, arXiv 2403.12313.
+"""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from fedjax_lora.aggregation import fedit
+from fedjax_lora.base import Aggregator, Live
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FfaConfig:
+    """Train and send b alone; there is nothing to choose."""
+
+    heterogeneous: ClassVar[bool] = True
+    name: Literal["ffa"] = "ffa"
+
+    def __post_init__(self) -> None:
+        if self.name != "ffa":
+            raise ValueError(f"name must be 'ffa', got {self.name!r}")
+
+
+def make(config: FfaConfig) -> Aggregator:
+    """The aggregator of one shared a: `sum_k p_k a b_k = a sum_k p_k b_k`, so that the covariance error is 0."""
+    del config  # it has no option yet, but every method is made in the same way
+
+    def live(round_number: object) -> Live:
+        del round_number
+        return Live(a=0.0)
+
+    return fedit.make(fedit.FedItConfig())._replace(trains=live, sends=live)

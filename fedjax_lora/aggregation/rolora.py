@@ -1,0 +1,41 @@
+"""RoLoRA: b is trained in one round and a in the next.
+
+S. Chen et al., "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA", NeurIPS 2025,
+arXiv 2502.01755.
+"""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax.numpy as jnp
+from jax import Array
+
+from fedjax_lora.aggregation import fedit
+from fedjax_lora.base import Aggregator, Live
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoLoraConfig:
+    """Train and send one factor a round; there is nothing to choose."""
+
+    heterogeneous: ClassVar[bool] = True
+    name: Literal["rolora"] = "rolora"
+
+    def __post_init__(self) -> None:
+        if self.name != "rolora":
+            raise ValueError(f"name must be 'rolora', got {self.name!r}")
+
+
+def make(config: RoLoraConfig) -> Aggregator:
+    """The aggregator that alternates: b in even rounds, a in odd ones, counted from 0; the head in all.
+
+    The other factor is one for all clients, so that the covariance error is 0. The first round is b's: as long as b
+    is 0, the gradient to a is 0.
+    """
+    del config  # it has no option yet, but every method is made in the same way
+
+    def live(round_number: Array) -> Live:
+        of_a = jnp.asarray(round_number % 2, jnp.float32)
+        return Live(a=of_a, b=1.0 - of_a)
+
+    return fedit.make(fedit.FedItConfig())._replace(trains=live, sends=live)

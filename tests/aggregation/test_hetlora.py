@@ -1,0 +1,129 @@
+"""HetLoRA against NumPy loops with explicit products."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_lora.aggregation.hetlora import HetLoraConfig, make
+from fedjax_lora.base import Scope
+from fedjax_lora.sparsifiers import dense
+from oracles.sparsifier_oracle import LAYERS, MAX_RANK, WIDTHS, product, random_adapters, rank_mask, stack, trained_from
+
+START = random_adapters(0)
+WEIGHTS = np.array([0.4, 0.0, 0.35, 0.25])
+RANKS = [1, 6, 5, 2]
+SCALE = jnp.float32(2.0)
+KEY = jax.random.key(0)
+AGGREGATE = jax.jit(make(HetLoraConfig()).aggregate)
+
+
+def cohort():
+    """Four clients of ranks 1, 6 (absent), 5 and 2, of steps of unlike size, and what the server decodes."""
+    steps = zip((1, 2, 3, 4), (0.1, 1.0, 0.5, 2.0), RANKS, strict=True)
+    trained = stack([trained_from(START, seed, step, rank) for seed, step, rank in steps])
+    scopes = stack([Scope.whole(jnp.asarray(rank_mask(rank))) for rank in RANKS])
+    compress = dense.make(dense.DenseConfig(), START).compress
+    sent, _ = jax.vmap(compress, (None, 0, None, None, 0, None))(START, trained, (), jnp.float32(1), scopes, KEY)
+    return trained, sent
+
+
+def padded_average(trained, name, layer):
+    """Factors of one layer by loops: weights p_k ||a_k b_k||_F, zeros where a client has no component."""
+    factors = [jax.tree.map(lambda x, k=k: x[k], trained.modules[name]) for k in range(4)]
+    norms = [np.linalg.norm(product(f, layer, range(rank))) for f, rank in zip(factors, RANKS, strict=True)]
+    total = sum(p * norm for p, norm in zip(WEIGHTS, norms, strict=True))
+    w = [p * norm / total for p, norm in zip(WEIGHTS, norms, strict=True)]
+    n_in, n_out = WIDTHS[name]
+    a, b = np.zeros((n_in, MAX_RANK)), np.zeros((MAX_RANK, n_out))
+    for k, f in enumerate(factors):
+        for i in range(RANKS[k]):
+            a[:, i] += w[k] * np.float64(f.a[layer, :, i])
+            b[i] += w[k] * np.float64(f.b[layer, i])
+    # Component 5 is of the absent client alone: it stays as it was broadcast.
+    a[:, 5], b[5] = START.modules[name].a[layer, :, 5], START.modules[name].b[layer, 5]
+    return a, b, w
+
+
+def test_average_equals_loop():
+    trained, sent = cohort()
+    found = AGGREGATE(START, trained, sent, jnp.float32(WEIGHTS), SCALE, KEY).adapters
+    for name in WIDTHS:
+        for layer in range(LAYERS):
+            a, b, _ = padded_average(trained, name, layer)
+            np.testing.assert_allclose(found.modules[name].a[layer], a, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found.modules[name].b[layer], b, rtol=1e-4, atol=1e-5)
+    for name, leaf in found.head.items():
+        expected = sum(p * np.float64(trained.head[name][k]) for k, p in enumerate(WEIGHTS))
+        np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_identity_of_averages_and_both_error_norms():
+    """Explicit matrices: ideal = product of averages + Cov + E_s, and the norms are those of the terms."""
+    trained, sent = cohort()
+    found = AGGREGATE(START, trained, sent, jnp.float32(WEIGHTS), SCALE, KEY)
+    sparsification = covariance = 0.0
+    for name in WIDTHS:
+        for layer in range(LAYERS):
+            a, b, w = padded_average(trained, name, layer)
+            ideal, cov, e_s = 0.0, 0.0, 0.0
+            for k, p in enumerate(WEIGHTS):
+                mine = jax.tree.map(lambda x, k=k: x[k], trained.modules[name])
+                keep = rank_mask(RANKS[k])
+                own_a, own_b = np.float64(mine.a[layer]) * keep, np.float64(mine.b[layer]) * keep[:, None]
+                own_a[:, 5], own_b[5] = a[:, 5], b[5]  # of nobody: all are taken to hold the broadcast
+                ideal = ideal + p * product(mine, layer)
+                cov = cov + w[k] * (own_a - a) @ (own_b - b)
+                e_s = e_s + p * product(mine, layer) - w[k] * own_a @ own_b
+            np.testing.assert_allclose(ideal, a @ b + cov + e_s, atol=1e-5)
+            covariance, sparsification = covariance + np.sum(cov**2), sparsification + np.sum(e_s**2)
+    np.testing.assert_allclose(found.covariance_error, 2 * np.sqrt(covariance), rtol=1e-4)
+    np.testing.assert_allclose(found.sparsification_error, 2 * np.sqrt(sparsification), rtol=1e-4)
+
+
+def test_where_all_products_are_zero_clients_weigh_p():
+    """Closed form: from b = 0 that nobody has moved, the averages of a by p."""
+    trained, sent = cohort()
+    zeros = jax.tree.map(lambda f: f, sent.adapters.modules)
+    zeros = {name: f.replace(b=jnp.zeros_like(f.b)) for name, f in zeros.items()}
+    sent = sent.replace(adapters=sent.adapters.replace(modules=zeros))
+    found = AGGREGATE(START, trained, sent, jnp.float32(WEIGHTS), SCALE, KEY).adapters
+    for name, f in zeros.items():
+        expected = sum(p * np.float64(f.a[k, :, :, 0]) for k, p in enumerate(WEIGHTS))
+        np.testing.assert_allclose(found.modules[name].a[:, :, 0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rank", "shorter"), [(6, 4), (5, 3), (3, 2), (2, 1), (1, 1)])
+def test_a_rank_falls_exactly_where_its_tail_is_below_the_tolerance(rank, shorter):
+    """Oracle: energies of explicit products; gamma = 0.7, and what lies beyond the rank has no say."""
+    trained = trained_from(START, 1, rank=MAX_RANK)
+    energy = [
+        sum(np.sum(product(f, layer, part) ** 2) for f in trained.modules.values() for layer in range(LAYERS))
+        for part in (range(shorter, rank), range(rank))
+    ]
+    share = energy[0] / energy[1]
+    for tolerance, expected in ((share * 1.01, shorter), (share * 0.99, rank)):
+        next_rank = jax.jit(make(HetLoraConfig(prune=0.7, tolerance=min(tolerance, 1.0))).next_rank)
+        assert next_rank(trained, jnp.float32(rank)) == expected
+
+
+def test_ranks_stay_without_pruning_and_where_nothing_was_learned():
+    """Closed form: gamma = 1; and a product of 0, of which every share is undefined."""
+    trained, zero = trained_from(START, 1), jax.tree.map(jnp.zeros_like, START)
+    for rank in range(1, MAX_RANK + 1):
+        assert make(HetLoraConfig(tolerance=1.0)).next_rank(trained, jnp.float32(rank)) == rank
+        assert make(HetLoraConfig(prune=0.5, tolerance=1.0)).next_rank(zero, jnp.float32(rank)) == rank
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prune": 0.0}, r"prune must be in \(0, 1\], got 0.0"),
+        ({"prune": 1.5}, r"prune must be in \(0, 1\], got 1.5"),
+        ({"tolerance": -0.1}, r"tolerance must be in \[0, 1\], got -0.1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(values, message):
+    """The message itself."""
+    with pytest.raises(ValueError, match=message):
+        HetLoraConfig(**values)

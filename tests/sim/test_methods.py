@@ -1,0 +1,131 @@
+"""Rounds of the aggregators that choose what is trained, sent and kept, and of clients of different ranks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_lora import trees
+from fedjax_lora.lora.adapters import effective, rank_mask
+from fedjax_lora.models.load import ModelConfig, build_model
+from fedjax_lora.prng import round_keys
+from fedjax_lora.sim.cohort import choose
+from fedjax_lora.sim.evaluate import label_weights
+from fedjax_lora.sim.kept import compose
+from fedjax_lora.sim.local import Client
+from fedjax_lora.sim.round import train_cohort
+from toy import simulation
+
+WIDTH = {"query": (64, 64), "up": (64, 256)}
+
+
+def equal(x, y):
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
+
+
+def factor(adapters, part):
+    return {name: getattr(f, part) for name, f in adapters.modules.items()}
+
+
+@pytest.fixture(scope="module")
+def fedsa():
+    """A toy run of FedSA with half of the clients a round, and the states before, after one and after two rounds."""
+    sim = simulation(
+        "aggregation.name=fedsa", "sparsifier.name=dense", "clients.per_round=3", "lora.client_ranks=[3,2]"
+    )
+    states, rows = [sim.init(jax.random.key(3))], []
+    for _ in range(2):
+        state, metrics = sim.run(states[-1], 1)
+        states.append(state)
+        rows.append(metrics)
+    return sim, states, rows
+
+
+def test_fedsa_shares_a_and_leaves_b_and_head_with_the_clients(fedsa):
+    """Invariance: the server's b and head, and all of a client that never took part, are those of the start."""
+    _, (start, first, _), rows = fedsa
+    assert equal((factor(first.adapters, "b"), first.adapters.head), (factor(start.adapters, "b"), start.adapters.head))
+    assert not equal(factor(first.adapters, "a"), factor(start.adapters, "a"))
+    moved = [k for k in range(6) if not equal(trees.take(first.clients.kept, k), trees.take(start.clients.kept, k))]
+    assert len(moved) == 3
+    bits = sorted(sum(4 * rank * n_in * 32 for n_in, _ in WIDTH.values()) for rank in (3, 2))
+    assert set(rows[0].client_uplink_bits.ravel()) <= set(bits)
+    np.testing.assert_array_equal(rows[0].client_uplink_bits, rows[0].client_downlink_bits)
+
+
+def test_personal_accuracy_equals_a_loop_over_clients_and_examples(fedsa):
+    """Oracle: NumPy, example by example, each with the ratio of its label's shares."""
+    sim, states, rows = fedsa
+    state, data = states[-1], sim.world.data
+    model, _ = build_model(ModelConfig(), 10, (8, 8, 1))
+    label, accuracies = np.asarray(data.test["label"]), []
+    for k in range(6):
+        own = compose(state.adapters, trees.take(state.clients.kept, k))
+        used = effective(own, rank_mask((3, 2)[k % 2], 4), 16.0 / 3)
+        right = np.asarray(model.apply(sim.world.base, used, data.test)).argmax(1) == label
+        mine = np.asarray(data.train["label"])[np.asarray(data.index[k])[: data.count[k]]]
+        weight = np.array([np.mean(mine == y) / np.mean(label == y) for y in label])
+        accuracies.append(np.sum(right * weight) / np.sum(weight))
+    assert np.ptp(accuracies) > 0.01
+    np.testing.assert_allclose(rows[-1].personal_accuracy[-1], np.mean(accuracies), rtol=1e-5)
+
+
+def test_label_weights_by_hand():
+    """Closed form: shares 2/3 and 1/3 of the client over 1/4, 1/4 and 1/2 of the pool; padding does not count."""
+    found = label_weights(jnp.array([0, 0, 1, 2, 2]), jnp.int32(3), jnp.array([2, 0, 1, 2]), 4)
+    np.testing.assert_allclose(found, [0.0, 8 / 3, 4 / 3, 0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "server"), [("rolora", "momentum"), ("ffa", "yogi")])
+def test_the_factor_at_rest_stays_whatever_the_server_optimizer(name, server):
+    """Invariance to the bit, and the uplink bits of the other: RoLoRA trains b, then a; FFA never a."""
+    sim = simulation(f"aggregation.name={name}", "sparsifier.name=dense", f"server.name={server}", "lora.targets=[up]")
+    state = sim.init(jax.random.key(3))
+    for number in range(2):
+        before, (state, metrics) = state, sim.run(state, 1)
+        at_rest, live = ("b", "a") if name == "rolora" and number else ("a", "b")
+        assert equal(factor(state.adapters, at_rest), factor(before.adapters, at_rest))
+        assert not equal(factor(state.adapters, live), factor(before.adapters, live))
+        values = 4 * 3 * WIDTH["up"]["ab".index(live)] + 64 * 10 + 10
+        np.testing.assert_array_equal(metrics.client_uplink_bits, 32 * values)
+        assert metrics.covariance_error[0] == 0.0
+        assert np.isnan(metrics.personal_accuracy).all()  # nothing is kept, so nothing is measured
+
+
+def test_a_round_of_clients_of_different_ranks_equals_a_numpy_loop():
+    """Oracle: each component averaged over those who own it, of clients trained as they are in the round."""
+    sim = simulation("sparsifier.name=dense", "lora.client_ranks=[1,3,2]", "local.steps=1")
+    state = sim.init(jax.random.key(5))
+    after, metrics = sim.run(state, 1)
+    data, ids, ranks = sim.world.data, jnp.arange(6), [1, 3, 2, 1, 3, 2]
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(round_keys(state.key, state.round).local, ids)
+    clients = Client(data.index, data.count, keys, state.clients)
+    train = jax.jit(lambda *given: train_cohort(sim.parts, *given).adapters)
+    trained = train(sim.world, state, state.adapters, clients)
+    count = np.asarray(data.count, np.float64)
+    for name, f in after.adapters.modules.items():
+        for i in range(3):
+            owners = [k for k in range(6) if i < ranks[k]]
+            for part, at in (("a", np.s_[:, :, i]), ("b", np.s_[:, i])):
+                mine = np.asarray(getattr(trained.modules[name], part), np.float64)
+                expected = sum(count[k] * mine[k][at] for k in owners) / sum(count[k] for k in owners)
+                np.testing.assert_allclose(np.asarray(getattr(f, part))[at], expected, rtol=1e-4, atol=1e-6)
+    values = [rank * sum(4 * sum(widths) for widths in WIDTH.values()) + 64 * 10 + 10 for rank in ranks]
+    np.testing.assert_array_equal(metrics.client_uplink_bits[0], 32 * np.array(values))
+
+
+def test_hetlora_prunes_the_ranks_of_those_who_took_part():
+    """Closed form: at a tolerance of 1 every rank above 1 falls to floor(r / 2), that of the cohort alone."""
+    sim = simulation(
+        "aggregation={name: hetlora, prune: 0.5, tolerance: 1.0}",
+        "sparsifier.name=dense",
+        "control.name=ideal",
+        "clients.per_round=4",
+        "lora={max_rank: 6, rank: 6, client_ranks: [6, 3, 1], targets: [up]}",
+    )
+    state = sim.init(jax.random.key(1))
+    after, _ = sim.run(state, 1)
+    cohort, _ = choose(round_keys(state.key, state.round).cohort, 6, 4, 4)
+    expected = np.array([6, 3, 1, 6, 3, 1])
+    expected[cohort] = np.maximum(expected[cohort] // 2, 1)
+    np.testing.assert_array_equal(after.clients.rank, expected)
