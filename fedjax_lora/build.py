@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lora import trees
-from fedjax_lora.aggregation import fedit
+from fedjax_lora.aggregation import fedex, fedit, flexlora, flora, lora_fair
 from fedjax_lora.base import Adapters, Aggregator, Base, Controller, Drift, FedState, Hyper, Link, Model, Sparsifier
 from fedjax_lora.config import ConfigError, ExperimentConfig
 from fedjax_lora.control import baselines
@@ -37,6 +37,10 @@ SPARSIFIERS: dict[str, Callable[[Any, Adapters, Wire], Sparsifier]] = {
 }
 AGGREGATORS: dict[str, Callable[[Any], Aggregator]] = {
     "fedit": fedit.make,
+    "fedex": fedex.make,
+    "flora": flora.make,
+    "flexlora": flexlora.make,
+    "lora_fair": lora_fair.make,
 }
 DRIFTS: dict[str, Callable[[Any], Drift]] = {
     "none": drift.no_drift,
@@ -105,6 +109,7 @@ def _build(config: ExperimentConfig) -> Simulation:
         drift=correction,
         drift_bits=8 * trees.num_bytes(jax.eval_shape(correction.init_client, like)),
         aggregator=aggregator,
+        extra_downlink_bits=aggregator.extra_downlink_bits(like, cohort_size),
         current_base=_current_base(model),
         controller=CONTROLLERS[config.control.name](config.control),
         link=link,

@@ -20,7 +20,11 @@ import yaml
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
 from cattrs.gen import make_dict_structure_fn
 
+from fedjax_lora.aggregation.fedex import FedExConfig
 from fedjax_lora.aggregation.fedit import FedItConfig
+from fedjax_lora.aggregation.flexlora import FlexLoraConfig
+from fedjax_lora.aggregation.flora import FloraConfig
+from fedjax_lora.aggregation.lora_fair import LoraFairConfig
 from fedjax_lora.control.baselines import FixedConfig, IdealConfig, UniformConfig
 from fedjax_lora.data.partition import ClientsConfig
 from fedjax_lora.data.sources import DataConfig
@@ -38,13 +42,19 @@ from fedjax_lora.sparsifiers.wire import WireConfig
 from fedjax_lora.wireless.link import WirelessConfig
 
 SparsifierConfig = DenseConfig | SoftConfig | SoftRotatedConfig
-AggregationConfig = FedItConfig
+AggregationConfig = FedItConfig | FedExConfig | FloraConfig | FlexLoraConfig | LoraFairConfig
 DriftConfig = NoDriftConfig | FedProxConfig | ScaffoldConfig
 ControlConfig = IdealConfig | UniformConfig | FixedConfig
 
 VARIANTS: dict[str, dict[str, type]] = {
     "sparsifier": {"soft": SoftConfig, "soft_rotated": SoftRotatedConfig, "dense": DenseConfig},
-    "aggregation": {"fedit": FedItConfig},
+    "aggregation": {
+        "fedit": FedItConfig,
+        "fedex": FedExConfig,
+        "flora": FloraConfig,
+        "flexlora": FlexLoraConfig,
+        "lora_fair": LoraFairConfig,
+    },
     "drift": {"none": NoDriftConfig, "fedprox": FedProxConfig, "scaffold": ScaffoldConfig},
     "control": {"fixed": FixedConfig, "uniform": UniformConfig, "ideal": IdealConfig},
 }
@@ -98,11 +108,29 @@ class ExperimentConfig:
             raise ValueError(
                 f"local.optimizer.name must be sgd where drift.name is scaffold, got {self.local.optimizer.name!r}"
             )
+        self._check_aggregation()
         steps, warmup_steps = self.rounds * self.local.steps, self.local.optimizer.warmup_steps
         if warmup_steps >= steps:
             raise ValueError(
                 f"local.optimizer.warmup_steps must be below rounds * local.steps = {steps}, got {warmup_steps}"
             )
+
+    def _check_aggregation(self):
+        """What goes with a method that merges into the base, or that gives the factors another basis."""
+        name = self.aggregation.name
+        merges, server = name in ("fedex", "flora"), self.server
+        rebases = name in ("flora", "flexlora") or getattr(self.aggregation, "start", None) == "reinit"
+        where = f"where aggregation.name is {name}"
+        if merges and self.model.compute_dtype != "float32":
+            raise ValueError(f"model.compute_dtype must be float32 {where}, got {self.model.compute_dtype!r}")
+        if (merges or rebases) and server.name != "sgd":
+            raise ValueError(f"server.name must be sgd {where}, got {server.name!r}")
+        if (merges or rebases) and server.learning_rate != 1.0:
+            raise ValueError(f"server.learning_rate must be 1.0 {where}, got {server.learning_rate}")
+        if rebases and self.drift.name == "scaffold":
+            raise ValueError(f"drift.name must be none or fedprox {where}, got 'scaffold'")
+        if rebases and getattr(self.sparsifier, "error_feedback", False):
+            raise ValueError(f"sparsifier.error_feedback must be false {where}, got True")
 
 
 def load_config(

@@ -1,3 +1,7 @@
 """How the server averages: one file a method, each with a config and `make(config) -> base.Aggregator`."""
 
+from fedjax_lora.aggregation import fedex as fedex
 from fedjax_lora.aggregation import fedit as fedit
+from fedjax_lora.aggregation import flexlora as flexlora
+from fedjax_lora.aggregation import flora as flora
+from fedjax_lora.aggregation import lora_fair as lora_fair

@@ -78,6 +78,18 @@ def _average_module(
     return jax.lax.map(layer, jnp.arange(old.a.shape[0]))
 
 
+def average_factors(old: Factors, received: Factors, counted: Array, weights: Array) -> Factors:
+    """The average of one layer's factors, see `make`: a `[n_in, R]` and b `[R, n_out]`.
+
+    Args:
+      old: the broadcast.
+      received: the server's copies, leaves `[C, ...]`; finite also for a client of weight 0.
+      counted: `[C, R]`.
+      weights: `[C]`, p_k.
+    """
+    return _average(old, *_effective(old, received, counted, weights))
+
+
 def _effective(old: Factors, received: Factors, counted: Array, weights: Array) -> tuple[Factors, Array]:
     """What enters a layer's average, and with which weights `[C, R]`: the broadcast, by p, where nobody counts."""
     p = weights[:, None]
