@@ -66,7 +66,8 @@ def mean_product_svd(received: Factors, weights: Array) -> tuple[Array, Array, A
     columns = jnp.moveaxis(weights[:, None, None] * received.a, 0, 1).reshape(n_in, -1)
     rows = received.b.reshape(-1, n_out)
     if rows.shape[0] >= min(n_in, n_out):
-        return jnp.linalg.svd(_matmul(columns, rows), full_matrices=False)
+        u, size, v = jnp.linalg.svd(_matmul(columns, rows), full_matrices=False)
+        return u, size, v
     left, left_core = jnp.linalg.qr(columns)
     right, right_core = jnp.linalg.qr(rows.T)
     u, size, v = jnp.linalg.svd(_matmul(left_core, right_core.T), full_matrices=False)

@@ -111,7 +111,8 @@ def in_use(layer: Layer) -> Array:
 def fresh(layer: Layer) -> Factors:
     """Factors to start anew: `a` with orthogonal columns, each as long as the broadcast's, and `b` zero."""
     length = jnp.linalg.norm(layer.old.a, axis=0)
-    a = orthonormal(layer.key, (1, *layer.old.a.shape))[0]
+    n_in, max_rank = layer.old.a.shape
+    a = orthonormal(layer.key, (1, n_in, max_rank))[0]
     return Factors(a=length * a, b=jnp.zeros_like(layer.old.b))
 
 
