@@ -224,11 +224,12 @@ class Aggregator(NamedTuple):
     aggregate: `(broadcast, trained [C, ...], sent [C, ...], weights [C], scale, key) -> Aggregate`. `weights` are
       non-negative, sum to 1, and are 0 for a client that is absent; all-zero weights leave the broadcast as it
       is. `trained` is what the clients hold of what they send (for the error norms); `scale` is s = alpha / r.
+      In `trained` and `sent`, b is zero in the components that are not a client's own.
     trains: `round -> Live` that the clients train.
     sends: `round -> Live` that they send, a subset of what they train.
     keeps: the parts ("a", "b", "head") that stay with each client from round to round.
     merges: whether `Aggregate.merged` is used.
-    extra_downlink_bits: uint32 bits of the broadcast beside the adapters.
+    extra_downlink_bits: `(adapters or their shapes, C) -> bits` of each broadcast beside the adapters.
     next_rank: `(trained of one client, its rank) -> rank` of its next round.
     """
 
@@ -237,7 +238,7 @@ class Aggregator(NamedTuple):
     sends: Callable[[Array], Live] = lambda round_number: Live()
     keeps: tuple[str, ...] = ()
     merges: bool = False
-    extra_downlink_bits: int = 0
+    extra_downlink_bits: Callable[[Adapters, int], int] = lambda like, cohort_size: 0
     next_rank: Callable[[Adapters, Array], Array] = lambda trained, rank: rank
 
 

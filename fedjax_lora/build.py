@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_lora.aggregation import fedit, fedsa, ffa, hetlora, rolora
+from fedjax_lora.aggregation import fedex, fedit, fedsa, ffa, flexlora, flora, hetlora, lora_fair, rolora
 from fedjax_lora.base import (
     Adapters,
     Aggregator,
@@ -58,6 +58,10 @@ AGGREGATORS: dict[str, Callable[[Any], Aggregator]] = {
     "rolora": rolora.make,
     "fedsa": fedsa.make,
     "hetlora": hetlora.make,
+    "fedex": fedex.make,
+    "flora": flora.make,
+    "flexlora": flexlora.make,
+    "lora_fair": lora_fair.make,
 }
 DRIFTS: dict[str, Callable[[Any], Drift]] = {
     "none": drift.no_drift,
@@ -126,6 +130,7 @@ def _build(config: ExperimentConfig) -> Simulation:
         drift=correction,
         drift_bits=_drift_bits(correction, like),
         aggregator=aggregator,
+        extra_downlink_bits=aggregator.extra_downlink_bits(like, cohort_size),
         current_base=_current_base(model),
         controller=CONTROLLERS[config.control.name](config.control),
         link=link,

@@ -20,10 +20,14 @@ import yaml
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
 from cattrs.gen import make_dict_structure_fn
 
+from fedjax_lora.aggregation.fedex import FedExConfig
 from fedjax_lora.aggregation.fedit import FedItConfig
 from fedjax_lora.aggregation.fedsa import FedSaConfig
 from fedjax_lora.aggregation.ffa import FfaConfig
+from fedjax_lora.aggregation.flexlora import FlexLoraConfig
+from fedjax_lora.aggregation.flora import FloraConfig
 from fedjax_lora.aggregation.hetlora import HetLoraConfig
+from fedjax_lora.aggregation.lora_fair import LoraFairConfig
 from fedjax_lora.aggregation.rolora import RoLoraConfig
 from fedjax_lora.control.baselines import FixedConfig, IdealConfig, UniformConfig
 from fedjax_lora.data.partition import ClientsConfig
@@ -56,7 +60,17 @@ SparsifierConfig = (
     | LoraA2Config
     | FlascConfig
 )
-AggregationConfig = FedItConfig | FfaConfig | RoLoraConfig | FedSaConfig | HetLoraConfig
+AggregationConfig = (
+    FedItConfig
+    | FfaConfig
+    | RoLoraConfig
+    | FedSaConfig
+    | HetLoraConfig
+    | FedExConfig
+    | FloraConfig
+    | FlexLoraConfig
+    | LoraFairConfig
+)
 DriftConfig = NoDriftConfig | FedProxConfig | ScaffoldConfig
 ControlConfig = IdealConfig | UniformConfig | FixedConfig
 
@@ -77,6 +91,10 @@ VARIANTS: dict[str, dict[str, type]] = {
         "rolora": RoLoraConfig,
         "fedsa": FedSaConfig,
         "hetlora": HetLoraConfig,
+        "fedex": FedExConfig,
+        "flora": FloraConfig,
+        "flexlora": FlexLoraConfig,
+        "lora_fair": LoraFairConfig,
     },
     "drift": {"none": NoDriftConfig, "fedprox": FedProxConfig, "scaffold": ScaffoldConfig},
     "control": {"fixed": FixedConfig, "uniform": UniformConfig, "ideal": IdealConfig},
@@ -128,11 +146,29 @@ class ExperimentConfig:
                 f"model.pretrained must be absent where data.source is digits, got {self.model.pretrained!r}"
             )
         _check_methods(self)
+        self._check_aggregation()
         steps, warmup_steps = self.rounds * self.local.steps, self.local.optimizer.warmup_steps
         if warmup_steps >= steps:
             raise ValueError(
                 f"local.optimizer.warmup_steps must be below rounds * local.steps = {steps}, got {warmup_steps}"
             )
+
+    def _check_aggregation(self):
+        """What goes with a method that merges into the base, or that gives the factors another basis."""
+        name = self.aggregation.name
+        merges, server = name in ("fedex", "flora"), self.server
+        rebases = name in ("flora", "flexlora") or getattr(self.aggregation, "start", None) == "reinit"
+        where = f"where aggregation.name is {name}"
+        if merges and self.model.compute_dtype != "float32":
+            raise ValueError(f"model.compute_dtype must be float32 {where}, got {self.model.compute_dtype!r}")
+        if (merges or rebases) and server.name != "sgd":
+            raise ValueError(f"server.name must be sgd {where}, got {server.name!r}")
+        if (merges or rebases) and server.learning_rate != 1.0:
+            raise ValueError(f"server.learning_rate must be 1.0 {where}, got {server.learning_rate}")
+        if rebases and self.drift.name == "scaffold":
+            raise ValueError(f"drift.name must be none or fedprox {where}, got 'scaffold'")
+        if rebases and getattr(self.sparsifier, "error_feedback", False):
+            raise ValueError(f"sparsifier.error_feedback must be false {where}, got True")
 
 
 def _check_methods(config: ExperimentConfig) -> None:

@@ -15,13 +15,18 @@ def export_run(run: str | Path, folder: str | Path) -> None:
     """Write the adapters of a run's last checkpoint as a PEFT folder.
 
     Raises:
-      ValueError: the run has no checkpoint, or its model is none that PEFT knows.
+      ValueError: the run has no checkpoint, its model is none that PEFT knows, or it merged products into the base.
     """
     config = load_config(Path(run) / "config.yaml")
     if config.model.pretrained is None:
         raise ValueError(f"model.pretrained must name a Hugging Face model to export to peft, got null in {run}")
     simulation = build(config)
     like = simulation.init(jax.random.key(config.seed))
+    if like.merged:
+        raise ValueError(
+            f"aggregation.name must be one that leaves the base as it is to export to peft, "
+            f"got {config.aggregation.name!r} in {run}"
+        )
     state = checkpoint.restore(RunFolder(run).checkpoints, like)
     if state is None:
         raise ValueError(f"{run} must hold a checkpoint to export, got none")

@@ -12,7 +12,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fedjax_lora import __version__
+from fedjax_lora import __version__, trees
 from fedjax_lora.base import Metrics
 from fedjax_lora.build import build
 from fedjax_lora.config import ExperimentConfig, dump
@@ -95,6 +95,10 @@ def _notes(config: ExperimentConfig, simulation: Simulation) -> list[str]:
         notes.append(note)
     if simulation.truncated:
         notes.append(f"{simulation.truncated} sentences were cut to data.max_length = {config.data.max_length} tokens")
+    state = jax.eval_shape(simulation.init, jax.random.key(config.seed))
+    for what, tree in (("what the clients keep", state.clients), ("what is merged into the base", state.merged)):
+        if (size := trees.num_bytes(tree)) > 1e6:
+            notes.append(f"{what} takes {size / 1e6:.1f} MB of memory")
     return notes
 
 

@@ -21,6 +21,7 @@ LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in 
 SAME_LEVEL = {
     ("sparsifiers", "ops"),
     ("aggregation", "ops"),
+    ("lora", "ops"),
     ("build", "config"),
     ("presets", "config"),
     ("runner", "report"),

@@ -9,10 +9,14 @@ and averages `abar_i = sum_k w_ki a~_ki`, `bbar_i` likewise, it holds exactly th
 
 Either is a product of stacked components: its norm needs two Gram matrices of the stack or, where the stack is
 larger than that, one `[n_in, n_out]` matrix. The functions take one layer of one module, to bound the memory.
+
+Of a server that does not average the factors apart, or merges a product m into the frozen weights, the same question
+is what `sum_k p_k a~_k b~_k - (a b + m)` is, with whatever factors a, b it goes on with.
 """
 
 import jax.numpy as jnp
 from jax import Array
+from jax.lax import Precision
 
 from fedjax_lora.base import Factors
 from fedjax_lora.ops.products import product_energy
@@ -44,6 +48,32 @@ def covariance_energy(decoded: Factors, average: Factors, component_weights: Arr
     """
     w = component_weights[:, None, :]
     return _stacked_energy(w * (decoded.a - average.a), decoded.b - average.b)
+
+
+def product_gap(received: Factors, server: Factors, weights: Array) -> Array:
+    """`sum_k p_k a_k b_k - a b` of one layer, `[n_in, n_out]`; 0 where all weights are.
+
+    Args:
+      received: the server's copies, a `[C, n_in, R]` and b `[C, R, n_out]`.
+      server: its own factors, a `[n_in, R]` and b `[R, n_out]`.
+      weights: `[C]`, p_k, that sum to 1 or are all 0.
+    """
+    # As sum p (a_k - a) b_k + a sum p (b_k - b): no difference of two large products is taken.
+    p = weights[:, None, None]
+    of_a = jnp.einsum("cir,cro->io", p * (received.a - server.a), received.b, precision=Precision.HIGHEST)
+    of_b = jnp.sum(p * (received.b - server.b), axis=0)
+    return of_a + jnp.matmul(server.a, of_b, precision=Precision.HIGHEST)
+
+
+def averaging_energy(received: Factors, server: Factors, merged: Array | None, weights: Array) -> Array:
+    """`||sum_k p_k a_k b_k - (a b + merged)||_F^2` of one layer, without the scale s; 0 where all weights are.
+
+    Args:
+      received, server, weights: see `product_gap`.
+      merged: `[n_in, n_out]`, what the server merges into the frozen weights, or None.
+    """
+    gap = product_gap(received, server, weights)
+    return jnp.sum((gap if merged is None else gap - merged) ** 2)
 
 
 def _stacked_energy(u: Array, v: Array) -> Array:

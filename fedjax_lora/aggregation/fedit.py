@@ -108,6 +108,18 @@ def _average_module(
     return jax.lax.map(layer, jnp.arange(old.a.shape[0]))
 
 
+def average_factors(old: Factors, received: Factors, counted: Array, weights: Array) -> Factors:
+    """The average of one layer's factors, see `make`: a `[n_in, R]` and b `[R, n_out]`.
+
+    Args:
+      old: the broadcast.
+      received: the server's copies, leaves `[C, ...]`; finite also for a client of weight 0.
+      counted: `[C, R]`.
+      weights: `[C]`, p_k.
+    """
+    return _average(old, *by_senders(old, received, counted, weights))
+
+
 def _average(old: Factors, received: Factors, w: Array) -> Factors:
     """The weighted average of a layer's factors, `[n_in, R]` and `[R, n_out]`."""
     # Of changes, not of values: copies of the broadcast then give the broadcast to the last bit.

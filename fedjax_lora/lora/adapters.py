@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_lora.base import Adapters, Base, Factors
+from fedjax_lora.ops.orthonormal import orthonormal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,10 +77,7 @@ def init(
 
     def factors(name: str, n_in: int, n_out: int) -> Factors:
         module_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        normal = jax.random.normal(module_key, (num_layers, n_in, max_rank))
-        # A layer at a time: batched factorisations that run side by side can starve XLA's CPU threads, each waiting
-        # for tasks that only the other could run.
-        a = jax.lax.map(lambda x: jnp.linalg.qr(x)[0], normal)
+        a = orthonormal(module_key, (num_layers, n_in, max_rank))
         return Factors(a=init_scale * a, b=jnp.zeros((num_layers, max_rank, n_out)))
 
     return {name: factors(name, *shape) for name, shape in targets.items()}

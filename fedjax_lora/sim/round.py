@@ -21,6 +21,7 @@ from fedjax_lora.base import (
     Dataset,
     Delivery,
     Drift,
+    Factors,
     FedState,
     Link,
     Live,
@@ -51,6 +52,7 @@ class Parts(NamedTuple):
 
     train: local training of one client. optimizer: the server's.
     drift_bits: `scope -> uint32` uplink bits of the drift correction of one client.
+    extra_downlink_bits: of each broadcast, for what the aggregator merges.
     current_base: `(world, state) -> base`: the frozen weights with all that was merged into them.
     client_weight: examples `[C]` -> weights `[C]` in the average, not yet normalised.
     cohort_size: C, clients a round. chunk: clients trained at once on each device.
@@ -61,6 +63,7 @@ class Parts(NamedTuple):
     drift: Drift
     drift_bits: Callable[[Scope], Array]
     aggregator: Aggregator
+    extra_downlink_bits: int
     current_base: Callable[[World, FedState], Base]
     controller: Controller
     link: Link
@@ -93,7 +96,7 @@ def make_round(parts: Parts) -> RoundFn:
         sends = list(map(jnp.float32, parts.aggregator.sends(state.round)))
         scope = Scope(masks, *sends)
         start, downlink_bits = jax.vmap(sparsifier.broadcast, (None, CLIENT_SCOPE), (None, 0))(state.adapters, scope)
-        downlink_bits += jnp.uint32(parts.aggregator.extra_downlink_bits)
+        downlink_bits += jnp.uint32(parts.extra_downlink_bits)
 
         # 3. Train locally; who diverged is left out from here on.
         clients = Client(world.data.index[ids], world.data.count[ids], client_keys(keys.local, ids), own)
@@ -132,8 +135,14 @@ def make_round(parts: Parts) -> RoundFn:
         arrived = active & delivery.delivered
 
         # 8. Aggregate, step the server, update the queue.
+        held, received = (jax.vmap(own_product)(x, masks) for x in (shown, sent.adapters))
         aggregate = parts.aggregator.aggregate(
-            start, shown, sent, normalised(client_weight * arrived), hyper.alpha / hyper.rank, keys.aggregate
+            start,
+            held,
+            dataclasses.replace(sent, adapters=received),
+            normalised(client_weight * arrived),
+            hyper.alpha / hyper.rank,
+            keys.aggregate,
         )
         pseudo_gradient = jax.tree.map(jnp.subtract, start, aggregate.adapters)
         updates, server = parts.optimizer.update(pseudo_gradient, state.server, state.adapters)
@@ -216,6 +225,12 @@ def normalised(weight: Array) -> Array:
 def keep_where(active: Array, trained: Adapters, start: Adapters) -> Adapters:
     """The trained adapters `[C, ...]` of the active clients; the broadcast for the others."""
     return jax.tree.map(lambda x, x0: jnp.where(active.reshape((-1,) + (1,) * x0.ndim), x, x0), trained, start)
+
+
+def own_product(adapters: Adapters, ranks: Array) -> Adapters:
+    """One client's adapters with b zero where `ranks` `[R]` is: there it holds the broadcast, nothing of its own."""
+    modules = {name: Factors(a=f.a, b=f.b * ranks[:, None]) for name, f in adapters.modules.items()}
+    return Adapters(modules=modules, head=adapters.head)
 
 
 def mean_over(included: Array) -> Callable[[Array], Array]:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from fedjax_lora import trees
-from fedjax_lora.aggregation import fedit, fedsa, ffa, hetlora, rolora
+from fedjax_lora.aggregation import fedex, fedit, fedsa, ffa, flexlora, flora, hetlora, lora_fair, rolora
 from fedjax_lora.base import Adapters, Scope, Sent
 from fedjax_lora.sparsifiers import soft
-from oracles.sparsifier_oracle import random_adapters, rank_mask, stack, trained_from
+from oracles.sparsifier_oracle import LAYERS, WIDTHS, random_adapters, rank_mask, stack, trained_from
 
 SENDERS, ZERO = soft.SoftConfig(), soft.SoftConfig(send="change", missing="zero")
 
@@ -20,7 +20,8 @@ class Row(NamedTuple):
     """A method, and what tells it from the others in these laws.
 
     round: decides about what is trained and sent. sparsifier: one that goes with the method.
-    exact: whether averaging is free of error.
+    exact: whether averaging is free of error. new_basis: whether equal clients' product comes back in other factors.
+    signs: whether the factors are unique up to signs alone.
     """
 
     module: Any
@@ -28,6 +29,8 @@ class Row(NamedTuple):
     round: int = 0
     sparsifier: soft.SoftConfig = SENDERS
     exact: bool = False
+    new_basis: bool = False
+    signs: bool = False
 
 
 TABLE = {
@@ -37,6 +40,11 @@ TABLE = {
     "rolora odd": Row(rolora, rolora.RoLoraConfig(), round=1, exact=True),
     "fedsa": Row(fedsa, fedsa.FedSaConfig(), exact=True),
     "hetlora": Row(hetlora, hetlora.HetLoraConfig(), sparsifier=ZERO),
+    "fedex": Row(fedex, fedex.FedExConfig(), exact=True),
+    "fedex reinit": Row(fedex, fedex.FedExConfig(start="reinit"), exact=True, new_basis=True),
+    "flora": Row(flora, flora.FloraConfig(), exact=True, new_basis=True),
+    "flexlora": Row(flexlora, flexlora.FlexLoraConfig(), new_basis=True, signs=True),
+    "lora_fair": Row(lora_fair, lora_fair.LoraFairConfig()),
 }
 START = random_adapters(0)
 WEIGHTS = jnp.array([0.4, 0.3, 0.2, 0.1])
@@ -85,25 +93,48 @@ def jitted(aggregate):
     return jax.jit(aggregate)
 
 
-def assert_close(x, y):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), x, y)
+@pytest.fixture(scope="module")
+def assert_same(row):
+    """Closeness of two results: of their products where the signs of the factors are free."""
+
+    def products(found):
+        modules = {n: jnp.einsum("...ir,...ro->...io", f.a, f.b) for n, f in found.adapters.modules.items()}
+        return found._replace(adapters=found.adapters.replace(modules=modules))
+
+    def check(x, y, rtol=1e-5, atol=1e-6):
+        if row.signs:
+            x, y, rtol, atol = products(x), products(y), 1e-4, 2e-5
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), x, y)
+
+    return check
 
 
-def test_jit_equals_eager(aggregate, jitted, cohort):
-    assert_close(jitted(START, *cohort, WEIGHTS, SCALE, KEY), aggregate(START, *cohort, WEIGHTS, SCALE, KEY))
+def server_products(found, scale=SCALE):
+    """Module -> what the server's factors and what it merged add to the frozen weights."""
+    return {
+        n: scale * jnp.einsum("lir,lro->lio", f.a, f.b) + found.merged.get(n, 0.0)
+        for n, f in found.adapters.modules.items()
+    }
 
 
-def test_vmap_equals_loop(jitted, cohort):
+def test_jit_equals_eager(aggregate, jitted, cohort, assert_same):
+    assert_same(jitted(START, *cohort, WEIGHTS, SCALE, KEY), aggregate(START, *cohort, WEIGHTS, SCALE, KEY))
+
+
+def test_vmap_equals_loop(jitted, cohort, assert_same):
     """Seeds and settings: other weights and scales over one cohort."""
     weights, scales = jnp.stack([WEIGHTS, WEIGHTS[::-1]]), jnp.array([1.0, 3.0])
     mapped = jax.vmap(jitted, in_axes=(None, None, None, 0, 0, None))(START, *cohort, weights, scales, KEY)
-    assert_close(mapped, stack([jitted(START, *cohort, weights[i], scales[i], KEY) for i in range(2)]))
+    assert_same(mapped, stack([jitted(START, *cohort, weights[i], scales[i], KEY) for i in range(2)]))
 
 
-def test_dtypes_and_shapes_are_kept(aggregate, cohort):
-    """Structure: the result is like the broadcast, the errors are float32 scalars."""
+def test_dtypes_and_shapes_are_kept(row, aggregate, cohort):
+    """Structure: the result is like the broadcast, what is merged like the products, the errors float32 scalars."""
     found = jax.eval_shape(aggregate, START, *cohort, WEIGHTS, SCALE, KEY)
     jax.tree.map(lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), found.adapters, START)
+    merges = row.module.make(row.config).merges
+    merged = {n: (LAYERS, *widths) for n, widths in WIDTHS.items()} if merges else {}
+    assert {n: leaf.shape for n, leaf in found.merged.items()} == merged
     for error in (found.sparsification_error, found.covariance_error):
         assert (error.shape, error.dtype) == ((), jnp.float32)
 
@@ -122,47 +153,56 @@ def test_traced_once_for_all_weights(aggregate, cohort):
     assert len(traces) == 1
 
 
-def test_permutation_of_clients_changes_nothing(jitted, cohort):
+def test_permutation_of_clients_changes_nothing(jitted, cohort, assert_same):
     """Invariance."""
     order = jnp.array([2, 0, 3, 1])
     permuted = jitted(START, *trees.take(cohort, order), WEIGHTS[order], SCALE, KEY)
-    assert_close(permuted, jitted(START, *cohort, WEIGHTS, SCALE, KEY))
+    assert_same(permuted, jitted(START, *cohort, WEIGHTS, SCALE, KEY))
 
 
 @pytest.mark.parametrize("value", [5.0, np.nan, np.inf])
-def test_client_of_weight_zero_changes_nothing(jitted, cohort, value):
+def test_client_of_weight_zero_changes_nothing(jitted, cohort, assert_same, value):
     """Invariance: padding by two clients of any content, NaN included."""
 
     def pad(leaf):
         return jnp.concatenate([leaf, jnp.full((2, *leaf.shape[1:]), value).astype(leaf.dtype)])
 
     padded = jitted(START, *jax.tree.map(pad, cohort), jnp.append(WEIGHTS, jnp.zeros(2)), SCALE, KEY)
-    assert_close(padded, jitted(START, *cohort, WEIGHTS, SCALE, KEY))
+    assert_same(padded, jitted(START, *cohort, WEIGHTS, SCALE, KEY))
 
 
 def test_nobody_leaves_the_broadcast(jitted, cohort):
-    """Closed form: weights all zero give the broadcast to the bit, and no error."""
+    """Closed form: weights all zero give the broadcast to the bit, nothing merged, and no error."""
     found = jitted(START, jax.tree.map(lambda x: x * jnp.nan, cohort.trained), cohort.sent, jnp.zeros(4), SCALE, KEY)
     jax.tree.map(np.testing.assert_array_equal, found.adapters, START)
+    assert not any(np.any(leaf) for leaf in found.merged.values())
     assert found.sparsification_error == 0.0
     assert found.covariance_error == 0.0
 
 
 def test_zero_updates_leave_the_broadcast(row, jitted):
-    """Closed form: clients that hold the broadcast return it to the bit."""
+    """Closed form: clients that hold the broadcast return it, to the bit where its basis stays."""
     found = jitted(START, *upload(row, [START] * 4), WEIGHTS, SCALE, KEY)
-    jax.tree.map(np.testing.assert_array_equal, found.adapters, START)
-    assert found.covariance_error == 0.0
+    if row.new_basis:
+        before = {n: SCALE * jnp.einsum("lir,lro->lio", f.a, f.b) for n, f in START.modules.items()}
+        for n, after in server_products(found).items():
+            np.testing.assert_allclose(after, before[n], rtol=1e-4, atol=2e-5)
+        jax.tree.map(np.testing.assert_array_equal, found.adapters.head, START.head)
+        assert found.covariance_error < 1e-3
+    else:
+        jax.tree.map(np.testing.assert_array_equal, found.adapters, START)
+        assert not any(np.any(leaf) for leaf in found.merged.values())
+        assert found.covariance_error == 0.0
     np.testing.assert_allclose(found.sparsification_error, 0.0, atol=2e-5)
 
 
 def test_scale_multiplies_both_errors(row, jitted, cohort):
-    """Closed form: the norms are linear in s."""
+    """Closed form: the norms are linear in s; that of averaging is rounding where it is exact."""
     once, thrice = (jitted(START, *cohort, WEIGHTS, jnp.float32(s), KEY) for s in (1.0, 3.0))
     np.testing.assert_allclose(thrice.sparsification_error, 3 * once.sparsification_error, rtol=1e-6)
-    np.testing.assert_allclose(thrice.covariance_error, 3 * once.covariance_error, rtol=1e-6)
+    np.testing.assert_allclose(thrice.covariance_error, 3 * once.covariance_error, rtol=1e-6, atol=1e-3)
     assert once.sparsification_error > 0.1
-    assert (once.covariance_error == 0.0) if row.exact else (once.covariance_error > 0.1)
+    assert (once.covariance_error < 1e-3) if row.exact else (once.covariance_error > 0.1)
 
 
 def test_identical_clients_give_the_product_of_fedit(row, jitted):
@@ -170,7 +210,9 @@ def test_identical_clients_give_the_product_of_fedit(row, jitted):
     uploads = upload(row, [trained_from(START, 1)] * 4)
     found = jitted(START, *uploads, WEIGHTS, SCALE, KEY)
     expected = FEDIT(START, *uploads, WEIGHTS, SCALE, KEY)
-    for name, f in found.adapters.modules.items():
-        assert_close(f.a @ f.b, expected.adapters.modules[name].a @ expected.adapters.modules[name].b)
-    assert_close(found.adapters.head, expected.adapters.head)
-    np.testing.assert_allclose(found.covariance_error, 0.0, atol=1e-4)
+    for name, after in server_products(found).items():
+        np.testing.assert_allclose(after, server_products(expected)[name], rtol=1e-4, atol=2e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found.adapters.head, expected.adapters.head
+    )
+    np.testing.assert_allclose(found.covariance_error, 0.0, atol=1e-3)

@@ -1,0 +1,59 @@
+"""FedEx-LoRA: factors are averaged apart, and what that misses is merged into the frozen weights.
+
+R. Singhal, K. Ponkshe, P. Vepakomma, "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of
+Foundation Models", arXiv 2410.09432.
+"""
+
+import dataclasses
+from typing import ClassVar, Literal, get_args
+
+from fedjax_lora.aggregation import errors, flora
+from fedjax_lora.aggregation.fedit import average_factors
+from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, product_bits
+from fedjax_lora.base import Adapters, Aggregator
+
+Start = Literal["average", "reinit"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FedExConfig:
+    """Merge what the average of the factors misses.
+
+    start: what the clients start from: the `average` of the factors, or factors drawn anew (`reinit`), with the whole
+      mean product merged. That they keep their own is left out: it needs frozen weights for each client.
+    """
+
+    heterogeneous: ClassVar[bool] = True
+    name: Literal["fedex"] = "fedex"
+    start: Start = "average"
+
+    def __post_init__(self) -> None:
+        if self.name != "fedex":
+            raise ValueError(f"name must be 'fedex', got {self.name!r}")
+        if self.start not in get_args(Start):
+            raise ValueError(
+                f"start must be one of {', '.join(get_args(Start))}, for all clients share one base, got {self.start!r}"
+            )
+
+
+def make(config: FedExConfig) -> Aggregator:
+    """The aggregator whose base, after `merged` is added, and factors hold the ideal average of products.
+
+    The residual `sum_k p_k a_k b_k - abar bbar` has rank C R + R at most (C R with `reinit`), at which it is charged.
+    """
+    average = config.start == "average"
+
+    def extra_downlink_bits(like: Adapters, cohort_size: int) -> int:
+        rank = next(iter(like.modules.values())).a.shape[-1]
+        return product_bits(like, (cohort_size + average) * rank)
+
+    return Aggregator(
+        aggregate=by_layer(_residual if average else flora.merge_all),
+        merges=True,
+        extra_downlink_bits=extra_downlink_bits,
+    )
+
+
+def _residual(layer: Layer) -> Outcome:
+    mean = average_factors(layer.old, layer.received, layer.counted, layer.weights)
+    return Outcome(mean, errors.product_gap(layer.received, mean, layer.weights))

@@ -1,0 +1,79 @@
+"""FlexLoRA: the products are averaged, and the average is cut back to R ranks by its singular values.
+
+J. Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources",
+arXiv 2402.11505. The balanced split of the singular values is our choice.
+"""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import Precision
+
+from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, in_use
+from fedjax_lora.base import Aggregator, Factors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlexLoraConfig:
+    """Average the products."""
+
+    heterogeneous: ClassVar[bool] = True
+    name: Literal["flexlora"] = "flexlora"
+
+    def __post_init__(self) -> None:
+        if self.name != "flexlora":
+            raise ValueError(f"name must be 'flexlora', got {self.name!r}")
+
+
+def make(config: FlexLoraConfig) -> Aggregator:
+    """The aggregator of the best factors for the mean product (Eckart-Young): `a = U sqrt(S)`, `b = sqrt(S) V^T`.
+
+    Components come sorted, so that a client of lower rank, which masks the last of them, starts from the best of its
+    rank. What is cut off is the covariance error. A component that no singular value is left for keeps its a, with
+    zero b: it can be trained again.
+    """
+    del config  # it has no option yet, but every method is made in the same way
+    return Aggregator(aggregate=by_layer(_truncate))
+
+
+def _truncate(layer: Layer) -> Outcome:
+    max_rank = layer.old.a.shape[-1]
+    u, size, v = mean_product_svd(layer.received, layer.weights)
+    missing = max(max_rank - size.shape[0], 0)
+    u = jnp.pad(u, ((0, 0), (0, missing)))[:, :max_rank]
+    v = jnp.pad(v, ((0, missing), (0, 0)))[:max_rank]
+    size = jnp.pad(size, (0, missing))[:max_rank]
+    position = jnp.arange(max_rank)
+    rank = jnp.max(jnp.where(in_use(layer), position + 1, 0))
+    noise = size[0] * max(u.shape[0], v.shape[1]) * jnp.finfo(size.dtype).eps
+    kept = (position < rank) & (size > noise)
+    root = jnp.sqrt(jnp.where(kept, size, 0.0))
+    return Outcome(Factors(a=jnp.where(kept, u * root, layer.old.a), b=root[:, None] * v))
+
+
+def mean_product_svd(received: Factors, weights: Array) -> tuple[Array, Array, Array]:
+    """U `[n_in, m]`, S `[m]` and V^T `[m, n_out]` of `sum_k p_k a_k b_k`, sorted.
+
+    Where the stack of C R components is thinner than the matrix, m = C R: both thin factors are reduced by QR, and
+    the SVD is that of the small core. Else it is the matrix's.
+
+    Args:
+      received: a `[C, n_in, R]` and b `[C, R, n_out]`.
+      weights: `[C]`, p_k.
+    """
+    n_in, n_out = received.a.shape[1], received.b.shape[2]
+    columns = jnp.moveaxis(weights[:, None, None] * received.a, 0, 1).reshape(n_in, -1)
+    rows = received.b.reshape(-1, n_out)
+    if rows.shape[0] >= min(n_in, n_out):
+        u, size, v = jnp.linalg.svd(_matmul(columns, rows), full_matrices=False)
+        return u, size, v
+    left, left_core = jnp.linalg.qr(columns)
+    right, right_core = jnp.linalg.qr(rows.T)
+    u, size, v = jnp.linalg.svd(_matmul(left_core, right_core.T), full_matrices=False)
+    return _matmul(left, u), size, _matmul(v, right.T)
+
+
+def _matmul(x: Array, y: Array) -> Array:
+    return jnp.matmul(x, y, precision=Precision.HIGHEST)

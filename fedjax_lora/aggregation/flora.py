@@ -1,0 +1,47 @@
+"""FLoRA: the clients' factors are stacked, their product is merged into the frozen weights, and all start anew.
+
+Z. Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations",
+arXiv 2409.05976.
+"""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_lora.aggregation import errors
+from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, fresh, product_bits
+from fedjax_lora.base import Adapters, Aggregator
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FloraConfig:
+    """Merge the stack."""
+
+    heterogeneous: ClassVar[bool] = True
+    name: Literal["flora"] = "flora"
+
+    def __post_init__(self) -> None:
+        if self.name != "flora":
+            raise ValueError(f"name must be 'flora', got {self.name!r}")
+
+
+def make(config: FloraConfig) -> Aggregator:
+    """The aggregator that merges `s sum_k p_k a_k b_k` and draws new factors: orthogonal a, zero b.
+
+    The broadcast is charged with the stack of C R components or, where that is shorter, with the matrix in full.
+    """
+    del config  # it has no option yet, but every method is made in the same way
+
+    def extra_downlink_bits(like: Adapters, cohort_size: int) -> int:
+        rank = next(iter(like.modules.values())).a.shape[-1]
+        return product_bits(like, cohort_size * rank)
+
+    return Aggregator(aggregate=by_layer(merge_all), merges=True, extra_downlink_bits=extra_downlink_bits)
+
+
+def merge_all(layer: Layer) -> Outcome:
+    """The whole mean product merged, and new factors."""
+    nothing = jax.tree.map(jnp.zeros_like, layer.old)
+    return Outcome(fresh(layer), errors.product_gap(layer.received, nothing, layer.weights))

@@ -1,0 +1,132 @@
+"""What the methods that look at the clients' products have in common: each is a function of one layer of one module.
+
+A client's product is that of its adapters as the server decodes them, ranks that it did not send included: there the
+server's copy holds the broadcast. Clients weigh p_k in it, whatever they count in.
+"""
+
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedjax_lora import trees
+from fedjax_lora.aggregation import errors
+from fedjax_lora.aggregation.fedit import average_head
+from fedjax_lora.base import Adapters, Aggregate, Factors, Sent
+from fedjax_lora.ops.orthonormal import orthonormal
+
+
+class Layer(NamedTuple):
+    """One layer of one module.
+
+    old: the broadcast, a `[n_in, R]` and b `[R, n_out]`.
+    received: the server's copies, leaves `[C, ...]`; the broadcast for a client of weight 0.
+    counted: `[C, R]`, 0 for a client of weight 0. weights: `[C]`, p_k.
+    key: the layer's own.
+    """
+
+    old: Factors
+    received: Factors
+    counted: Array
+    weights: Array
+    key: Array
+
+
+class Outcome(NamedTuple):
+    """The new factors of a layer, and `[n_in, n_out]` to merge into the base, without the scale s; None for never."""
+
+    factors: Factors
+    merged: Array | None = None
+
+
+def by_layer(
+    method: Callable[[Layer], Outcome],
+) -> Callable[[Adapters, Adapters, Sent, Array, Array, Array], Aggregate]:
+    """`Aggregator.aggregate` of a method that treats each layer of each module alike; heads are averaged by p.
+
+    Where all weights are zero the broadcast stays, whatever the method says. Layers go one after the other: what is
+    formed beside the cohort's adapters is a layer's worth, and no two factorisations run side by side.
+    """
+
+    def aggregate(
+        broadcast: Adapters, trained: Adapters, sent: Sent, weights: Array, scale: Array, key: Array
+    ) -> Aggregate:
+        modules, merged, sparsification, covariance = {}, {}, jnp.zeros(()), jnp.zeros(())
+        for name, old in broadcast.modules.items():
+            cohort = trained.modules[name], sent.adapters.modules[name], sent.counted[name]
+            module_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            outcome, of_sparsification, of_averaging = _module(method, old, *cohort, weights, module_key)
+            modules[name] = outcome.factors
+            if outcome.merged is not None:
+                merged[name] = scale * outcome.merged
+            sparsification += jnp.sum(of_sparsification)
+            covariance += jnp.sum(of_averaging)
+        return Aggregate(
+            adapters=Adapters(modules=modules, head=average_head(broadcast.head, sent.adapters.head, weights)),
+            merged=merged,
+            sparsification_error=scale * jnp.sqrt(sparsification),
+            covariance_error=scale * jnp.sqrt(covariance),
+        )
+
+    return aggregate
+
+
+def _module(
+    method: Callable[[Layer], Outcome],
+    old: Factors,
+    trained: Factors,
+    decoded: Factors,
+    counted: Array,
+    weights: Array,
+    key: Array,
+) -> tuple[Outcome, Array, Array]:
+    """What becomes of one module `[L, ...]`, and the energies `[L]` of both errors."""
+    present = weights > 0
+
+    def layer(index: Array) -> tuple[Outcome, Array, Array]:
+        before = trees.take(old, index)
+        mine, received, m = jax.tree.map(lambda leaf: leaf[:, index], (trained, decoded, counted))
+        mine, received = trees.where(present, (mine, received), (before, before))
+        m = jnp.where(present[:, None], m, 0.0)
+        found = method(Layer(before, received, m, weights, jax.random.fold_in(key, index)))
+        nothing = Outcome(before, jax.tree.map(jnp.zeros_like, found.merged))
+        found = trees.where(jnp.any(present), found, nothing)
+        return (
+            found,
+            errors.sparsification_energy(mine, received, weights, jnp.broadcast_to(weights[:, None], m.shape)),
+            errors.averaging_energy(received, found.factors, found.merged, weights),
+        )
+
+    return jax.lax.map(layer, jnp.arange(old.a.shape[0]))
+
+
+def in_use(layer: Layer) -> Array:
+    """`[R]` bool: the components that the broadcast uses, or in which somebody counts."""
+    return jnp.any(layer.counted > 0, axis=0) | jnp.any(layer.old.b != 0, axis=-1)
+
+
+def fresh(layer: Layer) -> Factors:
+    """Factors to start anew: `a` with orthogonal columns, each as long as the broadcast's, and `b` zero."""
+    length = jnp.linalg.norm(layer.old.a, axis=0)
+    n_in, max_rank = layer.old.a.shape
+    a = orthonormal(layer.key, (1, n_in, max_rank))[0]
+    return Factors(a=length * a, b=jnp.zeros_like(layer.old.b))
+
+
+def product_bits(like: Adapters, components: int) -> int:
+    """Bits of a matrix for every adapted one, sent as two factors of so many components or, if shorter, in full.
+
+    Raises:
+      ValueError: together with the adapters they could overflow uint32.
+    """
+    values = 0
+    for factors in like.modules.values():
+        layers, n_in, n_out = factors.a.shape[0], factors.a.shape[1], factors.b.shape[2]
+        values += layers * min(min(components, n_in, n_out) * (n_in + n_out), n_in * n_out)
+    bits = 32 * values
+    if bits + 8 * trees.num_bytes(like) >= 2**32:
+        raise ValueError(f"downlink of merged products must be below 2**32 bits, got {bits}")
+    return bits

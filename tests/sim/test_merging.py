@@ -1,0 +1,190 @@
+"""Runs whose server merges products into the frozen weights, and what must know of it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_lora import runner
+from fedjax_lora.base import Adapters, Factors, Live
+from fedjax_lora.build import build
+from fedjax_lora.config import ConfigError, load_config
+from fedjax_lora.export import export_run
+from fedjax_lora.io import checkpoint
+from fedjax_lora.lora.adapters import effective, merge, rank_mask
+from fedjax_lora.models.load import ModelConfig, build_model
+from fedjax_lora.prng import round_keys
+from fedjax_lora.sim.local import Broadcast, Client
+from toy import config, simulation
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Three rounds of FedEx-LoRA."""
+    sim = simulation("aggregation.name=fedex", "sparsifier.name=dense", "local.optimizer.learning_rate=0.01")
+    return sim, *sim.run(sim.init(jax.random.key(3)), 3)
+
+
+def test_evaluation_is_of_base_and_merged_and_adapters(run):
+    """Oracle: the model on plain weights, to which both are added by hand, and no adapter."""
+    sim, state, metrics = run
+    model, _ = build_model(ModelConfig(), 10, (8, 8, 1))
+    used = effective(state.adapters, rank_mask(3, 4), 16.0 / 3)
+    layers = dict(sim.world.base["layers"])
+    w = (
+        np.array(layers["up"]["w"], np.float64)
+        + state.merged["up"]
+        + np.einsum("lir,lro->lio", used.modules["up"].a, used.modules["up"].b)
+    )
+    by_hand = merge(sim.world.base, Adapters(modules={"query": used.modules["query"]}, head={}), model.targets)
+    group = next(name for name in layers if "query" in name)
+    n_out = model.targets["query"][1]
+    q = by_hand["layers"][group]["w"].at[:, :, :n_out].add(state.merged["query"])
+    base = {
+        **sim.world.base,
+        "layers": {**layers, "up": {**layers["up"], "w": jnp.float32(w)}, group: {**layers[group], "w": q}},
+    }
+    none = Adapters(modules=jax.tree.map(jnp.zeros_like, used.modules), head=used.head)
+    logits = np.asarray(model.apply(base, none, sim.world.data.test), np.float64)
+    label = np.asarray(sim.world.data.test["label"])
+    loss = (np.log(np.exp(logits).sum(1)) - logits[np.arange(len(label)), label]).mean()
+    np.testing.assert_allclose(metrics.eval_loss[-1], loss, rtol=1e-5)
+    assert max(float(jnp.abs(leaf).max()) for leaf in state.merged.values()) > 1e-5
+    with_adapters = np.asarray(model.apply(sim.parts.current_base(sim.world, state), used, sim.world.data.test))
+    np.testing.assert_allclose(with_adapters, logits, atol=1e-4)
+    assert np.abs(np.asarray(model.apply(sim.world.base, used, sim.world.data.test)) - logits).max() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["fedex", "flora", "flexlora"])
+def test_a_round_of_clients_of_their_own_ranks_gives_the_mean_of_their_products(method):
+    """Oracle: a loop over clients, each with the product of its own ranks, from a broadcast that uses them all."""
+    settings = config(f"aggregation.name={method}", "sparsifier.name=dense", "clients.count=2")
+    sim = build(dataclasses.replace(settings, lora=dataclasses.replace(settings.lora, client_ranks=(1, 2))))
+    state = sim.init(jax.random.key(5))
+    used = rank_mask(3, 4)[:, None]
+    modules = {
+        name: Factors(a=f.a, b=0.05 * used * jax.random.normal(jax.random.key(1), f.b.shape))
+        for name, f in state.adapters.modules.items()
+    }
+    state = dataclasses.replace(state, adapters=dataclasses.replace(state.adapters, modules=modules))
+    after, metrics = sim.run(state, 1)
+
+    data, keys, scale = sim.world.data, round_keys(state.key, state.round), 16.0 / 3
+    given = Broadcast(
+        sim.world.base, data.train, state.adapters, Live(*map(jnp.float32, Live())), (), state.hyper, state.round
+    )
+    weight = np.asarray(data.count) / np.asarray(data.count).sum()
+    expected = dict.fromkeys(modules, 0.0)
+    for k, rank in enumerate((1, 2)):
+        own = jax.tree.map(lambda x, k=k: x[k], state.clients)
+        key = jax.random.fold_in(keys.local, k)
+        trained = sim.parts.train(given, Client(data.index[k], data.count[k], key, own)).adapters.modules
+        for name, f in trained.items():
+            a, b = np.float64(f.a)[..., :rank], np.float64(f.b)[:, :rank]
+            expected[name] = expected[name] + weight[k] * scale * a @ b
+    for name, f in after.adapters.modules.items():
+        server = scale * np.float64(f.a[..., :3]) @ np.float64(f.b[:, :3]) + after.merged.get(name, 0.0)
+        np.testing.assert_allclose(server, expected[name], atol=1e-5)
+        np.testing.assert_array_equal(f.b[:, 3:], 0.0)
+    assert metrics.covariance_error[0] < 1e-4
+
+
+def test_what_was_merged_survives_a_checkpoint(run, tmp_path):
+    """Oracle: the run that was never interrupted, to the bit."""
+    sim, state, _ = run
+    checkpoint.save(tmp_path, state)
+    restored = checkpoint.restore(tmp_path, sim.init(jax.random.key(3)))
+    (further, _), (other, _) = sim.run(state, 2), sim.run(restored, 2)
+    for x, y in zip(
+        jax.tree.leaves((further.merged, further.adapters)),
+        jax.tree.leaves((other.merged, other.adapters)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_downlink_is_charged_with_the_residual(run):
+    """Oracle: FedIT's broadcast and a count by hand: rank min((6 + 1) 4, widths), or the matrix in full."""
+    _, state, metrics = run
+    plain = simulation("sparsifier.name=dense")
+    _, alone = plain.run(plain.init(jax.random.key(3)), 1)
+    values = 0
+    for f in state.adapters.modules.values():
+        layers, n_in, n_out = f.a.shape[0], f.a.shape[1], f.b.shape[2]
+        values += layers * min(28 * (n_in + n_out), n_in * n_out)
+    np.testing.assert_array_equal(metrics.client_downlink_bits[0] - alone.client_downlink_bits[0], 32 * values)
+
+
+def test_export_refuses_adapters_that_are_not_the_model(tmp_path, monkeypatch):
+    """The message itself; the model is replaced by the toy, since only its merged base matters."""
+    settings = config("aggregation.name=fedex")
+    pretrained = dataclasses.replace(settings.model, pretrained="some/model")
+    monkeypatch.setattr("fedjax_lora.export.load_config", lambda path: _Like(settings, pretrained))
+    monkeypatch.setattr("fedjax_lora.export.build", lambda like: build(settings))
+    with pytest.raises(
+        ValueError, match=r"aggregation\.name must be one that leaves the base .* got 'fedex'"
+    ) as caught:
+        export_run(tmp_path / "run", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+class _Like:
+    """A configuration with another model, which the checks of the real one would refuse beside digits."""
+
+    def __init__(self, settings, model):
+        self.__dict__.update(vars(settings))
+        self.model = model
+
+
+def test_notes_name_the_memory_of_clients_and_of_the_base():
+    """Oracle: sizes by hand of SCAFFOLD's states and of the merged matrices."""
+    settings = config("aggregation.name=fedex", "drift.name=scaffold", "local.optimizer.name=sgd", "clients.count=60")
+    sim = build(settings)
+    state = sim.init(jax.random.key(0))
+    per_client = sum(leaf.size for leaf in jax.tree.leaves(state.adapters)) + 1
+    found = [note for note in runner._notes(settings, sim) if "MB" in note]
+    expected = [f"what the clients keep takes {60 * 4 * per_client / 1e6:.1f} MB of memory"]
+    merged = 4 * sum(leaf.size for leaf in state.merged.values())
+    if merged > 1e6:
+        expected.append(f"what is merged into the base takes {merged / 1e6:.1f} MB of memory")
+    assert found == expected
+    assert 60 * 4 * per_client > 1e6
+    few = config("aggregation.name=fedit")
+    assert not [note for note in runner._notes(few, build(few)) if "MB" in note]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["aggregation.name=fedex", "model.compute_dtype=bfloat16"],
+            "model.compute_dtype must be float32 where aggregation.name is fedex, got 'bfloat16'",
+        ),
+        (
+            ["aggregation.name=flora", "model.compute_dtype=bfloat16"],
+            "model.compute_dtype must be float32 where aggregation.name is flora, got 'bfloat16'",
+        ),
+        (["aggregation.name=fedex", "aggregation.start=keep"], "aggregation.start must be .*average.* got 'keep'"),
+        (["aggregation.name=flexlora", "server.name=adam"], "server.name must be sgd where .* flexlora, got 'adam'"),
+        (
+            ["aggregation.name=flora", "server.learning_rate=0.5"],
+            "server.learning_rate must be 1.0 where aggregation.name is flora, got 0.5",
+        ),
+        (
+            ["aggregation={name: fedex, start: reinit}", "drift.name=scaffold", "local.optimizer.name=sgd"],
+            "drift.name must be none or fedprox where aggregation.name is fedex, got 'scaffold'",
+        ),
+        (
+            ["aggregation.name=flexlora", "sparsifier.send=change", "sparsifier.error_feedback=true"],
+            "sparsifier.error_feedback must be false where aggregation.name is flexlora, got True",
+        ),
+    ],
+)
+def test_what_does_not_go_with_a_method_is_one_line(overrides, message):
+    """The message itself."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(None, overrides)
+    assert "\n" not in str(caught.value)
