@@ -1,8 +1,9 @@
 """Accuracy of every method at equal uplink bits, on digits or on SST-2; prints JSON and resumes where it stopped.
 
 A method runs until its next evaluation would exceed the bits that `dense` with `fedit` sends in `--dense-rounds`
-rounds, or for at most MOST_ROUNDS times as many rounds: who sends less a round is allowed more rounds, hence more local steps,
-which the table states. 10 of 50 clients a round, 10 local steps on batches of 8. Sparsifiers keep a quarter.
+rounds, or for at most MOST_ROUNDS times as many rounds: who sends less a round is allowed more rounds, hence more
+local steps, which the table states. 10 of 50 clients a round, 10 local steps on batches of 8; sparsifiers keep a
+quarter.
 """
 
 import argparse

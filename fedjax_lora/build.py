@@ -224,7 +224,7 @@ def _nothing_merged(like: Adapters) -> dict[str, jax.Array]:
 def _client_ranks(config: ExperimentConfig) -> jax.Array:
     """`[K]`: the ranks that the clients are dealt in turn, or the one that all have."""
     dealt = config.lora.client_ranks or (config.lora.rank,)
-    return jnp.float32(jnp.resize(jnp.array(dealt), config.clients.count))
+    return jnp.float32(jnp.resize(jnp.array(dealt), (config.clients.count,)))
 
 
 def _chunk(

@@ -117,7 +117,7 @@ def make_train(
         rows, weight = local_batches(order_key, client.rows, client.examples, config.steps, config.batch_size)
         start, hyper = compose(given.adapters, client.state.kept), given.hyper
         mask = rank_mask(client.state.rank, max_rank(start))
-        scope = Scope(ranks=mask, a=given.live.a, b=given.live.b, head=given.live.head)
+        scope = Scope(mask, *map(jnp.float32, given.live))
         zero = jax.tree.map(jnp.zeros_like, start)
 
         def step(carry, inputs):

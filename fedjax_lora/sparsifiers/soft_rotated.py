@@ -99,7 +99,7 @@ def make(config: SoftRotatedConfig, like: Adapters, wire: Wire = FLOAT32) -> Spa
     def payload_bits(keep_ratio: Array, scope: Scope) -> Array:
         kept, rank = ranks.num_kept(keep_ratio, scope.ranks), jnp.sum(scope.ranks).astype(jnp.uint32)
         if config.budget == "module":
-            counts = {name: (kept * f.a.shape[0],) * 2 for name, f in like.modules.items()}
+            counts = {name: (kept * f.a.shape[0], kept * f.a.shape[0]) for name, f in like.modules.items()}
         else:
             counts = _widest_first(like, kept * num_matrices, rank)
         return bits(counts, scope).astype(jnp.float32)
@@ -125,7 +125,8 @@ def _bits(like: Factors, counts: tuple[Array, Array], scope: Scope, wire: Wire) 
 def _counts(budget: Budget, found: dict[str, "_Pair"], kept: Array) -> dict[str, tuple[Array, Array]]:
     """`[L]` components of either factor to keep, uint32, by module."""
     if budget == "module":
-        return {name: (jnp.full(pair[0].energies.shape[0], kept),) * 2 for name, pair in found.items()}
+        every = {name: jnp.full(pair[0].energies.shape[0], kept) for name, pair in found.items()}
+        return {name: (count, count) for name, count in every.items()}
     num_matrices = sum(pair[0].energies.shape[0] for pair in found.values())
     masks = [
         ranks.largest_overall({name: pair[factor].energies for name, pair in found.items()}, kept * num_matrices)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_lora.base import Adapters, Factors, FedState, Hyper, LinkState
+from fedjax_lora.base import Adapters, ClientState, Factors, FedState, Hyper, LinkState
 from fedjax_lora.io import checkpoint
 
 
@@ -29,7 +29,9 @@ def make_state(round_number, memory=()):
         link=LinkState(mean_gain=draw(3, 6), fading=draw(4, 6) * (1 + 2j), cpu_hz=draw(5, 6)),
         queue_s=jnp.float32(0.1),
         elapsed_s=jnp.float32(jnp.inf),
-        memory=memory,
+        merged={},
+        drift=(),
+        clients=ClientState(rank=jnp.full(2, 4.0), kept={}, memory=memory, drift=()),
         hyper=Hyper(*jnp.arange(5.0)),
     )
 
