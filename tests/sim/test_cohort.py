@@ -1,9 +1,13 @@
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.sim.cohort import choose, client_mesh, map_over_devices, padded_size
+from fedjax_lora.sim.cohort import MAX_CPU_DEVICES, choose, client_mesh, map_over_devices, padded_size
 
 
 def test_full_participation_is_every_client_once_then_padding():
@@ -30,6 +34,16 @@ def test_padding_of_the_sample_does_not_change_it():
 @pytest.mark.parametrize(("cohort", "chunk", "devices", "size"), [(10, 1, 1, 10), (10, 4, 1, 12), (10, 3, 2, 12)])
 def test_padded_size_is_the_next_multiple_by_hand(cohort, chunk, devices, size):
     assert padded_size(cohort, chunk, devices) == size
+
+
+@pytest.mark.parametrize("chosen", [{}, {"JAX_NUM_CPU_DEVICES": "3"}])
+def test_every_core_is_a_device_unless_the_environment_says_otherwise(chosen):
+    """Oracle: the cores that the operating system gives this process."""
+    script = "import fedjax_lora, jax; fedjax_lora.use_cpu_cores(); print(jax.device_count())"
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"} | chosen
+    found = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    assert int(found.stdout) == (3 if chosen else min(cores, MAX_CPU_DEVICES))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 6])

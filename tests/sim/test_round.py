@@ -57,7 +57,7 @@ state, metrics = sim.run(sim.init(jax.random.key(3)), 3)
 np.savez(sys.argv[2], *map(np.asarray, jax.tree.leaves(state.adapters)))
 """
     out = tmp_path / "two.npz"
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
     command = [sys.executable, "-c", script, str(Path(__file__).parents[1]), str(out)]
     subprocess.run(command, env=environment, check=True, timeout=300)
     with np.load(out) as saved:
