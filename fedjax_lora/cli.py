@@ -33,20 +33,27 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run an experiment", description="Run an experiment.")
-    run.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="what differs from the defaults or the preset")
-    run.add_argument("--preset", metavar="NAME", help="start from a preset (see `fedjax-lora presets`)")
+    _experiment_arguments(run)
     run.add_argument("--out", metavar="DIR", help="folder of the run; runs/<preset or file name> by default")
     run.add_argument("--resume", action="store_true", help="continue the run that DIR holds")
-    run.add_argument(
-        "--set",
+    run.set_defaults(command=_run)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="run every combination of values",
+        description="Run every combination of the values of some keys; runs that have ended are not run again.",
+    )
+    _experiment_arguments(sweep)
+    sweep.add_argument("--out", metavar="DIR", help="folder of the runs; runs/<preset or file name>-sweep by default")
+    sweep.add_argument(
+        "--over",
         nargs="+",
         action="extend",
-        default=[],
-        metavar="a.b=value",
-        dest="overrides",
-        help="override a key; may be repeated",
+        required=True,
+        metavar="a.b=[v1,v2]",
+        help="a key and its values; may be repeated",
     )
-    run.set_defaults(command=_run)
+    sweep.set_defaults(command=_sweep)
 
     report = commands.add_parser("report", help="compare runs", description="Write one report over several runs.")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
@@ -64,6 +71,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="what differs from the defaults or the preset")
+    parser.add_argument("--preset", metavar="NAME", help="start from a preset (see `fedjax-lora presets`)")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="a.b=value",
+        dest="overrides",
+        help="override a key; may be repeated",
+    )
+
+
 # Each command imports what it needs: `presets` should not wait for the plots.
 
 
@@ -77,14 +98,40 @@ def _run(options: argparse.Namespace) -> int:
     from fedjax_lora.sim.cohort import use_cpu_cores
 
     use_cpu_cores()
-    name = options.preset or (None if options.config else "digits")
+    name = _preset_name(options)
     config = load_config(options.config, options.overrides, base=preset(name) if name else None)
-    path = Path(options.out or Path("runs") / (Path(options.config).stem if options.config else str(name)))
+    path = Path(options.out or Path("runs") / (name or Path(options.config).stem))
     console = Console(highlight=False)
     summary = run(config, path, options.resume, console)
     console.print(summary_lines(summary))
     console.print(f"report: {path / 'report.html'}")
     return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from fedjax_lora.config import load_config
+    from fedjax_lora.presets import preset
+    from fedjax_lora.sim.cohort import use_cpu_cores
+    from fedjax_lora.sweep import combinations, sweep
+
+    use_cpu_cores()
+    name = _preset_name(options)
+    base = preset(name) if name else None
+    configs = {
+        folder: load_config(options.config, [*options.overrides, *values], base=base)
+        for folder, values in combinations(options.over).items()
+    }
+    path = Path(options.out or Path("runs") / f"{name or Path(options.config).stem}-sweep")
+    print(sweep(configs, path, Console(highlight=False)))
+    print(f"report: {path / 'report.html'}")
+    return 0
+
+
+def _preset_name(options: argparse.Namespace) -> str | None:
+    """The preset to start from: the one that is asked for, or `digits` where nothing is."""
+    return options.preset or (None if options.config else "digits")
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -260,7 +260,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str, what: str) -> Any:
+def parse_value(text: str, what: str) -> Any:
+    """YAML text as `load_config` reads it; `what` names it in the error."""
     try:
         return yaml.load(text, _Loader)  # a subclass of the safe loader
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
@@ -276,7 +277,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "bytes that are not UTF-8"
         raise ConfigError(f"configuration {path} must be a readable file, got {reason}") from error
-    given = _parse(text, f"configuration {path}")
+    given = parse_value(text, f"configuration {path}")
     if given is None:
         raise ConfigError(f"configuration {path} must be a mapping of keys, got an empty configuration file")
     if not isinstance(given, dict):
@@ -294,7 +295,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree.get(parent), dict):
             tree[parent] = {}
         tree = tree[parent]
-    tree[last] = _parse(text, f"override {override!r}")
+    tree[last] = parse_value(text, f"override {override!r}")
 
 
 def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

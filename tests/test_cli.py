@@ -160,6 +160,41 @@ def test_an_existing_run_is_not_overwritten(capsys, finished):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_sweep_runs_every_combination_once(finished, tmp_path, capsys):
+    """Oracle: the same run on its own; what has ended is not run again."""
+    out = tmp_path / "sweep"
+    command = ["sweep", "--out", str(out), "--set", *SETTINGS, "--over", "seed=[0, 1]", "control.keep_ratio=[0.7]"]
+    assert cli.main(command) == 0
+    folders = ["seed=0,control.keep_ratio=0.7", "seed=1,control.keep_ratio=0.7"]
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == folders
+    assert load_config(out / folders[1] / "config.yaml").seed == 1
+    alone = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    swept = [json.loads(line) for line in (out / folders[0] / "metrics.jsonl").read_text().splitlines()]
+    assert swept == alone
+    assert "<svg" in (out / "report.html").read_text()
+
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")}
+    assert cli.main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")} == before
+    assert all(folder in capsys.readouterr().out for folder in folders)
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ("seed=0", "sweep must be over key=[value, value, ...], got 'seed=0'"),
+        ("seed", "sweep must be over key=[value, value, ...], got 'seed'"),
+        ("seed=[]", "sweep must be over key=[value, value, ...], got 'seed=[]'"),
+        ("sede=[0, 1]", "sede is not a known key, got it with value 0; did you mean seed?"),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_one_line_and_leaves_nothing(tmp_path, capsys, over, message):
+    """The message itself."""
+    assert cli.main(["sweep", "--out", str(tmp_path / "sweep"), "--over", over]) == 2
+    assert capsys.readouterr().err == f"fedjax-lora: error: {message}\n"
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_changed_configuration_is_not_resumed(capsys, finished):
     line = one_line(capsys, ["run", "--out", str(finished), "--resume", "--set", *SETTINGS, "local.steps=3"])
     assert "local.steps" in line and "2" in line and "3" in line

@@ -14,7 +14,7 @@ LAYERS = (
     ("models", "data", "control", "split"),
     ("sim",),
     ("config", "build", "presets", "io"),
-    ("report", "export", "runner", "cli"),
+    ("report", "export", "runner", "sweep", "cli"),
 )
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 
@@ -28,6 +28,9 @@ SAME_LEVEL = {
     ("cli", "report"),
     ("cli", "runner"),
     ("cli", "export"),
+    ("cli", "sweep"),
+    ("sweep", "runner"),
+    ("sweep", "report"),
 }
 """(importer, imported): the pairs of one level that may."""
 
