@@ -8,10 +8,9 @@ of its field's type, with two liberties: an integer stands for a float, and `1e-
 import dataclasses
 import difflib
 import math
-import re
 import types
 import typing
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +28,14 @@ from fedjax_lora.aggregation.flora import FloraConfig
 from fedjax_lora.aggregation.hetlora import HetLoraConfig
 from fedjax_lora.aggregation.lora_fair import LoraFairConfig
 from fedjax_lora.aggregation.rolora import RoLoraConfig
+from fedjax_lora.compatibility import check
 from fedjax_lora.control.baselines import FixedConfig, IdealConfig, UniformConfig
 from fedjax_lora.data.partition import ClientsConfig
 from fedjax_lora.data.sources import DataConfig
 from fedjax_lora.lora.adapters import LoraConfig
 from fedjax_lora.models.load import ModelConfig
+from fedjax_lora.reading import ConfigError as ConfigError
+from fedjax_lora.reading import put, read
 from fedjax_lora.sim.drift import FedProxConfig, NoDriftConfig, ScaffoldConfig
 from fedjax_lora.sim.engine import EngineConfig
 from fedjax_lora.sim.local import LocalConfig
@@ -102,10 +104,6 @@ VARIANTS: dict[str, dict[str, type]] = {
 """Section -> `name` -> its configuration; the first is the default, also where a section leaves `name` out."""
 
 
-class ConfigError(ValueError):
-    """A user's mistake in a configuration, in one line."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """Everything that defines a run.
@@ -137,75 +135,12 @@ class ExperimentConfig:
             raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
-        if self.data.source == "tsv" and self.model.pretrained is None:
-            raise ValueError(
-                "model.pretrained must be a folder or a Hugging Face model id where data.source is tsv, got None"
-            )
-        if self.data.source == "digits" and self.model.pretrained is not None:
-            raise ValueError(
-                f"model.pretrained must be absent where data.source is digits, got {self.model.pretrained!r}"
-            )
-        _check_methods(self)
-        self._check_aggregation()
+        check(self)
         steps, warmup_steps = self.rounds * self.local.steps, self.local.optimizer.warmup_steps
         if warmup_steps >= steps:
             raise ValueError(
                 f"local.optimizer.warmup_steps must be below rounds * local.steps = {steps}, got {warmup_steps}"
             )
-
-    def _check_aggregation(self):
-        """What goes with a method that merges into the base, or that gives the factors another basis."""
-        name = self.aggregation.name
-        merges, server = name in ("fedex", "flora"), self.server
-        rebases = name in ("flora", "flexlora") or getattr(self.aggregation, "start", None) == "reinit"
-        where = f"where aggregation.name is {name}"
-        if merges and self.model.compute_dtype != "float32":
-            raise ValueError(f"model.compute_dtype must be float32 {where}, got {self.model.compute_dtype!r}")
-        if (merges or rebases) and server.name != "sgd":
-            raise ValueError(f"server.name must be sgd {where}, got {server.name!r}")
-        if (merges or rebases) and server.learning_rate != 1.0:
-            raise ValueError(f"server.learning_rate must be 1.0 {where}, got {server.learning_rate}")
-        if rebases and self.drift.name == "scaffold":
-            raise ValueError(f"drift.name must be none or fedprox {where}, got 'scaffold'")
-        if rebases and getattr(self.sparsifier, "error_feedback", False):
-            raise ValueError(f"sparsifier.error_feedback must be false {where}, got True")
-
-
-def _check_methods(config: ExperimentConfig) -> None:
-    """Raise ValueError where methods are chosen that do not go together."""
-    aggregation, sparsifier, ranks = config.aggregation, config.sparsifier, config.lora.client_ranks
-    if ranks and not aggregation.heterogeneous:
-        able = [name for name, kind in VARIANTS["aggregation"].items() if kind.heterogeneous]
-        raise ValueError(
-            f"lora.client_ranks must be absent where aggregation.name is {aggregation.name} "
-            f"({', '.join(able)} allow it), got {ranks}"
-        )
-    if aggregation.name == "fedsa" and sparsifier.name == "soft":
-        raise ValueError(
-            "sparsifier.name must be another than soft where aggregation.name is fedsa, "
-            "which sends no b for soft to weigh a component by, got 'soft'"
-        )
-    if aggregation.name == "hetlora" and sparsifier.name == "soft" and sparsifier.missing == "senders":
-        raise ValueError(
-            "sparsifier.missing must be zero where aggregation.name is hetlora, "
-            "which pads with zeros what a client does not send, got 'senders'"
-        )
-    if config.drift.name != "scaffold":
-        return
-    if config.local.optimizer.name != "sgd":
-        raise ValueError(
-            f"local.optimizer.name must be sgd where drift.name is scaffold, got {config.local.optimizer.name!r}"
-        )
-    if aggregation.name == "fedsa":
-        raise ValueError(
-            "aggregation.name must be another than fedsa where drift.name is scaffold, "
-            "which would pull the clients' own b together, got 'fedsa'"
-        )
-    if ranks:
-        raise ValueError(
-            f"lora.client_ranks must be absent where drift.name is scaffold, "
-            f"whose mean is over all clients, got {ranks}"
-        )
 
 
 def load_config(
@@ -222,9 +157,9 @@ def load_config(
     Raises:
       ConfigError: names the key, the value it got and what is allowed.
     """
-    given = {} if path is None else _read(Path(path))
+    given = {} if path is None else read(Path(path))
     for override in overrides:
-        _set(given, override)
+        put(given, override)
     return _structure(_over(to_dict(base), given) if base else given)
 
 
@@ -236,66 +171,6 @@ def to_dict(config: ExperimentConfig) -> dict[str, Any]:
 def dump(config: ExperimentConfig) -> str:
     """YAML text of every field; loading it gives an equal configuration."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
-
-
-# ------------------------------------------------------------------------------------------------ YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader with YAML 1.2's floats, and without its silence on a key that is there twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(None, None, "a key that is not a word", key_node.start_mark)
-            if key_node.value in seen:
-                raise yaml.MarkedYAMLError(None, None, f"key {key_node.value!r} twice", key_node.start_mark)
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def parse_value(text: str, what: str) -> Any:
-    """YAML text as `load_config` reads it; `what` names it in the error."""
-    try:
-        return yaml.load(text, _Loader)  # a subclass of the safe loader
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ConfigError(f"{what}{where} must be valid YAML, got {problem}") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "bytes that are not UTF-8"
-        raise ConfigError(f"configuration {path} must be a readable file, got {reason}") from error
-    given = parse_value(text, f"configuration {path}")
-    if given is None:
-        raise ConfigError(f"configuration {path} must be a mapping of keys, got an empty configuration file")
-    if not isinstance(given, dict):
-        raise ConfigError(f"configuration {path} must be a mapping of keys, got {given!r}")
-    return given
-
-
-def _set(tree: dict[str, Any], override: str) -> None:
-    """Put the value of `a.b=value` into nested dicts."""
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted.strip():
-        raise ConfigError(f"override must be of the form key=value, got {override!r}")
-    *parents, last = dotted.strip().split(".")
-    for parent in parents:
-        if not isinstance(tree.get(parent), dict):
-            tree[parent] = {}
-        tree = tree[parent]
-    tree[last] = parse_value(text, f"override {override!r}")
 
 
 def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from fedjax_lora.config import ConfigError, ExperimentConfig, load_config, parse_value
+from fedjax_lora.config import ConfigError, ExperimentConfig, load_config
 from fedjax_lora.data.cache import cache_folder
 from fedjax_lora.io.log import read_summary
+from fedjax_lora.reading import parse_value
 from fedjax_lora.report.html import write_report
 from fedjax_lora.report.tables import comparison
 from fedjax_lora.runner import run

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from fedjax_lora.aggregation.ffa import FfaConfig
 from fedjax_lora.config import VARIANTS, ConfigError, ExperimentConfig, dump, load_config, to_dict
 from fedjax_lora.presets import PRESETS, preset
 from fedjax_lora.sparsifiers.dense import DenseConfig
@@ -194,17 +193,6 @@ def test_another_variant_over_a_preset_starts_from_its_own_defaults(load):
     assert config == dataclasses.replace(base, seed=1, sparsifier=DenseConfig())
     # The same variant keeps what the preset chose.
     assert load("control: {name: fixed}", base=base).control == base.control
-
-
-def test_client_ranks_are_refused_by_name_where_the_aggregator_needs_one_rank(load, monkeypatch):
-    """The line names the key, the aggregator and those that allow it; one is made to refuse for the purpose."""
-    assert load("lora: {client_ranks: [1, 8, 2]}").lora.client_ranks == (1, 8, 2)
-    monkeypatch.setattr(FfaConfig, "heterogeneous", False)
-    with pytest.raises(ConfigError) as caught:
-        load("{lora: {client_ranks: [1, 2]}, aggregation: {name: ffa}}")
-    message = str(caught.value)
-    assert message.startswith("lora.client_ranks must be absent where aggregation.name is ffa (fedit, rolora, fedsa, ")
-    assert "hetlora" in message and "\n" not in message and message.endswith("got (1, 2)")
 
 
 def test_an_unknown_preset_is_one_line_as_specified():

@@ -5,7 +5,7 @@ Foundation Models", arXiv 2410.09432.
 """
 
 import dataclasses
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 from fedjax_lora.aggregation import errors, flora
 from fedjax_lora.aggregation.fedit import average_factors
@@ -23,7 +23,6 @@ class FedExConfig:
       mean product merged. That they keep their own is left out: it needs frozen weights for each client.
     """
 
-    heterogeneous: ClassVar[bool] = True
     name: Literal["fedex"] = "fedex"
     start: Start = "average"
 

@@ -6,7 +6,7 @@ weights for each rank component, so that a client which did not send one may hav
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ from fedjax_lora.base import Adapters, Aggregate, Aggregator, Factors, Sent
 class FedItConfig:
     """Average a with a and b with b."""
 
-    heterogeneous: ClassVar[bool] = True
     name: Literal["fedit"] = "fedit"
 
     def __post_init__(self) -> None:

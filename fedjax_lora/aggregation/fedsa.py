@@ -5,7 +5,7 @@ the head stays with the client is our choice.
 """
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Literal
 
 from fedjax_lora.aggregation import fedit
 from fedjax_lora.base import Aggregator, Live
@@ -15,7 +15,6 @@ from fedjax_lora.base import Aggregator, Live
 class FedSaConfig:
     """Share a alone; there is nothing to choose."""
 
-    heterogeneous: ClassVar[bool] = True
     name: Literal["fedsa"] = "fedsa"
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ Y. Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", ICLR 2
 """
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Literal
 
 from fedjax_lora.aggregation import fedit
 from fedjax_lora.base import Aggregator, Live
@@ -14,7 +14,6 @@ from fedjax_lora.base import Aggregator, Live
 class FfaConfig:
     """Train and send b alone; there is nothing to choose."""
 
-    heterogeneous: ClassVar[bool] = True
     name: Literal["ffa"] = "ffa"
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ arXiv 2402.11505. The balanced split of the singular values is our choice.
 """
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -19,7 +19,6 @@ from fedjax_lora.base import Aggregator, Factors
 class FlexLoraConfig:
     """Average the products."""
 
-    heterogeneous: ClassVar[bool] = True
     name: Literal["flexlora"] = "flexlora"
 
     def __post_init__(self) -> None:

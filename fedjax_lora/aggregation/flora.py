@@ -5,7 +5,7 @@ arXiv 2409.05976.
 """
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from fedjax_lora.base import Adapters, Aggregator
 class FloraConfig:
     """Merge the stack."""
 
-    heterogeneous: ClassVar[bool] = True
     name: Literal["flora"] = "flora"
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ ranks are pruned by a threshold on energy, where the paper regularises the trail
 """
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -27,7 +27,6 @@ class HetLoraConfig:
     tolerance: it does so where the ranks it would lose hold less than this share of its energy.
     """
 
-    heterogeneous: ClassVar[bool] = True
     name: Literal["hetlora"] = "hetlora"
     prune: float = 1.0
     tolerance: float = 0.01

@@ -5,7 +5,7 @@ J. Bian et al., "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Init
 """
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -24,7 +24,6 @@ class LoraFairConfig:
     regularisation: lambda > 0, how hard the correction is held back; beside the squared lengths of a's columns.
     """
 
-    heterogeneous: ClassVar[bool] = True
     name: Literal["lora_fair"] = "lora_fair"
     regularisation: float = 0.01
 

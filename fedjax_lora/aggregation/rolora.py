@@ -5,7 +5,7 @@ arXiv 2502.01755.
 """
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -18,7 +18,6 @@ from fedjax_lora.base import Aggregator, Live
 class RoLoraConfig:
     """Train and send one factor a round; there is nothing to choose."""
 
-    heterogeneous: ClassVar[bool] = True
     name: Literal["rolora"] = "rolora"
 
     def __post_init__(self) -> None:

@@ -1,0 +1,79 @@
+"""Which methods go together: each rule ends in one line that names the key, what it got and what is allowed."""
+
+from typing import Any
+
+
+def check(config: Any) -> None:
+    """Raise ValueError where the sections of an `ExperimentConfig` do not go together."""
+    _data(config)
+    _ranks(config)
+    _sparsifier(config)
+    _scaffold(config)
+    _products(config)
+
+
+def _data(config: Any) -> None:
+    source, pretrained = config.data.source, config.model.pretrained
+    if source == "tsv" and pretrained is None:
+        raise ValueError(
+            "model.pretrained must be a folder or a Hugging Face model id where data.source is tsv, got None"
+        )
+    if source == "digits" and pretrained is not None:
+        raise ValueError(f"model.pretrained must be absent where data.source is digits, got {pretrained!r}")
+
+
+def _ranks(config: Any) -> None:
+    ranks = config.lora.client_ranks
+    if ranks and config.drift.name == "scaffold":
+        raise ValueError(
+            f"lora.client_ranks must be absent where drift.name is scaffold, "
+            f"whose mean is over all clients, got {ranks}"
+        )
+
+
+def _sparsifier(config: Any) -> None:
+    aggregation, sparsifier = config.aggregation.name, config.sparsifier
+    if aggregation == "fedsa" and sparsifier.name == "soft":
+        raise ValueError(
+            "sparsifier.name must be another than soft where aggregation.name is fedsa, "
+            "which sends no b for soft to weigh a component by, got 'soft'"
+        )
+    if aggregation == "hetlora" and sparsifier.name == "soft" and sparsifier.missing == "senders":
+        raise ValueError(
+            "sparsifier.missing must be zero where aggregation.name is hetlora, "
+            "which pads with zeros what a client does not send, got 'senders'"
+        )
+
+
+def _scaffold(config: Any) -> None:
+    if config.drift.name != "scaffold":
+        return
+    if config.local.optimizer.name != "sgd":
+        raise ValueError(
+            f"local.optimizer.name must be sgd where drift.name is scaffold, got {config.local.optimizer.name!r}"
+        )
+    if config.aggregation.name == "fedsa":
+        raise ValueError(
+            "aggregation.name must be another than fedsa where drift.name is scaffold, "
+            "which would pull the clients' own b together, got 'fedsa'"
+        )
+
+
+def _products(config: Any) -> None:
+    """What goes with a method that merges into the base, or that gives the factors another basis."""
+    name, server = config.aggregation.name, config.server
+    merges = name in ("fedex", "flora")
+    rebases = name in ("flora", "flexlora") or getattr(config.aggregation, "start", None) == "reinit"
+    where = f"where aggregation.name is {name}"
+    if merges and config.model.compute_dtype != "float32":
+        raise ValueError(f"model.compute_dtype must be float32 {where}, got {config.model.compute_dtype!r}")
+    if (merges or rebases) and server.name != "sgd":
+        raise ValueError(f"server.name must be sgd {where}, got {server.name!r}")
+    if (merges or rebases) and server.learning_rate != 1.0:
+        raise ValueError(f"server.learning_rate must be 1.0 {where}, got {server.learning_rate}")
+    if (merges or rebases) and config.sparsifier.name == "flasc":
+        raise ValueError(f"sparsifier.name must be another than flasc {where}, got 'flasc'")
+    if rebases and config.drift.name == "scaffold":
+        raise ValueError(f"drift.name must be none or fedprox {where}, got 'scaffold'")
+    if rebases and getattr(config.sparsifier, "error_feedback", False):
+        raise ValueError(f"sparsifier.error_feedback must be false {where}, got True")
