@@ -61,12 +61,12 @@ def _dot(x: Array, y: Array, spec: str) -> Array:
 def project(x: Array, w: Array, factors: Factors | None = None) -> Array:
     """`x @ w + (x @ a) @ b`: a frozen projection and its adapter.
 
-    The frozen product multiplies in the dtype of `w`, the adapter's in float32; both are summed in float32.
+    All products multiply in the dtype of `w` and are summed in float32, as is what they add up to.
 
     Args:
       x: `[..., n_in]` float32.
       w: `[n_in, n_out]`, as it is or packed.
-      factors: effective ones of one layer, `a: [n_in, R]`, `b: [R, n_out]`; None for no adapter.
+      factors: effective ones of one layer, `a: [n_in, R]`, `b: [R, n_out]`, float32; None for no adapter.
 
     Returns:
       `[..., n_out]` float32.
@@ -76,26 +76,29 @@ def project(x: Array, w: Array, factors: Factors | None = None) -> Array:
 
 def _project_forward(x: Array, w: Array, factors: Factors | None) -> tuple[Array, tuple]:
     frozen = unpack(w)
-    y = _dot(x.astype(frozen.dtype), frozen, "...i,io->...o")
+    dtype = frozen.dtype
+    x = x.astype(dtype)
+    y = _dot(x, frozen, "...i,io->...o")
     if factors is None:
-        return y, (x, w, None, None)
-    narrow = x @ factors.a
-    return y + narrow @ factors.b, (x, w, factors, narrow)
+        return y, (pack(x), w, None, None)
+    narrow = _dot(x, factors.a.astype(dtype), "...i,ir->...r").astype(dtype)
+    return y + _dot(narrow, factors.b.astype(dtype), "...r,ro->...o"), (pack(x), w, factors, pack(narrow))
 
 
 def _project_backward(residuals: tuple, g: Array) -> tuple[Array, Array | None, Factors | None]:
     x, w, factors, narrow = residuals
-    frozen = unpack(w)
-    low = g.astype(frozen.dtype)
-    dx = _dot(low, frozen, "...o,io->...i")
-    dw = None if w.dtype == jnp.uint16 else _dot(x, low, "...i,...o->io").astype(w.dtype)
+    x, frozen = unpack(x), unpack(w)
+    dtype = frozen.dtype
+    g = g.astype(dtype)
+    dx = _dot(g, frozen, "...o,io->...i")
+    dw = None if w.dtype == jnp.uint16 else _dot(x, g, "...i,...o->io").astype(w.dtype)
     if factors is None:
         return dx, dw, None
-    g_narrow = _dot(g, factors.b, "...o,ro->...r")
+    g_narrow = _dot(g, factors.b.astype(dtype), "...o,ro->...r").astype(dtype)
     # The narrow operand first: the other order transposes the wide one. Without the barrier XLA restores it.
     da = lax.optimization_barrier(_dot(g_narrow, x, "...r,...i->ri")).T
-    db = _dot(narrow, g, "...r,...o->ro")
-    return dx + _dot(g_narrow, factors.a, "...r,ir->...i"), dw, Factors(a=da, b=db)
+    db = _dot(unpack(narrow), g, "...r,...o->ro")
+    return dx + _dot(g_narrow, factors.a.astype(dtype), "...r,ir->...i"), dw, Factors(a=da, b=db)
 
 
 project.defvjp(_project_forward, _project_backward)

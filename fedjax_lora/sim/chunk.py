@@ -22,17 +22,20 @@ ACCELERATOR_SHARE = 0.5
 def activation_bytes(
     model: Model, sparsifier: Sparsifier, world: World, like: Adapters, hyper: Hyper, batch_size: int
 ) -> int:
-    """Bytes that one client's backward pass keeps beside the frozen weights, from shapes alone."""
+    """Bytes that one client's backward pass keeps for its batch, from shapes alone."""
     loss = local_loss(model, sparsifier)
 
-    def residuals(adapters: Adapters, base: Base, pool: dict[str, jax.Array]):
-        batch = gather(pool, jnp.zeros(batch_size, jnp.int32))
-        key, weight = jax.random.key(0), jnp.ones(batch_size)
-        mask = rank_mask(hyper.rank, max_rank(adapters))
-        return jax.vjp(lambda x: loss(x, base, hyper, mask, batch, weight, key)[0], adapters)[1]
+    def kept_bytes(size: int) -> int:
+        def residuals(adapters: Adapters, base: Base, pool: dict[str, jax.Array]):
+            batch = gather(pool, jnp.zeros(size, jnp.int32))
+            key, weight = jax.random.key(0), jnp.ones(size)
+            mask = rank_mask(hyper.rank, max_rank(adapters))
+            return jax.vjp(lambda x: loss(x, base, hyper, mask, batch, weight, key)[0], adapters)[1]
 
-    kept = jax.eval_shape(residuals, like, world.base, world.data.train)
-    return max(trees.num_bytes(kept) - trees.num_bytes(world.base), 1)
+        return trees.num_bytes(jax.eval_shape(residuals, like, world.base, world.data.train))
+
+    # Weights are kept too, as many for two batches as for one.
+    return kept_bytes(2 * batch_size) - kept_bytes(batch_size)
 
 
 def activation_budget_bytes() -> int:
