@@ -23,7 +23,8 @@ class ModelConfig:
     pretrained: a Hugging Face folder or hub id.
     pooling: what the classifier sees: the mean over real positions, or the first position, through the
       checkpoint's pooler where it has one.
-    compute_dtype: of the frozen matrices and their products; sums, adapters, softmax and norms are float32.
+    compute_dtype: of the frozen matrices, of what products multiply and of what a backward pass keeps; sums, softmax,
+      norms, the adapters themselves and their optimizer are float32.
     dropout: rate after the embeddings and on the output of each residual branch.
     """
 
