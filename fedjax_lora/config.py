@@ -22,6 +22,8 @@ from cattrs.gen import make_dict_structure_fn
 
 from fedjax_lora.aggregation.fedit import FedItConfig
 from fedjax_lora.control.baselines import FixedConfig, IdealConfig, UniformConfig
+from fedjax_lora.control.budgeted import GreedyConfig, ProportionalConfig
+from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.data.partition import ClientsConfig
 from fedjax_lora.data.sources import DataConfig
 from fedjax_lora.lora.adapters import LoraConfig
@@ -40,13 +42,20 @@ from fedjax_lora.wireless.link import WirelessConfig
 SparsifierConfig = DenseConfig | SoftConfig | SoftRotatedConfig
 AggregationConfig = FedItConfig
 DriftConfig = NoDriftConfig | FedProxConfig | ScaffoldConfig
-ControlConfig = IdealConfig | UniformConfig | FixedConfig
+ControlConfig = IdealConfig | UniformConfig | FixedConfig | TsfaConfig | GreedyConfig | ProportionalConfig
 
 VARIANTS: dict[str, dict[str, type]] = {
     "sparsifier": {"soft": SoftConfig, "soft_rotated": SoftRotatedConfig, "dense": DenseConfig},
     "aggregation": {"fedit": FedItConfig},
     "drift": {"none": NoDriftConfig, "fedprox": FedProxConfig, "scaffold": ScaffoldConfig},
-    "control": {"fixed": FixedConfig, "uniform": UniformConfig, "ideal": IdealConfig},
+    "control": {
+        "fixed": FixedConfig,
+        "uniform": UniformConfig,
+        "ideal": IdealConfig,
+        "tsfa": TsfaConfig,
+        "greedy": GreedyConfig,
+        "proportional": ProportionalConfig,
+    },
 }
 """Section -> `name` -> its configuration; the first is the default, also where a section leaves `name` out."""
 
