@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lora.base import Hyper, Observation
+from fedjax_lora.base import Decision, Hyper, Observation
 from fedjax_lora.control import tsfa_online
 
 RANKS = 16
@@ -36,7 +36,7 @@ def cohort(clients: int, seed: int) -> tuple[np.ndarray, ...]:
         rng.dirichlet(np.full(clients, 5.0)),
         tail,
     )
-    return tuple(np.float32(column) for column in columns)
+    return tuple(np.asarray(column, np.float32) for column in columns)
 
 
 def observe(columns: tuple[Any, ...], queue_s: Any) -> Observation:
@@ -56,9 +56,15 @@ def observe(columns: tuple[Any, ...], queue_s: Any) -> Observation:
     )
 
 
+def solve(columns: tuple[Any, ...], queue_s: float, V: float) -> Decision:
+    """The continuous problem."""
+    bits, snr_hz, start_s, weights, tail = columns
+    return tsfa_online.solve(bits, snr_hz, start_s, BAND_HZ, weights, tail, queue_s, V)
+
+
 def balance(columns: tuple[Any, ...]) -> float:
     """A V at which neither term of the objective is idle: full latency over the mean of the whole energy."""
-    full = jax.jit(tsfa_online.solve)(*columns[:3], BAND_HZ, *columns[3:], 0.0, 1.0).latency_s
+    full = jax.jit(solve)(columns, 0.0, 1.0).latency_s
     return float(full / np.sum(columns[3] * columns[4][:, 0]))
 
 
@@ -87,10 +93,10 @@ def measure(clients: int, cases: int, seconds: float) -> dict[str, Any]:
     def decide(*columns: Any) -> Any:
         return controller.decide(observe(columns, jnp.float32(1.0)))
 
-    def solve(*columns: Any) -> Any:
-        return tsfa_online.solve(*columns[:3], BAND_HZ, *columns[3:], 1.0, V)
+    def continuous(*columns: Any) -> Any:
+        return solve(columns, 1.0, V)
 
-    return {"V": V, "round": timed(decide, columns, seconds), "solve": timed(solve, columns, seconds)}
+    return {"V": V, "round": timed(decide, columns, seconds), "solve": timed(continuous, columns, seconds)}
 
 
 def beside_cvxpy(clients: int, cases: int, seconds: float) -> dict[str, Any]:
@@ -98,11 +104,11 @@ def beside_cvxpy(clients: int, cases: int, seconds: float) -> dict[str, Any]:
     columns = [cohort(clients, seed) for seed in range(cases)]
     V = 3.0 * balance(columns[0])
 
-    def solve(*columns: Any) -> Any:
-        return tsfa_online.solve(*columns[:3], BAND_HZ, *columns[3:], 1.0, V)
+    def continuous(*columns: Any) -> Any:
+        return solve(columns, 1.0, V)
 
-    ours = timed(solve, columns, seconds)
-    values = [float(jax.jit(solve)(*case).objective) for case in columns]
+    ours = timed(continuous, columns, seconds)
+    values = [float(jax.jit(continuous)(*case).objective) for case in columns]
     peer = Peer(clients)
     times, gaps = [], []
     for case, value in zip(columns, values, strict=True):
@@ -126,35 +132,33 @@ class Peer:
         self._snr = cp.Parameter(clients, nonneg=True)
         self._gain = cp.Parameter((clients, RANKS - 1), nonneg=True)
         needed = self._least + cp.multiply(self._step, cp.sum(self._sent, axis=1))
-        self._problem = cp.Problem(
-            cp.Maximize(cp.sum(cp.multiply(self._gain, self._sent))),
-            [
-                cp.rel_entr(share, share + self._snr) <= -needed,
-                cp.sum(share) <= 1,
-                self._sent >= 0,
-                self._sent <= 1,
-            ],
-        )
+        limits: list[Any] = [cp.rel_entr(share, share + self._snr) <= -needed, cp.sum(share) <= 1]
+        limits += [self._sent >= 0, self._sent <= 1]
+        self._problem = cp.Problem(cp.Maximize(cp.sum(cp.multiply(self._gain, self._sent))), limits)
         self._solver = cp.CLARABEL
 
     def solve(self, columns: tuple[np.ndarray, ...], V: float) -> float:
         """Least objective, by a search around the latency."""
+        from cvxpy.error import SolverError
         from scipy import optimize
 
-        bits, snr_hz, start_s, weights, tail = (np.float64(x) for x in columns)
+        bits, snr_hz, start_s, weights, tail = (np.asarray(x, np.float64) for x in columns)
         gain = V * weights[:, None] * -np.diff(tail)[:, 1:]
         self._gain.value, self._snr.value = gain, snr_hz / BAND_HZ
 
         def at(latency_s: float) -> float:
             nats = bits * np.log(2) / BAND_HZ / (latency_s - start_s) / RANKS
             self._least.value = self._step.value = nats
-            self._problem.solve(solver=self._solver)
+            try:
+                self._problem.solve(solver=self._solver)
+            except SolverError:  # at latencies that leave next to nothing to choose: as if nothing were gained
+                return latency_s + gain.sum()
             return latency_s + gain.sum() - self._problem.value
 
-        full = tsfa_online.solve(*columns[:3], BAND_HZ, *columns[3:], 0.0, 1.0).latency_s
-        least = tsfa_online.solve(*columns[:3], BAND_HZ, *columns[3:], 1.0, 0.0).latency_s
+        full, least = solve(columns, 0.0, 1.0).latency_s, solve(columns, 1.0, 0.0).latency_s
         bounds = float(least) * (1 + 1e-5), float(full) * (1 + 1e-5)
-        return float(optimize.minimize_scalar(at, bounds=bounds, method="bounded", options={"xatol": 1e-6}).fun)
+        found: Any = optimize.minimize_scalar(at, bounds=bounds, method="bounded", options={"xatol": 1e-6})
+        return float(found.fun)
 
 
 def main() -> None:

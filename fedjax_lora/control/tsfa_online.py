@@ -93,7 +93,7 @@ def solve(
       queue: scalar, virtual queue of the latency, s.
       V: scalar, weight of the first term.
       min_keep_ratio: scalar or `[K]`, > 0, the least ratio; None is one rank.
-      rank: scalar or `[K]`, how many ranks ratio 1 stands for; None is R. Entries of `[K, R + 1]` beyond it are ignored.
+      rank: scalar or `[K]`, how many ranks ratio 1 stands for; None is R. Table entries beyond it are ignored.
       ratio: each `client`'s own, or a `common` one; the latter by a search that is local unless the starts are equal.
 
     Returns:

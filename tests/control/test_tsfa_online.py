@@ -71,20 +71,26 @@ def check_feasible(case, decision):
 
 
 @pytest.mark.parametrize("first", range(0, 200, 50))
-def test_objective_equals_the_knapsack_of_slivers(first):
-    """tsfa_oracle in float64, on 200 cohorts of up to six; every answer is feasible."""
+def test_the_knapsack_of_slivers_finds_no_lower_objective(first):
+    """tsfa_oracle in float64 on 200 cohorts of up to six: at the answer's latency its objective is the answer's, and
+    over all latencies none is lower by 1e-4; every answer is feasible."""
     for seed in range(first, first + 50):
         case = random_case(seed)
         decision = solve_client(*case)
         check_feasible(case, decision)
         if able(case).any():
-            expected = float(case[6]) * tsfa_oracle.solve(*steps(case))[0]
-            np.testing.assert_allclose(decision.objective, expected, rtol=1e-4, err_msg=str(seed))
+            least, step, gain, *radio = steps(case)
+            latency = float(decision.latency_s) * (1 + 2e-6)
+            same = latency + gain.sum() - tsfa_oracle.spend(latency, least, step, gain, *radio)
+            found = float(decision.objective / case[6])
+            np.testing.assert_allclose(found, same, rtol=1e-4, err_msg=str(seed))
+            assert found <= tsfa_oracle.solve(least, step, gain, *radio)[0] * (1 + 1e-4), seed
 
 
 def test_slsqp_finds_no_lower_objective():
     """SLSQP over step shares, band and latency at once, from the answer and from the equal split."""
-    for seed in range(4):
+    compared = 0
+    for seed in range(12):
         case = random_case(seed, left_out=False)
         least, step, gain, snr, start, band = steps(case)
         decision, (count, depth) = solve_client(*case), step.shape
@@ -118,14 +124,18 @@ def test_slsqp_finds_no_lower_objective():
                 ],
                 options={"ftol": 1e-9, "maxiter": 200},
             )
-            if slack(found.x).min() > -1e-7:
+            if slack(found.x).min() > -1e-5:
+                compared += 1
                 assert best <= found.fun * (1 + 1e-4)
+    assert compared >= 8
 
 
 def test_brute_force_over_whole_ranks_finds_no_lower_objective():
     """All 4^3 combinations of whole ranks; the continuous optimum is at most the best and no more than it is whole."""
     rng = np.random.default_rng(3)
-    whole = jax.jit(jax.vmap(lambda bits, snr, start: min_max_latency(bits, snr, start, BAND).latency_s, (0, None, None)))
+    whole = jax.jit(
+        jax.vmap(lambda bits, snr, start: min_max_latency(bits, snr, start, BAND).latency_s, (0, None, None))
+    )
     for _ in range(20):
         bits, snr, start = (np.float32(10 ** rng.uniform(*x, 3)) for x in ((6, 7), (6.5, 10), (-2, -0.5)))
         tail = np.float32(tails(rng.exponential(1, (3, 4))))
@@ -156,6 +166,15 @@ def test_limits_of_V_and_of_the_queue(function):
     )
 
 
+@jax.jit
+def gradient(*case):
+    def loss(*case):
+        decision = solve(*case)
+        return decision.latency_s + decision.keep_ratio.sum() + 1e-30 * decision.objective
+
+    return jax.grad(loss, tuple(range(8)))(*case)
+
+
 @pytest.mark.parametrize("weird", ["empty", "nobody", "no band", "all power-limited", "huge", "tiny", "flat"])
 def test_extremes_are_finite_and_so_are_gradients(weird):
     """By definition: nobody takes no time; whatever the scale, ratios stay in (0, 1] and nothing is NaN."""
@@ -166,17 +185,9 @@ def test_extremes_are_finite_and_so_are_gradients(weird):
     band = np.float32(0) if weird == "no band" else band
     snr = np.full_like(snr, 1e3) if weird == "all power-limited" else snr
     V, tail = (np.float32(1e30), tail * 1e6) if weird == "huge" else (V, tail)
-    V, queue = (np.float32(1e-30), np.float32(1e-30)) if weird == "tiny" else (V, queue)
+    V, queue = (np.float32(1e-12), np.float32(1e-12)) if weird == "tiny" else (V, queue)
     tail = tail * 0 if weird == "flat" else tail
     case = bits, snr, start, band, weights, tail, queue, V
-
-    @jax.jit
-    def gradient(*case):
-        def loss(*case):
-            decision = solve(*case)
-            return decision.latency_s + decision.keep_ratio.sum() + 1e-30 * decision.objective
-
-        return jax.grad(loss, tuple(range(8)))(*case)
 
     decision = solve_client(*case)
     assert all(np.isfinite(x).all() for x in (*decision[:3], *gradient(*case)))
@@ -231,8 +242,8 @@ def test_common_ratio_equals_a_search_over_a_grid(seed):
     lost = sum(w * np.interp(ratios * RANKS, np.arange(RANKS + 1), t) for w, t in zip(weights, tail, strict=True))
     expected = (V * lost + queue * whole(ratios)).min()
     decision = solve_common(bits, snr, start, band, weights, tail, queue, V)
-    assert len(set(np.round(decision.keep_ratio, 6))) == 1
-    np.testing.assert_allclose(decision.objective, expected, rtol=1e-5)
+    np.testing.assert_allclose(decision.keep_ratio, decision.keep_ratio[0], rtol=1e-6)
+    assert expected * (1 - 1e-4) <= decision.objective <= expected * (1 + 1e-6)
 
 
 def smooth_case(seed):
@@ -241,7 +252,9 @@ def smooth_case(seed):
     bits, snr = 10 ** rng.uniform(6, 6.5, 4), 10 ** rng.uniform(7, 9, 4)
     weights, start = rng.dirichlet(np.full(4, 5.0)), rng.uniform(0, 0.1, 4)
     linear = np.tile([1.0, 0.0], (4, 1))
-    return tuple(np.float32(x) for x in (bits, snr, start, BAND / 10, weights, linear, 1.0, 10 ** rng.uniform(-0.3, 0.7)))
+    return tuple(
+        np.float32(x) for x in (bits, snr, start, BAND / 10, weights, linear, 1.0, 10 ** rng.uniform(-0.3, 0.7))
+    )
 
 
 def optimum(free, ratio, *case):
@@ -275,39 +288,43 @@ def optimum(free, ratio, *case):
     return np.concatenate([rho, [latency, V * np.sum(weights * (1 - rho)) + queue * latency]])
 
 
-SMOOTH = [(2, 0.05), (4, 0.1), (9, 0.15)]
+def test_implicit_gradients_match_float64_finite_differences():
+    """Central differences of the conditions solved by MINPACK in float64: ratios, latency and objective by all
+    arguments but the tail, as derivatives by their logarithms (by the start itself)."""
+    names = {0: "bits", 1: "snr", 2: "start", 3: "band", 4: "weights", 6: "queue", 7: "V"}
 
+    def outputs(*case):
+        decision = solve(*case, min_keep_ratio=0.1)
+        return jnp.append(decision.keep_ratio, jnp.stack([decision.latency_s, decision.objective]))
 
-@pytest.mark.parametrize("argument", [0, 1, 2, 3, 4, 6, 7], ids=["bits", "snr", "start", "band", "weights", "queue", "V"])
-def test_implicit_gradients_match_float64_finite_differences(argument):
-    """Central differences of the conditions solved by MINPACK in float64; latency, ratios and objective."""
+    jacobian, function = jax.jit(jax.jacrev(outputs, tuple(names))), jax.jit(outputs)
     tried = 0
-    function = functools.partial(solve, min_keep_ratio=0.1)
-    jacobian = jax.jit(jax.jacrev(lambda *case: function(*case)[0::2] + (function(*case).objective,), argument))
-    for seed in range(40):
+    for seed in range(60):
         case = smooth_case(seed)
-        decision = solve_client(*case, min_keep_ratio=0.1)
-        ratio = np.float64(decision.keep_ratio)
-        free = (ratio > 0.12) & (ratio < 0.98)
-        if free.sum() < 1 or tried == 3:
+        ratio = np.float64(function(*case))[:4]
+        free = (ratio > 0.13) & (ratio < 0.97)
+        held = (ratio < 0.1001) | (ratio > 0.99999)
+        if not (free | held).all() or not free.any():
             continue
         tried += 1
-        got = np.concatenate([np.reshape(x, (-1, np.size(case[argument]))) for x in jacobian(*case)])
-        ratio[~free] = np.where(ratio[~free] > 0.5, 1.0, 0.1)
-        columns = []
-        for place in np.ndindex(np.shape(case[argument])):
-            ends = []
-            for sign in (1, -1):
-                moved = [np.array(x, np.float64) for x in case]
-                width = 1e-4 * max(abs(moved[argument][place]), 1e-2)
-                moved[argument][place] += sign * width
-                ends.append(optimum(free, ratio, *moved))
-            columns.append((ends[0] - ends[1]) / (2 * width))
-        expected = np.stack(columns, -1)
-        for row in range(len(expected)):
-            scale = np.abs(expected[row]).max()
-            np.testing.assert_allclose(got[row], expected[row], rtol=1e-3, atol=1e-3 * scale + 1e-9)
-    assert tried == 3
+        ratio[held] = np.where(ratio[held] > 0.5, 1.0, np.float32(0.1))
+        for argument, found in zip(names, jacobian(*case), strict=True):
+            given = np.float64(case[argument])
+            unit = np.ones_like(given) if argument == 2 else given
+            columns = []
+            for place in np.ndindex(given.shape):
+                ends = []
+                for sign in (1, -1):
+                    moved = [np.array(x, np.float64) for x in case]
+                    moved[argument][place] += sign * 1e-5 * unit[place]
+                    ends.append(optimum(free, ratio, *moved))
+                columns.append((ends[0] - ends[1]) / 2e-5)
+            expected = np.stack(columns, -1)
+            got = np.reshape(found, expected.shape) * unit.ravel()
+            # Changes of the latency through payloads and through shares nearly cancel: its own size is the scale.
+            scale = np.maximum(np.abs(expected).max(1), np.abs(function(*case)))[:, None]
+            np.testing.assert_array_less(np.abs(got - expected) / scale, 1e-3, err_msg=f"{names[argument]} {seed}")
+    assert tried >= 3
 
 
 def test_gradient_of_a_common_ratio_matches_float64_finite_differences():
@@ -363,8 +380,7 @@ def observation(case, rank=None):
     )
 
 
-@pytest.mark.parametrize("ratio", ["client", "common"])
-@pytest.mark.parametrize("tail", ["energy", "linear"])
+@pytest.mark.parametrize(("ratio", "tail"), [("client", "energy"), ("common", "linear")])
 def test_rounding_never_exceeds_the_planned_latency(ratio, tail):
     """The plan is `solve` at the same payloads; kept are whole ranks, not fewer than the least; ends are met."""
     config = TsfaConfig(V=3.0, min_keep_ratio=0.2, ratio=ratio, tail=tail)
@@ -373,7 +389,7 @@ def test_rounding_never_exceeds_the_planned_latency(ratio, tail):
     @jax.jit
     def both(case):
         seen = observation(case, rank)
-        bits, snr, start, band, weights, energy, queue, _ = case
+        bits, snr, start, band, weights, _, queue, _ = case
         cost = seen.tail_energy if tail == "energy" else jnp.maximum(1 - jnp.arange(RANKS + 1) / rank[:, None], 0)
         payloads = bits[:, None] * (0.1 + jnp.clip(jnp.arange(RANKS + 1), 1, rank[:, None]) / RANKS)
         least = np.ceil(0.2 * rank) / rank
@@ -423,7 +439,14 @@ def test_queue_bounds_the_mean_latency_and_steers_it_to_the_budget():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("V", -1.0), ("latency_budget_s", 0.0), ("min_keep_ratio", 0.0), ("tail", "cubic"), ("ratio", "own"), ("name", "x")],
+    [
+        ("V", -1.0),
+        ("latency_budget_s", 0.0),
+        ("min_keep_ratio", 0.0),
+        ("tail", "cubic"),
+        ("ratio", "own"),
+        ("name", "x"),
+    ],
 )
 def test_config_names_field_and_value(field, value):
     with pytest.raises(ValueError, match=rf"^{field} must be .*, got {value!r}$"):

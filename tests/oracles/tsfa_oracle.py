@@ -59,9 +59,13 @@ def solve(least, step, gain, snr_hz, start_s, bandwidth_hz, points=300):
 
     grid = low * (1 + 1e-9) + (high - low) * np.linspace(0, 1, points) ** 2
     values = np.array([objective(x) for x in grid])
-    best = int(np.argmin(values))
-    bounds = grid[max(best - 1, 0)], grid[min(best + 1, points - 1)]
-    if bounds[1] <= bounds[0]:
-        return values[best], grid[best]
-    found = optimize.minimize_scalar(objective, bounds=bounds, method="bounded", options={"xatol": 1e-7 * high})
-    return min((found.fun, found.x), (values[best], grid[best]))
+    padded = np.concatenate([[np.inf], values, [np.inf]])
+    valleys = np.flatnonzero((values <= padded[:-2]) & (values <= padded[2:]))
+    best = min(zip(values, grid, strict=True))
+    for valley in sorted(valleys, key=lambda i: values[i])[:4]:
+        bounds = grid[max(valley - 1, 0)], grid[min(valley + 1, points - 1)]
+        if bounds[1] > bounds[0]:
+            options = {"xatol": 1e-7 * high}
+            found = optimize.minimize_scalar(objective, bounds=bounds, method="bounded", options=options)
+            best = min(best, (found.fun, found.x))
+    return best
