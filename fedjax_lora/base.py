@@ -266,6 +266,7 @@ class Observation(NamedTuple):
     start_s: `[C]` seconds at which a client can begin its upload (downlink and compute).
     weights: `[C]` aggregation weights; 0 marks an absent client.
     tail_energy: `[C, R + 1]` of `Sparsifier.tail_energy`.
+    rank: `[C]` structural ranks.
     payload_bits: `[C] keep ratios -> [C]` bits.
     bandwidth_hz: scalar, the band to share.
     queue_s: scalar, virtual queue of the latency constraint.
@@ -276,6 +277,7 @@ class Observation(NamedTuple):
     start_s: Array
     weights: Array
     tail_energy: Array
+    rank: Array
     payload_bits: Callable[[Array], Array]
     bandwidth_hz: Array
     queue_s: Array
@@ -287,10 +289,14 @@ class Decision(NamedTuple):
 
     keep_ratio: `[C]` in (0, 1].
     bandwidth_hz: `[C]`, sums to no more than the band; 0 for an absent client.
+    latency_s: scalar, when the last of those who can send ends, as planned; NaN where the controller plans none.
+    objective: scalar, what the controller minimises; NaN where it minimises nothing.
     """
 
     keep_ratio: Array
     bandwidth_hz: Array
+    latency_s: Array | float = float("nan")
+    objective: Array | float = float("nan")
 
 
 class Controller(NamedTuple):

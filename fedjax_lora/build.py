@@ -22,7 +22,7 @@ from fedjax_lora.base import (
     Sparsifier,
 )
 from fedjax_lora.config import ConfigError, ExperimentConfig
-from fedjax_lora.control import baselines
+from fedjax_lora.control import baselines, budgeted, tsfa_online
 from fedjax_lora.data import sources
 from fedjax_lora.data.batches import federated_dataset
 from fedjax_lora.data.partition import partition
@@ -72,6 +72,9 @@ CONTROLLERS: dict[str, Callable[[Any], Controller]] = {
     "ideal": baselines.ideal,
     "uniform": baselines.uniform,
     "fixed": baselines.fixed,
+    "tsfa": tsfa_online.make,
+    "greedy": budgeted.greedy,
+    "proportional": budgeted.proportional,
 }
 CLIENT_WEIGHTS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "examples": lambda count: count.astype(jnp.float32),

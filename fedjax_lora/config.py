@@ -30,6 +30,8 @@ from fedjax_lora.aggregation.lora_fair import LoraFairConfig
 from fedjax_lora.aggregation.rolora import RoLoraConfig
 from fedjax_lora.compatibility import check
 from fedjax_lora.control.baselines import FixedConfig, IdealConfig, UniformConfig
+from fedjax_lora.control.budgeted import GreedyConfig, ProportionalConfig
+from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.data.partition import ClientsConfig
 from fedjax_lora.data.sources import DataConfig
 from fedjax_lora.lora.adapters import LoraConfig
@@ -74,7 +76,7 @@ AggregationConfig = (
     | LoraFairConfig
 )
 DriftConfig = NoDriftConfig | FedProxConfig | ScaffoldConfig
-ControlConfig = IdealConfig | UniformConfig | FixedConfig
+ControlConfig = IdealConfig | UniformConfig | FixedConfig | TsfaConfig | GreedyConfig | ProportionalConfig
 
 VARIANTS: dict[str, dict[str, type]] = {
     "sparsifier": {
@@ -99,7 +101,14 @@ VARIANTS: dict[str, dict[str, type]] = {
         "lora_fair": LoraFairConfig,
     },
     "drift": {"none": NoDriftConfig, "fedprox": FedProxConfig, "scaffold": ScaffoldConfig},
-    "control": {"fixed": FixedConfig, "uniform": UniformConfig, "ideal": IdealConfig},
+    "control": {
+        "fixed": FixedConfig,
+        "uniform": UniformConfig,
+        "ideal": IdealConfig,
+        "tsfa": TsfaConfig,
+        "greedy": GreedyConfig,
+        "proportional": ProportionalConfig,
+    },
 }
 """Section -> `name` -> its configuration; the first is the default, also where a section leaves `name` out."""
 

@@ -64,7 +64,7 @@ MISTAKES = {
         "sparsifier: {name: soft_rotate}",
         ["sparsifier.name ", "'soft_rotate'", "dense", "mean soft_rotated?"],
     ),
-    "variant of no name": ("control: {name: [2]}", ["control.name ", "[2]", "one of fixed, uniform, ideal"]),
+    "variant of no name": ("control: {name: [2]}", ["control.name ", "[2]", "one of fixed, uniform, ideal, tsfa"]),
     "out of range": ("rounds: 0", ["rounds ", "0", "at least 1"]),
     "out of range, nested": (
         "local: {optimizer: {learning_rate: -1.0}}",

@@ -116,6 +116,7 @@ def make_round(parts: Parts) -> RoundFn:
                 start_s=start_s,
                 weights=normalised(client_weight * active),
                 tail_energy=tail_energy,
+                rank=own.rank,
                 payload_bits=lambda ratio: jax.vmap(sparsifier.payload_bits, (0, CLIENT_SCOPE))(ratio, scope),
                 bandwidth_hz=jnp.float32(link.bandwidth_hz),
                 queue_s=state.queue_s,

@@ -25,6 +25,7 @@ def decide(name, keep_ratio=0.25, weights=(0.3, 0.1, 0.2, 0.1, 0.3), snr_hz=SNR_
         start_s=start_s,
         weights=jnp.array(weights),
         tail_energy=jnp.zeros((5, 3)),
+        rank=jnp.full(5, 2.0),
         payload_bits=lambda keep_ratio: keep_ratio * FULL_BITS,
         bandwidth_hz=jnp.float32(2e6),
         queue_s=jnp.float32(0),

@@ -1,0 +1,49 @@
+"""What the controllers that choose the keep ratio share: payloads of whole ranks, shares, and the queue's law."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedjax_lora.base import Observation
+from fedjax_lora.wireless.allocation import Allocation, min_max_latency
+
+
+def payloads(observation: Observation) -> Array:
+    """`[C, R + 1]` bits at 0 ... R whole ranks; beyond a client's own rank it stays, and 0 ranks cost what 1 does."""
+    kept = jnp.clip(jnp.arange(observation.tail_energy.shape[-1])[:, None], 1.0, observation.rank)
+    return jax.vmap(observation.payload_bits)(kept / observation.rank).T
+
+
+def least_rank(min_keep_ratio: float, rank: Array) -> Array:
+    """`[C]` fewest whole ranks that keep the ratio, at least 1."""
+    return jnp.clip(jnp.ceil(min_keep_ratio * rank - 1e-4), 1.0, rank)
+
+
+def at_rank(table: Array, kept: Array) -> Array:
+    """`[C]` entries of `[C, R + 1]` at whole ranks `[C]`."""
+    return jnp.take_along_axis(table, kept.astype(jnp.int32)[:, None], axis=1)[:, 0]
+
+
+def able(observation: Observation) -> Array:
+    """`[C]` who takes part and can be heard at all."""
+    return (observation.weights > 0) & (observation.snr_hz > 0) & (observation.start_s < jnp.inf)
+
+
+def allocate(observation: Observation, bits: Array) -> Allocation:
+    """Shares of least latency for those who take part and can be heard; the others are left out."""
+    heard = able(observation)
+    snr_hz, start_s = observation.snr_hz, observation.start_s
+    return min_max_latency(
+        jnp.where(heard & (bits < 1e15 * snr_hz), bits, 0.0), snr_hz, start_s, observation.bandwidth_hz
+    )
+
+
+def queue_law(latency_budget_s: float) -> Callable[[Array, Array], Array]:
+    """`Q <- max(Q + latency - budget, 0)`: the mean latency exceeds the budget by at most `(Q_T - Q_0) / T`."""
+
+    def update_queue(queue_s: Array, latency_s: Array) -> Array:
+        return jnp.maximum(queue_s + latency_s - latency_budget_s, 0.0)
+
+    return update_queue

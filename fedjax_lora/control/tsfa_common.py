@@ -1,0 +1,77 @@
+"""TSFA online with one keep ratio for all: a search over that ratio, with the gradient of its optimum."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from fedjax_lora.control.tsfa_solver import Offer, objective
+
+_HALVINGS = 22
+_KINK = 1e-2  # of the slopes' scale: a slope this far from 0 changes its sign by a jump
+
+
+@jax.custom_jvp
+def common_share(offer: Offer, begin: Array, length: Array, rank: Array) -> Array:
+    """`[K, S]` share of each step that is sent where all clients keep the same ratio, each at least its least.
+
+    The best of the whole ranks and then the best ratio next to it, by the sign of the slope. Where all clients start
+    together the objective is convex in the ratio, and this is its minimum.
+
+    Args:
+      offer: what could be sent.
+      begin: `[K, S]` rank at which a step begins.
+      length: `[K, S]` length of a step in ranks.
+      rank: `[K]` ranks at ratio 1.
+    """
+    return _share(_best_ratio(offer, begin, length, rank), begin, length, rank)
+
+
+def _share(ratio: Array, begin: Array, length: Array, rank: Array) -> Array:
+    reached = (ratio * rank)[:, None] - begin
+    return jnp.clip(jnp.where(length > 0, reached / jnp.where(length > 0, length, 1.0), 1.0), 0.0, 1.0)
+
+
+def _slope(ratio: Array, offer: Offer, begin: Array, length: Array, rank: Array) -> Array:
+    """Derivative of the objective by the ratio."""
+
+    def at(ratio: Array) -> Array:
+        return objective(offer, _share(ratio, begin, length, rank))
+
+    return jax.jvp(at, (ratio,), (jnp.ones_like(ratio),))[1]
+
+
+def _best_ratio(offer: Offer, begin: Array, length: Array, rank: Array) -> Array:
+    num_steps = length.shape[-1]
+    lowest = jnp.min(begin[:, 0] / rank, initial=1.0)
+    grid = jnp.clip(jnp.arange(num_steps + 1) / jnp.max(rank, initial=1.0), lowest, 1.0)
+    values = jax.vmap(lambda ratio: objective(offer, _share(ratio, begin, length, rank)))(grid)
+    # Of equals the last: what costs nothing is kept.
+    best = num_steps - jnp.argmin(values[::-1])
+    whole = grid[best]
+
+    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bracket
+        middle = 0.5 * (low + high)
+        rises = _slope(middle, offer, begin, length, rank) > 0
+        return jnp.where(rises, low, middle), jnp.where(rises, middle, high)
+
+    below, above = grid[jnp.maximum(best - 1, 0)], grid[jnp.minimum(best + 1, num_steps)]
+    falls = _slope(whole * (1 - 1e-5), offer, begin, length, rank) > 0
+    rises = _slope(whole * (1 + 1e-5), offer, begin, length, rank) >= 0
+    bracket = jnp.where(falls, below, whole), jnp.where(falls | rises, whole, above)
+    return lax.fori_loop(0, _HALVINGS, halve, bracket)[1]
+
+
+@common_share.defjvp
+def _common_share_jvp(
+    primals: tuple[Offer, Array, Array, Array], tangents: tuple[Offer, Array, Array, Array]
+) -> tuple[Array, Array]:
+    """Implicit in `slope = 0`; no change where the optimum sits on a kink or a bound. Ranks are taken as constants."""
+    offer, *ranks = primals
+    ratio = _best_ratio(offer, *ranks)
+    share, by_ratio = jax.jvp(lambda ratio: _share(ratio, *ranks), (ratio,), (jnp.ones_like(ratio),))
+    slope, d_slope = jax.jvp(lambda offer: _slope(ratio, offer, *ranks), (offer,), (tangents[0],))
+    curvature = jax.jvp(lambda ratio: _slope(ratio, offer, *ranks), (ratio,), (jnp.ones_like(ratio),))[1]
+    smooth = (jnp.abs(slope) < _KINK * jnp.sum(by_ratio * offer.step_bits * offer.worth)) & (curvature > 0)
+    d_ratio = jnp.where(smooth, -d_slope / jnp.where(smooth, curvature, 1.0), 0.0)
+    return share, by_ratio * d_ratio

@@ -1,0 +1,204 @@
+"""TSFA online: keep ratio and bandwidth of every round, under a long-term latency constraint.
+
+Lyapunov optimisation as in B. Kim, W. Choi, "Two-Stage Wireless Federated LoRA Fine-Tuning with Sparsified Orthogonal
+Updates", arXiv 2505.00333; the exact terms of the objective and the solver are our own. See docs/tsfa.md.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar, Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from fedjax_lora.base import Controller, Decision, Observation
+from fedjax_lora.control import planning
+from fedjax_lora.control.tsfa_common import common_share
+from fedjax_lora.control.tsfa_solver import MOST_WORTH, Offer, sent_share
+from fedjax_lora.wireless.allocation import min_max_latency
+
+Tail = Literal["energy", "linear"]
+Ratio = Literal["client", "common"]
+
+_NEVER_S = 1e15  # as `min_max_latency` has it
+_ROUNDING = 1e-5  # so that float32's k - 1e-6 ranks are k
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TsfaConfig:
+    """TSFA online; defaults and options are our choice.
+
+    V: weight of what is not sent against the queue, in s^2 over the unit of the tail. Larger: better updates, a
+      longer queue.
+    latency_budget_s: what the latency of a round may be on average over the run.
+    min_keep_ratio: the least that a client keeps, rounded up to whole ranks.
+    tail: the cost of a keep ratio: the client's tail `energy`, or `linear`, 1 - ratio.
+    ratio: each `client`'s own, or a `common` one.
+    """
+
+    keep_ratio: ClassVar[float] = 1.0
+    name: Literal["tsfa"] = "tsfa"
+    V: float = 10.0
+    latency_budget_s: float = 2.0
+    min_keep_ratio: float = 0.1
+    tail: Tail = "energy"
+    ratio: Ratio = "client"
+
+    def __post_init__(self):
+        if self.name != "tsfa":
+            raise ValueError(f"name must be tsfa, got {self.name!r}")
+        if not 0 <= self.V < math.inf:
+            raise ValueError(f"V must be at least 0 and finite, got {self.V!r}")
+        if not 0 < self.latency_budget_s < math.inf:
+            raise ValueError(f"latency_budget_s must be positive and finite, got {self.latency_budget_s!r}")
+        if not 0 < self.min_keep_ratio <= 1:
+            raise ValueError(f"min_keep_ratio must be in (0, 1], got {self.min_keep_ratio!r}")
+        for field, allowed in (("tail", ("energy", "linear")), ("ratio", ("client", "common"))):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
+
+
+def solve(
+    bits_full: ArrayLike,
+    snr_hz: ArrayLike,
+    start_s: ArrayLike,
+    bandwidth_hz: ArrayLike,
+    weights: ArrayLike,
+    tail_energy: ArrayLike,
+    queue: ArrayLike,
+    V: ArrayLike,
+    *,
+    min_keep_ratio: ArrayLike | None = None,
+    rank: ArrayLike | None = None,
+    ratio: Ratio = "client",
+) -> Decision:
+    """Minimise `V sum_k weights_k tail_k(rho_k) + queue tau` over keep ratios rho, shares b and latency tau.
+
+    Subject to `sum_k b_k <= bandwidth_hz` and `start_k + bits_k(rho_k) / r(b_k) <= tau`. Tail and bits are linear
+    between whole ranks. A client of weight 0, without bits, or that cannot send at all is left out: it keeps
+    everything, costs nothing and gets no band. With queue 0 everything is kept.
+
+    The tail should be convex in the bits, as sums of sorted energies are: where a rank is worth more a bit than one
+    before it, it counts as the earlier one. The ratios have implicit gradients; a ratio of whole ranks stays there.
+
+    Args:
+      bits_full: `[K]` payload at ratio 1, in proportion to the ratio; or `[K, R + 1]`, the payloads of 0 ... R whole
+        ranks, non-decreasing.
+      snr_hz: `[K]` received power over noise density p·g/N0, Hz.
+      start_s: `[K]` when a client can begin, s.
+      bandwidth_hz: scalar, the band, Hz.
+      weights: `[K]` of the clients, >= 0.
+      tail_energy: `[K, R + 1]` cost of keeping 0 ... R ranks, non-increasing. `[[1, 0]]` for each is `1 - rho`.
+      queue: scalar, virtual queue of the latency, s.
+      V: scalar, weight of the first term.
+      min_keep_ratio: scalar or `[K]`, > 0, the least ratio; None is one rank.
+      rank: scalar or `[K]`, how many ranks ratio 1 stands for; None is R. Table entries beyond it are ignored.
+      ratio: each `client`'s own, or a `common` one; the latter by a search that is local unless the starts are equal.
+
+    Returns:
+      Keep ratios, shares, the latency of those that can send, and the objective.
+
+    Raises:
+      ValueError: if the shapes do not fit.
+    """
+    bits_full, snr_hz, start_s, bandwidth_hz, weights, tail_energy, queue, V = (
+        jnp.asarray(x, jnp.float32) for x in (bits_full, snr_hz, start_s, bandwidth_hz, weights, tail_energy, queue, V)
+    )
+    clients, max_rank = bits_full.shape[:1], tail_energy.shape[-1] - 1
+    if not clients == snr_hz.shape == start_s.shape == weights.shape == tail_energy.shape[:-1] or max_rank < 1:
+        shapes = [x.shape for x in (bits_full, snr_hz, start_s, weights, tail_energy)]
+        raise ValueError(f"bits_full, snr_hz, start_s and weights must be [K] and tail_energy [K, R + 1], got {shapes}")
+    rank = jnp.broadcast_to(jnp.asarray(max_rank if rank is None else rank, jnp.float32), clients)
+    if bits_full.ndim == 1:
+        bits_full = bits_full[:, None] * jnp.minimum(jnp.arange(max_rank + 1) / rank[:, None], 1.0)
+    least = jnp.clip(1.0 if min_keep_ratio is None else min_keep_ratio * rank, 0.0, rank)
+    steps = _steps(bits_full, weights[:, None] * tail_energy, least, rank)
+
+    total_bits = steps.least_bits + steps.bits.sum(-1)
+    able = (total_bits > 0) & (total_bits < _NEVER_S * snr_hz) & (start_s < _NEVER_S)
+    able &= (weights > 0) & (bandwidth_hz > 0)
+    per_bit = V * steps.cost / jnp.where(steps.bits > 0, steps.bits, 1.0) / jnp.where(queue > 0, queue, 1.0)
+    worth = jnp.where((steps.bits > 0) & (queue > 0), jnp.minimum(per_bit, MOST_WORTH), MOST_WORTH)
+    offer = Offer(
+        least_bits=jnp.where(able, steps.least_bits, 0.0),
+        step_bits=jnp.where(able[:, None], steps.bits, 0.0),
+        worth=lax.cummin(worth, axis=1),
+        snr_hz=jnp.where(able, snr_hz, 1.0),
+        start_s=jnp.where(able, start_s, 0.0),
+        bandwidth_hz=jnp.where(bandwidth_hz > 0, bandwidth_hz, 1.0),
+    )
+    share = sent_share(offer) if ratio == "client" else common_share(offer, steps.begin, steps.length, rank)
+    sent_bits = offer.least_bits + jnp.sum(share * offer.step_bits, -1)
+    allocation = min_max_latency(sent_bits, offer.snr_hz, offer.start_s, offer.bandwidth_hz)
+    left_out = steps.last_cost + jnp.sum((1.0 - share) * steps.cost, -1)
+    return Decision(
+        keep_ratio=jnp.where(able, jnp.minimum((least + jnp.sum(share * steps.length, -1)) / rank, 1.0), 1.0),
+        bandwidth_hz=allocation.bandwidth_hz,
+        latency_s=allocation.latency_s,
+        objective=V * jnp.sum(jnp.where(able, left_out, 0.0)) + queue * allocation.latency_s,
+    )
+
+
+class _Steps(NamedTuple):
+    """From the least ratio up, rank by rank: `[K, R]` where a step begins, its length, bits and the cost it saves."""
+
+    begin: Array
+    length: Array
+    bits: Array
+    cost: Array
+    least_bits: Array
+    last_cost: Array
+
+
+def _steps(bits: Array, cost: Array, least: Array, rank: Array) -> _Steps:
+    """Payloads and costs `[K, R + 1]` of whole ranks, cut to what lies between `least` and `rank`."""
+    ends = jnp.arange(1, bits.shape[-1])
+    more_bits, less_cost = (jnp.maximum(jnp.diff(x), 0.0) for x in (bits, -cost))
+    begin = jnp.maximum(ends - 1, least[:, None])
+    length = jnp.clip(jnp.minimum(ends, rank[:, None]) - begin, 0.0, 1.0)
+    skipped = jnp.clip(least[:, None] - (ends - 1), 0.0, 1.0)
+    beyond = jnp.clip(ends - rank[:, None], 0.0, 1.0)
+    return _Steps(
+        begin=begin,
+        length=length,
+        bits=length * more_bits,
+        cost=length * less_cost,
+        least_bits=bits[:, 0] + jnp.sum(skipped * more_bits, -1),
+        last_cost=cost[:, -1] + jnp.sum(beyond * less_cost, -1),
+    )
+
+
+def make(config: TsfaConfig) -> Controller:
+    """Solves, rounds ratios down to whole ranks, and shares the band anew: the latency never exceeds the plan's.
+
+    Latency and objective of its decisions are those after rounding.
+    """
+
+    def decide(observation: Observation) -> Decision:
+        rank = observation.rank
+        bits, tail = planning.payloads(observation), observation.tail_energy
+        if config.tail == "linear":
+            tail = jnp.maximum(1.0 - jnp.arange(tail.shape[-1]) / rank[:, None], 0.0)
+        least = planning.least_rank(config.min_keep_ratio, rank)
+        weights, queue = observation.weights, observation.queue_s
+        planned = solve(
+            bits,
+            observation.snr_hz,
+            observation.start_s,
+            observation.bandwidth_hz,
+            weights,
+            tail,
+            queue,
+            config.V,
+            min_keep_ratio=least / rank,
+            rank=rank,
+            ratio=config.ratio,
+        )
+        kept = jnp.clip(jnp.floor(planned.keep_ratio * rank + _ROUNDING), least, rank)
+        allocation = planning.allocate(observation, planning.at_rank(bits, kept))
+        cost = weights * planning.at_rank(tail, kept)
+        objective = config.V * cost.sum() + queue * allocation.latency_s
+        return Decision(kept / rank, allocation.bandwidth_hz, allocation.latency_s, objective)
+
+    return Controller(decide=decide, update_queue=planning.queue_law(config.latency_budget_s))

@@ -1,0 +1,459 @@
+"""TSFA online against a knapsack of slivers, SLSQP, brute force over whole ranks, float64 differences and its laws."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import optimize
+
+from fedjax_lora.base import Hyper, Observation
+from fedjax_lora.control import TsfaConfig, tsfa_online
+from fedjax_lora.control.tsfa_online import solve
+from fedjax_lora.wireless import min_max_latency, uplink_rate
+from oracles import tsfa_oracle, wireless_oracle
+
+CLIENTS, RANKS = 6, 8
+BAND = 2e7
+solve_client = jax.jit(solve)
+solve_common = jax.jit(functools.partial(solve, ratio="common"))
+
+
+def tails(energies):
+    """Tail energies `[K, R + 1]` of energies `[K, R]`, sorted."""
+    ordered = np.sort(energies, -1)
+    return np.concatenate([np.cumsum(ordered, -1)[:, ::-1], np.zeros((len(energies), 1))], -1)
+
+
+def random_case(seed, left_out=True):
+    """A cohort of six: payloads over two decades, gains over five (some at their ceiling), late starts, and V over
+    five decades; in most, some clients are absent, have nothing to send, or cannot be heard."""
+    rng = np.random.default_rng(seed)
+    bits, snr = 10 ** rng.uniform(5, 7, CLIENTS), 10 ** rng.uniform(5.5, 11, CLIENTS)
+    start = rng.uniform(0, 10 ** rng.uniform(-1, 0.5), CLIENTS)
+    weights = rng.dirichlet(np.ones(CLIENTS))
+    if left_out:
+        for column in (bits, snr, weights):
+            column[rng.random(CLIENTS) < 0.1] = 0.0
+    energies = rng.exponential(1, (CLIENTS, RANKS)) ** rng.uniform(0.3, 3)
+    queue, V = 10 ** rng.uniform(-1, 1), 10 ** rng.uniform(-2, 3)
+    args = bits, snr, start, BAND, weights, tails(energies), queue, V
+    return tuple(np.float32(x) for x in args)
+
+
+def able(case):
+    bits, snr, _, _, weights, *_ = case
+    return (bits > 0) & (snr > 0) & (weights > 0)
+
+
+def steps(case, least=1):
+    """What the oracle takes, of those who can send: seconds of latency are the unit."""
+    bits, snr, start, _, weights, tail, queue, V = (np.float64(x) for x in case)
+    who = able(case)
+    step = np.repeat(bits[:, None] / RANKS, RANKS - least, 1)
+    gain = V / queue * weights[:, None] * -np.diff(tail)[:, least:]
+    return bits[who] * least / RANKS, step[who], gain[who], snr[who], start[who], BAND
+
+
+def check_feasible(case, decision):
+    """In float64 at the float32 answer: shares within the band, ends within the latency, ratios within bounds."""
+    bits, snr, start = (np.float64(x) for x in case[:3])
+    shares, ratios = np.float64(decision.bandwidth_hz), np.float64(decision.keep_ratio)
+    who = able(case)
+    assert np.isfinite(np.concatenate([x.ravel() for x in map(np.asarray, decision)])).all()
+    assert shares.sum() <= BAND * (1 + 1e-6)
+    np.testing.assert_array_equal(shares[~who], 0)
+    assert (ratios > 0).all() and (ratios <= 1).all()
+    ends = start[who] + ratios[who] * bits[who] / wireless_oracle.rate(shares[who], snr[who])
+    assert (ends <= float(decision.latency_s) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_the_knapsack_of_slivers_finds_no_lower_objective(first):
+    """tsfa_oracle in float64 on 200 cohorts of up to six: at the answer's latency its objective is the answer's, and
+    over all latencies none is lower by 1e-4; every answer is feasible."""
+    for seed in range(first, first + 50):
+        case = random_case(seed)
+        decision = solve_client(*case)
+        check_feasible(case, decision)
+        if able(case).any():
+            least, step, gain, *radio = steps(case)
+            latency = float(decision.latency_s) * (1 + 2e-6)
+            same = latency + gain.sum() - tsfa_oracle.spend(latency, least, step, gain, *radio)
+            found = float(decision.objective / case[6])
+            np.testing.assert_allclose(found, same, rtol=1e-4, err_msg=str(seed))
+            assert found <= tsfa_oracle.solve(least, step, gain, *radio)[0] * (1 + 1e-4), seed
+
+
+def test_slsqp_finds_no_lower_objective():
+    """SLSQP over step shares, band and latency at once, from the answer and from the equal split."""
+    compared = 0
+    for seed in range(12):
+        case = random_case(seed, left_out=False)
+        least, step, gain, snr, start, band = steps(case)
+        decision, (count, depth) = solve_client(*case), step.shape
+
+        def parts(x, count=count, depth=depth):
+            return x[: count * depth].reshape(count, depth), x[count * depth : -1] * BAND, x[-1]
+
+        def slack(x, least=least, step=step, snr=snr, start=start, parts=parts):
+            sent, share, latency = parts(x)
+            return latency - start - (least + (sent * step).sum(1)) / wireless_oracle.rate(share, snr)
+
+        def cost(x, gain=gain, parts=parts):
+            return parts(x)[2] + np.sum((1 - parts(x)[0]) * gain)
+
+        best = float(decision.objective / case[6])
+        equal = np.max(start + (least + step.sum(1)) / wireless_oracle.rate(band / count, snr))
+        ranks = np.clip(np.float64(decision.keep_ratio)[:, None] * RANKS - np.arange(1, RANKS), 0, 1)
+        share = np.maximum(np.float64(decision.bandwidth_hz) / band, 1e-4)
+        for origin in (
+            np.concatenate([ranks.ravel(), share, [float(decision.latency_s) * 1.001]]),
+            np.concatenate([np.ones(step.size), np.full(count, 1 / count), [equal]]),
+        ):
+            found = optimize.minimize(
+                cost,
+                origin,
+                method="SLSQP",
+                bounds=[(0, 1)] * step.size + [(1e-5, 1)] * count + [(0, None)],
+                constraints=[
+                    {"type": "ineq", "fun": slack},
+                    {"type": "ineq", "fun": lambda x, parts=parts: 1 - parts(x)[1].sum() / BAND},
+                ],
+                options={"ftol": 1e-9, "maxiter": 200},
+            )
+            if slack(found.x).min() > -1e-5:
+                compared += 1
+                assert best <= found.fun * (1 + 1e-4)
+    assert compared >= 8
+
+
+def test_brute_force_over_whole_ranks_finds_no_lower_objective():
+    """All 4^3 combinations of whole ranks; the continuous optimum is at most the best and no more than it is whole."""
+    rng = np.random.default_rng(3)
+    whole = jax.jit(
+        jax.vmap(lambda bits, snr, start: min_max_latency(bits, snr, start, BAND).latency_s, (0, None, None))
+    )
+    for _ in range(20):
+        bits, snr, start = (np.float32(10 ** rng.uniform(*x, 3)) for x in ((6, 7), (6.5, 10), (-2, -0.5)))
+        tail = np.float32(tails(rng.exponential(1, (3, 4))))
+        V = np.float32(10 ** rng.uniform(-2, 1))
+        kept = np.array(list(itertools.product(range(1, 5), repeat=3)))
+        latency = whole(np.float32(kept / 4 * bits), snr, start)
+        cost = V / 3 * tail[np.arange(3), kept].sum(1) + latency
+        decision = solve_client(bits, snr, start, BAND, np.full(3, 1 / 3), tail, 1.0, V)
+        assert decision.objective <= cost.min() * (1 + 1e-5)
+        if np.abs(decision.keep_ratio * 4 - np.round(decision.keep_ratio * 4)).max() < 1e-5:
+            np.testing.assert_allclose(decision.objective, cost.min(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("function", [solve_client, solve_common], ids=["client", "common"])
+def test_limits_of_V_and_of_the_queue(function):
+    """Without a queue or with a large V all is sent in least time; with V = 0 the least is."""
+    bits, snr, start, band, weights, tail, *_ = random_case(1, left_out=False)
+    everything = min_max_latency(bits, snr, start, band)
+    for queue, V in ((0.0, 1.0), (0.0, 0.0), (1.0, 1e12)):
+        decision = function(bits, snr, start, band, weights, tail, queue, V)
+        np.testing.assert_allclose(decision.keep_ratio, 1, rtol=1e-6)
+        np.testing.assert_allclose(decision.latency_s, everything.latency_s, rtol=1e-6)
+        np.testing.assert_allclose(decision.objective, queue * everything.latency_s, rtol=1e-6)
+    decision = function(bits, snr, start, band, weights, tail, 1.0, 0.0, min_keep_ratio=0.3)
+    np.testing.assert_allclose(decision.keep_ratio, 0.3, rtol=1e-6)
+    np.testing.assert_allclose(
+        decision.latency_s, min_max_latency(np.float32(0.3) * bits, snr, start, band).latency_s, rtol=1e-6
+    )
+
+
+@jax.jit
+def gradient(*case):
+    def loss(*case):
+        decision = solve(*case)
+        return decision.latency_s + decision.keep_ratio.sum() + 1e-30 * decision.objective
+
+    return jax.grad(loss, tuple(range(8)))(*case)
+
+
+@pytest.mark.parametrize("weird", ["empty", "nobody", "no band", "all power-limited", "huge", "tiny", "flat"])
+def test_extremes_are_finite_and_so_are_gradients(weird):
+    """By definition: nobody takes no time; whatever the scale, ratios stay in (0, 1] and nothing is NaN."""
+    bits, snr, start, band, weights, tail, queue, V = random_case(2)
+    if weird == "empty":
+        bits, snr, start, weights, tail = bits[:0], snr[:0], start[:0], weights[:0], tail[:0]
+    weights = weights * 0 if weird == "nobody" else weights
+    band = np.float32(0) if weird == "no band" else band
+    snr = np.full_like(snr, 1e3) if weird == "all power-limited" else snr
+    V, tail = (np.float32(1e30), tail * 1e6) if weird == "huge" else (V, tail)
+    V, queue = (np.float32(1e-12), np.float32(1e-12)) if weird == "tiny" else (V, queue)
+    tail = tail * 0 if weird == "flat" else tail
+    case = bits, snr, start, band, weights, tail, queue, V
+
+    decision = solve_client(*case)
+    assert all(np.isfinite(x).all() for x in (*decision[:3], *gradient(*case)))
+    assert ((decision.keep_ratio > 0) & (decision.keep_ratio <= 1)).all()
+    if weird in ("empty", "nobody", "no band"):
+        assert decision.latency_s == 0 and decision.bandwidth_hz.sum() == 0
+
+
+def test_who_is_left_out_changes_nothing():
+    """Invariance: the others decide as in a cohort without them, and they get nothing."""
+    bits, snr, start, band, weights, tail, queue, V = random_case(5, left_out=False)
+    alone = solve_client(bits, snr, start, band, weights, tail, queue, V)
+    padded = [np.append(x, [extra] * 3, 0).astype(np.float32) for x, extra in ((bits, 1e6), (snr, 1e9), (start, 0.5))]
+    padded[0][-1], padded[1][-2] = 0, 0
+    wide = np.append(weights, np.float32([0, 0.2, 0.2]))
+    found = solve_client(*padded, band, wide, np.append(tail, tail[:3], 0), queue, V)
+    np.testing.assert_allclose(found.keep_ratio[:CLIENTS], alone.keep_ratio, atol=1e-3)
+    np.testing.assert_allclose(found.objective, alone.objective, rtol=1e-5)
+    np.testing.assert_array_equal(found.bandwidth_hz[CLIENTS:], 0)
+    np.testing.assert_array_equal(found.keep_ratio[CLIENTS:], 1)
+
+
+def test_vmap_equals_a_loop():
+    cases = [random_case(seed) for seed in range(10, 14)]
+    stacked = [jnp.stack(column) for column in zip(*cases, strict=True)]
+    mapped = jax.jit(jax.vmap(solve))(*stacked)
+    for row, case in enumerate(cases):
+        for many, one in zip(mapped, solve_client(*case), strict=True):
+            np.testing.assert_allclose(many[row], one, rtol=2e-4)
+
+
+def test_common_start_and_ratio_make_the_latency_affine():
+    """tau(rho) = t0 + rho tau_1, so that with a common ratio the optimum of `1 - rho` is at an end."""
+    bits, snr, _, band, weights, *_ = random_case(6, left_out=False)
+    start, linear = np.full(CLIENTS, np.float32(0.4)), np.tile(np.float32([1, 0]), (CLIENTS, 1))
+    full = float(min_max_latency(bits, snr, start, band).latency_s) - 0.4
+    for ratio in (0.1, 0.35, 0.8):
+        decision = solve_common(bits, snr, start, band, weights, linear, 1.0, 0.0, min_keep_ratio=ratio)
+        np.testing.assert_allclose(decision.latency_s, 0.4 + ratio * full, rtol=1e-5)
+    for V, expected in ((0.9 * full, 0.1), (1.1 * full, 1.0)):
+        decision = solve_common(bits, snr, start, band, weights, linear, 1.0, V, min_keep_ratio=0.1)
+        np.testing.assert_allclose(decision.keep_ratio, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_common_ratio_equals_a_search_over_a_grid(seed):
+    """Brute force: 4001 common ratios, by `min_max_latency` alone; all start together, where the problem is convex."""
+    bits, snr, _, band, weights, tail, queue, V = random_case(seed, left_out=False)
+    start, V = np.full(CLIENTS, np.float32(0.2)), np.float32(V * 0.1)
+    ratios = np.linspace(1 / RANKS, 1, 4001, dtype=np.float32)
+    whole = jax.jit(jax.vmap(lambda ratio: min_max_latency(ratio * bits, snr, start, band).latency_s))
+    lost = sum(w * np.interp(ratios * RANKS, np.arange(RANKS + 1), t) for w, t in zip(weights, tail, strict=True))
+    expected = (V * lost + queue * whole(ratios)).min()
+    decision = solve_common(bits, snr, start, band, weights, tail, queue, V)
+    np.testing.assert_allclose(decision.keep_ratio, decision.keep_ratio[0], rtol=1e-6)
+    assert expected * (1 - 1e-4) <= decision.objective <= expected * (1 + 1e-6)
+
+
+def smooth_case(seed):
+    """A cohort of four whose tail is a parabola cut into a few pieces, so that several clients end inside of one."""
+    rng = np.random.default_rng(seed)
+    bits, snr = 10 ** rng.uniform(6, 6.5, 4), 10 ** rng.uniform(7, 9, 4)
+    weights, start = rng.dirichlet(np.full(4, 5.0)), rng.uniform(0, 0.1, 4)
+    linear = np.tile([1.0, 0.0], (4, 1))
+    return tuple(
+        np.float32(x) for x in (bits, snr, start, BAND / 10, weights, linear, 1.0, 10 ** rng.uniform(-0.3, 0.7))
+    )
+
+
+def optimum(free, ratio, *case):
+    """Ratios, latency and objective in float64, from the optimality conditions with the free clients given."""
+    bits, snr, start, band, weights, _, queue, V = (np.float64(x) for x in case)
+    ratio = np.float64(ratio)
+
+    def state(x):
+        rho = ratio.copy()
+        rho[free], latency = x[:-2], x[-2]
+        upload = latency - start
+        share = wireless_oracle.required_bandwidth(rho * bits / upload, snr)
+        s = snr / share
+        return rho, latency, upload, share, (np.log1p(s) - s / (1 + s)) / np.log(2)
+
+    def misses(x):
+        rho, _, upload, share, by_band = state(x)
+        price = np.exp(x[-1])
+        pull = rho * bits / by_band / upload**2
+        inside = np.log(V * weights / bits * upload * by_band / price)[free]
+        return np.concatenate([inside, [share.sum() / band - 1, np.log(price * pull.sum() / queue)]])
+
+    latency = wireless_oracle.min_max_latency(ratio * bits, snr, start, band)[0]
+    upload = latency - start
+    s = snr / wireless_oracle.required_bandwidth(ratio * bits / upload, snr)
+    by_band = (np.log1p(s) - s / (1 + s)) / np.log(2)
+    price = queue / np.sum(ratio * bits / by_band / upload**2)
+    found = optimize.root(misses, np.concatenate([ratio[free], [latency, np.log(price)]]), tol=1e-13)
+    assert np.abs(found.fun).max() < 1e-9
+    rho, latency, *_ = state(found.x)
+    return np.concatenate([rho, [latency, V * np.sum(weights * (1 - rho)) + queue * latency]])
+
+
+def test_implicit_gradients_match_float64_finite_differences():
+    """Central differences of the conditions solved by MINPACK in float64: ratios, latency and objective by all
+    arguments but the tail, as derivatives by their logarithms (by the start itself)."""
+    names = {0: "bits", 1: "snr", 2: "start", 3: "band", 4: "weights", 6: "queue", 7: "V"}
+
+    def outputs(*case):
+        decision = solve(*case, min_keep_ratio=0.1)
+        return jnp.append(decision.keep_ratio, jnp.stack([decision.latency_s, decision.objective]))
+
+    jacobian, function = jax.jit(jax.jacrev(outputs, tuple(names))), jax.jit(outputs)
+    tried = 0
+    for seed in range(60):
+        case = smooth_case(seed)
+        ratio = np.float64(function(*case))[:4]
+        free = (ratio > 0.13) & (ratio < 0.97)
+        held = (ratio < 0.1001) | (ratio > 0.99999)
+        if not (free | held).all() or not free.any():
+            continue
+        tried += 1
+        ratio[held] = np.where(ratio[held] > 0.5, 1.0, np.float32(0.1))
+        for argument, found in zip(names, jacobian(*case), strict=True):
+            given = np.float64(case[argument])
+            unit = np.ones_like(given) if argument == 2 else given
+            columns = []
+            for place in np.ndindex(given.shape):
+                ends = []
+                for sign in (1, -1):
+                    moved = [np.array(x, np.float64) for x in case]
+                    moved[argument][place] += sign * 1e-5 * unit[place]
+                    ends.append(optimum(free, ratio, *moved))
+                columns.append((ends[0] - ends[1]) / 2e-5)
+            expected = np.stack(columns, -1)
+            got = np.reshape(found, expected.shape) * unit.ravel()
+            # Changes of the latency through payloads and through shares nearly cancel: its own size is the scale.
+            scale = np.maximum(np.abs(expected).max(1), np.abs(function(*case)))[:, None]
+            np.testing.assert_array_less(np.abs(got - expected) / scale, 1e-3, err_msg=f"{names[argument]} {seed}")
+    assert tried >= 3
+
+
+def test_gradient_of_a_common_ratio_matches_float64_finite_differences():
+    """Latency and ratio by V and the queue; starts differ, so that the optimum lies inside of a step."""
+    bits, snr, _, band, weights, linear, queue, _ = smooth_case(2)
+    start = np.float32([0.0, 0.5, 0.1, 0.3])
+    latency = jax.jit(jax.vmap(lambda ratio: min_max_latency(ratio * bits, snr, start, band).latency_s))
+
+    def objective(ratio, V):
+        exact = wireless_oracle.min_max_latency(ratio * bits, snr, start, band)[0]
+        return V * (1 - ratio) + exact
+
+    # The latency's slope rises from one end to the other: take a V in between.
+    ends = latency(jnp.float32([0.2, 0.21, 0.9, 0.91]))
+    V = 0.5 * float(ends[1] - ends[0] + ends[3] - ends[2]) / 0.01
+
+    def best(V):
+        return optimize.minimize_scalar(
+            lambda ratio: objective(ratio, V), bounds=(0.1, 1), method="bounded", options={"xatol": 1e-12}
+        ).x
+
+    weights = np.full(4, np.float32(0.25))
+    function = jax.jit(
+        jax.value_and_grad(
+            lambda V: solve(
+                bits, snr, start, band, weights, linear, queue, V, min_keep_ratio=0.1, ratio="common"
+            ).keep_ratio[0]
+        )
+    )
+    value, gradient = function(V)
+    assert 0.15 < value < 0.95
+    np.testing.assert_allclose(value, best(V), rtol=2e-3)
+    slope = [jax.jacfwd(lambda r: min_max_latency(r * bits, snr, start, band).latency_s)]
+    curvature = (float(slope[0](float(value) + 0.02)) - float(slope[0](float(value) - 0.02))) / 0.04
+    np.testing.assert_allclose(gradient, 1 / curvature, rtol=2e-2)
+
+
+def observation(case, rank=None):
+    bits, snr, start, band, weights, tail, queue, _ = (jnp.asarray(x) for x in case)
+    rank = jnp.full(CLIENTS, float(RANKS)) if rank is None else jnp.asarray(rank, jnp.float32)
+    one = jnp.float32(1)
+    tail = jnp.where(jnp.arange(RANKS + 1) < rank[:, None], tail, 0.0)
+    return Observation(
+        snr_hz=snr,
+        start_s=start,
+        weights=weights,
+        tail_energy=tail,
+        rank=rank,
+        payload_bits=lambda ratio: bits * (0.1 + jnp.clip(jnp.floor(ratio * rank + 1e-4), 1, rank) / RANKS),
+        bandwidth_hz=band,
+        queue_s=queue,
+        hyper=Hyper(rank=one * RANKS, alpha=one, learning_rate=one, orthogonality=one, keep_ratio=one),
+    )
+
+
+@pytest.mark.parametrize(("ratio", "tail"), [("client", "energy"), ("common", "linear")])
+def test_rounding_never_exceeds_the_planned_latency(ratio, tail):
+    """The plan is `solve` at the same payloads; kept are whole ranks, not fewer than the least; ends are met."""
+    config = TsfaConfig(V=3.0, min_keep_ratio=0.2, ratio=ratio, tail=tail)
+    rank = np.array([8, 4, 8, 6, 8, 3])
+
+    @jax.jit
+    def both(case):
+        seen = observation(case, rank)
+        bits, snr, start, band, weights, _, queue, _ = case
+        cost = seen.tail_energy if tail == "energy" else jnp.maximum(1 - jnp.arange(RANKS + 1) / rank[:, None], 0)
+        payloads = bits[:, None] * (0.1 + jnp.clip(jnp.arange(RANKS + 1), 1, rank[:, None]) / RANKS)
+        least = np.ceil(0.2 * rank) / rank
+        plan = solve(
+            payloads, snr, start, band, weights, cost, queue, 3.0, min_keep_ratio=least, rank=rank, ratio=ratio
+        )
+        decision = tsfa_online.make(config).decide(seen)
+        sent = seen.payload_bits(decision.keep_ratio)
+        return plan, decision, start + sent / jnp.maximum(uplink_rate(decision.bandwidth_hz, snr), 1e-9)
+
+    for seed in range(20):
+        case = random_case(seed)
+        plan, decision, ends = both(case)
+        kept = np.asarray(decision.keep_ratio) * rank
+        np.testing.assert_allclose(kept, np.round(kept), atol=1e-5)
+        assert (kept >= np.ceil(0.2 * rank) - 1e-5).all()
+        assert (decision.keep_ratio <= plan.keep_ratio + 1e-5).all()
+        assert decision.latency_s <= plan.latency_s * (1 + 1e-5)
+        assert (ends[able(case)] <= decision.latency_s * (1 + 1e-5)).all()
+        assert np.sum(np.float64(decision.bandwidth_hz)) <= BAND * (1 + 1e-6)
+
+
+def test_queue_bounds_the_mean_latency_and_steers_it_to_the_budget():
+    """avg(tau) - budget <= (Q_T - Q_0) / T on random paths; over many rounds the budget is met."""
+    config = TsfaConfig(V=1.0, latency_budget_s=0.35)
+    controller = tsfa_online.make(config)
+    bits, _, start, band, weights, tail, *_ = random_case(6, left_out=False)
+
+    def round_(queue, snr):
+        case = bits, snr, start * 0.01, band / 4, weights, tail, queue, 0.0
+        latency = controller.decide(observation(case)).latency_s
+        return controller.update_queue(queue, latency), latency
+
+    rng = np.random.default_rng(0)
+    gains = np.float32(1e8 * rng.exponential(1, (400, CLIENTS)) + 1e7)
+    for first in (0.0, 5.0):
+        last, latency = jax.jit(lambda queue: jax.lax.scan(round_, queue, gains))(jnp.float32(first))
+        latency = np.float64(latency)
+        for length in (1, 7, 400):
+            queue = np.float64(first)
+            for value in latency[:length]:
+                queue = max(queue + value - 0.35, 0)
+            assert latency[:length].mean() - 0.35 <= (queue - first) / length + 1e-12
+        np.testing.assert_allclose(last, queue, rtol=1e-4, atol=1e-4)
+        assert latency.max() > 0.35 > latency.min()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("V", -1.0),
+        ("latency_budget_s", 0.0),
+        ("min_keep_ratio", 0.0),
+        ("tail", "cubic"),
+        ("ratio", "own"),
+        ("name", "x"),
+    ],
+)
+def test_config_names_field_and_value(field, value):
+    with pytest.raises(ValueError, match=rf"^{field} must be .*, got {value!r}$"):
+        TsfaConfig(**{field: value})
+
+
+def test_shapes_are_checked():
+    one = jnp.ones(3)
+    with pytest.raises(ValueError, match=r"tail_energy \[K, R \+ 1\], got"):
+        solve(one, one, one, 1.0, one, jnp.ones((2, 4)), 1.0, 1.0)
