@@ -176,7 +176,8 @@ def test_a_sweep_runs_every_combination_once(finished, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")}
     assert cli.main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")} == before
-    assert all(folder in capsys.readouterr().out for folder in folders)
+    printed = capsys.readouterr().out
+    assert all(folder in printed for folder in folders)
 
 
 @pytest.mark.parametrize(
