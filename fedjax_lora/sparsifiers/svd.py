@@ -146,9 +146,7 @@ def make(config: SvdConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
 def _decompose(adapters: Adapters, rank_mask: Array) -> dict[str, Svd]:
     """The SVD of every product, by module, from one call."""
     modules = adapters.modules
-    n_in, n_out = (
-        max(widths) for widths in zip(*((f.a.shape[1], f.b.shape[2]) for f in modules.values()), strict=True)
-    )
+    n_in, n_out = max(f.a.shape[1] for f in modules.values()), max(f.b.shape[2] for f in modules.values())
     a = jnp.concatenate([_padded(f.a, n_in) for f in modules.values()])
     b = jnp.concatenate([_padded(jnp.swapaxes(f.b, -1, -2), n_out) for f in modules.values()])
     u, s, v = thin_svd(a, jnp.swapaxes(b, -1, -2), rank_mask)
