@@ -122,7 +122,7 @@ def beside_cvxpy(clients: int, cases: int, seconds: float) -> dict[str, Any]:
 
 def peer(columns: tuple[np.ndarray, ...], V: float, bounds: tuple[float, float]) -> float:
     """The least objective at queue 1 by CVXPY, with a search of the latency within bounds."""
-    import cvxpy as cp
+    import cvxpy as cp  # pyright: ignore[reportMissingImports] (extra `bench`)
     from scipy import optimize
 
     bits, snr_hz, start_s, weights, tail = (np.asarray(x, np.float64) for x in columns)
