@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_lora import use_cpu_cores
 from fedjax_lora.base import Adapters, Scope, Sparsifier
 from fedjax_lora.build import build
 from fedjax_lora.config import load_config
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sparsifier_fidelity.json"))
     options = parser.parse_args()
+    use_cpu_cores()
     kept = json.loads(options.out.read_text())["results"] if options.out.exists() else {}
     for optimizer, overrides in SETTINGS.items():
         for regulariser in (0.0, 0.1):

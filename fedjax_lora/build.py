@@ -98,7 +98,6 @@ def build(config: ExperimentConfig) -> Simulation:
 
 
 def _build(config: ExperimentConfig) -> Simulation:
-    _check_devices(config)
     examples = _examples(config)
     split = partition(config.clients.partition, examples.train["label"], config.clients.count, config.seed)
     model, base, head = _model(config, examples)
@@ -190,15 +189,6 @@ def _model(config: ExperimentConfig, examples: sources.Examples) -> tuple[Model,
     base, head = pretrained(trainable, examples.public, config.pretrain, f"{exact} {examples.fingerprint}")
     dtypes = jax.eval_shape(model.init, jax.random.key(0))
     return model, jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), base, dtypes), head
-
-
-def _check_devices(config: ExperimentConfig) -> None:
-    """Batched factorisations on several CPU devices wait for each other's threads, and may do so forever."""
-    if config.sparsifier.name in ("soft_rotated", "svd") and jax.default_backend() == "cpu" and jax.device_count() > 1:
-        raise ConfigError(
-            f"sparsifier.name must be one that does not factorise matrices where a CPU is "
-            f"{jax.device_count()} devices, got {config.sparsifier.name!r}"
-        )
 
 
 def _link(config: ExperimentConfig) -> Link:

@@ -14,6 +14,7 @@ from jax.lax import Precision
 from fedjax_lora.aggregation.fedit import average_factors
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, in_use
 from fedjax_lora.base import Aggregator, Factors
+from fedjax_lora.ops import factorise
 from fedjax_lora.ops.products import gram
 
 
@@ -44,7 +45,7 @@ def make(config: LoraFairConfig) -> Aggregator:
         mean = average_factors(layer.old, layer.received, layer.counted, layer.weights)
         used = in_use(layer)  # a rank that nobody uses is not to fill
         a = mean.a * used
-        energies, basis = jnp.linalg.eigh(gram(a))
+        energies, basis = factorise.eigh(gram(a))
         target = _projected_gap(a, layer.received, mean, layer.weights)
         # Rounding may leave an eigenvalue below zero; lambda then still bounds the inverse.
         shrunk = _matmul(basis.T, target) / (jnp.maximum(energies, 0.0) + config.regularisation)[:, None]

@@ -16,7 +16,7 @@ from fedjax_lora import trees
 from fedjax_lora.aggregation import errors
 from fedjax_lora.aggregation.fedit import average_head
 from fedjax_lora.base import Adapters, Aggregate, Factors, Sent
-from fedjax_lora.ops.orthonormal import orthonormal
+from fedjax_lora.ops.factorise import orthonormal
 
 
 class Layer(NamedTuple):

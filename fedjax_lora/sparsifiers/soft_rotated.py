@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_lora.base import Adapters, Factors, Scope, Sent, Sparsifier
+from fedjax_lora.ops import factorise
 from fedjax_lora.ops.products import gram
 from fedjax_lora.sparsifiers import diagnostics, payload, ranks
 from fedjax_lora.sparsifiers.ranks import Budget
@@ -174,8 +175,7 @@ def _principal(start: Adapters, trained: Adapters, rank_mask: Array) -> dict[str
     # At unit trace, accuracy is the same at every scale of the change. Unused ranks move from eigenvalue 0 to -1:
     # they come last even if a rank in use has not changed.
     scaled = grams / jnp.where(energy > 0, energy, 1.0)[..., None] - jnp.diag(1.0 - rank_mask)
-    # One call for all matrices: several side by side can starve XLA's CPU threads.
-    values, vectors = jnp.linalg.eigh(scaled)
+    values, vectors = factorise.eigh(scaled)
     energies, rotations = jnp.maximum(values[:, ::-1], 0.0) * energy, vectors[..., ::-1]
     ends = list(itertools.accumulate(change.shape[0] for change in flat))[:-1]
     parts = zip(flat, jnp.split(energies, ends), jnp.split(rotations, ends), strict=True)

@@ -8,7 +8,7 @@ import pytest
 from fedjax_lora.aggregation import errors, fedex, fedit, flexlora, flora, lora_fair
 from fedjax_lora.aggregation.products import product_bits
 from fedjax_lora.base import Adapters, Factors, Sent
-from fedjax_lora.ops.orthonormal import orthonormal
+from fedjax_lora.ops.factorise import orthonormal
 from oracles import sparsifier_oracle as oracle
 from oracles.sparsifier_oracle import LAYERS, MAX_RANK, WIDTHS, product, random_adapters, stack
 
