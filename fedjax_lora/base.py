@@ -148,10 +148,6 @@ class Scope:
         return Adapters(modules=modules, head=head)
 
 
-CLIENT_SCOPE = Scope(ranks=0, a=None, b=None, head=None)  # type: ignore[arg-type]
-"""`in_axes` of a cohort's scopes: `ranks: [C, R]`, the scalars shared."""
-
-
 @struct.dataclass
 class Sent:
     """One client's transmission, as the server decodes it.
@@ -225,21 +221,23 @@ class Aggregator(NamedTuple):
       non-negative, sum to 1, and are 0 for a client that is absent; all-zero weights leave the broadcast as it
       is. `trained` is what the clients hold of what they send (for the error norms); `scale` is s = alpha / r.
       In `trained` and `sent`, b is zero in the components that are not a client's own.
-    trains: `round -> Live` that the clients train.
-    sends: `round -> Live` that they send, a subset of what they train.
-    keeps: the parts ("a", "b", "head") that stay with each client from round to round.
+    trains: `round -> Live` that the clients train; what they hold beyond it is the broadcast.
+    keeps: the parts ("a", "b", "head") that stay with each client from round to round, and are never sent.
     merges: whether `Aggregate.merged` is used.
     extra_downlink_bits: `(adapters or their shapes, C) -> bits` of each broadcast beside the adapters.
-    next_rank: `(trained of one client, its rank) -> rank` of its next round.
+    next_rank: `(trained of one client, its rank) -> rank` of its next round; None where ranks stay.
     """
 
     aggregate: Callable[[Adapters, Adapters, Sent, Array, Array, Array], Aggregate]
     trains: Callable[[Array], Live] = lambda round_number: Live()
-    sends: Callable[[Array], Live] = lambda round_number: Live()
     keeps: tuple[str, ...] = ()
     merges: bool = False
     extra_downlink_bits: Callable[[Adapters, int], int] = lambda like, cohort_size: 0
-    next_rank: Callable[[Adapters, Array], Array] = lambda trained, rank: rank
+    next_rank: Callable[[Adapters, Array], Array] | None = None
+
+    def sends(self, round_number: Array) -> Live:
+        """What the clients send: all that they train and do not keep."""
+        return self.trains(round_number)._replace(**dict.fromkeys(self.keeps, 0.0))
 
 
 class Drift(NamedTuple):

@@ -35,8 +35,8 @@ from fedjax_lora.sim.engine import Initial, Simulation
 from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal, nothing_personal
 from fedjax_lora.sim.local import make_train
 from fedjax_lora.sim.optimizers import direction, schedule, server_optimizer
+from fedjax_lora.sim.parts import Parts, World
 from fedjax_lora.sim.pretrain import pretrained
-from fedjax_lora.sim.round import Parts, World
 from fedjax_lora.sparsifiers import dense, flasc, lora_a2, random_rank, soft, soft_rotated, svd, top_k
 from fedjax_lora.sparsifiers.payload import dense_bits
 from fedjax_lora.sparsifiers.wire import Wire, make_wire
@@ -140,6 +140,7 @@ def _build(config: ExperimentConfig) -> Simulation:
         link=link,
         optimizer=optimizer,
         client_weight=CLIENT_WEIGHTS[config.clients.weighting],
+        one_rank=not config.lora.client_ranks and aggregator.next_rank is None,
         cohort_size=cohort_size,
         chunk=_chunk(config, model, sparsifier, world, like, hyper, -(-cohort_size // mesh.size)),
         mesh=mesh,

@@ -29,4 +29,4 @@ def make(config: FfaConfig) -> Aggregator:
         del round_number
         return Live(a=0.0)
 
-    return fedit.make(fedit.FedItConfig())._replace(trains=live, sends=live)
+    return fedit.make(fedit.FedItConfig())._replace(trains=live)

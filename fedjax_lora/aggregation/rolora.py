@@ -37,4 +37,4 @@ def make(config: RoLoraConfig) -> Aggregator:
         of_a = jnp.asarray(round_number % 2, jnp.float32)
         return Live(a=of_a, b=1.0 - of_a)
 
-    return fedit.make(fedit.FedItConfig())._replace(trains=live, sends=live)
+    return fedit.make(fedit.FedItConfig())._replace(trains=live)

@@ -14,7 +14,8 @@ from fedjax_lora.base import Adapters, Base, ClientState, FedState, Hyper, Link,
 from fedjax_lora.sim.cohort import replicated
 from fedjax_lora.sim.evaluate import Evaluate, EvaluatePersonal
 from fedjax_lora.sim.kept import extract
-from fedjax_lora.sim.round import Parts, RoundFn, World, make_round
+from fedjax_lora.sim.parts import Parts, World
+from fedjax_lora.sim.round import RoundFn, make_round
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
