@@ -170,8 +170,6 @@ class Sent:
 class Sparsifier(NamedTuple):
     """What one client sends, and what it remembers. Written for one client; the round maps it over the cohort.
 
-    init: `adapters -> memory`: what a client carries from one of its rounds to the next; `()` for nothing.
-    penalty: `(adapters, rank_mask [R]) -> scalar` added to the local loss, times `Hyper.orthogonality`.
     broadcast: `(adapters, scope) -> (adapters, bits)`: what the clients start from, and its uint32 downlink bits.
     tail_energy: `(start, trained, scope) -> [R + 1]`: energy left out when k components a module are kept,
       k = 0 ... R; non-increasing, 0 at the structural rank.
@@ -179,14 +177,16 @@ class Sparsifier(NamedTuple):
       control plans with.
     compress: `(start, trained, memory, keep_ratio, scope, key) -> (Sent, memory)`; `start` is the broadcast, and
       `trained` is equal to it outside of the scope.
+    init: `adapters -> memory`: what a client carries from one of its rounds to the next; `()` for nothing.
+    penalty: `(adapters, rank_mask [R]) -> scalar` added to the local loss, times `Hyper.orthogonality`.
     """
 
-    init: Callable[[Adapters], Any]
-    penalty: Callable[[Adapters, Array], Array]
     broadcast: Callable[[Adapters, Scope], tuple[Adapters, Array]]
     tail_energy: Callable[[Adapters, Adapters, Scope], Array]
     payload_bits: Callable[[Array, Scope], Array]
     compress: Callable[[Adapters, Adapters, Any, Array, Scope, Array], tuple[Sent, Any]]
+    init: Callable[[Adapters], Any] = lambda adapters: ()
+    penalty: Callable[[Adapters, Array], Array] = lambda adapters, rank_mask: jnp.zeros(())
 
 
 class Aggregate(NamedTuple):

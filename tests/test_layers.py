@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     ("fedjax_lora_kernels",),
-    ("base", "prng", "trees", "units", "reading", "compatibility"),
+    ("base", "options", "prng", "trees", "units", "reading", "compatibility"),
     ("ops", "lora", "wireless", "sparsifiers", "aggregation"),
     ("models", "data", "control", "split"),
     ("sim",),

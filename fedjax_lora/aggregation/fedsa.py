@@ -9,17 +9,14 @@ from typing import Literal
 
 from fedjax_lora.aggregation import fedit
 from fedjax_lora.base import Aggregator
+from fedjax_lora.options import Options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FedSaConfig:
+class FedSaConfig(Options):
     """Share a alone; there is nothing to choose."""
 
     name: Literal["fedsa"] = "fedsa"
-
-    def __post_init__(self) -> None:
-        if self.name != "fedsa":
-            raise ValueError(f"name must be 'fedsa', got {self.name!r}")
 
 
 def make(config: FedSaConfig) -> Aggregator:

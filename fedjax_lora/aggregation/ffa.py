@@ -8,17 +8,14 @@ from typing import Literal
 
 from fedjax_lora.aggregation import fedit
 from fedjax_lora.base import Aggregator, Live
+from fedjax_lora.options import Options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FfaConfig:
+class FfaConfig(Options):
     """Train and send b alone; there is nothing to choose."""
 
     name: Literal["ffa"] = "ffa"
-
-    def __post_init__(self) -> None:
-        if self.name != "ffa":
-            raise ValueError(f"name must be 'ffa', got {self.name!r}")
 
 
 def make(config: FfaConfig) -> Aggregator:

@@ -12,17 +12,14 @@ from jax import Array
 
 from fedjax_lora.aggregation import fedit
 from fedjax_lora.base import Aggregator, Live
+from fedjax_lora.options import Options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RoLoraConfig:
+class RoLoraConfig(Options):
     """Train and send one factor a round; there is nothing to choose."""
 
     name: Literal["rolora"] = "rolora"
-
-    def __post_init__(self) -> None:
-        if self.name != "rolora":
-            raise ValueError(f"name must be 'rolora', got {self.name!r}")
 
 
 def make(config: RoLoraConfig) -> Aggregator:

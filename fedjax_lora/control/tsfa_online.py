@@ -16,6 +16,7 @@ from fedjax_lora.base import Controller, Decision, Observation
 from fedjax_lora.control import planning
 from fedjax_lora.control.tsfa_common import common_share
 from fedjax_lora.control.tsfa_solver import MOST_WORTH, Offer, sent_share
+from fedjax_lora.options import Options
 from fedjax_lora.wireless.allocation import min_max_latency
 
 Tail = Literal["energy", "linear"]
@@ -26,7 +27,7 @@ _ROUNDING = 1e-5  # so that float32's k - 1e-6 ranks are k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TsfaConfig:
+class TsfaConfig(Options):
     """TSFA online; defaults and options are our choice.
 
     V: weight of what is not sent against the queue, in s^2 over the unit of the tail. Larger: better updates, a
@@ -46,17 +47,13 @@ class TsfaConfig:
     ratio: Ratio = "client"
 
     def __post_init__(self):
-        if self.name != "tsfa":
-            raise ValueError(f"name must be tsfa, got {self.name!r}")
+        super().__post_init__()
         if not 0 <= self.V < math.inf:
             raise ValueError(f"V must be at least 0 and finite, got {self.V!r}")
         if not 0 < self.latency_budget_s < math.inf:
             raise ValueError(f"latency_budget_s must be positive and finite, got {self.latency_budget_s!r}")
         if not 0 < self.min_keep_ratio <= 1:
             raise ValueError(f"min_keep_ratio must be in (0, 1], got {self.min_keep_ratio!r}")
-        for field, allowed in (("tail", ("energy", "linear")), ("ratio", ("client", "common"))):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
 
 
 def solve(

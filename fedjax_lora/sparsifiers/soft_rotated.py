@@ -9,7 +9,7 @@ of the factors nor its singular value decomposition is formed.
 
 import dataclasses
 import itertools
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,14 @@ from jax import Array
 
 from fedjax_lora.base import Adapters, Factors, Scope, Sent, Sparsifier
 from fedjax_lora.ops.products import gram
+from fedjax_lora.options import Options
 from fedjax_lora.sparsifiers import diagnostics, payload, ranks
 from fedjax_lora.sparsifiers.ranks import Budget
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SoftRotatedConfig:
+class SoftRotatedConfig(Options):
     """Rotated changes; exact, hence without a regulariser to weigh.
 
     budget: keep k components of each factor of each `module` and layer, or as many in all, chosen by energy over
@@ -36,12 +37,6 @@ class SoftRotatedConfig:
     name: Literal["soft_rotated"] = "soft_rotated"
     budget: Budget = "module"
     keep_norm: bool = False
-
-    def __post_init__(self) -> None:
-        if self.name != "soft_rotated":
-            raise ValueError(f"name must be 'soft_rotated', got {self.name!r}")
-        if self.budget not in get_args(Budget):
-            raise ValueError(f"budget must be one of {', '.join(get_args(Budget))}, got {self.budget!r}")
 
 
 def make(config: SoftRotatedConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
@@ -105,8 +100,6 @@ def make(config: SoftRotatedConfig, like: Adapters, wire: Wire = FLOAT32) -> Spa
         return bits(counts, scope).astype(jnp.float32)
 
     return Sparsifier(
-        init=lambda adapters: (),
-        penalty=lambda adapters, rank_mask: jnp.zeros(()),
         broadcast=payload.dense_broadcast,
         tail_energy=tail_energy,
         payload_bits=payload_bits,

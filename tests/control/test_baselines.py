@@ -88,5 +88,5 @@ def test_config_names_field_value_and_what_is_allowed(config, keep_ratio):
     with pytest.raises(ValueError) as error:
         config(keep_ratio=keep_ratio)
     assert str(error.value) == f"keep_ratio must be in (0, 1], got {keep_ratio!r}"
-    with pytest.raises(ValueError, match=r"name must be \w+, got 'tsfa'"):
+    with pytest.raises(ValueError, match=r"name must be '\w+', got 'tsfa'"):
         config(name="tsfa")
