@@ -111,20 +111,8 @@ def solve(
         bits_full = bits_full[:, None] * jnp.minimum(jnp.arange(max_rank + 1) / rank[:, None], 1.0)
     least = jnp.clip(1.0 if min_keep_ratio is None else min_keep_ratio * rank, 0.0, rank)
     steps = _steps(bits_full, weights[:, None] * tail_energy, least, rank)
-
-    total_bits = steps.least_bits + steps.bits.sum(-1)
-    able = (total_bits > 0) & (total_bits < _NEVER_S * snr_hz) & (start_s < _NEVER_S)
-    able &= (weights > 0) & (bandwidth_hz > 0)
-    per_bit = V * steps.cost / jnp.where(steps.bits > 0, steps.bits, 1.0) / jnp.where(queue > 0, queue, 1.0)
-    worth = jnp.where((steps.bits > 0) & (queue > 0), jnp.minimum(per_bit, MOST_WORTH), MOST_WORTH)
-    offer = Offer(
-        least_bits=jnp.where(able, steps.least_bits, 0.0),
-        step_bits=jnp.where(able[:, None], steps.bits, 0.0),
-        worth=lax.cummin(worth, axis=1),
-        snr_hz=jnp.where(able, snr_hz, 1.0),
-        start_s=jnp.where(able, start_s, 0.0),
-        bandwidth_hz=jnp.where(bandwidth_hz > 0, bandwidth_hz, 1.0),
-    )
+    able = _able(steps, snr_hz, start_s, bandwidth_hz, weights)
+    offer = _offer(steps, able, _worth(steps, queue, V), snr_hz, start_s, bandwidth_hz)
     share = sent_share(offer) if ratio == "client" else common_share(offer, steps.begin, steps.length, rank)
     sent_bits = offer.least_bits + jnp.sum(share * offer.step_bits, -1)
     allocation = min_max_latency(sent_bits, offer.snr_hz, offer.start_s, offer.bandwidth_hz)
@@ -163,6 +151,32 @@ def _steps(bits: Array, cost: Array, least: Array, rank: Array) -> _Steps:
         cost=length * less_cost,
         least_bits=bits[:, 0] + jnp.sum(skipped * more_bits, -1),
         last_cost=cost[:, -1] + jnp.sum(beyond * less_cost, -1),
+    )
+
+
+def _able(steps: _Steps, snr_hz: Array, start_s: Array, bandwidth_hz: Array, weights: Array) -> Array:
+    """`[K]` bool: who has a say, has something to send, and can."""
+    total_bits = steps.least_bits + steps.bits.sum(-1)
+    can = (total_bits < _NEVER_S * snr_hz) & (start_s < _NEVER_S) & (bandwidth_hz > 0)
+    return can & (total_bits > 0) & (weights > 0)
+
+
+def _worth(steps: _Steps, queue: Array, V: Array) -> Array:
+    """`[K, R]` seconds that a bit of each step is worth; no step is worth more than one before it."""
+    counts = (steps.bits > 0) & (queue > 0)
+    per_bit = V * steps.cost / jnp.where(steps.bits > 0, steps.bits, 1.0) / jnp.where(queue > 0, queue, 1.0)
+    return lax.cummin(jnp.where(counts, jnp.minimum(per_bit, MOST_WORTH), MOST_WORTH), axis=1)
+
+
+def _offer(steps: _Steps, able: Array, worth: Array, snr_hz: Array, start_s: Array, bandwidth_hz: Array) -> Offer:
+    """What is there to send, with harmless values for who is left out."""
+    return Offer(
+        least_bits=jnp.where(able, steps.least_bits, 0.0),
+        step_bits=jnp.where(able[:, None], steps.bits, 0.0),
+        worth=worth,
+        snr_hz=jnp.where(able, snr_hz, 1.0),
+        start_s=jnp.where(able, start_s, 0.0),
+        bandwidth_hz=jnp.where(bandwidth_hz > 0, bandwidth_hz, 1.0),
     )
 
 
