@@ -162,6 +162,7 @@ def _build(config: ExperimentConfig) -> Simulation:
         evaluate=make_evaluate(model, config.engine.eval_batch_size, mesh),
         evaluate_personal=personal if aggregator.keeps else nothing_personal,
         eval_every=config.engine.eval_every,
+        examples_hash=examples.fingerprint,
         partition_hash=split.hash,
         truncated=examples.truncated,
     )

@@ -102,6 +102,7 @@ class Simulation:
     Attributes:
       world: frozen base and data, on the device.
       parts: the functions that a round is made of.
+      examples_hash: of the examples, those for pre-training and testing included.
       partition_hash: of who holds which examples.
       truncated: sentences that were cut to the maximum length.
       compile_s: seconds that tracing and compiling took; 0 until the first run.
@@ -115,11 +116,13 @@ class Simulation:
         evaluate: Evaluate,
         evaluate_personal: EvaluatePersonal,
         eval_every: int,
+        examples_hash: str,
         partition_hash: str,
         truncated: int,
     ):
         self.parts = parts
         self.eval_every = eval_every
+        self.examples_hash = examples_hash
         self.partition_hash = partition_hash
         self.truncated = truncated
         self.compile_s = 0.0
