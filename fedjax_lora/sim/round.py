@@ -29,7 +29,6 @@ from fedjax_lora.sim.cohort import choose, map_over_devices, padded_size
 from fedjax_lora.sim.kept import extract
 from fedjax_lora.sim.local import Broadcast, Client, Trained, max_rank
 from fedjax_lora.sim.parts import Cohort, Local, Parts, Uplink, World
-from fedjax_lora.sparsifiers.diagnostics import orthogonality
 
 RoundFn = Callable[[World, FedState], tuple[FedState, Metrics]]
 
@@ -255,7 +254,7 @@ def observe(after: FedState, cohort: Cohort, local: Local, uplink: Uplink, aggre
         sparsification_error=aggregate.sparsification_error,
         covariance_error=aggregate.covariance_error,
         dropped_energy=over_arrived(sent.dropped_energy),
-        orthogonality=over_arrived(jax.vmap(orthogonality)(trained.adapters, cohort.ranks)),
+        orthogonality=over_arrived(trained.orthogonality),
     )
 
 
