@@ -8,19 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lora.aggregation import fedex, fedit, fedsa, ffa, flexlora, flora, hetlora, lora_fair, rolora
-from fedjax_lora.base import (
-    Adapters,
-    Aggregator,
-    Base,
-    Controller,
-    Drift,
-    FedState,
-    Hyper,
-    Link,
-    Model,
-    Scope,
-    Sparsifier,
-)
+from fedjax_lora.base import Adapters, Base, FedState, Hyper, Scope
 from fedjax_lora.config import ConfigError, ExperimentConfig
 from fedjax_lora.control import baselines, budgeted, tsfa_online
 from fedjax_lora.data import sources
@@ -40,6 +28,7 @@ from fedjax_lora.sim.pretrain import pretrained
 from fedjax_lora.sparsifiers import dense, flasc, lora_a2, random_rank, soft, soft_rotated, svd, top_k
 from fedjax_lora.sparsifiers.payload import dense_bits
 from fedjax_lora.sparsifiers.wire import Wire, make_wire
+from fedjax_lora.strategies import Aggregator, Controller, Drift, Link, Model, Sparsifier
 from fedjax_lora.wireless.link import make_link, perfect_link
 
 SPARSIFIERS: dict[str, Callable[[Any, Adapters, Wire], Sparsifier]] = {

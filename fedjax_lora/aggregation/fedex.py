@@ -10,8 +10,9 @@ from typing import Literal
 from fedjax_lora.aggregation import errors, flora
 from fedjax_lora.aggregation.fedit import average_factors
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, product_bits
-from fedjax_lora.base import Adapters, Aggregator
+from fedjax_lora.base import Adapters
 from fedjax_lora.options import Options
+from fedjax_lora.strategies import Aggregator
 
 Start = Literal["average", "reinit"]
 

@@ -14,8 +14,9 @@ from jax import Array
 
 from fedjax_lora import trees
 from fedjax_lora.aggregation import errors
-from fedjax_lora.base import Adapters, Aggregate, Aggregator, Factors, Sent
+from fedjax_lora.base import Adapters, Factors
 from fedjax_lora.options import Options
+from fedjax_lora.strategies import Aggregate, Aggregator, Sent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

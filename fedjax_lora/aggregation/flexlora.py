@@ -12,8 +12,9 @@ from jax import Array
 from jax.lax import Precision
 
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, in_use
-from fedjax_lora.base import Aggregator, Factors
+from fedjax_lora.base import Factors
 from fedjax_lora.options import Options
+from fedjax_lora.strategies import Aggregator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from fedjax_lora.aggregation import errors
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, fresh, product_bits
-from fedjax_lora.base import Adapters, Aggregator
+from fedjax_lora.base import Adapters
 from fedjax_lora.options import Options
+from fedjax_lora.strategies import Aggregator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Controller, Decision, Observation
 from fedjax_lora.options import Options
+from fedjax_lora.strategies import Controller, Decision, Observation
 from fedjax_lora.wireless.allocation import min_max_latency
 
 

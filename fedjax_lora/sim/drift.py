@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Drift, Scope
+from fedjax_lora.base import Adapters, Scope
 from fedjax_lora.options import Options
+from fedjax_lora.strategies import Drift
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

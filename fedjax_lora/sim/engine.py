@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from fedjax_lora.base import Adapters, Base, ClientState, FedState, Hyper, Link, Metrics
+from fedjax_lora.base import Adapters, Base, ClientState, FedState, Hyper, Metrics
 from fedjax_lora.sim.cohort import replicated
 from fedjax_lora.sim.evaluate import Evaluate, EvaluatePersonal
 from fedjax_lora.sim.kept import extract
 from fedjax_lora.sim.parts import Parts, World
 from fedjax_lora.sim.round import RoundFn, make_round
+from fedjax_lora.strategies import Link
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from fedjax_lora.base import Adapters, Base, Batch, ClientState, Drift, Hyper, Live, Model, Scope, Sparsifier
+from fedjax_lora.base import Adapters, Base, Batch, ClientState, Hyper, Scope
 from fedjax_lora.data.batches import gather, local_batches
 from fedjax_lora.lora.adapters import effective, rank_mask
 from fedjax_lora.sim.kept import compose
 from fedjax_lora.sim.optimizers import Optimizer, OptimizerConfig
 from fedjax_lora.sparsifiers.diagnostics import orthogonality
+from fedjax_lora.strategies import Drift, Live, Model, Sparsifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

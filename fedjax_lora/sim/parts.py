@@ -8,25 +8,10 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
-from fedjax_lora.base import (
-    Adapters,
-    Aggregator,
-    Base,
-    Controller,
-    Dataset,
-    Decision,
-    Delivery,
-    Drift,
-    FedState,
-    Link,
-    LinkState,
-    Live,
-    Scope,
-    Sent,
-    Sparsifier,
-)
+from fedjax_lora.base import Adapters, Base, Dataset, FedState, LinkState, Scope
 from fedjax_lora.sim.local import Client, Train, Trained
 from fedjax_lora.sim.optimizers import Optimizer
+from fedjax_lora.strategies import Aggregator, Controller, Decision, Delivery, Drift, Link, Live, Sent, Sparsifier
 
 
 @struct.dataclass

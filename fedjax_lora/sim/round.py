@@ -9,26 +9,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_lora import trees
-from fedjax_lora.base import (
-    Adapters,
-    Aggregate,
-    ClientState,
-    Decision,
-    Delivery,
-    Factors,
-    FedState,
-    Live,
-    Metrics,
-    Observation,
-    Scope,
-    Sent,
-)
+from fedjax_lora.base import Adapters, ClientState, Factors, FedState, Metrics, Scope
 from fedjax_lora.lora.adapters import rank_mask
 from fedjax_lora.prng import RoundKeys, client_keys, round_keys
 from fedjax_lora.sim.cohort import choose, map_over_devices, padded_size
 from fedjax_lora.sim.kept import extract
 from fedjax_lora.sim.local import Broadcast, Client, Trained, max_rank
 from fedjax_lora.sim.parts import Cohort, Local, Parts, Uplink, World
+from fedjax_lora.strategies import Aggregate, Decision, Delivery, Live, Observation, Sent
 
 RoundFn = Callable[[World, FedState], tuple[FedState, Metrics]]
 

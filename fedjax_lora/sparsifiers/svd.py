@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Factors, Scope, Sent, Sparsifier
+from fedjax_lora.base import Adapters, Factors, Scope
 from fedjax_lora.options import Options
 from fedjax_lora.sparsifiers import payload, ranks
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving
+from fedjax_lora.strategies import Sent, Sparsifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,9 @@ import pytest
 
 from fedjax_lora.aggregation import errors, fedex, fedit, flexlora, flora, lora_fair
 from fedjax_lora.aggregation.products import product_bits
-from fedjax_lora.base import Adapters, Factors, Sent
+from fedjax_lora.base import Adapters, Factors
 from fedjax_lora.ops.orthonormal import orthonormal
+from fedjax_lora.strategies import Sent
 from oracles import sparsifier_oracle as oracle
 from oracles.sparsifier_oracle import LAYERS, MAX_RANK, WIDTHS, product, random_adapters, stack
 
