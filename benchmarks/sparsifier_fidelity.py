@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lora import use_cpu_cores
-from fedjax_lora.base import Adapters, Scope, Sparsifier
+from fedjax_lora.base import Adapters, Scope
 from fedjax_lora.build import build
 from fedjax_lora.config import load_config
 from fedjax_lora.lora.adapters import rank_mask
@@ -29,6 +29,7 @@ from fedjax_lora.sim.round import train_cohort
 from fedjax_lora.sparsifiers import random_rank, soft, soft_rotated, top_k
 from fedjax_lora.sparsifiers.diagnostics import difference_energy
 from fedjax_lora.sparsifiers.wire import FLOAT32
+from fedjax_lora.strategies import Sparsifier
 
 RATIOS = (0.125, 0.25, 0.5, 0.75, 1.0)
 METHODS = {

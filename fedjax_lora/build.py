@@ -8,19 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lora.aggregation import fedex, fedit, fedsa, ffa, flexlora, flora, hetlora, lora_fair, rolora
-from fedjax_lora.base import (
-    Adapters,
-    Aggregator,
-    Base,
-    Controller,
-    Drift,
-    FedState,
-    Hyper,
-    Link,
-    Model,
-    Scope,
-    Sparsifier,
-)
+from fedjax_lora.base import Adapters, Base, FedState, Hyper, Scope
 from fedjax_lora.config import ConfigError, ExperimentConfig
 from fedjax_lora.control import baselines, budgeted, tsfa_online
 from fedjax_lora.data import sources
@@ -35,11 +23,12 @@ from fedjax_lora.sim.engine import Initial, Simulation
 from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal, nothing_personal
 from fedjax_lora.sim.local import make_train
 from fedjax_lora.sim.optimizers import direction, schedule, server_optimizer
+from fedjax_lora.sim.parts import Parts, World
 from fedjax_lora.sim.pretrain import pretrained
-from fedjax_lora.sim.round import Parts, World
 from fedjax_lora.sparsifiers import dense, flasc, lora_a2, random_rank, soft, soft_rotated, svd, top_k
 from fedjax_lora.sparsifiers.payload import dense_bits
 from fedjax_lora.sparsifiers.wire import Wire, make_wire
+from fedjax_lora.strategies import Aggregator, Controller, Drift, Link, Model, Sparsifier
 from fedjax_lora.wireless.link import make_link, perfect_link
 
 SPARSIFIERS: dict[str, Callable[[Any, Adapters, Wire], Sparsifier]] = {
@@ -139,6 +128,7 @@ def _build(config: ExperimentConfig) -> Simulation:
         link=link,
         optimizer=optimizer,
         client_weight=CLIENT_WEIGHTS[config.clients.weighting],
+        one_rank=not config.lora.client_ranks and aggregator.next_rank is None,
         cohort_size=cohort_size,
         chunk=_chunk(config, model, sparsifier, world, like, hyper, -(-cohort_size // mesh.size)),
         mesh=mesh,
@@ -160,6 +150,7 @@ def _build(config: ExperimentConfig) -> Simulation:
         evaluate=make_evaluate(model, config.engine.eval_batch_size, mesh),
         evaluate_personal=personal if aggregator.keeps else nothing_personal,
         eval_every=config.engine.eval_every,
+        examples_hash=examples.fingerprint,
         partition_hash=split.hash,
         truncated=examples.truncated,
     )

@@ -12,19 +12,17 @@ from jax import Array
 from jax.lax import Precision
 
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, in_use
-from fedjax_lora.base import Aggregator, Factors
+from fedjax_lora.base import Factors
 from fedjax_lora.ops import factorise
+from fedjax_lora.options import Options
+from fedjax_lora.strategies import Aggregator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlexLoraConfig:
+class FlexLoraConfig(Options):
     """Average the products."""
 
     name: Literal["flexlora"] = "flexlora"
-
-    def __post_init__(self) -> None:
-        if self.name != "flexlora":
-            raise ValueError(f"name must be 'flexlora', got {self.name!r}")
 
 
 def make(config: FlexLoraConfig) -> Aggregator:

@@ -18,22 +18,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Factors, Scope, Sent, Sparsifier
+from fedjax_lora.base import Adapters, Factors, Scope
 from fedjax_lora.ops import factorise
+from fedjax_lora.options import Options
 from fedjax_lora.sparsifiers import payload, ranks
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving
+from fedjax_lora.strategies import Sent, Sparsifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SvdConfig:
+class SvdConfig(Options):
     """Send the k largest singular triples of each matrix; exact, hence without a regulariser to weigh."""
 
     orthogonality: ClassVar[float] = 0.0
     name: Literal["svd"] = "svd"
-
-    def __post_init__(self) -> None:
-        if self.name != "svd":
-            raise ValueError(f"name must be 'svd', got {self.name!r}")
 
 
 class Svd(NamedTuple):
@@ -134,8 +132,6 @@ def make(config: SvdConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
         return ranks.tail_energy(jnp.concatenate(values) ** 2, "module")
 
     return Sparsifier(
-        init=lambda adapters: (),
-        penalty=lambda adapters, rank_mask: jnp.zeros(()),
         broadcast=payload.dense_broadcast,
         tail_energy=tail_energy,
         payload_bits=lambda keep_ratio, scope: bits(ranks.num_kept(keep_ratio, scope.ranks), scope).astype(jnp.float32),

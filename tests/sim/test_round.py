@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from fedjax_lora import trees
-from fedjax_lora.base import Adapters, Factors, Live
+from fedjax_lora.base import Adapters, Factors
 from fedjax_lora.build import build
 from fedjax_lora.prng import round_keys
 from fedjax_lora.sim.local import Broadcast, Client, cross_entropy
 from fedjax_lora.sim.round import make_round
+from fedjax_lora.strategies import Live
 from toy import config, simulation
 
 
