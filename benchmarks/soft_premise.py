@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/soft_premise.json"))
     options = parser.parse_args()
+    environment = common.environment()  # before the output, which git may know, is written
     kept = json.loads(options.out.read_text())["runs"] if options.out.exists() else {}
     for name in options.settings:
         setting = SETTINGS[name]
@@ -163,7 +164,7 @@ def main() -> None:
         table = {name: summarize(runs) for name, runs in kept.items()}
         common.note(f"{name}: " + ", ".join(f"{key} {value['mean']:.3f}" for key, value in table[name].items()))
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        written = {"environment": common.environment(), "table": table, "runs": kept}
+        written = {"environment": environment, "table": table, "runs": kept}
         options.out.write_text(json.dumps(written, indent=2) + "\n")
     print(json.dumps({name: summarize(runs) for name, runs in kept.items()}, indent=2))
 

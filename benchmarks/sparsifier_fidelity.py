@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sparsifier_fidelity.json"))
     options = parser.parse_args()
+    environment = common.environment()  # before the output, which git may know, is written
     kept = json.loads(options.out.read_text())["results"] if options.out.exists() else {}
     for optimizer, overrides in SETTINGS.items():
         for regulariser in (0.0, 0.1):
@@ -161,7 +162,7 @@ def main() -> None:
                 kept[name] = _measure(options, rank, regulariser, overrides)
                 common.note(f"{name}: {json.dumps(kept[name]['late']['accuracy'])}")
                 options.out.parent.mkdir(parents=True, exist_ok=True)
-                written = {"environment": common.environment(), "results": kept}
+                written = {"environment": environment, "results": kept}
                 options.out.write_text(json.dumps(written, indent=2) + "\n")
     print(json.dumps(kept, indent=2))
 
