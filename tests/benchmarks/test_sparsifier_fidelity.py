@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.base import Dataset
+from fedjax_lora.base import Adapters, Dataset, Factors
 from fedjax_lora.sparsifiers import dense, soft, svd
 from oracles.sparsifier_oracle import random_adapters, scope, trained_from
 
@@ -87,3 +87,21 @@ def test_held_out_examples_are_a_fifth_that_nobody_trains_on(premise):
     held = premise.hold_out(data)
     assert held.count.tolist() == [4, 2]
     assert held.test["label"].tolist() == [9]
+
+
+def test_rotation_keeps_the_product_and_makes_components_its_singular_triples(premise):
+    """NumPy's products and singular values in float64; b = 0 at the start leaves a that can be trained."""
+    turned = premise.rotate(START)
+    for name, expected in products(START).items():
+        np.testing.assert_allclose(products(turned)[name], expected, atol=2e-5)
+        a, b = (np.float64(x) for x in (turned.modules[name].a, turned.modules[name].b))
+        lengths = np.linalg.norm(a, axis=-2) * np.linalg.norm(b, axis=-1)
+        values = np.linalg.svd(expected, compute_uv=False)[..., : lengths.shape[-1]]
+        np.testing.assert_allclose(lengths[..., : values.shape[-1]], values, rtol=1e-4, atol=1e-4)
+        for gram in (np.swapaxes(a, -1, -2) @ a, b @ np.swapaxes(b, -1, -2)):
+            np.testing.assert_allclose(gram * (1 - np.eye(gram.shape[-1])), 0, atol=1e-3)
+    fresh = Adapters({name: Factors(a=f.a, b=jnp.zeros_like(f.b)) for name, f in START.modules.items()}, START.head)
+    for name, f in premise.rotate(fresh).modules.items():
+        assert not f.b.any()
+        before = np.mean(np.sum(np.float64(START.modules[name].a) ** 2, -2), -1)
+        np.testing.assert_allclose(np.sum(np.float64(f.a) ** 2, -2), np.tile(before[:, None], f.a.shape[-1]), rtol=1e-4)
