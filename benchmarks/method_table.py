@@ -62,7 +62,13 @@ SHARED = [
     "local.optimizer.schedule=constant",
     f"engine.eval_every={EVAL_EVERY}",
 ]
-TEXT = ["lora.targets=[query, value]", "data.source=tsv", "data.max_length=48", "local.optimizer.learning_rate=1e-3"]
+TEXT = [
+    "model.compute_dtype=bfloat16",
+    "lora.targets=[query, value]",
+    "data.source=tsv",
+    "data.max_length=48",
+    "local.optimizer.learning_rate=1e-3",
+]
 
 
 def measure(config: ExperimentConfig, budget_bits: int, most_rounds: int) -> dict:
@@ -129,6 +135,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/method_table.json"))
     options = parser.parse_args()
+    environment = common.environment()  # before the output, which git may know, is written
     use_cpu_cores()
     files, base = [], preset("digits")
     if options.train:
@@ -154,7 +161,7 @@ def main() -> None:
                 kept["runs"][name] = {**asked, **measure(config, budget, MOST_ROUNDS * options.dense_rounds)}
                 common.note(f"{name}: {kept['runs'][name]['final_accuracy']:.4f}")
                 options.out.write_text(json.dumps(kept, indent=2) + "\n")
-    result = {"environment": common.environment(), "table": summarize(kept["runs"]), "runs": kept["runs"]}
+    result = {"environment": environment, "table": summarize(kept["runs"]), "runs": kept["runs"]}
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result["table"], indent=2))
 

@@ -1,0 +1,107 @@
+"""What the fidelity benchmarks compute, against the full products in NumPy."""
+
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_lora.base import Adapters, Dataset, Factors
+from fedjax_lora.sparsifiers import dense, soft, svd
+from oracles.sparsifier_oracle import random_adapters, scope, trained_from
+
+START = random_adapters(0)
+COHORT = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(trained_from(START, seed) for seed in (1, 2, 3)))
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def fidelity(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("sparsifier_fidelity")
+
+
+@pytest.fixture
+def premise(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("soft_premise")
+
+
+def products(adapters):
+    """Module name -> the full products, `[..., L, n_in, n_out]`, float64."""
+    return {name: np.float64(f.a) @ np.float64(f.b) for name, f in adapters.modules.items()}
+
+
+def changes(cohort):
+    before = products(START)
+    return {name: after - before[name] for name, after in products(cohort).items()}
+
+
+@pytest.mark.parametrize("kept", [1, 3, 6])
+def test_best_share_is_that_of_the_full_products(fidelity, kept):
+    """NumPy's SVD of every client's full change."""
+    energies = [np.linalg.svd(change, compute_uv=False) ** 2 for change in changes(COHORT).values()]
+    best = sum(e[..., :kept].sum((-2, -1)) for e in energies)
+    expected = np.mean(best / sum(e.sum((-2, -1)) for e in energies))
+    assert fidelity.best_share(START, COHORT, kept) == pytest.approx(expected, rel=1e-6)
+
+
+def test_ratio_within_is_the_last_that_fits(fidelity):
+    """Brute force over the same ratios; a budget of k components buys less than k + 1 of them."""
+    method, used = soft.make(soft.SoftConfig(), START), scope()
+    price = {k: float(method.payload_bits(jnp.float32(k / used.ranks.sum()), used)) for k in (1, 2)}
+    found = fidelity.ratio_within(method, used, price[1])
+    costs = [float(method.payload_bits(jnp.float32(r), used)) for r in (found, found + 1e-4)]
+    assert costs == [price[1], price[2]]
+    assert fidelity.ratio_within(method, used, price[1] - 1) is None
+
+
+def test_kept_shares_are_those_of_the_full_products(fidelity):
+    """NumPy, from the products before and after; everything arrives by the dense method."""
+    key, used = jax.random.key(0), scope()
+    method = svd.make(svd.SvdConfig(), START)
+    found = fidelity.kept_shares(method, START, COHORT, jnp.float32(0.5), used, key)
+    sent, _ = jax.vmap(method.compress, (None, 0, None, None, None, None))(
+        START, COHORT, (), jnp.float32(0.5), used, key
+    )
+    arrived, change = products(sent.adapters), changes(COHORT)
+    after = products(COHORT)
+    lost = sum(((after[n] - arrived[n]) ** 2).sum((1, 2, 3)) for n in after)
+    whole = sum((change[n] ** 2).sum((1, 2, 3)) for n in after)
+    assert float(found[0]) == pytest.approx(1 - np.mean(lost / whole), abs=1e-5)
+    averages = [products(jax.tree.map(lambda leaf: leaf.mean(0), x)) for x in (COHORT, sent.adapters)]
+    lost = sum(((averages[0][n] - averages[1][n]) ** 2).sum() for n in after)
+    whole = sum(((averages[0][n] - before) ** 2).sum() for n, before in products(START).items())
+    assert float(found[1]) == pytest.approx(1 - lost / whole, abs=1e-5)
+    everything = fidelity.kept_shares(dense.make(dense.DenseConfig(), START), START, COHORT, jnp.float32(1), used, key)
+    assert [float(share) for share in everything[:2]] == [1.0, 1.0]
+
+
+def test_held_out_examples_are_a_fifth_that_nobody_trains_on(premise):
+    """Counting, with examples that are their own row numbers."""
+    index = jnp.array([[4, 1, 2, 7, 9, 0], [3, 5, 3, 3, 3, 3]], jnp.int32)
+    rows = jnp.arange(10)
+    data = Dataset(train={"label": rows}, index=index, count=jnp.array([5, 2], jnp.int32), test={"label": rows})
+    held = premise.hold_out(data)
+    assert held.count.tolist() == [4, 2]
+    assert held.test["label"].tolist() == [9]
+
+
+def test_rotation_keeps_the_product_and_makes_components_its_singular_triples(premise):
+    """NumPy's products and singular values in float64; b = 0 at the start leaves a that can be trained."""
+    turned = premise.rotate(START)
+    for name, expected in products(START).items():
+        np.testing.assert_allclose(products(turned)[name], expected, atol=2e-5)
+        a, b = (np.float64(x) for x in (turned.modules[name].a, turned.modules[name].b))
+        lengths = np.linalg.norm(a, axis=-2) * np.linalg.norm(b, axis=-1)
+        values = np.linalg.svd(expected, compute_uv=False)[..., : lengths.shape[-1]]
+        np.testing.assert_allclose(lengths[..., : values.shape[-1]], values, rtol=1e-4, atol=1e-4)
+        for gram in (np.swapaxes(a, -1, -2) @ a, b @ np.swapaxes(b, -1, -2)):
+            np.testing.assert_allclose(gram * (1 - np.eye(gram.shape[-1])), 0, atol=1e-3)
+    fresh = Adapters({name: Factors(a=f.a, b=jnp.zeros_like(f.b)) for name, f in START.modules.items()}, START.head)
+    for name, f in premise.rotate(fresh).modules.items():
+        assert not f.b.any()
+        before = np.mean(np.sum(np.float64(START.modules[name].a) ** 2, -2), -1)
+        np.testing.assert_allclose(np.sum(np.float64(f.a) ** 2, -2), np.tile(before[:, None], f.a.shape[-1]), rtol=1e-4)
