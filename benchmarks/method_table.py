@@ -18,6 +18,7 @@ import numpy as np
 from fedjax_lora import use_cpu_cores
 from fedjax_lora.build import build
 from fedjax_lora.config import ExperimentConfig, load_config
+from fedjax_lora.data.cache import cache_folder
 from fedjax_lora.presets import preset
 
 MOST_ROUNDS = 4
@@ -137,6 +138,7 @@ def main() -> None:
     options = parser.parse_args()
     environment = common.environment()  # before the output, which git may know, is written
     use_cpu_cores()
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))  # seeds share most programs
     files, base = [], preset("digits")
     if options.train:
         model = common.model_folder(options.model)

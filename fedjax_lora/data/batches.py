@@ -1,5 +1,6 @@
 """Batches on the device: which rows of the pool a client reads, and in which order."""
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -67,9 +68,12 @@ def federated_dataset(examples: Examples, partition: Partition) -> Dataset:
         raise ValueError(
             f"partition must hold rows of the training pool, 0 to {num_examples - 1}, got {partition.index.max()}"
         )
+    width = partition.index.shape[1]
+    # Up to a power of two, by rows that each client has: the partitions of most seeds then fit one compiled program.
+    padded = np.pad(partition.index, ((0, 0), (0, 2 ** math.ceil(math.log2(width)) - width)), mode="wrap")
     return Dataset(
         train={name: jnp.asarray(value) for name, value in examples.train.items()},
-        index=jnp.asarray(partition.index),
+        index=jnp.asarray(padded),
         count=jnp.asarray(partition.count),
         test={name: jnp.asarray(value) for name, value in examples.test.items()},
     )

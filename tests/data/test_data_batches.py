@@ -147,6 +147,14 @@ def test_federated_dataset_reads_as_the_partition_does():
     np.testing.assert_array_equal(dataset.test["x"], examples.test["x"])
 
 
+def test_partitions_of_many_seeds_have_the_shape_of_one_program():
+    """Counting: the largest client decides the width, and differs from seed to seed; powers of two do not."""
+    examples = make_examples(300)
+    splits = [partition(PartitionConfig(alpha=1.0), examples.train["label"], 6, seed) for seed in range(5)]
+    widths = {federated_dataset(examples, split).index.shape[1] for split in splits}
+    assert len({split.index.shape[1] for split in splits}) == 5 and widths == {128}
+
+
 def test_partition_of_a_larger_pool_is_refused():
     split = partition(PartitionConfig(), np.arange(30) % 3, 6, seed=0)
     with pytest.raises(ValueError, match=r"^partition must hold rows of the training pool, 0 to 28, got 29$"):
