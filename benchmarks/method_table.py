@@ -24,11 +24,12 @@ from fedjax_lora.presets import preset
 MOST_ROUNDS = 4
 EVAL_EVERY = 2
 
-SGD = ["local.optimizer.name=sgd", "local.optimizer.learning_rate=0.3"]
+SGD = ["local.optimizer.name=sgd", "local.optimizer.learning_rate=0.1"]
 METHODS = {
     "dense": ["sparsifier.name=dense"],
     "soft": ["sparsifier.name=soft"],
     "soft change": ["sparsifier.name=soft", "sparsifier.send=change", "sparsifier.orthogonality=0"],
+    "soft feedback": ["sparsifier.name=soft", "sparsifier.error_feedback=true"],
     "soft_rotated": ["sparsifier.name=soft_rotated"],
     "soft_rotated norm": ["sparsifier.name=soft_rotated", "sparsifier.keep_norm=true"],
     "soft_rotated int8": ["sparsifier.name=soft_rotated", "wire.bits=8"],
@@ -47,12 +48,15 @@ METHODS = {
     "hetlora": ["sparsifier.name=dense", "aggregation.name=hetlora", "lora.client_ranks=[2, 4, 8]"],
     "fedsa": ["sparsifier.name=dense", "aggregation.name=fedsa"],
     "lora_fair": ["sparsifier.name=dense", "aggregation.name=lora_fair"],
+    "fedavgm": ["sparsifier.name=dense", "server.name=momentum", "server.momentum=0.5"],
+    "fedadam": ["sparsifier.name=dense", "server.name=adam", "server.learning_rate=0.01"],
+    "fedyogi": ["sparsifier.name=dense", "server.name=yogi", "server.learning_rate=0.01"],
     "fedprox": ["sparsifier.name=dense", "drift.name=fedprox"],
     "dense sgd": ["sparsifier.name=dense", *SGD],
     "scaffold sgd": ["sparsifier.name=dense", "drift.name=scaffold", *SGD],
 }
 MATTER_MOST = ("dense", "soft", "soft_rotated", "top_k", "ffa", "rolora", "fedex", "flasc")
-"""The eight that are run on text where time is short."""
+"""The eight that are run on text unless `--methods` says otherwise."""
 
 SHARED = [
     "clients.count=50",
@@ -64,7 +68,6 @@ SHARED = [
     f"engine.eval_every={EVAL_EVERY}",
 ]
 TEXT = [
-    "model.compute_dtype=bfloat16",
     "lora.targets=[query, value]",
     "data.source=tsv",
     "data.max_length=48",
@@ -82,6 +85,8 @@ def measure(config: ExperimentConfig, budget_bits: int, most_rounds: int) -> dic
             break
         spent += bits
         rows.append(metrics)
+    if not rows:
+        raise ValueError(f"--dense-rounds must allow {EVAL_EVERY} rounds of every method, got {budget_bits} bits")
     joined = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
     accuracies = joined.eval_accuracy[np.isfinite(joined.eval_accuracy)]
     personal = joined.personal_accuracy[np.isfinite(joined.personal_accuracy)]
@@ -92,6 +97,7 @@ def measure(config: ExperimentConfig, budget_bits: int, most_rounds: int) -> dic
         "rounds": len(joined.round),
         "local_steps": len(joined.round) * config.local.steps,
         "uplink_bits": spent,
+        "share_of_budget": spent / budget_bits,
         "downlink_bits": int(joined.downlink_bits.sum()),
         "sparsification_error": float(joined.sparsification_error.mean()),
         "covariance_error": float(joined.covariance_error.mean()),
@@ -106,7 +112,10 @@ def dense_round_bits(config: ExperimentConfig) -> int:
 
 
 def summarize(runs: dict[str, dict]) -> dict[str, dict]:
-    """Mean and deviation over the seeds of each method and setting, the best final accuracy first."""
+    """Mean and deviation over the seeds of each method and setting, the best first.
+
+    Where clients keep adapters of their own, their personal accuracy decides: nobody uses the global model.
+    """
     groups: dict[str, list[dict]] = {}
     for name, run in runs.items():
         groups.setdefault(name.rsplit(" seed ", 1)[0], []).append(run)
@@ -117,11 +126,15 @@ def summarize(runs: dict[str, dict]) -> dict[str, dict]:
             values = [row[field] for row in rows]
             table[name][field] = statistics.mean(values)
             table[name][f"{field}_deviation"] = statistics.stdev(values) if len(values) > 1 else None
-        for field in ("uplink_bits", "downlink_bits", "sparsification_error", "covariance_error"):
+        for field in ("uplink_bits", "share_of_budget", "downlink_bits", "sparsification_error", "covariance_error"):
             table[name][field] = statistics.mean(row[field] for row in rows)
         if rows[0]["final_personal_accuracy"] is not None:
             table[name]["final_personal_accuracy"] = statistics.mean(row["final_personal_accuracy"] for row in rows)
-    return dict(sorted(table.items(), key=lambda item: -item[1]["final_accuracy"]))
+
+    def accuracy(row: dict) -> float:
+        return row.get("final_personal_accuracy", row["final_accuracy"])
+
+    return dict(sorted(table.items(), key=lambda item: -accuracy(item[1])))
 
 
 def main() -> None:
@@ -133,38 +146,44 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.5, 0.1], help="of the Dirichlet partition")
     parser.add_argument("--dense-rounds", type=int, default=10, help="rounds of dense whose bits all may spend")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/method_table.json"))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="all on digits, the eight of MATTER_MOST on text")
+    parser.add_argument("--out", type=Path, help="benchmarks/results/method_table[_text].json where it is left out")
     options = parser.parse_args()
     environment = common.environment()  # before the output, which git may know, is written
     use_cpu_cores()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))  # seeds share most programs
-    files, base = [], preset("digits")
+    files, base, task = [], preset("digits"), "digits"
     if options.train:
         model = common.model_folder(options.model)
+        task = f"{Path(options.train).name}, {Path(model).parent.name}"
         files, base = [f"model.pretrained={model}", f"data.train={options.train}", f"data.test={options.test}"], None
+    methods = options.methods or (MATTER_MOST if options.train else METHODS)
+    out = options.out or Path("benchmarks/results") / f"method_table{'_text' if options.train else ''}.json"
     setting = [*SHARED, *(TEXT if options.train else []), f"rounds={MOST_ROUNDS * options.dense_rounds}"]
 
     def configured(overrides: list[str]) -> ExperimentConfig:
         return load_config(None, [*files, *setting, *overrides], base=base)
 
+    runs = {
+        f"{method}, alpha {alpha} seed {seed}": [*METHODS[method], f"clients.partition.alpha={alpha}", f"seed={seed}"]
+        for seed in range(options.seeds)
+        for alpha in options.alphas
+        for method in methods
+    }
+    configs = {name: configured(overrides) for name, overrides in runs.items()}  # all are checked before the first
     budget = options.dense_rounds * dense_round_bits(configured(METHODS["dense"]))
-    kept = json.loads(options.out.read_text()) if options.out.exists() else {"runs": {}}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    for seed in range(options.seeds):
-        for alpha in options.alphas:
-            for method in options.methods:
-                name = f"{method}, alpha {alpha} seed {seed}"
-                overrides = [*METHODS[method], f"clients.partition.alpha={alpha}", f"seed={seed}"]
-                asked = {"overrides": [*setting, *overrides], "budget_bits": budget}
-                if asked.items() <= kept["runs"].get(name, {}).items():
-                    continue
-                config = configured(overrides)
-                kept["runs"][name] = {**asked, **measure(config, budget, MOST_ROUNDS * options.dense_rounds)}
-                common.note(f"{name}: {kept['runs'][name]['final_accuracy']:.4f}")
-                options.out.write_text(json.dumps(kept, indent=2) + "\n")
+    kept = json.loads(out.read_text()) if out.exists() else {"runs": {}}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for name, config in configs.items():
+        asked = {"task": task, "overrides": [*setting, *runs[name]], "budget_bits": budget}
+        if asked.items() <= kept["runs"].get(name, {}).items():
+            continue
+        found = measure(config, budget, MOST_ROUNDS * options.dense_rounds)
+        kept["runs"][name] = {**asked, "git_commit": environment["git_commit"], **found}
+        common.note(f"{name}: {found['final_accuracy']:.4f}")
+        out.write_text(json.dumps(kept, indent=2) + "\n")
     result = {"environment": environment, "table": summarize(kept["runs"]), "runs": kept["runs"]}
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result["table"], indent=2))
 
 
