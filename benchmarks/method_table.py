@@ -29,7 +29,12 @@ METHODS = {
     "dense": ["sparsifier.name=dense"],
     "soft": ["sparsifier.name=soft"],
     "soft change": ["sparsifier.name=soft", "sparsifier.send=change", "sparsifier.orthogonality=0"],
-    "soft feedback": ["sparsifier.name=soft", "sparsifier.error_feedback=true"],
+    "soft feedback": [
+        "sparsifier.name=soft",
+        "sparsifier.send=change",
+        "sparsifier.orthogonality=0",
+        "sparsifier.error_feedback=true",
+    ],
     "soft_rotated": ["sparsifier.name=soft_rotated"],
     "soft_rotated norm": ["sparsifier.name=soft_rotated", "sparsifier.keep_norm=true"],
     "soft_rotated int8": ["sparsifier.name=soft_rotated", "wire.bits=8"],

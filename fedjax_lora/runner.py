@@ -36,7 +36,12 @@ def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) ->
       ValueError: the folder is in use, or cannot be resumed with this configuration or these data.
     """
     started = time.perf_counter()
-    if not resume:
+    if resume:
+        RunFolder.check_configuration(path, dump(config))
+        if (ended := read_summary(path)) is not None:
+            write_report([path], RunFolder(path).report)
+            return ended
+    else:
         RunFolder.check_free(path)
     simulation = build(config)
     for note in _notes(config, simulation):
@@ -50,10 +55,6 @@ def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) ->
         state = checkpoint.restore(folder.checkpoints, state) or state
         folder.truncate(int(state.round))
     done = int(state.round)
-    ended = read_summary(path)
-    if done == config.rounds and ended is not None:
-        write_report([path], folder.report)
-        return ended
     console.print(
         f"{config.clients.count} clients, {simulation.parts.cohort_size} a round, "
         f"{simulation.parts.chunk} at once; compiled in {simulation.compile_s:.1f} s; "
@@ -122,11 +123,11 @@ def _progress(console: Console) -> Progress:
 
 
 def _status(metrics: Metrics) -> str:
-    """The last round in a few words."""
+    """The rounds since the last evaluation in a few words: the loss of the last one, and means."""
     uplink_mb = int(metrics.uplink_bits.sum()) / 8e6
     return (
         f"loss {metrics.train_loss[-1]:.3f}  accuracy {metrics.eval_accuracy[-1]:.4f}  "
-        f"latency {metrics.latency_s[-1]:.2f} s  uplink {uplink_mb / len(metrics.round):.2f} MB a round"
+        f"latency {float(metrics.latency_s.mean()):.2f} s, uplink {uplink_mb / len(metrics.round):.2f} MB a round"
     )
 
 

@@ -85,6 +85,15 @@ class RunFolder:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise ValueError(f"{path} must be a new or an empty folder to start a run in, got one in use")
 
+    @staticmethod
+    def check_configuration(path: str | Path, config_text: str) -> None:
+        """Refuse to resume with a configuration that is not the run's.
+
+        Raises:
+          ValueError: there is no run, or its configuration differs; names the first key that does.
+        """
+        _check_same(read_config(path), yaml.safe_load(config_text), Path(path) / _CONFIG)
+
     @classmethod
     def create(cls, path: str | Path, config_text: str, data: Mapping[str, str]) -> "RunFolder":
         """A new run folder that holds `config.yaml` and `data.json`; it appears in full or not at all.
@@ -113,7 +122,7 @@ class RunFolder:
           ValueError: there is no run, or its configuration or data differ; names the first key that does.
         """
         run = cls(path)
-        _check_same(read_config(run.path), yaml.safe_load(config_text), run.path / _CONFIG)
+        cls.check_configuration(path, config_text)
         _check_same({"data": _read_json(run.path / _DATA) or {}}, {"data": data}, run.path / _DATA)
         return run
 
@@ -157,13 +166,16 @@ def summarize(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     accuracies, personal = (
         [line[field] for line in metrics if line[field] is not None] for field in ("eval_accuracy", "personal_accuracy")
     )
+    total_s = metrics[-1]["cumulative_latency_s"] if metrics else None
     return {
         "final_accuracy": accuracies[-1] if accuracies else None,
         "best_accuracy": max(accuracies, default=None),
         "personal_accuracy": personal[-1] if personal else None,
         "total_uplink_bits": sum(line["uplink_bits"] for line in metrics),
         "total_downlink_bits": sum(line["downlink_bits"] for line in metrics),
-        "total_latency_s": metrics[-1]["cumulative_latency_s"] if metrics else None,
+        "total_latency_s": total_s,
+        "mean_latency_s": None if total_s is None else total_s / len(metrics),
+        "final_queue_s": metrics[-1]["queue_s"] if metrics else None,
         "rounds": len(metrics),
     }
 

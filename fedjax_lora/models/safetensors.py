@@ -7,6 +7,7 @@ import contextlib
 import fnmatch
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from fedjax_lora.base import Base
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Weight(NamedTuple):
@@ -45,12 +47,17 @@ def resolve(pretrained: str) -> Path:
     folder = Path(pretrained).expanduser()
     if folder.is_dir():
         return folder
+    if not _HUB_ID.fullmatch(pretrained):
+        raise ValueError(
+            f"model.pretrained must be a folder that exists or a Hugging Face model id, got {pretrained!r}"
+        )
     try:
         return Path(huggingface_hub.snapshot_download(pretrained, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
     except Exception as error:  # the hub client raises errors of several libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"model.pretrained must be a folder or a Hugging Face model id, got {pretrained!r} ({reason})"
+            "model.pretrained must be an existing folder or a model that the Hugging Face hub has, "
+            f"got {pretrained!r} ({reason})"
         ) from None
 
 

@@ -32,21 +32,26 @@ def summary_lines(summary: Mapping[str, Any]) -> str:
 
 
 def comparison(run_folders: Iterable[str | Path]) -> str:
-    """Plain text for a terminal: a run a row, with its headline numbers and the keys in which the runs differ.
+    """Plain text for a terminal: the keys in which the runs differ, and their headline numbers.
+
+    A run is a row, or a column where there are fewer runs than numbers.
 
     Raises:
       ValueError: a folder is not a run's, or has no round in its log.
     """
     runs = load_runs(run_folders)
     keys, headline = differing_keys(runs), _headline([run.summary for run in runs])
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("run")
-    for label in [*keys, *headline]:
-        table.add_column(Text(label), justify="right")
+    rows = [["run", *keys, *headline]]
     for run in runs:
         settings = [_cell(run.config.get(key)) for key in keys]
-        results = [cell(run.summary) for cell in headline.values()]
-        table.add_row(*map(Text, [run.name, *settings, *results]))
+        rows.append([run.name, *settings, *(cell(run.summary) for cell in headline.values())])
+    if len(rows) < len(rows[0]):
+        rows = list(zip(*rows, strict=True))
+    table = Table(box=box.SIMPLE_HEAD)
+    for number, label in enumerate(rows[0]):
+        table.add_column(Text(label), justify="right" if number else "left")
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
     # Wide enough never to wrap: a terminal or a pager cuts better than a table does.
     console = Console(file=io.StringIO(), width=10_000, color_system=None)
     with console.capture() as capture:
@@ -99,10 +104,12 @@ _HEADLINE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     _PERSONAL: _formatted("personal_accuracy", ".4f"),
     "rounds": _formatted("rounds", "d"),
     "simulated time, s": _formatted("total_latency_s", ".6g"),
+    "latency a round, s": _formatted("mean_latency_s", ".4g"),
     "uplink, bits": _formatted("total_uplink_bits", ",d"),
 }
 
 _DETAILS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "queue at the end, s": _formatted("final_queue_s", ".4g"),
     "downlink, bits": _formatted("total_downlink_bits", ",d"),
     "wall time, s": _formatted("wall_s", ".4g"),
     "of it compiling, s": _formatted("compile_s", ".4g"),

@@ -202,6 +202,8 @@ def test_summary_adds_up_the_log_oracle_python_loop(run):
         "total_uplink_bits": 4 * 4 * (2**31 + 1),
         "total_downlink_bits": 0,
         "total_latency_s": 3.1,
+        "mean_latency_s": 3.1 / 4,
+        "final_queue_s": 3.1,
         "rounds": 4,
         "wall_s": 2.5,
         "compile_s": None,

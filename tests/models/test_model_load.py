@@ -156,14 +156,19 @@ def test_bad_config_is_refused_in_one_line(folder, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_neither_folder_nor_hub_id_is_refused_in_one_line(tmp_path, monkeypatch):
+def test_neither_folder_nor_hub_id_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"must be a folder that exists or a Hugging Face model id, got '.*absent'"):
+        build(tmp_path / "absent")
+
+
+def test_model_that_the_hub_does_not_give_is_refused_in_one_line(monkeypatch):
     def offline(*arguments, **options):
         raise OSError("no network\nand a second line")
 
     monkeypatch.setattr(safetensors.huggingface_hub, "snapshot_download", offline)
-    message = r"model.pretrained must be a folder or a Hugging Face model id, got '.*absent' \(no network\)"
+    message = r"or a model that the Hugging Face hub has, got 'someone/some-model' \(no network\)"
     with pytest.raises(ValueError, match=message) as error:
-        build(tmp_path / "absent")
+        build("someone/some-model")
     assert "\n" not in str(error.value)
 
 

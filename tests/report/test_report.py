@@ -84,6 +84,8 @@ def test_a_report_of_one_run_shows_the_values_of_its_log(tmp_path):
         "best accuracy": f"{6 / 7:.4f}",
         "rounds": "6",
         "simulated time, s": "9",
+        "latency a round, s": "1.5",
+        "queue at the end, s": "0.5",
         "uplink, bits": f"{6 * 10**9 + 15:,}",
         "downlink, bits": "42",
         "participants a round": "3.5",
@@ -165,20 +167,34 @@ def test_each_run_has_a_colour_of_its_own_oracle_a_set():
         assert len(set(run_colors(count))) == count
 
 
-def test_comparison_in_the_terminal_shows_the_summary_in_one_line_a_run(tmp_path):
-    folders = [write_run(tmp_path / "[red]", {"x": 1}), write_run(tmp_path / "b", {"x": None})]
+def test_comparison_of_many_runs_in_the_terminal_has_one_line_a_run(tmp_path):
+    folders = [write_run(tmp_path / f"[red]{x}", {"x": x}) for x in [*range(9), None]]
     lines = comparison(folders).splitlines()
-    first, second = [next(line.split() for line in lines if name in line) for name in ("[red]", " b ")]
+    rows = [next(line.split() for line in lines if f"[red]{x}" in line) for x in (1, None)]
     accuracy = f"{6 / 7:.4f}"
-    assert first == ["[red]", "1", "0.1000", accuracy, accuracy, "6", "9", f"{6 * 10**9 + 15:,}"]
-    assert second[1] == MISSING
+    assert rows[0] == ["[red]1", "1", "0.1000", accuracy, accuracy, "6", "9", "1.5", f"{6 * 10**9 + 15:,}"]
+    assert rows[1][1] == MISSING
     assert max(map(len, lines)) < 160
+
+
+def test_comparison_of_few_runs_in_the_terminal_has_one_column_a_run(tmp_path):
+    folders = [write_run(tmp_path / "[red]", {"x": 1}), write_run(tmp_path / "b", {"x": None})]
+    rows = {line.split()[0]: line.split()[-2:] for line in comparison(folders).splitlines() if line.strip("─ ")}
+    assert rows["run"] == ["[red]", "b"] and rows["x"] == ["1", MISSING] and rows["final"] == [f"{6 / 7:.4f}"] * 2
 
 
 def test_summary_lines_show_the_headline_of_a_summary(tmp_path):
     summary = load_runs([write_run(tmp_path / "run")])[0].summary
     lines = summary_lines(summary).splitlines()
-    assert [line.split()[-1] for line in lines] == ["0.1000", "0.8571", "0.8571", "6", "9", f"{6 * 10**9 + 15:,}"]
+    assert [line.split()[-1] for line in lines] == [
+        "0.1000",
+        "0.8571",
+        "0.8571",
+        "6",
+        "9",
+        "1.5",
+        f"{6 * 10**9 + 15:,}",
+    ]
 
 
 def test_personal_accuracy_stands_beside_the_global_one_where_a_run_has_it(tmp_path):
@@ -186,7 +202,7 @@ def test_personal_accuracy_stands_beside_the_global_one_where_a_run_has_it(tmp_p
     folders = [write_run(tmp_path / "fedsa", personal_accuracy=personal), write_run(tmp_path / "fedit")]
     runs = load_runs(folders)
     assert dict(summary_rows(runs))["personal accuracy"] == ["0.7500", MISSING]
-    assert "personal accuracy  0.7500" in summary_lines(runs[0].summary)
+    assert "personal accuracy   0.7500" in summary_lines(runs[0].summary)
     assert "personal accuracy" not in summary_lines(runs[1].summary)
     assert "personal accuracy" in comparison(folders) and "personal accuracy" not in comparison(folders[1:])
     with_own, without = all_plots(runs[:1])[0].svg, all_plots(runs[1:])[0].svg
