@@ -209,10 +209,12 @@ class Controller(NamedTuple):
 
     decide: `Observation -> Decision`.
     update_queue: `(queue_s, latency_s) -> queue_s` after the round.
+    queue_s: before round 1.
     """
 
     decide: Callable[[Observation], Decision]
     update_queue: Callable[[Array, Array], Array]
+    queue_s: float = 0.0
 
 
 class Delivery(NamedTuple):

@@ -26,6 +26,18 @@ def at_rank(table: Array, kept: Array) -> Array:
     return jnp.take_along_axis(table, kept.astype(jnp.int32)[:, None], axis=1)[:, 0]
 
 
+def relative_tail(tail_energy: Array, weights: Array) -> Array:
+    """`[C, R + 1]` tail energies over the weighted mean of the whole, all zeros where there is none.
+
+    Weights `[C]` sum to 1.
+    """
+    # Scaled first: energies of a late round may be subnormal, or their sums too large.
+    largest = jnp.max(jnp.where(weights[:, None] > 0, tail_energy, 0.0), initial=0.0)
+    scaled = tail_energy / jnp.where(largest > 0, largest, 1.0)
+    mean = jnp.sum(weights * jnp.where(weights > 0, scaled[:, 0], 0.0))
+    return scaled / jnp.where(mean > 0, mean, 1.0)
+
+
 def able(observation: Observation) -> Array:
     """`[C]` who takes part and can be heard at all."""
     return (observation.weights > 0) & (observation.snr_hz > 0) & (observation.start_s < jnp.inf)

@@ -19,7 +19,7 @@ from fedjax_lora.options import Options
 from fedjax_lora.strategies import Controller, Decision, Observation
 from fedjax_lora.wireless.allocation import min_max_latency
 
-Tail = Literal["energy", "linear"]
+Tail = Literal["relative", "energy", "linear"]
 Ratio = Literal["client", "common"]
 
 _NEVER_S = 1e15  # as `min_max_latency` has it
@@ -33,8 +33,11 @@ class TsfaConfig(Options):
     V: weight of what is not sent against the queue, in s^2 over the unit of the tail. Larger: better updates, a
       longer queue.
     latency_budget_s: what the latency of a round may be on average over the run.
+    queue_s: the queue before round 1. With 0 the first rounds send everything; the mean latency of T rounds exceeds
+      the budget by at most `(Q_T - queue_s) / T`.
     min_keep_ratio: the least that a client keeps, rounded up to whole ranks.
-    tail: the cost of a keep ratio: the client's tail `energy`, or `linear`, 1 - ratio.
+    tail: the cost of a keep ratio: the client's tail energy `relative` to the cohort's weighted mean of the whole
+      energy, so that V is in s^2 for every sparsifier and in every round; the `energy` itself; or `linear`, 1 - ratio.
     ratio: each `client`'s own, or a `common` one.
     """
 
@@ -42,8 +45,9 @@ class TsfaConfig(Options):
     name: Literal["tsfa"] = "tsfa"
     V: float = 10.0
     latency_budget_s: float = 2.0
+    queue_s: float = 0.0
     min_keep_ratio: float = 0.1
-    tail: Tail = "energy"
+    tail: Tail = "relative"
     ratio: Ratio = "client"
 
     def __post_init__(self):
@@ -52,6 +56,8 @@ class TsfaConfig(Options):
             raise ValueError(f"V must be at least 0 and finite, got {self.V!r}")
         if not 0 < self.latency_budget_s < math.inf:
             raise ValueError(f"latency_budget_s must be positive and finite, got {self.latency_budget_s!r}")
+        if not 0 <= self.queue_s < math.inf:
+            raise ValueError(f"queue_s must be at least 0 and finite, got {self.queue_s!r}")
         if not 0 < self.min_keep_ratio <= 1:
             raise ValueError(f"min_keep_ratio must be in (0, 1], got {self.min_keep_ratio!r}")
 
@@ -191,6 +197,8 @@ def make(config: TsfaConfig) -> Controller:
         bits, tail = planning.payloads(observation), observation.tail_energy
         if config.tail == "linear":
             tail = jnp.maximum(1.0 - jnp.arange(tail.shape[-1]) / rank[:, None], 0.0)
+        elif config.tail == "relative":
+            tail = planning.relative_tail(tail, observation.weights)
         least = planning.least_rank(config.min_keep_ratio, rank)
         weights, queue = observation.weights, observation.queue_s
         planned = solve(
@@ -212,4 +220,4 @@ def make(config: TsfaConfig) -> Controller:
         objective = config.V * cost.sum() + queue * allocation.latency_s
         return Decision(kept / rank, allocation.bandwidth_hz, allocation.latency_s, objective)
 
-    return Controller(decide=decide, update_queue=planning.queue_law(config.latency_budget_s))
+    return Controller(decide=decide, update_queue=planning.queue_law(config.latency_budget_s), queue_s=config.queue_s)

@@ -135,7 +135,7 @@ class Simulation:
         self._compiled = None
 
     def init(self, key: Array) -> FedState:
-        """The state before round 1: fresh adapters, a cell drawn anew, empty queue."""
+        """The state before round 1: fresh adapters, a cell drawn anew, the controller's first queue."""
         num_clients = self.world.data.count.shape[0]
         initial = self._initial
 
@@ -155,7 +155,7 @@ class Simulation:
                 adapters=adapters,
                 server=initial.server(adapters),
                 link=initial.link.init(link_key, jnp.arange(num_clients)),
-                queue_s=jnp.float32(0),
+                queue_s=jnp.float32(self.parts.controller.queue_s),
                 elapsed_s=jnp.float32(0),
                 merged=initial.merged(adapters),
                 drift=self.parts.drift.init_server(adapters),
