@@ -26,6 +26,11 @@ def at_rank(table: Array, kept: Array) -> Array:
     return jnp.take_along_axis(table, kept.astype(jnp.int32)[:, None], axis=1)[:, 0]
 
 
+def linear_tail(rank: Array, max_rank: int) -> Array:
+    """`[..., R + 1]` share of `rank` `[...]` left out when 0 ... R ranks are kept."""
+    return jnp.maximum(1.0 - jnp.arange(max_rank + 1) / rank[..., None], 0.0)
+
+
 def able(observation: Observation) -> Array:
     """`[C]` who takes part and can be heard at all."""
     return (observation.weights > 0) & (observation.snr_hz > 0) & (observation.start_s < jnp.inf)

@@ -169,17 +169,18 @@ def _steps(bits: Array, cost: Array, least: Array, rank: Array) -> _Steps:
     )
 
 
-def make(config: TsfaConfig) -> Controller:
+def make(config: TsfaConfig, V: ArrayLike | None = None) -> Controller:
     """Solves, rounds ratios down to whole ranks, and shares the band anew: the latency never exceeds the plan's.
 
-    Latency and objective of its decisions are those after rounding.
+    Latency and objective of its decisions are those after rounding. `V` stands in for `config.V`; it may be traced.
     """
+    V = config.V if V is None else V
 
     def decide(observation: Observation) -> Decision:
         rank = observation.rank
         bits, tail = planning.payloads(observation), observation.tail_energy
         if config.tail == "linear":
-            tail = jnp.maximum(1.0 - jnp.arange(tail.shape[-1]) / rank[:, None], 0.0)
+            tail = planning.linear_tail(rank, tail.shape[-1] - 1)
         least = planning.least_rank(config.min_keep_ratio, rank)
         weights, queue = observation.weights, observation.queue_s
         planned = solve(
@@ -190,7 +191,7 @@ def make(config: TsfaConfig) -> Controller:
             weights,
             tail,
             queue,
-            config.V,
+            V,
             min_keep_ratio=least / rank,
             rank=rank,
             ratio=config.ratio,
@@ -198,7 +199,7 @@ def make(config: TsfaConfig) -> Controller:
         kept = jnp.clip(jnp.floor(planned.keep_ratio * rank + _ROUNDING), least, rank)
         allocation = planning.allocate(observation, planning.at_rank(bits, kept))
         cost = weights * planning.at_rank(tail, kept)
-        objective = config.V * cost.sum() + queue * allocation.latency_s
+        objective = V * cost.sum() + queue * allocation.latency_s
         return Decision(kept / rank, allocation.bandwidth_hz, allocation.latency_s, objective)
 
     return Controller(decide=decide, update_queue=planning.queue_law(config.latency_budget_s))

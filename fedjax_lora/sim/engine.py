@@ -14,6 +14,7 @@ from fedjax_lora.base import Adapters, Base, ClientState, FedState, Hyper, Link,
 from fedjax_lora.sim.cohort import replicated
 from fedjax_lora.sim.evaluate import Evaluate, EvaluatePersonal
 from fedjax_lora.sim.kept import extract
+from fedjax_lora.sim.pilot import FullGradient
 from fedjax_lora.sim.round import Parts, RoundFn, World, make_round
 
 
@@ -103,6 +104,8 @@ class Simulation:
       parts: the functions that a round is made of.
       partition_hash: of who holds which examples.
       truncated: sentences that were cut to the maximum length.
+      full_gradient: loss and gradient by the weights themselves, for what measures rather than trains.
+      score: loss and accuracy on a pool.
       compile_s: seconds that tracing and compiling took; 0 until the first run.
     """
 
@@ -116,11 +119,14 @@ class Simulation:
         eval_every: int,
         partition_hash: str,
         truncated: int,
+        full_gradient: FullGradient,
     ):
         self.parts = parts
         self.eval_every = eval_every
         self.partition_hash = partition_hash
         self.truncated = truncated
+        self.full_gradient = full_gradient
+        self.score = evaluate
         self.compile_s = 0.0
         self._initial = initial
         self._everywhere = replicated(parts.mesh)

@@ -14,6 +14,7 @@ from fedjax_lora import trees
 from fedjax_lora.base import (
     CLIENT_SCOPE,
     Adapters,
+    Aggregate,
     Aggregator,
     Base,
     ClientState,
@@ -28,10 +29,11 @@ from fedjax_lora.base import (
     Metrics,
     Observation,
     Scope,
+    Sent,
     Sparsifier,
 )
 from fedjax_lora.lora.adapters import rank_mask
-from fedjax_lora.prng import client_keys, round_keys
+from fedjax_lora.prng import RoundKeys, client_keys, round_keys
 from fedjax_lora.sim.cohort import choose, map_over_devices, padded_size
 from fedjax_lora.sim.kept import extract
 from fedjax_lora.sim.local import Broadcast, Client, Train, Trained, max_rank
@@ -83,44 +85,30 @@ def make_round(parts: Parts) -> RoundFn:
 
     def round_fn(world: World, state: FedState) -> tuple[FedState, Metrics]:
         keys = round_keys(state.key, state.round)
-        hyper, num_clients = state.hyper, world.data.count.shape[0]
 
         # 1. Draw the channel.
-        link_state = link.step(state.link, keys.channel, jnp.arange(num_clients))
+        link_state = link.step(state.link, keys.channel, jnp.arange(world.data.count.shape[0]))
 
-        # 2. Choose the cohort, and what it trains and sends.
-        size = padded_size(parts.cohort_size, parts.chunk, parts.mesh.size)
-        ids, present = choose(keys.cohort, num_clients, parts.cohort_size, size)
-        own, cohort_link = trees.take((state.clients, link_state), ids)
-        masks = jax.vmap(rank_mask, (0, None))(own.rank, max_rank(state.adapters))
-        sends = list(map(jnp.float32, parts.aggregator.sends(state.round)))
-        scope = Scope(masks, *sends)
-        start, downlink_bits = jax.vmap(sparsifier.broadcast, (None, CLIENT_SCOPE), (None, 0))(state.adapters, scope)
-        downlink_bits += jnp.uint32(parts.extra_downlink_bits)
-
-        # 3. Train locally; who diverged is left out from here on.
-        clients = Client(world.data.index[ids], world.data.count[ids], client_keys(keys.local, ids), own)
-        trained = train_cohort(parts, world, state, start, clients)
-        finite = jax.vmap(trees.all_finite)(trained.adapters)
-        active = present & finite
-        trained = trained._replace(adapters=keep_where(active, trained.adapters, start))
-        shown = jax.vmap(Scope.select, (CLIENT_SCOPE, 0, None))(scope, trained.adapters, start)
-        client_weight = parts.client_weight(clients.examples)
+        # 2. Choose the cohort, and 3. train it.
+        cohort = train_round(parts, world, state, keys)
+        ids, present, own, scope, start = cohort.ids, cohort.present, cohort.own, cohort.scope, cohort.start
+        trained, shown, active = cohort.trained, cohort.shown, cohort.active
+        cohort_link = trees.take(link_state, ids)
 
         # 4. Importance of each rank, and 5. control of keep ratio and bandwidth.
         tail_energy = jax.vmap(sparsifier.tail_energy, (None, 0, CLIENT_SCOPE))(start, shown, scope)
-        start_s = link.start_s(cohort_link, downlink_bits, present)
+        start_s = link.start_s(cohort_link, cohort.downlink_bits, present)
         decision = parts.controller.decide(
             Observation(
                 snr_hz=link.snr_hz(cohort_link),
                 start_s=start_s,
-                weights=normalised(client_weight * active),
+                weights=cohort.weights,
                 tail_energy=tail_energy,
                 rank=own.rank,
                 payload_bits=lambda ratio: jax.vmap(sparsifier.payload_bits, (0, CLIENT_SCOPE))(ratio, scope),
                 bandwidth_hz=jnp.float32(link.bandwidth_hz),
                 queue_s=state.queue_s,
-                hyper=hyper,
+                hyper=state.hyper,
             )
         )
 
@@ -136,39 +124,13 @@ def make_round(parts: Parts) -> RoundFn:
         arrived = active & delivery.delivered
 
         # 8. Aggregate, step the server, update the queue.
-        held, received = (jax.vmap(own_product)(x, masks) for x in (shown, sent.adapters))
-        aggregate = parts.aggregator.aggregate(
-            start,
-            held,
-            dataclasses.replace(sent, adapters=received),
-            normalised(client_weight * arrived),
-            hyper.alpha / hyper.rank,
-            keys.aggregate,
-        )
-        pseudo_gradient = jax.tree.map(jnp.subtract, start, aggregate.adapters)
-        updates, server = parts.optimizer.update(pseudo_gradient, state.server, state.adapters)
-        # Momentum would move what is at rest in this round.
-        shared = Scope(rank_mask(hyper.rank, max_rank(start)), *sends)
-        updates = shared.select(updates, jax.tree.map(jnp.zeros_like, start))
+        aggregate = aggregate_sent(parts, state, cohort, sent, arrived, keys.aggregate)
         latency_s = round_latency(delivery, active)
-        moved = ClientState(
-            rank=jax.vmap(parts.aggregator.next_rank)(trained.adapters, own.rank),
-            kept=jax.vmap(lambda adapters: extract(adapters, parts.aggregator.keeps))(trained.adapters),
-            memory=memory,
-            drift=trained.drift,
-        )
-        clients_after = scatter(state.clients, ids, arrived, moved, own)
         new_state = dataclasses.replace(
-            state,
-            round=state.round + 1,
-            adapters=jax.tree.map(jnp.add, state.adapters, updates),  # whole, also where the broadcast was not
-            server=server,
+            advance(parts, state, cohort, aggregate, memory, arrived),
             link=link_state,
             queue_s=parts.controller.update_queue(state.queue_s, latency_s),
             elapsed_s=state.elapsed_s + latency_s,
-            merged=jax.tree.map(jnp.add, state.merged, aggregate.merged),
-            drift=parts.drift.next_server(state.drift, mean_change(clients_after.drift, state.clients.drift)),
-            clients=clients_after,
         )
         over_arrived = mean_over(arrived)
         metrics = Metrics(
@@ -180,22 +142,117 @@ def make_round(parts: Parts) -> RoundFn:
             latency_s=latency_s,
             elapsed_s=new_state.elapsed_s,
             client_uplink_bits=jnp.where(jnp.isfinite(delivery.latency_s), sent.bits, 0),
-            client_downlink_bits=jnp.where(present, downlink_bits, 0),
+            client_downlink_bits=jnp.where(present, cohort.downlink_bits, 0),
             energy_j=jnp.sum(delivery.energy_j),
             queue_s=new_state.queue_s,
             keep_ratio_mean=over_arrived(decision.keep_ratio),
             kept_ranks_mean=over_arrived(sent.kept_ranks),
             participants=jnp.sum(arrived),
             outages=jnp.sum(active & ~delivery.delivered),
-            nonfinite_clients=jnp.sum(present & ~finite),
+            nonfinite_clients=jnp.sum(present & ~cohort.finite),
             sparsification_error=aggregate.sparsification_error,
             covariance_error=aggregate.covariance_error,
             dropped_energy=over_arrived(sent.dropped_energy),
-            orthogonality=over_arrived(jax.vmap(orthogonality)(trained.adapters, masks)),
+            orthogonality=over_arrived(jax.vmap(orthogonality)(trained.adapters, scope.ranks)),
         )
         return new_state, metrics
 
     return round_fn
+
+
+class Cohort(NamedTuple):
+    """A round's cohort after local training; leaves `[C, ...]` but for `scope`'s scalars and `start`.
+
+    ids, present: see `choose`. own: what each client carried in. scope: what it sends. start: the broadcast.
+    trained: where training left it. shown: `trained` in what is sent, `start` elsewhere.
+    active: present and finite. raw_weights: of the clients in the average, before who is absent is left out.
+    """
+
+    ids: Array
+    present: Array
+    own: ClientState
+    scope: Scope
+    start: Adapters
+    downlink_bits: Array
+    trained: Trained
+    shown: Adapters
+    active: Array
+    finite: Array
+    raw_weights: Array
+
+    @property
+    def weights(self) -> Array:
+        """`[C]` weights of those who trained, which sum to 1."""
+        return normalised(self.raw_weights * self.active)
+
+
+def train_round(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> Cohort:
+    """Choose the cohort and train it; who diverged is left out, with the broadcast in its place."""
+    size = padded_size(parts.cohort_size, parts.chunk, parts.mesh.size)
+    ids, present = choose(keys.cohort, world.data.count.shape[0], parts.cohort_size, size)
+    own = trees.take(state.clients, ids)
+    masks = jax.vmap(rank_mask, (0, None))(own.rank, max_rank(state.adapters))
+    scope = Scope(masks, *map(jnp.float32, parts.aggregator.sends(state.round)))
+    start, downlink_bits = jax.vmap(parts.sparsifier.broadcast, (None, CLIENT_SCOPE), (None, 0))(state.adapters, scope)
+    clients = Client(world.data.index[ids], world.data.count[ids], client_keys(keys.local, ids), own)
+    trained = train_cohort(parts, world, state, start, clients)
+    finite = jax.vmap(trees.all_finite)(trained.adapters)
+    active = present & finite
+    trained = trained._replace(adapters=keep_where(active, trained.adapters, start))
+    return Cohort(
+        ids=ids,
+        present=present,
+        own=own,
+        scope=scope,
+        start=start,
+        downlink_bits=downlink_bits + jnp.uint32(parts.extra_downlink_bits),
+        trained=trained,
+        shown=jax.vmap(Scope.select, (CLIENT_SCOPE, 0, None))(scope, trained.adapters, start),
+        active=active,
+        finite=finite,
+        raw_weights=parts.client_weight(clients.examples),
+    )
+
+
+def aggregate_sent(parts: Parts, state: FedState, cohort: Cohort, sent: Sent, arrived: Array, key: Array) -> Aggregate:
+    """What the server makes of what arrived."""
+    held, received = (jax.vmap(own_product)(x, cohort.scope.ranks) for x in (cohort.shown, sent.adapters))
+    return parts.aggregator.aggregate(
+        cohort.start,
+        held,
+        dataclasses.replace(sent, adapters=received),
+        normalised(cohort.raw_weights * arrived),
+        state.hyper.alpha / state.hyper.rank,
+        key,
+    )
+
+
+def advance(
+    parts: Parts, state: FedState, cohort: Cohort, aggregate: Aggregate, memory: Any, arrived: Array
+) -> FedState:
+    """The state after the round, as far as training goes: the server's step, and what the clients carry on."""
+    start, trained = cohort.start, cohort.trained
+    pseudo_gradient = jax.tree.map(jnp.subtract, start, aggregate.adapters)
+    updates, server = parts.optimizer.update(pseudo_gradient, state.server, state.adapters)
+    # Momentum would move what is at rest in this round.
+    shared = dataclasses.replace(cohort.scope, ranks=rank_mask(state.hyper.rank, max_rank(start)))
+    updates = shared.select(updates, jax.tree.map(jnp.zeros_like, start))
+    moved = ClientState(
+        rank=jax.vmap(parts.aggregator.next_rank)(trained.adapters, cohort.own.rank),
+        kept=jax.vmap(lambda adapters: extract(adapters, parts.aggregator.keeps))(trained.adapters),
+        memory=memory,
+        drift=trained.drift,
+    )
+    clients_after = scatter(state.clients, cohort.ids, arrived, moved, cohort.own)
+    return dataclasses.replace(
+        state,
+        round=state.round + 1,
+        adapters=jax.tree.map(jnp.add, state.adapters, updates),  # whole, also where the broadcast was not
+        server=server,
+        merged=jax.tree.map(jnp.add, state.merged, aggregate.merged),
+        drift=parts.drift.next_server(state.drift, mean_change(clients_after.drift, state.clients.drift)),
+        clients=clients_after,
+    )
 
 
 def train_cohort(parts: Parts, world: World, state: FedState, start: Adapters, clients: Client) -> Trained:
