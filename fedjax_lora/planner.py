@@ -1,7 +1,6 @@
 """The offline stage from end to end: pilot, channel, search; what it finds is a plan that a run can take."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +19,11 @@ from fedjax_lora.io.plan import Plan, described
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.optimizers import schedule
 from fedjax_lora.sim.pilot import Pilot, make_pilot, sample_of
-from fedjax_lora.sim.rollout import Rollout, draw_weather, roll_out
+from fedjax_lora.sim.rollout import draw_weather, roll_out
 from fedjax_lora.sim.round import World
 
 HELD_OUT = 10
-"""Every so manieth example of a client is kept from the pilot and the rollouts; the rollouts are scored on them."""
+"""One example in so many of each client's is kept from the pilot and the rollouts; the rollouts are scored on them."""
 
 
 def plan(config: ExperimentConfig, console: Console) -> Plan:
@@ -75,7 +74,8 @@ def plan(config: ExperimentConfig, console: Console) -> Plan:
         chosen, rows = _descended(setting, sites, rows, most_s)
     else:
         chosen = tsfa_offline.best_rank(rows.latency_s, rows.score, most_s)
-    return described(config, chosen, *jax.device_get((rows, pilots, rollout)))
+    found = jax.device_get((rows, pilots.measured, rollout))
+    return described(config, chosen, setting.rounds, most_s, *found)
 
 
 def run_pilots(simulation: Simulation, world: World, state: FedState, ranks: Array, rounds: int) -> Pilot:
@@ -98,9 +98,7 @@ def sites_of(
     @jax.jit
     def every(world: World, state: FedState, downlink_bits: Array):
         return jax.vmap(
-            lambda bits: draw_weather(
-                simulation.parts, world, state, key, bits, config.rounds, config.plan.paths
-            )
+            lambda bits: draw_weather(simulation.parts, world, state, key, bits, config.rounds, config.plan.paths)
         )(downlink_bits)
 
     weather = every(world, state, pilots.downlink_bits)

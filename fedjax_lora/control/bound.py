@@ -5,15 +5,16 @@ sparsification, and the covariance that averaging the two factors apart leaves o
 the weights without compression, `e_t` what sparsification and averaging apart change of it, and T rounds,
 
     mean ||grad f||^2 <= 2 gap / (h kappa T) + 2 L mean ||d||^2 / (h kappa)
-                         + 2 (1 / (h kappa)^2 + 2 L / (h kappa)) (mean ||s E_s||^2 + mean ||s Cov||^2).
+                         + 2 (theta_s / (h kappa)^2 + 2 L / (h kappa)) mean ||s E_s||^2
+                         + 2 (theta_c / (h kappa)^2 + 2 L / (h kappa)) mean ||s Cov||^2.
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 from jax.lax import Precision
+from jax.typing import ArrayLike
 
 from fedjax_lora.base import Factors
 from fedjax_lora.ops.products import gram
@@ -25,10 +26,12 @@ class Measured(NamedTuple):
     """What a pilot measures at one structural rank; any leading axes.
 
     gap: the loss at the start, an upper bound of what there is to gain, nats.
-    smoothness: L, the least for which the descent lemma held at every step of the pilot.
+    smoothness: L, the least for which the descent lemma holds, summed over the rounds of the pilot.
     share: kappa, the share of the gradient's energy that the adapters and the head can follow, in (0, 1].
     step: h, how far a round moves along what can be followed: `-<grad f, d> / ||followed part||^2`.
     movement: mean `||d||^2`, signal and noise of a round's average movement without compression.
+    against_sparsification, against_covariance: theta, the share of an error's energy that lies against the descent,
+      in [0, 1]; 1 is the worst case.
     """
 
     gap: Array
@@ -36,6 +39,8 @@ class Measured(NamedTuple):
     share: Array
     step: Array
     movement: Array
+    against_sparsification: Array
+    against_covariance: Array
 
 
 class BoundTerms(NamedTuple):
@@ -64,18 +69,21 @@ def terms(measured: Measured, sparsification: ArrayLike, covariance: ArrayLike, 
     progress = measured.step * measured.share
     moves = progress > 0
     inverse = 1.0 / jnp.where(moves, progress, 1.0)
-    weight = 2.0 * (inverse**2 + 2.0 * measured.smoothness * inverse)
+
+    def weight(against: Array) -> Array:
+        return 2.0 * (against * inverse**2 + 2.0 * measured.smoothness * inverse)
+
     found = BoundTerms(
         descent=2.0 * measured.gap * inverse / rounds,
         noise=2.0 * measured.smoothness * measured.movement * inverse,
-        sparsification=weight * sparsification,
-        covariance=weight * covariance,
+        sparsification=weight(measured.against_sparsification) * sparsification,
+        covariance=weight(measured.against_covariance) * covariance,
     )
     return BoundTerms(*(jnp.where(moves, term, jnp.inf) for term in found))
 
 
 def of_log(measured: Measured, sparsification_error: Array, covariance_error: Array, rounds: ArrayLike) -> BoundTerms:
-    """The terms of a run that was logged: errors `[T]` are norms, as in `Metrics`; a round that lacks one is left out."""
+    """The terms of a run that was logged: errors `[T]` are norms, as in `Metrics`; NaN is left out."""
     energies = [jnp.nanmean(jnp.square(error)) for error in (sparsification_error, covariance_error)]
     return terms(measured, *energies, rounds)
 
@@ -98,18 +106,30 @@ def followed_energy(left: Array, right: Array, gradient: Array) -> Array:
     return jnp.sum(by_u**2, (-2, -1)) + jnp.sum(by_v**2, (-2, -1))
 
 
-def smoothness(loss: Array, next_loss: Array, slope: Array, distance_sq: Array) -> Array:
-    """The least L for which `f(x + d) <= f(x) + <grad f(x), d> + L/2 ||d||^2`, not below 0.
+def smoothness(loss: Array, slope: Array, distance_sq: Array) -> Array:
+    """The least L >= 0 for which `f(x + d) <= f(x) + <grad f(x), d> + L/2 ||d||^2`, summed over steps.
 
     Args:
-      loss, next_loss: `[...]` f(x) and f(x + d).
-      slope: `[...]` `<grad f(x), d>`.
-      distance_sq: `[...]` `||d||^2`.
+      loss: `[T + 1]` f before each step and at the end.
+      slope: `[T]` `<grad f(x), d>`.
+      distance_sq: `[T]` `||d||^2`.
     """
-    moved = distance_sq > 0
-    return jnp.where(
-        moved, jnp.maximum(2.0 * (next_loss - loss - slope) / jnp.where(moved, distance_sq, 1.0), 0.0), 0.0
-    )
+    total = jnp.sum(distance_sq)
+    excess = 2.0 * (loss[-1] - loss[0] - jnp.sum(slope))
+    return jnp.where(total > 0, jnp.maximum(excess, 0.0) / jnp.where(total > 0, total, 1.0), 0.0)
+
+
+def share_against(slope: Array, gradient_sq: Array, energy: Array) -> Array:
+    """Share of the energy of errors that lies along the gradient, where it undoes descent; sums over all axes.
+
+    Args:
+      slope: `<grad f, error>`, any shape; negative where the error helps, which counts as 0.
+      gradient_sq: `||grad f||^2`, to broadcast.
+      energy: `||error||^2`.
+    """
+    along = jnp.sum(jnp.square(jnp.maximum(slope, 0.0)) / jnp.where(gradient_sq > 0, gradient_sq, 1.0))
+    total = jnp.sum(energy)
+    return jnp.minimum(jnp.where(total > 0, along / jnp.where(total > 0, total, 1.0), 0.0), 1.0)
 
 
 def product_change(old: Factors, new: Factors) -> Array:

@@ -108,6 +108,8 @@ class _Step(NamedTuple):
     movement: Array
     slope: Array
     distance_sq: Array
+    sparsification_slope: Array
+    covariance_slope: Array
     weights: Array
     tail_energy: Array
     sparsification: Array
@@ -132,10 +134,16 @@ def make_pilot(parts: Parts, full_gradient: FullGradient, rounds: int):
         return Pilot(
             measured=bound.Measured(
                 gap=loss[0],
-                smoothness=jnp.max(bound.smoothness(loss[:-1], loss[1:], steps.slope, steps.distance_sq)),
+                smoothness=bound.smoothness(loss, steps.slope, steps.distance_sq),
                 share=followed_sq / gradient_sq,
                 step=progress / followed_sq,
                 movement=jnp.mean(steps.movement),
+                against_sparsification=bound.share_against(
+                    steps.sparsification_slope, steps.gradient_sq[:, None], steps.sparsification
+                ),
+                against_covariance=bound.share_against(
+                    steps.covariance_slope, steps.gradient_sq, steps.covariance[:, -1]
+                ),
             ),
             rank=rank,
             weights=steps.weights[-1],
@@ -166,12 +174,17 @@ def _measure(
         )
         return aggregate_sent(parts, state, cohort, sent, cohort.active, keys.aggregate), memory
 
-    def errors_at(kept: Array) -> tuple[Array, Array]:
+    def moved_by(adapters: Adapters, merged: dict[str, Array]) -> Gradient:
+        return _movement(cohort.start, adapters, merged, mask, scale)
+
+    def errors_at(kept: Array) -> tuple[Array, Array, Array]:
         found, _ = at(kept)
-        return jnp.square(found.sparsification_error), jnp.square(found.covariance_error)
+        slope = _dot(gradient, moved_by(found.adapters, found.merged))
+        return jnp.square(found.sparsification_error), jnp.square(found.covariance_error), slope
 
     whole, memory = at(jnp.float32(num_ranks))
-    errors = lax.map(errors_at, jnp.maximum(jnp.arange(num_ranks + 1.0), 1.0))
+    *energies, slopes = lax.map(errors_at, jnp.arange(1.0, num_ranks + 1.0))
+    sparsification, covariance, slopes = (jnp.append(x[:1], x) for x in (*energies, slopes))  # 0 ranks are 1
     new_state = advance(parts, state, cohort, whole, memory, cohort.active)
     ideal = _average_movement(cohort, mask, scale)
     merged = jax.tree.map(jnp.subtract, new_state.merged, state.merged)
@@ -184,13 +197,15 @@ def _measure(
         progress=-_dot(gradient, ideal),
         movement=_dot(ideal, ideal),
         slope=_dot(gradient, moved),
+        sparsification_slope=slopes - slopes[-1],
+        covariance_slope=slopes[-1] - _dot(gradient, ideal),
         distance_sq=_dot(moved, moved),
         weights=cohort.weights,
         tail_energy=jax.vmap(parts.sparsifier.tail_energy, (None, 0, CLIENT_SCOPE))(
             cohort.start, cohort.shown, cohort.scope
         ),
-        sparsification=errors[0],
-        covariance=errors[1],
+        sparsification=sparsification,
+        covariance=covariance,
     )
 
 
@@ -214,9 +229,7 @@ def _average_movement(cohort: Cohort, mask: Array, scale: Array) -> Gradient:
         by_a = jnp.einsum("c,clir,clro->lio", p, (new.a - old.a) * mask, b, precision="highest")
         by_b = jnp.einsum("lir,lro->lio", old.a * mask, jnp.einsum("c,clro->lro", p, b - old.b), precision="highest")
         modules[name] = scale * (by_a + by_b)
-    head = jax.tree.map(
-        lambda new, old: jnp.einsum("c,c...->...", p, new - old), cohort.shown.head, start.head
-    )
+    head = jax.tree.map(lambda new, old: jnp.einsum("c,c...->...", p, new - old), cohort.shown.head, start.head)
     return Gradient(modules, head)
 
 
