@@ -50,10 +50,12 @@ def plan(config: ExperimentConfig, console: Console) -> Plan:
     console.print(f"pilot: {config.plan.pilot_rounds} rounds at rank {', '.join(map(str, candidates))}")
     pilots = run_pilots(simulation, world, dataclasses.replace(state, key=pilot_key), ranks, config.plan.pilot_rounds)
     sites = sites_of(simulation, world, state, channel_key, pilots, config)
-    setting = Setting(control, effective_rounds(config), simulation.parts.link.bandwidth_hz, state.hyper)
+    setting = Setting(
+        control.latency_budget_s, effective_rounds(config), simulation.parts.link.bandwidth_hz, state.hyper
+    )
     most_s = control.latency_budget_s * (1.0 + config.plan.tolerance)
     console.print(f"control: {config.rounds} rounds, {config.plan.paths} draws of the channel")
-    rows = tsfa_offline.best_V(tsfa_offline.grid(setting, sites), most_s)
+    rows = tsfa_offline.best_V(tsfa_offline.grid(control, setting, sites), most_s)
 
     rollout = None
     if config.plan.objective == "rollout":
@@ -71,7 +73,7 @@ def plan(config: ExperimentConfig, console: Console) -> Plan:
         )
         chosen = tsfa_offline.best_rank(rows.latency_s, rollout.loss.mean(1), most_s)
     elif config.plan.search == "gradient":
-        chosen, rows = _descended(setting, sites, rows, most_s)
+        chosen, rows = _descended(control, setting, sites, rows, most_s)
     else:
         chosen = tsfa_offline.best_rank(rows.latency_s, rows.score, most_s)
     found = jax.device_get((rows, pilots.measured, rollout))
@@ -113,11 +115,11 @@ def effective_rounds(config: ExperimentConfig) -> float:
     return float(factors.mean()) * config.rounds
 
 
-def _descended(setting: Setting, sites: Site, rows: Outlook, most_s: float) -> tuple[int, Outlook]:
+def _descended(control: TsfaConfig, setting: Setting, sites: Site, rows: Outlook, most_s: float) -> tuple[int, Outlook]:
     """The candidate next to where the gradient search ended, and the rows with its V in that one."""
-    found = tsfa_offline.gradient(setting, sites, most_s)
+    found = tsfa_offline.gradient(control, setting, sites, most_s)
     chosen = int(jnp.argmin(jnp.abs(jnp.log(sites.rank) - jnp.log(found.rank))))
     site: Site = jax.tree.map(lambda x: x[chosen], sites)
-    V = found.weight * tsfa_offline.unit_of_V(setting.config, site)
-    row = tsfa_offline.outlook(tsfa_offline.whole_ranks(setting.config), setting, site, V)
+    V = found.weight * tsfa_offline.unit_of_V(control, setting, site)
+    row = tsfa_offline.outlook(tsfa_offline.whole_ranks(control), setting, site, V)
     return chosen, jax.tree.map(lambda all_rows, x: all_rows.at[chosen].set(x), rows, row)

@@ -45,7 +45,7 @@ def allocate(observation: Observation, bits: Array) -> Allocation:
     )
 
 
-def queue_law(latency_budget_s: float) -> Callable[[Array, Array], Array]:
+def queue_law(latency_budget_s: Array | float) -> Callable[[Array, Array], Array]:
     """`Q <- max(Q + latency - budget, 0)`: the mean latency exceeds the budget by at most `(Q_T - Q_0) / T`."""
 
     def update_queue(queue_s: Array, latency_s: Array) -> Array:

@@ -7,6 +7,7 @@ tells what a round sends and how long it takes, the pilot tells what is lost the
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
@@ -86,14 +87,15 @@ class Site(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What is the same for all ranks.
+    """What is the same for all ranks: traced numbers, so that one program serves every budget.
 
+    budget_s: what the latency of a round may be on average; it stands in for the controller's own.
     rounds: that the bound counts, see `bound.terms`. bandwidth_hz: the band. hyper: passed on to the controller.
     """
 
-    config: TsfaConfig
-    rounds: float
-    bandwidth_hz: float
+    budget_s: Array | float
+    rounds: Array | float
+    bandwidth_hz: Array | float
     hyper: Hyper
 
 
@@ -118,10 +120,10 @@ class Outlook(NamedTuple):
 Decide = Callable[[Array, Observation], Decision]
 
 
-def unit_of_V(config: TsfaConfig, site: Site) -> Array:
+def unit_of_V(config: TsfaConfig, setting: Setting, site: Site) -> Array:
     """The budget squared over what all of the clients' tails amount to: V in proportion means the same at any scale."""
     whole = 1.0 if config.tail == "linear" else jnp.sum(site.weights * site.tail_energy[:, 0])
-    return config.latency_budget_s**2 / jnp.maximum(whole, 1e-30)
+    return setting.budget_s**2 / jnp.maximum(whole, 1e-30)
 
 
 def whole_ranks(config: TsfaConfig) -> Decide:
@@ -156,7 +158,7 @@ def relaxed(config: TsfaConfig) -> Decide:
 def outlook(decide: Decide, setting: Setting, site: Site, V: Array) -> Outlook:
     """The online stage without training, from an empty queue for T rounds, mean over rounds and draws."""
     rank = jnp.broadcast_to(site.rank, site.weights.shape)
-    controller = tsfa_online.make(setting.config, V)
+    update_queue = planning.queue_law(setting.budget_s)
 
     def step(queue_s: Array, drawn: tuple[Array, Array]):
         snr_hz, start_s = drawn
@@ -169,7 +171,7 @@ def outlook(decide: Decide, setting: Setting, site: Site, V: Array) -> Outlook:
                 tail_energy=site.tail_energy,
                 rank=rank,
                 payload_bits=lambda ratio: at(site.payload_bits, ratio * rank),
-                bandwidth_hz=jnp.float32(setting.bandwidth_hz),
+                bandwidth_hz=jnp.asarray(setting.bandwidth_hz, jnp.float32),
                 queue_s=queue_s,
                 hyper=setting.hyper,
             ),
@@ -178,7 +180,7 @@ def outlook(decide: Decide, setting: Setting, site: Site, V: Array) -> Outlook:
         tables = (site.payload_bits, site.sparsification, site.covariance)
         seen = (decision.keep_ratio, kept, *(at(table, kept) for table in tables))
         means = tuple(jnp.sum(site.weights * x) for x in seen)
-        return controller.update_queue(queue_s, decision.latency_s), (decision.latency_s, *means)
+        return update_queue(queue_s, decision.latency_s), (decision.latency_s, *means)
 
     def path(snr_hz: Array, start_s: Array):
         return lax.scan(step, jnp.float32(0.0), (snr_hz, start_s))
@@ -189,14 +191,15 @@ def outlook(decide: Decide, setting: Setting, site: Site, V: Array) -> Outlook:
     return Outlook(site.rank, V, latency_s, keep_ratio, kept_ranks, bits, jnp.mean(queue_s), found, found.total)
 
 
-def grid(setting: Setting, sites: Site) -> Outlook:
+@functools.partial(jax.jit, static_argnums=0)
+def grid(config: TsfaConfig, setting: Setting, sites: Site) -> Outlook:
     """`[candidates, len(WEIGHTS)]`: every candidate with every V, in one program."""
 
     def row(site: Site) -> Outlook:
-        weights = jnp.array(WEIGHTS) * unit_of_V(setting.config, site)
-        return jax.vmap(lambda V: outlook(whole_ranks(setting.config), setting, site, V))(weights)
+        weights = jnp.array(WEIGHTS) * unit_of_V(config, setting, site)
+        return jax.vmap(lambda V: outlook(whole_ranks(config), setting, site, V))(weights)
 
-    return jax.jit(jax.vmap(row))(sites)
+    return jax.vmap(row)(sites)
 
 
 def best_V(found: Outlook, most_latency_s: float) -> Outlook:
@@ -224,18 +227,19 @@ class Descent(NamedTuple):
     history: Array
 
 
-def gradient(setting: Setting, sites: Site, most_latency_s: float) -> Descent:
+@functools.partial(jax.jit, static_argnums=0)
+def gradient(config: TsfaConfig, setting: Setting, sites: Site, most_latency_s: Array | float) -> Descent:
     """Descend in the logarithms of rank and V, from both ends of the candidates.
 
     Minimised is the logarithm of the bound and, where the latency exceeds `most_latency_s`, a multiple of the excess.
     """
-    low, high = (jnp.log(jnp.array(pair)) for pair in ((sites.rank[0], WEIGHTS[0]), (sites.rank[-1], WEIGHTS[-1])))
+    low, high = (jnp.log(jnp.stack([sites.rank[end], jnp.float32(WEIGHTS[end])])) for end in (0, -1))
     optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, _STEPS))
 
     def objective(logs: Array) -> Array:
         rank, weight = jnp.exp(logs)
         site = between(sites, rank)
-        found = outlook(relaxed(setting.config), setting, site, weight * unit_of_V(setting.config, site))
+        found = outlook(relaxed(config), setting, site, weight * unit_of_V(config, setting, site))
         excess = jnp.maximum(found.latency_s / most_latency_s - 1.0, 0.0)
         return jnp.log(found.score) + _EXCESS_WEIGHT * excess
 
@@ -252,10 +256,10 @@ def gradient(setting: Setting, sites: Site, most_latency_s: float) -> Descent:
         return least, best, history
 
     middle = 0.5 * (low[1] + high[1])
-    starts = jnp.array([[low[0], middle], [high[0], middle]])
-    least, best, history = jax.jit(jax.vmap(descend))(starts)
-    rank, weight = jnp.exp(best[jnp.argmin(least)])
-    return Descent(rank, weight, history)
+    starts = jnp.stack([low.at[1].set(middle), high.at[1].set(middle)])
+    least, best, history = jax.vmap(descend)(starts)
+    found = jnp.exp(best[jnp.argmin(least)])
+    return Descent(found[0], found[1], history)
 
 
 def between(sites: Site, rank: Array) -> Site:
