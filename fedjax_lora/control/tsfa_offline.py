@@ -37,7 +37,7 @@ class PlanConfig:
     candidates: structural ranks; () is 1, 2, 4, ... and `lora.max_rank`.
     objective: the `bound`, or the loss after a simulated `rollout` on examples held out from training.
     search: `grid` tries every candidate and V; `gradient` relaxes the rank and descends in both.
-    pilot_rounds: rounds of each candidate's pilot.
+    pilot_rounds: rounds that each candidate's pilot measures, after a first one.
     paths: draws of the fading over a whole run.
     tolerance: by which share the mean latency may exceed the budget, the queue having been empty at first.
     rollout_rounds, seeds: of the rollout, each seed with its own batches and fading.
@@ -46,7 +46,7 @@ class PlanConfig:
     candidates: tuple[int, ...] = ()
     objective: Objective = "bound"
     search: Search = "grid"
-    pilot_rounds: int = 4
+    pilot_rounds: int = 3
     paths: int = 4
     tolerance: float = 0.05
     rollout_rounds: int = 10

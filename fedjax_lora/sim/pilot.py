@@ -30,7 +30,7 @@ class Pilot(NamedTuple):
     payload_bits: `[R + 1]` uplink bits of a client that keeps 0 ... R ranks; 0 cost what 1 does.
     downlink_bits: of the broadcast.
     sparsification, covariance: `[R + 1]` mean squares of the two errors where each client keeps 0 ... R ranks.
-    loss: `[rounds + 1]` of the sample, before each round and at the end.
+    loss: `[rounds + 2]` of the sample, before each round and at the end.
     """
 
     measured: bound.Measured
@@ -117,16 +117,21 @@ class _Step(NamedTuple):
 
 
 def make_pilot(parts: Parts, full_gradient: FullGradient, rounds: int):
-    """`(world, sample, state, rank) -> Pilot`: the rounds of a run in which everything is sent and arrives."""
+    """`(world, sample, state, rank) -> Pilot`: the rounds of a run in which everything is sent and arrives.
+
+    One round more than `rounds` goes before, of which the loss at the start is all that is used: with b still 0, half of
+    what the adapters can follow is missing, and a first step from there is like no other.
+    """
 
     def pilot(world: World, sample: Mapping[str, Array], state: FedState, rank: Array) -> Pilot:
         def step(state: FedState, _: None) -> tuple[FedState, _Step]:
             return _measure(parts, full_gradient, world, sample, state)
 
         start = at_rank(state, rank)
-        end, steps = lax.scan(step, start, length=rounds)
+        end, every = lax.scan(step, start, length=1 + rounds)
+        steps = jax.tree.map(lambda x: x[1:], every)
         last, _ = full_gradient(parts.current_base(world, end), sample, end.adapters, end.hyper)
-        loss = jnp.append(steps.loss, last)
+        loss = jnp.append(every.loss, last)
         progress, followed_sq, gradient_sq = (
             jnp.sum(x) for x in (steps.progress, steps.followed_sq, steps.gradient_sq)
         )
@@ -134,7 +139,7 @@ def make_pilot(parts: Parts, full_gradient: FullGradient, rounds: int):
         return Pilot(
             measured=bound.Measured(
                 gap=loss[0],
-                smoothness=bound.smoothness(loss, steps.slope, steps.distance_sq),
+                smoothness=bound.smoothness(loss[1:], steps.slope, steps.distance_sq),
                 share=followed_sq / gradient_sq,
                 step=progress / followed_sq,
                 movement=jnp.mean(steps.movement),
