@@ -119,7 +119,7 @@ class _Step(NamedTuple):
 def make_pilot(parts: Parts, full_gradient: FullGradient, rounds: int):
     """`(world, sample, state, rank) -> Pilot`: the rounds of a run in which everything is sent and arrives.
 
-    One round more than `rounds` goes before, of which the loss at the start is all that is used: with b still 0, half of
+    One round more than `rounds` goes before, of which only the loss at the start is used: with b still 0, half of
     what the adapters can follow is missing, and a first step from there is like no other.
     """
 

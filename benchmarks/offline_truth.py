@@ -1,0 +1,139 @@
+"""Is the planned rank the best one? Full runs at every candidate rank beside the plan; prints JSON, resumes where it stopped.
+
+For each seed and latency budget: the plan by grid and by gradient search on the bound (and by rollout, with
+`--rollout`), then the run itself to its end at every candidate, with the V that the plan found for that rank. The plan
+never sees the test examples; the runs are scored on them.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+import common
+import jax
+from rich.console import Console
+
+from fedjax_lora.build import build
+from fedjax_lora.config import ExperimentConfig, load_config
+from fedjax_lora.io.plan import Plan
+from fedjax_lora.planner import plan
+from fedjax_lora.presets import preset
+
+TEXT = [
+    "rounds=14",
+    "clients.count=50",
+    "clients.per_round=10",
+    "clients.weighting=equal",
+    "local.optimizer.learning_rate=3e-3",
+    "local.optimizer.schedule=linear",
+    "sparsifier.name=soft_rotated",
+    "control.name=tsfa",
+    "data.source=tsv",
+    "data.max_length=48",
+]
+
+
+def measure(config: ExperimentConfig) -> dict:
+    """One run to its end."""
+    simulation = build(config)
+    _, metrics = simulation.run(simulation.init(jax.random.key(config.seed)), config.rounds)
+    return {
+        "final_accuracy": float(metrics.eval_accuracy[-1]),
+        "final_loss": float(metrics.eval_loss[-1]),
+        "latency_s": float(metrics.latency_s.mean()),
+        "kept_ranks": float(metrics.kept_ranks_mean.mean()),
+        "uplink_bits": int(metrics.uplink_bits.sum()),
+    }
+
+
+def chosen(config: ExperimentConfig, **options: str) -> Plan:
+    """The plan of a configuration under other options of `PlanConfig`."""
+    config = dataclasses.replace(config, plan=dataclasses.replace(config.plan, **options))
+    return plan(config, Console(stderr=True, quiet=True))
+
+
+def summarize(kept: dict[str, dict]) -> dict[str, dict]:
+    """By budget: mean accuracy of each rank over the seeds, and what each way of planning loses to the best mean."""
+    table = {}
+    for budget in sorted({entry["budget_s"] for entry in kept.values()}):
+        entries = [entry for entry in kept.values() if entry["budget_s"] == budget and entry.get("complete")]
+        if not entries:
+            continue
+        accuracy = {rank: [entry["runs"][rank]["final_accuracy"] for entry in entries] for rank in entries[0]["runs"]}
+        means = {rank: statistics.mean(values) for rank, values in accuracy.items()}
+        best = max(means, key=lambda rank: means[rank])
+        table[str(budget)] = {
+            "seeds": len(entries),
+            "accuracy": means,
+            "deviation": {r: statistics.stdev(v) if len(v) > 1 else None for r, v in accuracy.items()},
+            "best_rank": int(best),
+            "planned": {
+                way: {
+                    "ranks": [entry["plans"][way]["rank"] for entry in entries],
+                    "loss_to_best": means[best]
+                    - statistics.mean(e["runs"][str(e["plans"][way]["rank"])]["final_accuracy"] for e in entries),
+                }
+                for way in entries[0]["plans"]
+            },
+        }
+    return table
+
+
+def main() -> None:
+    """Plan and run what the output file does not hold yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train", help="sentence<TAB>label lines; digits where it is left out")
+    parser.add_argument("--test", help="sentence<TAB>label lines")
+    parser.add_argument("--model", default=None, help="folder or hub id; the installed package's by default")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[20.0, 60.0], help="tight and loose, seconds")
+    parser.add_argument("--rollout", action="store_true", help="plan by rollout as well")
+    parser.add_argument("--set", nargs="+", default=[], metavar="a.b=value", dest="overrides")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/offline_truth.json"))
+    options = parser.parse_args()
+    shared, base = list(options.overrides), preset("digits-tsfa")
+    if options.train:
+        model = common.model_folder(options.model)
+        files = [f"model.pretrained={model}", f"data.train={options.train}", f"data.test={options.test}"]
+        shared, base = [*TEXT, *files, *shared], None
+    ways = {"grid": {"search": "grid"}, "gradient": {"search": "gradient"}}
+    if options.rollout:
+        ways["rollout"] = {"objective": "rollout"}
+
+    kept = json.loads(options.out.read_text())["runs"] if options.out.exists() else {}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep() -> None:
+        found = {"environment": common.environment(), "table": summarize(kept), "runs": kept}
+        options.out.write_text(json.dumps(found, indent=2) + "\n")
+
+    for seed in range(options.seeds):
+        for budget in options.budgets:
+            overrides = [*shared, f"seed={seed}", f"control.latency_budget_s={budget}"]
+            config = load_config(None, overrides, base=base)
+            name = f"budget {budget} seed {seed}"
+            if kept.get(name, {}).get("overrides") != overrides:
+                kept[name] = {"overrides": overrides, "budget_s": budget, "plans": {}, "runs": {}, "complete": False}
+            entry = kept[name]
+            for way, how in ways.items():
+                if way not in entry["plans"]:
+                    entry["plans"][way] = chosen(config, **how)._asdict()
+                    common.note(f"{name}, {way}: rank {entry['plans'][way]['rank']}")
+                    keep()
+            for row in entry["plans"]["grid"]["rows"]:
+                if str(row["rank"]) not in entry["runs"]:
+                    lora = dataclasses.replace(config.lora, rank=row["rank"])
+                    control = dataclasses.replace(config.control, V=row["V"])
+                    found = measure(dataclasses.replace(config, lora=lora, control=control))
+                    entry["runs"][str(row["rank"])] = found
+                    common.note(f"{name}, rank {row['rank']}: {found['final_accuracy']:.4f}")
+                    keep()
+            entry["complete"] = True
+            keep()
+    print(json.dumps(summarize(kept), indent=2))
+
+
+if __name__ == "__main__":
+    main()
