@@ -1,4 +1,4 @@
-"""Is the planned rank the best one? Full runs at every candidate rank beside the plan; prints JSON, resumes where it stopped.
+"""Is the planned rank the best one? Runs at every candidate beside the plan; prints JSON, resumes where it stopped.
 
 For each seed and latency budget: the plan by grid and by gradient search on the bound (and by rollout, with
 `--rollout`), then the run itself to its end at every candidate, with the V that the plan found for that rank. The plan

@@ -141,7 +141,7 @@ def _plan(options: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     plans.write_plan(found, folder / plans.NAME)
     plot_plan(found, folder / "plan.png")
-    console.print(plan_table(found))
+    Console(width=max(console.width, 160)).print(plan_table(found))  # a pager cuts better than a table does
     if not found.within_budget:
         console.print("note: no rank meets control.latency_budget_s; the one of least latency is chosen")
     console.print(f"rank {found.rank}, V {found.V:.6g}: take it with run --plan {folder / plans.NAME}", soft_wrap=True)

@@ -46,7 +46,7 @@ class PlanConfig:
     candidates: tuple[int, ...] = ()
     objective: Objective = "bound"
     search: Search = "grid"
-    pilot_rounds: int = 3
+    pilot_rounds: int = 8
     paths: int = 4
     tolerance: float = 0.05
     rollout_rounds: int = 10

@@ -153,11 +153,12 @@ def test_the_relaxed_search_differentiates_what_it_minimises():
 
 
 def test_between_candidates_is_linear_and_at_one_it_is_that_one():
+    between = jax.jit(tsfa_offline.between)
     for i, rank in enumerate(RANKS):
-        found, expected = tsfa_offline.between(sites(), jnp.float32(rank)), site(rank)
+        found, expected = between(sites(), jnp.float32(rank)), site(rank)
         for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, err_msg=str(i))
-    halfway = tsfa_offline.between(sites((2, 4)), jnp.float32(3.0))
+    halfway = between(sites((2, 4)), jnp.float32(3.0))
     # Oracle: at ratio 1 everything is kept, whatever the rank.
     assert halfway.sparsification[3] == 0.0
     np.testing.assert_allclose(halfway.payload_bits[3], 5e5 + 2e6 * 3, rtol=1e-6)
