@@ -82,13 +82,15 @@ def terms(measured: Measured, sparsification: ArrayLike, covariance: ArrayLike, 
     return BoundTerms(*(jnp.where(moves, term, jnp.inf) for term in found))
 
 
-def of_log(measured: Measured, sparsification_error: Array, covariance_error: Array, rounds: ArrayLike) -> BoundTerms:
+def of_log(
+    measured: Measured, sparsification_error: ArrayLike, covariance_error: ArrayLike, rounds: ArrayLike
+) -> BoundTerms:
     """The terms of a run that was logged: errors `[T]` are norms, as in `Metrics`; NaN is left out."""
-    energies = [jnp.nanmean(jnp.square(error)) for error in (sparsification_error, covariance_error)]
-    return terms(measured, *energies, rounds)
+    sparsification, covariance = (jnp.nanmean(jnp.square(x)) for x in (sparsification_error, covariance_error))
+    return terms(measured, sparsification, covariance, rounds)
 
 
-def followed_energy(left: Array, right: Array, gradient: Array) -> Array:
+def followed_energy(left: ArrayLike, right: ArrayLike, gradient: ArrayLike) -> Array:
     """Energy `[...]` of the part of a gradient that factors can follow: its projection on their tangent space.
 
     To first order a product `a b` moves by `da b + a db`: by what has its columns in the range of a, or its rows in
@@ -99,6 +101,7 @@ def followed_energy(left: Array, right: Array, gradient: Array) -> Array:
       right: `[..., R, n_out]`, b where a is trained, else 0.
       gradient: `[..., n_in, n_out]` by the module's weights.
     """
+    left, right, gradient = map(jnp.asarray, (left, right, gradient))
     u, v = _orthonormal_range(left), _orthonormal_range(jnp.swapaxes(right, -1, -2))
     by_u = jnp.einsum("...nr,...np->...rp", u, gradient, precision=Precision.HIGHEST)
     rest = gradient - jnp.einsum("...nr,...rp->...np", u, by_u, precision=Precision.HIGHEST)

@@ -93,9 +93,9 @@ class Setting(NamedTuple):
     rounds: that the bound counts, see `bound.terms`. bandwidth_hz: the band. hyper: passed on to the controller.
     """
 
-    budget_s: Array | float
-    rounds: Array | float
-    bandwidth_hz: Array | float
+    budget_s: float
+    rounds: float
+    bandwidth_hz: float
     hyper: Hyper
 
 

@@ -174,7 +174,7 @@ def make(config: TsfaConfig, V: ArrayLike | None = None) -> Controller:
 
     Latency and objective of its decisions are those after rounding. `V` stands in for `config.V`; it may be traced.
     """
-    V = config.V if V is None else V
+    V = jnp.asarray(config.V if V is None else V, jnp.float32)
 
     def decide(observation: Observation) -> Decision:
         rank = observation.rank

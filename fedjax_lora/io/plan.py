@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fedjax_lora.config import ConfigError, ExperimentConfig, to_dict
 from fedjax_lora.control import bound
 from fedjax_lora.control.tsfa_online import TsfaConfig
@@ -89,11 +91,11 @@ def apply_plan(plan: Plan, config: ExperimentConfig, path: str | Path) -> Experi
 def terms_of_run(plan: Plan, lines: list[dict[str, Any]]) -> bound.BoundTerms:
     """The bound's terms with the errors that a run logged, by what the plan's pilot measured at its rank."""
     measured = bound.Measured(**{name: plan.chosen[name] for name in bound.Measured._fields})
-    errors = (
-        [math.nan if line[name] is None else line[name] for line in lines]
+    sparsification, covariance = (
+        np.array([math.nan if line[name] is None else line[name] for line in lines])
         for name in ("sparsification_error", "covariance_error")
     )
-    return bound.of_log(measured, *errors, plan.rounds)
+    return bound.of_log(measured, sparsification, covariance, plan.rounds)
 
 
 def _planned_for(config: ExperimentConfig) -> dict[str, Any]:

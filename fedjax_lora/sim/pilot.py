@@ -77,7 +77,7 @@ def make_full_gradient(model: Model, batch_size: int) -> FullGradient:
         start = Gradient(nothing, used.head)
         batches = evaluation_batches(num_examples, batch_size, -(-num_examples // batch_size))
         zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, start)
-        return lax.scan(add, zero, batches)[0]
+        return lax.scan(add, zero, jax.tree.map(jnp.asarray, batches))[0]
 
     return full_gradient
 
@@ -249,7 +249,7 @@ def _movement(old: Adapters, new: Adapters, merged: dict[str, Array], mask: Arra
 
 def _followed(gradient: Gradient, adapters: Adapters, mask: Array, live: Live) -> Array:
     """Energy of the gradient's part that what is trained can follow to first order; the head follows its own."""
-    total = live.head * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient.head))
+    total = live.head * _dot(gradient.head, gradient.head)
     for name, g in gradient.modules.items():
         f = adapters.modules[name]
         total += jnp.sum(bound.followed_energy(f.a * mask * live.b, f.b * mask[:, None] * live.a, g))

@@ -77,7 +77,9 @@ def test_a_start_at_zero_follows_what_the_other_factor_spans():
 
 def test_a_product_change_is_the_difference_of_products():
     (a, b, _), (c, d, _) = factors(3), factors(4)
-    found = bound.product_change(Factors(a[None], b[None]), Factors(c[None], d[None]))
+    found = bound.product_change(
+        Factors(jnp.array(a[None]), jnp.array(b[None])), Factors(jnp.array(c[None]), jnp.array(d[None]))
+    )
     np.testing.assert_allclose(found[0], c @ d - a @ b, rtol=1e-4, atol=1e-5)
 
 
@@ -96,7 +98,7 @@ def test_the_smoothness_of_a_round_bowl_is_its_curvature():
 )
 def test_the_share_against_descent_is_a_squared_cosine(error, expected):
     gradient, error = np.array([2.0, 0.0]), np.array(error)
-    found = bound.share_against(gradient @ error, gradient @ gradient, error @ error)
+    found = bound.share_against(*(jnp.float32(x) for x in (gradient @ error, gradient @ gradient, error @ error)))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
@@ -121,10 +123,10 @@ def test_the_bound_holds_on_a_quadratic_where_every_constant_is_known(seed):
         x = x + movement + errors.sum(0)
     gradient_sq, followed_sq, movement_sq, s_sq, c_sq, along_s, along_c = np.array(history).T
     measured = Measured(
-        gap=gap,
+        gap=jnp.float32(gap),
         smoothness=curvature.max(),
         share=np.min(followed_sq / gradient_sq),
-        step=step,
+        step=jnp.float32(step),
         movement=movement_sq.mean(),
         against_sparsification=along_s.sum() / s_sq.sum(),
         against_covariance=along_c.sum() / c_sq.sum(),

@@ -24,26 +24,25 @@ def site(rank: int) -> Site:
     kept = np.clip(np.arange(max(RANKS) + 1), 1, rank)
     rng = np.random.default_rng(0)
     measured = bound.Measured(
-        gap=2.0,
-        smoothness=0.01,
-        share=spectrum.sum() / 2.0,
-        step=0.5,
-        movement=0.2 * rank,
-        against_sparsification=0.2,
-        against_covariance=0.1,
+        gap=jnp.float32(2.0),
+        smoothness=jnp.float32(0.01),
+        share=jnp.float32(spectrum.sum() / 2.0),
+        step=jnp.float32(0.5),
+        movement=jnp.float32(0.2 * rank),
+        against_sparsification=jnp.float32(0.2),
+        against_covariance=jnp.float32(0.1),
     )
-    found = Site(
+    return Site(
         measured=measured,
-        rank=rank,
-        weights=np.full(CLIENTS, 1 / CLIENTS),
-        tail_energy=np.outer([1.0, 2.0, 0.5], tail),
-        payload_bits=5e5 + 2e6 * kept,
-        sparsification=tail[kept],
-        covariance=np.full(len(tail), 0.1),
-        snr_hz=10 ** rng.uniform(6.5, 8, (2, ROUNDS, CLIENTS)),
-        start_s=rng.uniform(0, 0.2, (2, ROUNDS, CLIENTS)),
+        rank=jnp.float32(rank),
+        weights=jnp.full(CLIENTS, 1 / CLIENTS),
+        tail_energy=jnp.float32(np.outer([1.0, 2.0, 0.5], tail)),
+        payload_bits=jnp.float32(5e5 + 2e6 * kept),
+        sparsification=jnp.float32(tail[kept]),
+        covariance=jnp.full(len(tail), 0.1),
+        snr_hz=jnp.float32(10 ** rng.uniform(6.5, 8, (2, ROUNDS, CLIENTS))),
+        start_s=jnp.float32(rng.uniform(0, 0.2, (2, ROUNDS, CLIENTS))),
     )
-    return jax.tree.map(jnp.float32, found)
 
 
 def sites(ranks=RANKS) -> Site:

@@ -56,7 +56,7 @@ def test_the_ideal_movement_is_the_average_of_the_clients_products(toy):
     state = pilot.at_rank(state, jnp.float32(3))
     cohort = train_round(sim.parts, sim.world, state, round_keys(state.key, state.round))
     mask, scale = np.asarray(rank_mask(3, 4)), 16 / 3
-    found = pilot._average_movement(cohort, jnp.asarray(mask), scale)
+    found = pilot._average_movement(cohort, jnp.asarray(mask), jnp.float32(scale))
     for name, old in state.adapters.modules.items():
         new = cohort.trained.adapters.modules[name]
         before = (np.float64(old.a) * mask) @ np.float64(old.b)
