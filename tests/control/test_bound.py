@@ -98,7 +98,9 @@ def test_the_smoothness_of_a_round_bowl_is_its_curvature():
 )
 def test_the_share_against_descent_is_a_squared_cosine(error, expected):
     gradient, error = np.array([2.0, 0.0]), np.array(error)
-    found = bound.share_against(*(jnp.float32(x) for x in (gradient @ error, gradient @ gradient, error @ error)))
+    found = bound.share_against(
+        *(jnp.asarray(x, jnp.float32) for x in (gradient @ error, gradient @ gradient, error @ error))
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
