@@ -180,7 +180,8 @@ def outlook(decide: Decide, setting: Setting, site: Site, V: Array) -> Outlook:
         tables = (site.payload_bits, site.sparsification, site.covariance)
         seen = (decision.keep_ratio, kept, *(at(table, kept) for table in tables))
         means = tuple(jnp.sum(site.weights * x) for x in seen)
-        return update_queue(queue_s, decision.latency_s), (decision.latency_s, *means)
+        latency_s = jnp.asarray(decision.latency_s)
+        return update_queue(queue_s, latency_s), (latency_s, *means)
 
     def path(snr_hz: Array, start_s: Array):
         return lax.scan(step, jnp.float32(0.0), (snr_hz, start_s))
