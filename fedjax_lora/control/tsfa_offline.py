@@ -278,7 +278,7 @@ def between(sites: Site, rank: Array) -> Site:
 
 def at(table: Array, position: Array) -> Array:
     """Rows of a table at positions between whole ones, linear in between; leading axes of `position` first."""
-    low = jnp.clip(jnp.floor(position), 0, table.shape[0] - 1)
+    low = jnp.clip(jnp.floor(position), 0, max(table.shape[0] - 2, 0))  # the last row has a slope too
     share = (position - low).reshape(*position.shape, *(1,) * (table.ndim - 1))
     high = jnp.minimum(low + 1, table.shape[0] - 1).astype(jnp.int32)
     low = low.astype(jnp.int32)
