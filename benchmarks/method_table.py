@@ -15,6 +15,7 @@ import common
 import jax
 import numpy as np
 
+from fedjax_lora import use_cpu_cores
 from fedjax_lora.build import build
 from fedjax_lora.config import ExperimentConfig, load_config
 from fedjax_lora.presets import preset
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/method_table.json"))
     options = parser.parse_args()
+    use_cpu_cores()
     files, base = [], preset("digits")
     if options.train:
         model = common.model_folder(options.model)

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lora.base import Adapters, Scope, Sparsifier
+from fedjax_lora import use_cpu_cores
+from fedjax_lora.base import Adapters, Scope
 from fedjax_lora.build import build
 from fedjax_lora.config import load_config
 from fedjax_lora.lora.adapters import rank_mask
@@ -28,6 +29,7 @@ from fedjax_lora.sim.round import train_cohort
 from fedjax_lora.sparsifiers import random_rank, soft, soft_rotated, top_k
 from fedjax_lora.sparsifiers.diagnostics import difference_energy
 from fedjax_lora.sparsifiers.wire import FLOAT32
+from fedjax_lora.strategies import Sparsifier
 
 RATIOS = (0.125, 0.25, 0.5, 0.75, 1.0)
 METHODS = {
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sparsifier_fidelity.json"))
     options = parser.parse_args()
+    use_cpu_cores()
     kept = json.loads(options.out.read_text())["results"] if options.out.exists() else {}
     for optimizer, overrides in SETTINGS.items():
         for regulariser in (0.0, 0.1):

@@ -13,6 +13,7 @@ from pathlib import Path
 import common
 import jax
 
+from fedjax_lora import use_cpu_cores
 from fedjax_lora.build import build
 from fedjax_lora.config import ExperimentConfig, load_config
 
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sst2_accuracy.json"))
     options = parser.parse_args()
+    use_cpu_cores()
     model = common.model_folder(options.model)
     files = [f"model.pretrained={model}", f"data.train={options.train}", f"data.test={options.test}"]
 

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lora.base import Decision, Hyper, Observation
+from fedjax_lora.base import Hyper
 from fedjax_lora.control import tsfa_online
+from fedjax_lora.strategies import Decision, Observation
 
 RANKS = 16
 BAND_HZ = 2e7

@@ -8,19 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lora.aggregation import fedex, fedit, fedsa, ffa, flexlora, flora, hetlora, lora_fair, rolora
-from fedjax_lora.base import (
-    Adapters,
-    Aggregator,
-    Base,
-    Controller,
-    Drift,
-    FedState,
-    Hyper,
-    Link,
-    Model,
-    Scope,
-    Sparsifier,
-)
+from fedjax_lora.base import Adapters, Base, FedState, Hyper, Scope
 from fedjax_lora.config import ConfigError, ExperimentConfig
 from fedjax_lora.control import baselines, budgeted, tsfa_online
 from fedjax_lora.data import sources
@@ -35,12 +23,13 @@ from fedjax_lora.sim.engine import Initial, Simulation
 from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal, nothing_personal
 from fedjax_lora.sim.local import make_train
 from fedjax_lora.sim.optimizers import direction, schedule, server_optimizer
+from fedjax_lora.sim.parts import Parts, World
 from fedjax_lora.sim.pilot import make_full_gradient
 from fedjax_lora.sim.pretrain import pretrained
-from fedjax_lora.sim.round import Parts, World
 from fedjax_lora.sparsifiers import dense, flasc, lora_a2, random_rank, soft, soft_rotated, svd, top_k
 from fedjax_lora.sparsifiers.payload import dense_bits
 from fedjax_lora.sparsifiers.wire import Wire, make_wire
+from fedjax_lora.strategies import Aggregator, Controller, Drift, Link, Model, Sparsifier
 from fedjax_lora.wireless.link import make_link, perfect_link
 
 SPARSIFIERS: dict[str, Callable[[Any, Adapters, Wire], Sparsifier]] = {
@@ -99,7 +88,6 @@ def build(config: ExperimentConfig) -> Simulation:
 
 
 def _build(config: ExperimentConfig) -> Simulation:
-    _check_devices(config)
     examples = _examples(config)
     split = partition(config.clients.partition, examples.train["label"], config.clients.count, config.seed)
     model, base, head = _model(config, examples)
@@ -141,6 +129,7 @@ def _build(config: ExperimentConfig) -> Simulation:
         link=link,
         optimizer=optimizer,
         client_weight=CLIENT_WEIGHTS[config.clients.weighting],
+        one_rank=not config.lora.client_ranks and aggregator.next_rank is None,
         cohort_size=cohort_size,
         chunk=_chunk(config, model, sparsifier, world, like, hyper, -(-cohort_size // mesh.size)),
         mesh=mesh,
@@ -162,6 +151,7 @@ def _build(config: ExperimentConfig) -> Simulation:
         evaluate=make_evaluate(model, config.engine.eval_batch_size, mesh),
         evaluate_personal=personal if aggregator.keeps else nothing_personal,
         eval_every=config.engine.eval_every,
+        examples_hash=examples.fingerprint,
         partition_hash=split.hash,
         truncated=examples.truncated,
         full_gradient=make_full_gradient(model, config.engine.eval_batch_size),
@@ -192,15 +182,6 @@ def _model(config: ExperimentConfig, examples: sources.Examples) -> tuple[Model,
     base, head = pretrained(trainable, examples.public, config.pretrain, f"{exact} {examples.fingerprint}")
     dtypes = jax.eval_shape(model.init, jax.random.key(0))
     return model, jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), base, dtypes), head
-
-
-def _check_devices(config: ExperimentConfig) -> None:
-    """Batched factorisations on several CPU devices wait for each other's threads, and may do so forever."""
-    if config.sparsifier.name in ("soft_rotated", "svd") and jax.default_backend() == "cpu" and jax.device_count() > 1:
-        raise ConfigError(
-            f"sparsifier.name must be one that does not factorise matrices where a CPU is "
-            f"{jax.device_count()} devices, got {config.sparsifier.name!r}"
-        )
 
 
 def _link(config: ExperimentConfig) -> Link:

@@ -108,7 +108,9 @@ def _run(options: argparse.Namespace) -> int:
     from fedjax_lora.report.plan import binding
     from fedjax_lora.report.tables import summary_lines
     from fedjax_lora.runner import run
+    from fedjax_lora.sim.cohort import use_cpu_cores
 
+    use_cpu_cores()
     name = _preset_name(options)
     config = load_config(options.config, options.overrides, base=preset(name) if name else None)
     path = Path(options.out or Path("runs") / (name or Path(options.config).stem))
@@ -153,8 +155,10 @@ def _sweep(options: argparse.Namespace) -> int:
 
     from fedjax_lora.config import load_config
     from fedjax_lora.presets import preset
+    from fedjax_lora.sim.cohort import use_cpu_cores
     from fedjax_lora.sweep import combinations, sweep
 
+    use_cpu_cores()
     name = _preset_name(options)
     base = preset(name) if name else None
     configs = {

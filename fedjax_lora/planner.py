@@ -18,9 +18,9 @@ from fedjax_lora.data.batches import hold_out
 from fedjax_lora.io.plan import Plan, described
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.optimizers import schedule
+from fedjax_lora.sim.parts import World
 from fedjax_lora.sim.pilot import Pilot, make_pilot, sample_of
 from fedjax_lora.sim.rollout import draw_weather, roll_out
-from fedjax_lora.sim.round import World
 
 HELD_OUT = 10
 """One example in so many of each client's is kept from the pilot and the rollouts; the rollouts are scored on them."""

@@ -33,7 +33,7 @@ def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) ->
       The summary, as in `summary.json`; that of a run that has ended already stays as it is.
 
     Raises:
-      ValueError: the folder is in use, or cannot be resumed with this configuration.
+      ValueError: the folder is in use, or cannot be resumed with this configuration or these data.
     """
     started = time.perf_counter()
     if not resume:
@@ -44,7 +44,8 @@ def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) ->
 
     state = simulation.init(jax.random.key(config.seed))
     _, initial_accuracy = simulation.evaluate(state)
-    folder = RunFolder.resume(path, dump(config)) if resume else RunFolder.create(path, dump(config))
+    data = {"examples_hash": simulation.examples_hash, "partition_hash": simulation.partition_hash}
+    folder = (RunFolder.resume if resume else RunFolder.create)(path, dump(config), data)
     if resume:
         state = checkpoint.restore(folder.checkpoints, state) or state
         folder.truncate(int(state.round))

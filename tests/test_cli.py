@@ -17,6 +17,7 @@ import yaml
 from fedjax_lora import cli
 from fedjax_lora.build import build
 from fedjax_lora.config import load_config
+from fedjax_lora.data import sources
 from fedjax_lora.io import checkpoint
 from fedjax_lora.presets import preset
 from toy import SETTINGS
@@ -199,6 +200,24 @@ def test_a_mistake_in_a_sweep_is_one_line_and_leaves_nothing(tmp_path, capsys, o
 def test_a_changed_configuration_is_not_resumed(capsys, finished):
     line = one_line(capsys, ["run", "--out", str(finished), "--resume", "--set", *SETTINGS, "local.steps=3"])
     assert "local.steps" in line and "2" in line and "3" in line
+
+
+def test_changed_data_are_not_resumed_and_nothing_is_touched(capsys, finished, monkeypatch):
+    """One pixel of one image is another; the partition stays."""
+
+    def other(config):
+        found = sources._digits()
+        image = found.train["image"].copy()
+        image[0, 0, 0] += 0.5
+        train = {**found.train, "image": image}
+        return sources._examples("digits", train, found.test, found.class_names, found.public, found.image_shape)
+
+    monkeypatch.setattr(sources, "load", other)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in finished.rglob("*") if path.is_file()}
+    line = one_line(capsys, ["run", "--out", str(finished), "--resume", "--set", *SETTINGS])
+    assert "data.examples_hash" in line and str(finished / "data.json") in line
+    after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in finished.rglob("*") if path.is_file()}
+    assert after == before
 
 
 def test_an_empty_configuration_file_is_one_line(capsys, tmp_path):

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     ("fedjax_lora_kernels",),
-    ("base", "prng", "trees", "units", "reading", "compatibility"),
+    ("base", "strategies", "options", "prng", "trees", "units", "reading", "compatibility"),
     ("ops", "lora", "wireless", "sparsifiers", "aggregation"),
     ("models", "data", "control", "split"),
     ("sim",),
@@ -19,6 +19,7 @@ LAYERS = (
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 
 SAME_LEVEL = {
+    ("strategies", "base"),
     ("sparsifiers", "ops"),
     ("aggregation", "ops"),
     ("lora", "ops"),

@@ -1,4 +1,4 @@
-"""How the server averages: one file a method, each with a config and `make(config) -> base.Aggregator`."""
+"""How the server averages: one file a method, each with a config and `make(config) -> strategies.Aggregator`."""
 
 from fedjax_lora.aggregation import fedex as fedex
 from fedjax_lora.aggregation import fedit as fedit

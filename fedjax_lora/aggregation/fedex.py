@@ -5,18 +5,20 @@ Foundation Models", arXiv 2410.09432.
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 from fedjax_lora.aggregation import errors, flora
 from fedjax_lora.aggregation.fedit import average_factors
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, product_bits
-from fedjax_lora.base import Adapters, Aggregator
+from fedjax_lora.base import Adapters
+from fedjax_lora.options import Options
+from fedjax_lora.strategies import Aggregator
 
 Start = Literal["average", "reinit"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FedExConfig:
+class FedExConfig(Options):
     """Merge what the average of the factors misses.
 
     start: what the clients start from: the `average` of the factors, or factors drawn anew (`reinit`), with the whole
@@ -25,14 +27,6 @@ class FedExConfig:
 
     name: Literal["fedex"] = "fedex"
     start: Start = "average"
-
-    def __post_init__(self) -> None:
-        if self.name != "fedex":
-            raise ValueError(f"name must be 'fedex', got {self.name!r}")
-        if self.start not in get_args(Start):
-            raise ValueError(
-                f"start must be one of {', '.join(get_args(Start))}, for all clients share one base, got {self.start!r}"
-            )
 
 
 def make(config: FedExConfig) -> Aggregator:

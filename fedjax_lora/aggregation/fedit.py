@@ -14,18 +14,16 @@ from jax import Array
 
 from fedjax_lora import trees
 from fedjax_lora.aggregation import errors
-from fedjax_lora.base import Adapters, Aggregate, Aggregator, Factors, Sent
+from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.options import Options
+from fedjax_lora.strategies import Aggregate, Aggregator, Sent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FedItConfig:
+class FedItConfig(Options):
     """Average a with a and b with b."""
 
     name: Literal["fedit"] = "fedit"
-
-    def __post_init__(self) -> None:
-        if self.name != "fedit":
-            raise ValueError(f"name must be 'fedit', got {self.name!r}")
 
 
 Enter = Callable[[Factors, Factors, Array, Array], tuple[Factors, Array]]

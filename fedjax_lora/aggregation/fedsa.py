@@ -8,18 +8,15 @@ import dataclasses
 from typing import Literal
 
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.base import Aggregator, Live
+from fedjax_lora.options import Options
+from fedjax_lora.strategies import Aggregator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FedSaConfig:
+class FedSaConfig(Options):
     """Share a alone; there is nothing to choose."""
 
     name: Literal["fedsa"] = "fedsa"
-
-    def __post_init__(self) -> None:
-        if self.name != "fedsa":
-            raise ValueError(f"name must be 'fedsa', got {self.name!r}")
 
 
 def make(config: FedSaConfig) -> Aggregator:
@@ -29,9 +26,4 @@ def make(config: FedSaConfig) -> Aggregator:
     the clients' own is `Metrics.personal_accuracy`, and both error norms are 0, since what is shared has no product.
     """
     del config  # it has no option yet, but every method is made in the same way
-
-    def shared(round_number: object) -> Live:
-        del round_number
-        return Live(b=0.0, head=0.0)
-
-    return fedit.make(fedit.FedItConfig())._replace(sends=shared, keeps=("b", "head"))
+    return fedit.make(fedit.FedItConfig())._replace(keeps=("b", "head"))

@@ -7,18 +7,15 @@ import dataclasses
 from typing import Literal
 
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.base import Aggregator, Live
+from fedjax_lora.options import Options
+from fedjax_lora.strategies import Aggregator, Live
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FfaConfig:
+class FfaConfig(Options):
     """Train and send b alone; there is nothing to choose."""
 
     name: Literal["ffa"] = "ffa"
-
-    def __post_init__(self) -> None:
-        if self.name != "ffa":
-            raise ValueError(f"name must be 'ffa', got {self.name!r}")
 
 
 def make(config: FfaConfig) -> Aggregator:
@@ -29,4 +26,4 @@ def make(config: FfaConfig) -> Aggregator:
         del round_number
         return Live(a=0.0)
 
-    return fedit.make(fedit.FedItConfig())._replace(trains=live, sends=live)
+    return fedit.make(fedit.FedItConfig())._replace(trains=live)

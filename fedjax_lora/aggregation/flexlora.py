@@ -12,18 +12,17 @@ from jax import Array
 from jax.lax import Precision
 
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, in_use
-from fedjax_lora.base import Aggregator, Factors
+from fedjax_lora.base import Factors
+from fedjax_lora.ops import factorise
+from fedjax_lora.options import Options
+from fedjax_lora.strategies import Aggregator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlexLoraConfig:
+class FlexLoraConfig(Options):
     """Average the products."""
 
     name: Literal["flexlora"] = "flexlora"
-
-    def __post_init__(self) -> None:
-        if self.name != "flexlora":
-            raise ValueError(f"name must be 'flexlora', got {self.name!r}")
 
 
 def make(config: FlexLoraConfig) -> Aggregator:
@@ -66,11 +65,11 @@ def mean_product_svd(received: Factors, weights: Array) -> tuple[Array, Array, A
     columns = jnp.moveaxis(weights[:, None, None] * received.a, 0, 1).reshape(n_in, -1)
     rows = received.b.reshape(-1, n_out)
     if rows.shape[0] >= min(n_in, n_out):
-        u, size, v = jnp.linalg.svd(_matmul(columns, rows), full_matrices=False)
+        u, size, v = factorise.svd(_matmul(columns, rows))
         return u, size, v
-    left, left_core = jnp.linalg.qr(columns)
-    right, right_core = jnp.linalg.qr(rows.T)
-    u, size, v = jnp.linalg.svd(_matmul(left_core, right_core.T), full_matrices=False)
+    left, left_core = factorise.qr(columns)
+    right, right_core = factorise.qr(rows.T)
+    u, size, v = factorise.svd(_matmul(left_core, right_core.T))
     return _matmul(left, u), size, _matmul(v, right.T)
 
 

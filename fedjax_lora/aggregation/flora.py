@@ -12,18 +12,16 @@ import jax.numpy as jnp
 
 from fedjax_lora.aggregation import errors
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, fresh, product_bits
-from fedjax_lora.base import Adapters, Aggregator
+from fedjax_lora.base import Adapters
+from fedjax_lora.options import Options
+from fedjax_lora.strategies import Aggregator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FloraConfig:
+class FloraConfig(Options):
     """Merge the stack."""
 
     name: Literal["flora"] = "flora"
-
-    def __post_init__(self) -> None:
-        if self.name != "flora":
-            raise ValueError(f"name must be 'flora', got {self.name!r}")
 
 
 def make(config: FloraConfig) -> Aggregator:

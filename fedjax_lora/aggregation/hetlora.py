@@ -12,15 +12,17 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.base import Adapters, Aggregator, Factors
+from fedjax_lora.base import Adapters, Factors
 from fedjax_lora.ops.products import product_energy
+from fedjax_lora.options import Options
+from fedjax_lora.strategies import Aggregator
 
 FLOOR_SLACK = 1e-4
 """Added before rounding down, so that a product rounded to float32 does not lose a rank."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HetLoraConfig:
+class HetLoraConfig(Options):
     """How clients lower their own ranks.
 
     prune: gamma in (0, 1]: a client of rank r falls to `max(1, floor(gamma r))`; 1 leaves the ranks as they are.
@@ -32,8 +34,7 @@ class HetLoraConfig:
     tolerance: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.name != "hetlora":
-            raise ValueError(f"name must be 'hetlora', got {self.name!r}")
+        super().__post_init__()
         if not 0.0 < self.prune <= 1.0:
             raise ValueError(f"prune must be in (0, 1], got {self.prune}")
         if not 0.0 <= self.tolerance <= 1.0:

@@ -13,12 +13,15 @@ from jax.lax import Precision
 
 from fedjax_lora.aggregation.fedit import average_factors
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, in_use
-from fedjax_lora.base import Aggregator, Factors
+from fedjax_lora.base import Factors
+from fedjax_lora.ops import factorise
 from fedjax_lora.ops.products import gram
+from fedjax_lora.options import Options
+from fedjax_lora.strategies import Aggregator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraFairConfig:
+class LoraFairConfig(Options):
     """Correct the average of b.
 
     regularisation: lambda > 0, how hard the correction is held back; beside the squared lengths of a's columns.
@@ -28,8 +31,7 @@ class LoraFairConfig:
     regularisation: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.name != "lora_fair":
-            raise ValueError(f"name must be 'lora_fair', got {self.name!r}")
+        super().__post_init__()
         if not 0.0 < self.regularisation < float("inf"):
             raise ValueError(f"regularisation must be positive and finite, got {self.regularisation}")
 
@@ -44,7 +46,7 @@ def make(config: LoraFairConfig) -> Aggregator:
         mean = average_factors(layer.old, layer.received, layer.counted, layer.weights)
         used = in_use(layer)  # a rank that nobody uses is not to fill
         a = mean.a * used
-        energies, basis = jnp.linalg.eigh(gram(a))
+        energies, basis = factorise.eigh(gram(a))
         target = _projected_gap(a, layer.received, mean, layer.weights)
         # Rounding may leave an eigenvalue below zero; lambda then still bounds the inverse.
         shrunk = _matmul(basis.T, target) / (jnp.maximum(energies, 0.0) + config.regularisation)[:, None]

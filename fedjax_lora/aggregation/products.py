@@ -15,8 +15,9 @@ from jax import Array
 from fedjax_lora import trees
 from fedjax_lora.aggregation import errors
 from fedjax_lora.aggregation.fedit import average_head
-from fedjax_lora.base import Adapters, Aggregate, Factors, Sent
-from fedjax_lora.ops.orthonormal import orthonormal
+from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.ops.factorise import orthonormal
+from fedjax_lora.strategies import Aggregate, Sent
 
 
 class Layer(NamedTuple):

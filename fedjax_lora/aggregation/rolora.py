@@ -11,18 +11,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.base import Aggregator, Live
+from fedjax_lora.options import Options
+from fedjax_lora.strategies import Aggregator, Live
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RoLoraConfig:
+class RoLoraConfig(Options):
     """Train and send one factor a round; there is nothing to choose."""
 
     name: Literal["rolora"] = "rolora"
-
-    def __post_init__(self) -> None:
-        if self.name != "rolora":
-            raise ValueError(f"name must be 'rolora', got {self.name!r}")
 
 
 def make(config: RoLoraConfig) -> Aggregator:
@@ -37,4 +34,4 @@ def make(config: RoLoraConfig) -> Aggregator:
         of_a = jnp.asarray(round_number % 2, jnp.float32)
         return Live(a=of_a, b=1.0 - of_a)
 
-    return fedit.make(fedit.FedItConfig())._replace(trains=live, sends=live)
+    return fedit.make(fedit.FedItConfig())._replace(trains=live)

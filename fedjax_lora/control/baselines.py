@@ -6,50 +6,45 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Controller, Decision, Observation
+from fedjax_lora.options import Options
+from fedjax_lora.strategies import Controller, Decision, Observation
 from fedjax_lora.wireless.allocation import min_max_latency
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IdealConfig:
-    """No network at all; goes with `wireless.perfect_link`.
+class CommonRatio(Options):
+    """What these controllers share.
 
     keep_ratio: share of the ranks to keep, in (0, 1]; the starting value of `Hyper.keep_ratio`.
     """
+
+    keep_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.keep_ratio <= 1:
+            raise ValueError(f"keep_ratio must be in (0, 1], got {self.keep_ratio!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IdealConfig(CommonRatio):
+    """No network at all; goes with `wireless.perfect_link`."""
 
     name: Literal["ideal"] = "ideal"
-    keep_ratio: float = 1.0
-
-    def __post_init__(self):
-        _check(self.name, "ideal", self.keep_ratio)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UniformConfig:
-    """The same bandwidth for every present client.
-
-    keep_ratio: share of the ranks to keep, in (0, 1]; the starting value of `Hyper.keep_ratio`.
-    """
+class UniformConfig(CommonRatio):
+    """The same bandwidth for every present client."""
 
     name: Literal["uniform"] = "uniform"
-    keep_ratio: float = 1.0
-
-    def __post_init__(self):
-        _check(self.name, "uniform", self.keep_ratio)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FixedConfig:
-    """Bandwidth by `min_max_latency`, at one keep ratio for all.
-
-    keep_ratio: share of the ranks to keep, in (0, 1]; the starting value of `Hyper.keep_ratio`.
-    """
+class FixedConfig(CommonRatio):
+    """Bandwidth by `min_max_latency`, at one keep ratio for all."""
 
     name: Literal["fixed"] = "fixed"
-    keep_ratio: float = 1.0
-
-    def __post_init__(self):
-        _check(self.name, "fixed", self.keep_ratio)
 
 
 def ideal(config: IdealConfig) -> Controller:
@@ -91,10 +86,3 @@ def _keep_queue(queue_s: Array, latency_s: Array) -> Array:
     """These controllers hold no latency constraint, so their queue stays as it is."""
     del latency_s
     return queue_s
-
-
-def _check(name: str, allowed: str, keep_ratio: float) -> None:
-    if name != allowed:
-        raise ValueError(f"name must be {allowed}, got {name!r}")
-    if not 0 < keep_ratio <= 1:
-        raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio!r}")

@@ -6,45 +6,47 @@ from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
-from fedjax_lora.base import Controller, Decision, Observation
 from fedjax_lora.control import planning
+from fedjax_lora.options import Options
+from fedjax_lora.strategies import Controller, Decision, Observation
 from fedjax_lora.wireless.rate import required_bandwidth, uplink_rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GreedyConfig:
-    """The largest common keep ratio that fits the budget, else the smallest; shares of least latency.
+class Budgeted(Options):
+    """What these controllers share.
 
     latency_budget_s: what the latency of every round should be at most.
     min_keep_ratio: the least that a client keeps, rounded up to whole ranks.
     """
 
     keep_ratio: ClassVar[float] = 1.0
-    name: Literal["greedy"] = "greedy"
     latency_budget_s: float = 2.0
     min_keep_ratio: float = 0.1
 
-    def __post_init__(self):
-        _check(self.name, "greedy", self.latency_budget_s, self.min_keep_ratio)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.latency_budget_s < math.inf:
+            raise ValueError(f"latency_budget_s must be positive and finite, got {self.latency_budget_s!r}")
+        if not 0 < self.min_keep_ratio <= 1:
+            raise ValueError(f"min_keep_ratio must be in (0, 1], got {self.min_keep_ratio!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProportionalConfig:
+class GreedyConfig(Budgeted):
+    """The largest common keep ratio that fits the budget, else the smallest; shares of least latency."""
+
+    name: Literal["greedy"] = "greedy"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProportionalConfig(Budgeted):
     """Shares in proportion to need; each client keeps the most that fits the budget on its share, else the least.
 
     A client's need is its full payload over its spectral efficiency at the equal split (our choice).
-
-    latency_budget_s: what the latency of every round should be at most.
-    min_keep_ratio: the least that a client keeps, rounded up to whole ranks.
     """
 
-    keep_ratio: ClassVar[float] = 1.0
     name: Literal["proportional"] = "proportional"
-    latency_budget_s: float = 2.0
-    min_keep_ratio: float = 0.1
-
-    def __post_init__(self):
-        _check(self.name, "proportional", self.latency_budget_s, self.min_keep_ratio)
 
 
 def greedy(config: GreedyConfig) -> Controller:
@@ -90,12 +92,3 @@ def proportional(config: ProportionalConfig) -> Controller:
         return Decision(kept / rank, share_hz, jnp.max(ends, initial=0.0))
 
     return Controller(decide=decide, update_queue=planning.queue_law(config.latency_budget_s))
-
-
-def _check(name: str, allowed: str, latency_budget_s: float, min_keep_ratio: float) -> None:
-    if name != allowed:
-        raise ValueError(f"name must be {allowed}, got {name!r}")
-    if not 0 < latency_budget_s < math.inf:
-        raise ValueError(f"latency_budget_s must be positive and finite, got {latency_budget_s!r}")
-    if not 0 < min_keep_ratio <= 1:
-        raise ValueError(f"min_keep_ratio must be in (0, 1], got {min_keep_ratio!r}")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Observation
+from fedjax_lora.strategies import Observation
 from fedjax_lora.wireless.allocation import Allocation, min_max_latency
 
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from fedjax_lora.base import Decision, Hyper, Observation
+from fedjax_lora.base import Hyper
 from fedjax_lora.control import bound, planning, tsfa_online
 from fedjax_lora.control.tsfa_online import TsfaConfig
+from fedjax_lora.strategies import Decision, Observation
 
 Objective = Literal["bound", "rollout"]
 Search = Literal["grid", "gradient"]

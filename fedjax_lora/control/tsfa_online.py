@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from fedjax_lora.base import Controller, Decision, Observation
 from fedjax_lora.control import planning
 from fedjax_lora.control.tsfa_common import common_share
 from fedjax_lora.control.tsfa_solver import MOST_WORTH, Offer, sent_share
+from fedjax_lora.options import Options
+from fedjax_lora.strategies import Controller, Decision, Observation
 from fedjax_lora.wireless.allocation import min_max_latency
 
 Tail = Literal["energy", "linear"]
@@ -26,7 +27,7 @@ _ROUNDING = 1e-5  # so that float32's k - 1e-6 ranks are k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TsfaConfig:
+class TsfaConfig(Options):
     """TSFA online; defaults and options are our choice.
 
     V: weight of what is not sent against the queue, in s^2 over the unit of the tail. Larger: better updates, a
@@ -46,17 +47,13 @@ class TsfaConfig:
     ratio: Ratio = "client"
 
     def __post_init__(self):
-        if self.name != "tsfa":
-            raise ValueError(f"name must be tsfa, got {self.name!r}")
+        super().__post_init__()
         if not 0 <= self.V < math.inf:
             raise ValueError(f"V must be at least 0 and finite, got {self.V!r}")
         if not 0 < self.latency_budget_s < math.inf:
             raise ValueError(f"latency_budget_s must be positive and finite, got {self.latency_budget_s!r}")
         if not 0 < self.min_keep_ratio <= 1:
             raise ValueError(f"min_keep_ratio must be in (0, 1], got {self.min_keep_ratio!r}")
-        for field, allowed in (("tail", ("energy", "linear")), ("ratio", ("client", "common"))):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
 
 
 def solve(
@@ -114,20 +111,8 @@ def solve(
         bits_full = bits_full[:, None] * jnp.minimum(jnp.arange(max_rank + 1) / rank[:, None], 1.0)
     least = jnp.clip(1.0 if min_keep_ratio is None else min_keep_ratio * rank, 0.0, rank)
     steps = _steps(bits_full, weights[:, None] * tail_energy, least, rank)
-
-    total_bits = steps.least_bits + steps.bits.sum(-1)
-    able = (total_bits > 0) & (total_bits < _NEVER_S * snr_hz) & (start_s < _NEVER_S)
-    able &= (weights > 0) & (bandwidth_hz > 0)
-    per_bit = V * steps.cost / jnp.where(steps.bits > 0, steps.bits, 1.0) / jnp.where(queue > 0, queue, 1.0)
-    worth = jnp.where((steps.bits > 0) & (queue > 0), jnp.minimum(per_bit, MOST_WORTH), MOST_WORTH)
-    offer = Offer(
-        least_bits=jnp.where(able, steps.least_bits, 0.0),
-        step_bits=jnp.where(able[:, None], steps.bits, 0.0),
-        worth=lax.cummin(worth, axis=1),
-        snr_hz=jnp.where(able, snr_hz, 1.0),
-        start_s=jnp.where(able, start_s, 0.0),
-        bandwidth_hz=jnp.where(bandwidth_hz > 0, bandwidth_hz, 1.0),
-    )
+    able = _able(steps, snr_hz, start_s, bandwidth_hz, weights)
+    offer = _offer(steps, able, _worth(steps, queue, V), snr_hz, start_s, bandwidth_hz)
     share = sent_share(offer) if ratio == "client" else common_share(offer, steps.begin, steps.length, rank)
     sent_bits = offer.least_bits + jnp.sum(share * offer.step_bits, -1)
     allocation = min_max_latency(sent_bits, offer.snr_hz, offer.start_s, offer.bandwidth_hz)
@@ -166,6 +151,32 @@ def _steps(bits: Array, cost: Array, least: Array, rank: Array) -> _Steps:
         cost=length * less_cost,
         least_bits=bits[:, 0] + jnp.sum(skipped * more_bits, -1),
         last_cost=cost[:, -1] + jnp.sum(beyond * less_cost, -1),
+    )
+
+
+def _able(steps: _Steps, snr_hz: Array, start_s: Array, bandwidth_hz: Array, weights: Array) -> Array:
+    """`[K]` bool: who has a say, has something to send, and can."""
+    total_bits = steps.least_bits + steps.bits.sum(-1)
+    can = (total_bits < _NEVER_S * snr_hz) & (start_s < _NEVER_S) & (bandwidth_hz > 0)
+    return can & (total_bits > 0) & (weights > 0)
+
+
+def _worth(steps: _Steps, queue: Array, V: Array) -> Array:
+    """`[K, R]` seconds that a bit of each step is worth; no step is worth more than one before it."""
+    counts = (steps.bits > 0) & (queue > 0)
+    per_bit = V * steps.cost / jnp.where(steps.bits > 0, steps.bits, 1.0) / jnp.where(queue > 0, queue, 1.0)
+    return lax.cummin(jnp.where(counts, jnp.minimum(per_bit, MOST_WORTH), MOST_WORTH), axis=1)
+
+
+def _offer(steps: _Steps, able: Array, worth: Array, snr_hz: Array, start_s: Array, bandwidth_hz: Array) -> Offer:
+    """What is there to send, with harmless values for who is left out."""
+    return Offer(
+        least_bits=jnp.where(able, steps.least_bits, 0.0),
+        step_bits=jnp.where(able[:, None], steps.bits, 0.0),
+        worth=worth,
+        snr_hz=jnp.where(able, snr_hz, 1.0),
+        start_s=jnp.where(able, start_s, 0.0),
+        bandwidth_hz=jnp.where(bandwidth_hz > 0, bandwidth_hz, 1.0),
     )
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: `config.yaml`, `metrics.jsonl`, `summary.json`, `checkpoints/` and `report.html`."""
+"""The folder of a run: `config.yaml`, `data.json`, `metrics.jsonl`, `summary.json`, `checkpoints/`, `report.html`."""
 
 import json
 import math
@@ -49,7 +49,7 @@ RUN_FIELDS = (
 )
 """What `write_summary` is told; the rest of `summary.json` is computed from `metrics.jsonl`."""
 
-_CONFIG, _METRICS, _SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+_CONFIG, _DATA, _METRICS, _SUMMARY = "config.yaml", "data.json", "metrics.jsonl", "summary.json"
 
 
 class RunFolder:
@@ -86,8 +86,13 @@ class RunFolder:
             raise ValueError(f"{path} must be a new or an empty folder to start a run in, got one in use")
 
     @classmethod
-    def create(cls, path: str | Path, config_text: str) -> "RunFolder":
-        """A new run folder that holds `config.yaml`; it appears in full or not at all.
+    def create(cls, path: str | Path, config_text: str, data: Mapping[str, str]) -> "RunFolder":
+        """A new run folder that holds `config.yaml` and `data.json`; it appears in full or not at all.
+
+        Args:
+          path: of the folder.
+          config_text: YAML of the resolved configuration.
+          data: hashes that tell the data from any other.
 
         Raises:
           ValueError: `check_free` refuses the path, or it cannot be written.
@@ -96,22 +101,20 @@ class RunFolder:
         with atomic_folder(path) as partial:
             (partial / "checkpoints").mkdir()
             (partial / _CONFIG).write_text(config_text, encoding="utf-8")
+            (partial / _DATA).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
             (partial / _METRICS).touch()
         return cls(path)
 
     @classmethod
-    def resume(cls, path: str | Path, config_text: str) -> "RunFolder":
-        """The run that `path` holds, if it was started with the same configuration.
+    def resume(cls, path: str | Path, config_text: str, data: Mapping[str, str]) -> "RunFolder":
+        """The run that `path` holds, if it was started with the same configuration and data; arguments as of `create`.
 
         Raises:
-          ValueError: there is no run, or its configuration differs; names the first key that does.
+          ValueError: there is no run, or its configuration or data differ; names the first key that does.
         """
         run = cls(path)
-        before, now = flatten(read_config(run.path)), flatten(yaml.safe_load(config_text))
-        for key in [*now, *before]:
-            old, new = before.get(key, "nothing"), now.get(key, "nothing")
-            if old != new:
-                raise ValueError(f"{key} must be {old!r} as in {run.path / _CONFIG} to resume the run, got {new!r}")
+        _check_same(read_config(run.path), yaml.safe_load(config_text), run.path / _CONFIG)
+        _check_same({"data": _read_json(run.path / _DATA) or {}}, {"data": data}, run.path / _DATA)
         return run
 
     def append(self, metrics: Metrics) -> None:
@@ -151,10 +154,13 @@ class RunFolder:
 
 def summarize(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     """The part of a summary that the lines of `metrics.jsonl` tell."""
-    accuracies = [line["eval_accuracy"] for line in metrics if line["eval_accuracy"] is not None]
+    accuracies, personal = (
+        [line[field] for line in metrics if line[field] is not None] for field in ("eval_accuracy", "personal_accuracy")
+    )
     return {
         "final_accuracy": accuracies[-1] if accuracies else None,
         "best_accuracy": max(accuracies, default=None),
+        "personal_accuracy": personal[-1] if personal else None,
         "total_uplink_bits": sum(line["uplink_bits"] for line in metrics),
         "total_downlink_bits": sum(line["downlink_bits"] for line in metrics),
         "total_latency_s": metrics[-1]["cumulative_latency_s"] if metrics else None,
@@ -205,7 +211,11 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 def read_summary(folder: str | Path) -> dict[str, Any] | None:
     """The summary of a run; None as long as the run has not ended."""
-    path = Path(folder) / _SUMMARY
+    return _read_json(Path(folder) / _SUMMARY)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """What a file holds; None where there is none."""
     if not path.is_file():
         return None
     try:
@@ -220,6 +230,15 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError at the first key whose value is not the one that the file at `path` holds."""
+    old, new = flatten(before), flatten(now)
+    for key in [*new, *old]:
+        had, has = old.get(key, "nothing"), new.get(key, "nothing")
+        if had != has:
+            raise ValueError(f"{key} must be {had!r} as in {path} to resume the run, got {has!r}")
 
 
 def _lines(metrics: Metrics) -> Iterator[dict[str, Any]]:

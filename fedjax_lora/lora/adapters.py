@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_lora.base import Adapters, Base, Factors
-from fedjax_lora.ops.orthonormal import orthonormal
+from fedjax_lora.ops.factorise import orthonormal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

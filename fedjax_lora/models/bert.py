@@ -6,16 +6,18 @@ Adapters may sit on the modules of MODULE_NAMES: `query`, `key`, `value`, `outpu
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Base, Batch, Hidden, Model
+from fedjax_lora.base import Adapters, Base, Batch
 from fedjax_lora.models import layers
 from fedjax_lora.models.primitives import layer_norm, project
 from fedjax_lora.models.safetensors import Weight
+from fedjax_lora.strategies import Hidden, Model
 
 MODULE_NAMES = {
     "query": "encoder.layer.{layer}.attention.self.query",
@@ -133,8 +135,70 @@ def bert(config: BertConfig, num_classes: int) -> Model:
       config: shape of the encoder.
       num_classes: of the classifier, which is the trained head.
     """
+    return Model(
+        init=partial(init, config),
+        init_head=lambda key: layers.init_head(key, config.width, num_classes),
+        embed=partial(embed, config),
+        layers=partial(encode, config),
+        task=partial(classify, config),
+        targets=layers.block_targets(config.width, config.mlp_width),
+        num_layers=config.num_layers,
+    )
+
+
+def init(config: BertConfig, key: Array) -> Base:
+    """Random frozen weights."""
+    word_key, position_key, type_key, layers_key, pooler_key = jax.random.split(key, 5)
     d = config.width
-    block = layers.Block(
+
+    def table(table_key: Array, rows: int) -> Array:
+        return 0.02 * jax.random.normal(table_key, (rows, d))
+
+    base = {
+        "embeddings": {
+            "word": table(word_key, config.vocab_size),
+            "position": table(position_key, config.max_positions),
+            "type": table(type_key, config.num_types),
+            "norm": {"scale": jnp.ones(d), "bias": jnp.zeros(d)},
+        },
+        "layers": layers.init_blocks(_block(config), layers_key, config.num_layers, d),
+    }
+    if config.pooler:
+        base["pooler"] = {"w": table(pooler_key, d).astype(config.compute_dtype), "b": jnp.zeros(d)}
+    return base
+
+
+def embed(config: BertConfig, base: Base, batch: Batch, key: Array | None) -> Hidden:
+    """Words, positions and types, normalised."""
+    ids, tables = batch["input_ids"], base["embeddings"]
+    if ids.shape[1] > config.max_positions:
+        raise ValueError(
+            f"data.max_length must be at most {config.max_positions}, the model's positions, got {ids.shape[1]}"
+        )
+    types = batch["token_type_ids"] if "token_type_ids" in batch else jnp.zeros_like(ids)
+    values = tables["word"][ids] + tables["type"][types] + tables["position"][: ids.shape[1]]
+    values = layer_norm(values, (tables["norm"]["scale"], tables["norm"]["bias"]), config.norm_eps)
+    values = layers.dropout(values, config.dropout, None if key is None else jax.random.fold_in(key, 0))
+    return Hidden(values=values, mask=batch["attention_mask"].astype(jnp.float32))
+
+
+def encode(config: BertConfig, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:
+    """All blocks."""
+    layers_key = None if key is None else jax.random.fold_in(key, 1)
+    return layers.run_blocks(_block(config), base["layers"], adapters.modules, hidden, layers_key)
+
+
+def classify(config: BertConfig, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Array:
+    """`[B, classes]` logits of the pooled positions."""
+    del key
+    pooled = layers.pool(hidden, config.pooling)
+    if config.pooler:
+        pooled = jnp.tanh(project(pooled, base["pooler"]["w"]) + base["pooler"]["b"])
+    return pooled @ adapters.head["w"] + adapters.head["b"]
+
+
+def _block(config: BertConfig) -> layers.Block:
+    return layers.Block(
         num_heads=config.num_heads,
         mlp_width=config.mlp_width,
         activation=config.activation,
@@ -142,56 +206,4 @@ def bert(config: BertConfig, num_classes: int) -> Model:
         pre_norm=False,
         dropout=config.dropout,
         dtype=config.compute_dtype,
-    )
-
-    def init(key: Array) -> Base:
-        word_key, position_key, type_key, layers_key, pooler_key = jax.random.split(key, 5)
-
-        def table(table_key: Array, rows: int) -> Array:
-            return 0.02 * jax.random.normal(table_key, (rows, d))
-
-        base = {
-            "embeddings": {
-                "word": table(word_key, config.vocab_size),
-                "position": table(position_key, config.max_positions),
-                "type": table(type_key, config.num_types),
-                "norm": {"scale": jnp.ones(d), "bias": jnp.zeros(d)},
-            },
-            "layers": layers.init_blocks(block, layers_key, config.num_layers, d),
-        }
-        if config.pooler:
-            base["pooler"] = {"w": table(pooler_key, d).astype(config.compute_dtype), "b": jnp.zeros(d)}
-        return base
-
-    def embed(base: Base, batch: Batch, key: Array | None) -> Hidden:
-        ids, tables = batch["input_ids"], base["embeddings"]
-        if ids.shape[1] > config.max_positions:
-            raise ValueError(
-                f"data.max_length must be at most {config.max_positions}, the model's positions, got {ids.shape[1]}"
-            )
-        types = batch["token_type_ids"] if "token_type_ids" in batch else jnp.zeros_like(ids)
-        values = tables["word"][ids] + tables["type"][types] + tables["position"][: ids.shape[1]]
-        values = layer_norm(values, (tables["norm"]["scale"], tables["norm"]["bias"]), config.norm_eps)
-        embed_key = None if key is None else jax.random.fold_in(key, 0)
-        values = layers.dropout(values, config.dropout, embed_key)
-        return Hidden(values=values, mask=batch["attention_mask"].astype(jnp.float32))
-
-    def run(base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:
-        layers_key = None if key is None else jax.random.fold_in(key, 1)
-        return layers.run_blocks(block, base["layers"], adapters.modules, hidden, layers_key)
-
-    def task(base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Array:
-        pooled = layers.pool(hidden, config.pooling)
-        if config.pooler:
-            pooled = jnp.tanh(project(pooled, base["pooler"]["w"]) + base["pooler"]["b"])
-        return pooled @ adapters.head["w"] + adapters.head["b"]
-
-    return Model(
-        init=init,
-        init_head=lambda key: layers.init_head(key, d, num_classes),
-        embed=embed,
-        layers=run,
-        task=task,
-        targets=layers.block_targets(d, config.mlp_width),
-        num_layers=config.num_layers,
     )

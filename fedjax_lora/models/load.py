@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import jax
 
-from fedjax_lora.base import Base, Model
+from fedjax_lora.base import Base
 from fedjax_lora.models import bert, safetensors, vit
+from fedjax_lora.strategies import Model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

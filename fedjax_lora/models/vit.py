@@ -4,15 +4,17 @@ Adapters may sit on `query`, `key`, `value`, `output` (of attention), `up` and `
 """
 
 import dataclasses
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Base, Batch, Hidden, Model
+from fedjax_lora.base import Adapters, Base, Batch
 from fedjax_lora.models import layers
 from fedjax_lora.models.primitives import layer_norm, project
+from fedjax_lora.strategies import Hidden, Model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,10 +62,72 @@ def vit(config: VitConfig, num_classes: int) -> Model:
       config: shape of the transformer.
       num_classes: of the classifier, which is the trained head.
     """
-    d, patch = config.hidden, config.patch
-    rows, columns = config.height // patch, config.width // patch
-    patch_size = patch * patch * config.channels
-    block = layers.Block(
+    return Model(
+        init=partial(init, config),
+        init_head=lambda key: layers.init_head(key, config.hidden, num_classes),
+        embed=partial(embed, config),
+        layers=partial(encode, config),
+        task=partial(classify, config),
+        targets=layers.block_targets(config.hidden, config.mlp_width),
+        num_layers=config.num_layers,
+    )
+
+
+def init(config: VitConfig, key: Array) -> Base:
+    """Random weights."""
+    patch_key, position_key, cls_key, layers_key = jax.random.split(key, 4)
+    d, patch_size = config.hidden, config.patch**2 * config.channels
+    num_positions = (config.height // config.patch) * (config.width // config.patch) + (config.pooling == "cls")
+    w = jax.random.normal(patch_key, (patch_size, d)) * patch_size**-0.5
+    base = {
+        "embeddings": {
+            "patch": {"w": w.astype(config.compute_dtype), "b": jnp.zeros(d)},
+            "position": 0.02 * jax.random.normal(position_key, (num_positions, d)),
+        },
+        "layers": layers.init_blocks(_block(config), layers_key, config.num_layers, d),
+        "norm": {"scale": jnp.ones(d), "bias": jnp.zeros(d)},
+    }
+    if config.pooling == "cls":
+        base["embeddings"]["cls"] = 0.02 * jax.random.normal(cls_key, (d,))
+    return base
+
+
+def embed(config: VitConfig, base: Base, batch: Batch, key: Array | None) -> Hidden:
+    """Patches, row by row, and positions."""
+    image, weights = batch["image"], base["embeddings"]
+    if image.shape[1:] != (config.height, config.width, config.channels):
+        raise ValueError(f"image must be [B, {config.height}, {config.width}, {config.channels}], got {image.shape}")
+    values = project(_patches(config, image), weights["patch"]["w"]) + weights["patch"]["b"]
+    if config.pooling == "cls":
+        first = jnp.broadcast_to(weights["cls"], (values.shape[0], 1, config.hidden))
+        values = jnp.concatenate([first, values], axis=1)
+    embed_key = None if key is None else jax.random.fold_in(key, 0)
+    values = layers.dropout(values + weights["position"], config.dropout, embed_key)
+    return Hidden(values=values, mask=jnp.ones(values.shape[:2]))
+
+
+def encode(config: VitConfig, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:
+    """All blocks, and the last norm."""
+    layers_key, block, norm = None if key is None else jax.random.fold_in(key, 1), _block(config), base["norm"]
+    hidden = layers.run_blocks(block, base["layers"], adapters.modules, hidden, layers_key)
+    return hidden._replace(values=layer_norm(hidden.values, (norm["scale"], norm["bias"]), block.norm_eps))
+
+
+def classify(config: VitConfig, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Array:
+    """`[B, classes]` logits of the pooled positions."""
+    del base, key
+    return layers.pool(hidden, config.pooling) @ adapters.head["w"] + adapters.head["b"]
+
+
+def _patches(config: VitConfig, image: Array) -> Array:
+    """`[B, patches, patch * patch * channels]`."""
+    patch, rows, columns = config.patch, config.height // config.patch, config.width // config.patch
+    grid = image.reshape(-1, rows, patch, columns, patch, config.channels)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows * columns, patch * patch * config.channels)
+
+
+def _block(config: VitConfig) -> layers.Block:
+    return layers.Block(
         num_heads=config.num_heads,
         mlp_width=config.mlp_width,
         activation="gelu",
@@ -71,55 +135,4 @@ def vit(config: VitConfig, num_classes: int) -> Model:
         pre_norm=True,
         dropout=config.dropout,
         dtype=config.compute_dtype,
-    )
-    has_cls = config.pooling == "cls"
-
-    def init(key: Array) -> Base:
-        patch_key, position_key, cls_key, layers_key = jax.random.split(key, 4)
-        w = jax.random.normal(patch_key, (patch_size, d)) * patch_size**-0.5
-        base = {
-            "embeddings": {
-                "patch": {"w": w.astype(config.compute_dtype), "b": jnp.zeros(d)},
-                "position": 0.02 * jax.random.normal(position_key, (rows * columns + has_cls, d)),
-            },
-            "layers": layers.init_blocks(block, layers_key, config.num_layers, d),
-            "norm": {"scale": jnp.ones(d), "bias": jnp.zeros(d)},
-        }
-        if has_cls:
-            base["embeddings"]["cls"] = 0.02 * jax.random.normal(cls_key, (d,))
-        return base
-
-    def embed(base: Base, batch: Batch, key: Array | None) -> Hidden:
-        image, weights = batch["image"], base["embeddings"]
-        if image.shape[1:] != (config.height, config.width, config.channels):
-            raise ValueError(
-                f"image must be [B, {config.height}, {config.width}, {config.channels}], got {image.shape}"
-            )
-        patches = image.reshape(-1, rows, patch, columns, patch, config.channels)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows * columns, patch_size)
-        values = project(patches, weights["patch"]["w"]) + weights["patch"]["b"]
-        if has_cls:
-            first = jnp.broadcast_to(weights["cls"], (values.shape[0], 1, d))
-            values = jnp.concatenate([first, values], axis=1)
-        embed_key = None if key is None else jax.random.fold_in(key, 0)
-        values = layers.dropout(values + weights["position"], config.dropout, embed_key)
-        return Hidden(values=values, mask=jnp.ones(values.shape[:2]))
-
-    def run(base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:
-        layers_key = None if key is None else jax.random.fold_in(key, 1)
-        hidden = layers.run_blocks(block, base["layers"], adapters.modules, hidden, layers_key)
-        norm = base["norm"]
-        return hidden._replace(values=layer_norm(hidden.values, (norm["scale"], norm["bias"]), block.norm_eps))
-
-    def task(base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Array:
-        return layers.pool(hidden, config.pooling) @ adapters.head["w"] + adapters.head["b"]
-
-    return Model(
-        init=init,
-        init_head=lambda key: layers.init_head(key, d, num_classes),
-        embed=embed,
-        layers=run,
-        task=task,
-        targets=layers.block_targets(d, config.mlp_width),
-        num_layers=config.num_layers,
     )

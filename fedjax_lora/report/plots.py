@@ -104,15 +104,22 @@ def _accuracy_by_time(runs: Sequence[Run]) -> Plot:
 
 
 def _accuracy(x: Callable[[dict[str, Any]], float | None]) -> Callable[[Run], list[Line]]:
-    """Accuracy against `x`, a function of a log line; starts at 0 with the initial accuracy where it is known."""
+    """Accuracy against `x`, a function of a log line; starts at 0 with the initial accuracy where it is known.
+
+    A run whose clients keep adapters of their own has a second line, of these.
+    """
 
     def lines(run: Run) -> list[Line]:
         points: list[tuple[float | None, float | None]] = [(0.0, run.summary.get("initial_accuracy"))]
+        personal: list[tuple[float | None, float | None]] = []
         so_far = 0
         for line in run.metrics:
             so_far += line["uplink_bits"]
-            points.append((x(line | {"uplink_so_far": so_far}), line["eval_accuracy"]))
-        return [_line(points)]
+            at = x(line | {"uplink_so_far": so_far})
+            points.append((at, line["eval_accuracy"]))
+            personal.append((at, line["personal_accuracy"]))
+        own = _line(personal, "clients' own", dashed=True)
+        return [_line(points, "global"), own] if own.x else [_line(points)]
 
     return lines
 

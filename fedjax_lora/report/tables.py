@@ -19,15 +19,16 @@ MISSING = "–"
 def summary_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Rows `(label, one cell a run)`: the keys in which the runs differ, then what came out."""
     settings = [(key, [_cell(run.config.get(key)) for run in runs]) for key in differing_keys(runs)]
-    columns = _HEADLINE | _DETAILS
+    columns = _headline([run.summary for run in runs]) | _DETAILS
     results = [(label, [cell(run.summary) for run in runs]) for label, cell in columns.items()]
     return [*settings, *results, ("participants a round", [_participants(run) for run in runs])]
 
 
 def summary_lines(summary: Mapping[str, Any]) -> str:
     """Plain text for a terminal: the headline numbers of one summary, one a line."""
-    width = max(map(len, _HEADLINE))
-    return "\n".join(f"{label:<{width}}  {cell(summary)}" for label, cell in _HEADLINE.items())
+    headline = _headline([summary])
+    width = max(map(len, headline))
+    return "\n".join(f"{label:<{width}}  {cell(summary)}" for label, cell in headline.items())
 
 
 def comparison(run_folders: Iterable[str | Path]) -> str:
@@ -37,20 +38,26 @@ def comparison(run_folders: Iterable[str | Path]) -> str:
       ValueError: a folder is not a run's, or has no round in its log.
     """
     runs = load_runs(run_folders)
-    keys = differing_keys(runs)
+    keys, headline = differing_keys(runs), _headline([run.summary for run in runs])
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("run")
-    for label in [*keys, *_HEADLINE]:
+    for label in [*keys, *headline]:
         table.add_column(Text(label), justify="right")
     for run in runs:
         settings = [_cell(run.config.get(key)) for key in keys]
-        results = [cell(run.summary) for cell in _HEADLINE.values()]
+        results = [cell(run.summary) for cell in headline.values()]
         table.add_row(*map(Text, [run.name, *settings, *results]))
     # Wide enough never to wrap: a terminal or a pager cuts better than a table does.
     console = Console(file=io.StringIO(), width=10_000, color_system=None)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines()) + "\n"
+
+
+def _headline(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+    """The headline numbers; accuracy of the clients' own adapters only where one of the runs has it."""
+    has_personal = any(summary.get("personal_accuracy") is not None for summary in summaries)
+    return {label: cell for label, cell in _HEADLINE.items() if has_personal or label != _PERSONAL}
 
 
 def _cell(value: Any) -> str:
@@ -83,10 +90,13 @@ def _participants(run: Run) -> str:
     return f"{sum(counts) / len(counts):.4g}"
 
 
+_PERSONAL = "personal accuracy"
+
 _HEADLINE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "initial accuracy": _formatted("initial_accuracy", ".4f"),
     "final accuracy": _formatted("final_accuracy", ".4f"),
     "best accuracy": _formatted("best_accuracy", ".4f"),
+    _PERSONAL: _formatted("personal_accuracy", ".4f"),
     "rounds": _formatted("rounds", "d"),
     "simulated time, s": _formatted("total_latency_s", ".6g"),
     "uplink, bits": _formatted("total_uplink_bits", ",d"),

@@ -22,8 +22,7 @@ def use_cpu_cores() -> None:
     """Make a JAX device of each CPU core (of at most MAX_CPU_DEVICES), so that each trains a client of its own.
 
     Most of a small model's operations are too small to be shared by cores. Call it before JAX is first used; a number
-    that the environment sets (`JAX_NUM_CPU_DEVICES`, or `XLA_FLAGS`) stands. Accelerators are not affected. It is not
-    for sparsifiers that factorise matrices, which `build` then refuses.
+    that the environment sets (`JAX_NUM_CPU_DEVICES`, or `XLA_FLAGS`) stands. Accelerators are not affected.
     """
     chosen = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", "")
     if not chosen:

@@ -12,30 +12,33 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Drift, Scope
+from fedjax_lora.base import Adapters, Scope
+from fedjax_lora.options import Options
+from fedjax_lora.strategies import Drift
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NoDriftConfig:
+class NoDriftConfig(Options):
     """Gradients as they are."""
 
     name: Literal["none"] = "none"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FedProxConfig:
+class FedProxConfig(Options):
     """A pull back to the broadcast: `mu / 2 * ||adapters - broadcast||^2` is added to the local loss."""
 
     name: Literal["fedprox"] = "fedprox"
     mu: float = 0.01
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.mu < float("inf"):
             raise ValueError(f"mu must be finite and at least 0, got {self.mu}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScaffoldConfig:
+class ScaffoldConfig(Options):
     """Control variates: each client carries one, and sends its change beside its update; goes with SGD alone."""
 
     name: Literal["scaffold"] = "scaffold"

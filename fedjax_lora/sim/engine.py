@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from fedjax_lora.base import Adapters, Base, ClientState, FedState, Hyper, Link, Metrics
+from fedjax_lora.base import Adapters, Base, ClientState, FedState, Hyper, Metrics
 from fedjax_lora.sim.cohort import replicated
 from fedjax_lora.sim.evaluate import Evaluate, EvaluatePersonal
 from fedjax_lora.sim.kept import extract
+from fedjax_lora.sim.parts import Parts, World
 from fedjax_lora.sim.pilot import FullGradient
-from fedjax_lora.sim.round import Parts, RoundFn, World, make_round
+from fedjax_lora.sim.round import RoundFn, make_round
+from fedjax_lora.strategies import Link
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,7 @@ class Simulation:
     Attributes:
       world: frozen base and data, on the device.
       parts: the functions that a round is made of.
+      examples_hash: of the examples, those for pre-training and testing included.
       partition_hash: of who holds which examples.
       truncated: sentences that were cut to the maximum length.
       full_gradient: loss and gradient by the weights themselves, for what measures rather than trains.
@@ -117,12 +120,14 @@ class Simulation:
         evaluate: Evaluate,
         evaluate_personal: EvaluatePersonal,
         eval_every: int,
+        examples_hash: str,
         partition_hash: str,
         truncated: int,
         full_gradient: FullGradient,
     ):
         self.parts = parts
         self.eval_every = eval_every
+        self.examples_hash = examples_hash
         self.partition_hash = partition_hash
         self.truncated = truncated
         self.full_gradient = full_gradient

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from fedjax_lora.base import Adapters, Base, Batch, ClientState, Drift, Hyper, Live, Model, Scope, Sparsifier
+from fedjax_lora.base import Adapters, Base, Batch, ClientState, Hyper, Scope
 from fedjax_lora.data.batches import gather, local_batches
 from fedjax_lora.lora.adapters import effective, rank_mask
 from fedjax_lora.sim.kept import compose
 from fedjax_lora.sim.optimizers import Optimizer, OptimizerConfig
+from fedjax_lora.sparsifiers.diagnostics import orthogonality
+from fedjax_lora.strategies import Drift, Live, Model, Sparsifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,11 +47,16 @@ class Client(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What local training leaves: the adapters, the mean cross-entropy over the steps, and the drift state."""
+    """What local training leaves.
+
+    loss: mean cross-entropy over the steps. drift: the client's state of the correction.
+    orthogonality: see `sparsifiers.diagnostics`; measured here, where few clients' adapters are held at a time.
+    """
 
     adapters: Adapters
     loss: Array
     drift: Any
+    orthogonality: Array
 
 
 class Broadcast(NamedTuple):
@@ -137,6 +144,6 @@ def make_train(
         rates = hyper.learning_rate * factors
         (adapters, _), losses = lax.scan(step, (start, direction.init(start)), (numbers, rows, weight))
         moved = drift.next_client(start, adapters, jnp.sum(rates), scope, given.drift, client.state.drift)
-        return Trained(adapters, jnp.mean(losses), moved)
+        return Trained(adapters, jnp.mean(losses), moved, orthogonality(adapters, mask))
 
     return train

@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from fedjax_lora.base import CLIENT_SCOPE, Adapters, Base, Factors, FedState, Hyper, Live, Model, Scope
+from fedjax_lora.base import Adapters, Base, Factors, FedState, Hyper, Scope
 from fedjax_lora.control import bound
 from fedjax_lora.data.batches import evaluation_batches, gather
 from fedjax_lora.lora.adapters import add_to_base, effective, rank_mask
-from fedjax_lora.prng import client_keys, round_keys
+from fedjax_lora.prng import round_keys
 from fedjax_lora.sim.local import cross_entropy, max_rank
-from fedjax_lora.sim.round import Cohort, Parts, World, advance, aggregate_sent, train_round
+from fedjax_lora.sim.parts import Cohort, Local, Parts, Uplink, World
+from fedjax_lora.sim.round import advance, average, choose_cohort, normalised, sparsify, train_locally
+from fedjax_lora.strategies import Aggregate, Decision, Delivery, Live, Model
 
 SAMPLE = 512
 """Training examples that the loss and its gradient are measured on: the same ones in every round, at every rank."""
@@ -168,30 +170,31 @@ def _measure(
     keys, hyper = round_keys(state.key, state.round), state.hyper
     scale, num_ranks = hyper.alpha / hyper.rank, max_rank(state.adapters)
     loss, gradient = full_gradient(parts.current_base(world, state), sample, state.adapters, hyper)
-    cohort = train_round(parts, world, state, keys)
-    mask = rank_mask(hyper.rank, num_ranks)
+    cohort = choose_cohort(parts, world, state, keys)
+    local = train_locally(parts, world, state, cohort)
+    weights, mask = normalised(local.weight * local.active), rank_mask(hyper.rank, num_ranks)
 
-    def at(kept: Array):
+    def at(kept: Array) -> tuple[Uplink, Aggregate]:
         """The cohort's round where each client keeps so many ranks."""
-        ratio = jnp.full(cohort.active.shape, jnp.minimum(kept / hyper.rank, 1.0))
-        sent, memory = jax.vmap(parts.sparsifier.compress, (None, 0, 0, 0, CLIENT_SCOPE, 0))(
-            cohort.start, cohort.shown, cohort.own.memory, ratio, cohort.scope, client_keys(keys.sparsify, cohort.ids)
-        )
-        return aggregate_sent(parts, state, cohort, sent, cohort.active, keys.aggregate), memory
+        uplink = _all_heard(parts, cohort, local, jnp.minimum(kept / hyper.rank, 1.0), keys.sparsify)
+        return uplink, average(parts, state, cohort, local, uplink, keys.aggregate)
+
+    def tail_energy(shown: Adapters, ranks: Array) -> Array:
+        return parts.sparsifier.tail_energy(cohort.start, shown, cohort.scope(ranks))
 
     def moved_by(adapters: Adapters, merged: dict[str, Array]) -> Gradient:
         return _movement(cohort.start, adapters, merged, mask, scale)
 
     def errors_at(kept: Array) -> tuple[Array, Array, Array]:
-        found, _ = at(kept)
+        _, found = at(kept)
         slope = _dot(gradient, moved_by(found.adapters, found.merged))
         return jnp.square(found.sparsification_error), jnp.square(found.covariance_error), slope
 
-    whole, memory = at(jnp.float32(num_ranks))
+    uplink, whole = at(jnp.float32(num_ranks))
     *energies, slopes = lax.map(errors_at, jnp.arange(1.0, num_ranks + 1.0))
     sparsification, covariance, slopes = (jnp.append(x[:1], x) for x in (*energies, slopes))  # 0 ranks are 1
-    new_state = advance(parts, state, cohort, whole, memory, cohort.active)
-    ideal = _average_movement(cohort, mask, scale)
+    new_state = advance(parts, state, cohort, local, uplink, whole)
+    ideal = _average_movement(cohort, local, weights, mask, scale)
     merged = jax.tree.map(jnp.subtract, new_state.merged, state.merged)
     moved = _movement(state.adapters, new_state.adapters, merged, mask, scale)
     live = Live(*map(jnp.float32, parts.aggregator.trains(state.round)))
@@ -205,13 +208,20 @@ def _measure(
         sparsification_slope=slopes - slopes[-1],
         covariance_slope=slopes[-1] - _dot(gradient, ideal),
         distance_sq=_dot(moved, moved),
-        weights=cohort.weights,
-        tail_energy=jax.vmap(parts.sparsifier.tail_energy, (None, 0, CLIENT_SCOPE))(
-            cohort.start, cohort.shown, cohort.scope
-        ),
+        weights=weights,
+        tail_energy=jax.vmap(tail_energy)(local.shown, cohort.ranks),
         sparsification=sparsification,
         covariance=covariance,
     )
+
+
+def _all_heard(parts: Parts, cohort: Cohort, local: Local, keep_ratio: Array, key: Array) -> Uplink:
+    """Steps 6 and 7 with one keep ratio for all and no network between."""
+    nothing = jnp.zeros(local.active.shape)
+    decision = Decision(jnp.full_like(nothing, keep_ratio), nothing, jnp.zeros(()), jnp.zeros(()))
+    sent, memory = sparsify(parts, cohort, local, decision, key)
+    delivery = Delivery(latency_s=nothing, energy_j=nothing, delivered=cohort.present)
+    return Uplink(decision, sent, memory, delivery, arrived=local.active, latency_s=jnp.zeros(()))
 
 
 def _payloads(parts: Parts, state: FedState) -> tuple[Array, Array]:
@@ -225,16 +235,16 @@ def _payloads(parts: Parts, state: FedState) -> tuple[Array, Array]:
     return bits.astype(jnp.float32), downlink_bits + jnp.uint32(parts.extra_downlink_bits)
 
 
-def _average_movement(cohort: Cohort, mask: Array, scale: Array) -> Gradient:
+def _average_movement(cohort: Cohort, local: Local, weights: Array, mask: Array, scale: Array) -> Gradient:
     """`sum_k p_k s (a_k b_k - a b)`, and the heads' average change: what an ideal server would do."""
-    p, start, modules = cohort.weights, cohort.start, {}
+    p, start, modules = weights, cohort.start, {}
     for name, old in start.modules.items():
-        new = cohort.shown.modules[name]
+        new = local.shown.modules[name]
         b = new.b * mask[:, None]
         by_a = jnp.einsum("c,clir,clro->lio", p, (new.a - old.a) * mask, b, precision="highest")
         by_b = jnp.einsum("lir,lro->lio", old.a * mask, jnp.einsum("c,clro->lro", p, b - old.b), precision="highest")
         modules[name] = scale * (by_a + by_b)
-    head = jax.tree.map(lambda new, old: jnp.einsum("c,c...->...", p, new - old), cohort.shown.head, start.head)
+    head = jax.tree.map(lambda new, old: jnp.einsum("c,c...->...", p, new - old), local.shown.head, start.head)
     return Gradient(modules, head)
 
 

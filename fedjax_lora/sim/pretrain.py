@@ -12,11 +12,12 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from fedjax_lora.base import Adapters, Base, Model
+from fedjax_lora.base import Adapters, Base
 from fedjax_lora.data.batches import gather
 from fedjax_lora.data.cache import cache_folder
 from fedjax_lora.models import safetensors
 from fedjax_lora.sim.local import cross_entropy
+from fedjax_lora.strategies import Model
 
 _FORMAT = 1  # part of the cache's key: raise it when the training below changes
 

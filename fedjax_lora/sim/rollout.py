@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fedjax_lora import trees
-from fedjax_lora.base import Controller, FedState, LinkState
+from fedjax_lora.base import FedState, LinkState
 from fedjax_lora.prng import round_keys
 from fedjax_lora.sim.cohort import choose, padded_size
 from fedjax_lora.sim.evaluate import Evaluate
+from fedjax_lora.sim.parts import Parts, World
 from fedjax_lora.sim.pilot import at_rank
-from fedjax_lora.sim.round import Parts, World, make_round
+from fedjax_lora.sim.round import make_round
+from fedjax_lora.strategies import Controller
 
 
 class Rollout(NamedTuple):

@@ -2,256 +2,98 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import Array
-from jax.sharding import Mesh
 
 from fedjax_lora import trees
-from fedjax_lora.base import (
-    CLIENT_SCOPE,
-    Adapters,
-    Aggregate,
-    Aggregator,
-    Base,
-    ClientState,
-    Controller,
-    Dataset,
-    Delivery,
-    Drift,
-    Factors,
-    FedState,
-    Link,
-    Live,
-    Metrics,
-    Observation,
-    Scope,
-    Sent,
-    Sparsifier,
-)
+from fedjax_lora.base import Adapters, ClientState, Factors, FedState, Metrics, Scope
 from fedjax_lora.lora.adapters import rank_mask
 from fedjax_lora.prng import RoundKeys, client_keys, round_keys
 from fedjax_lora.sim.cohort import choose, map_over_devices, padded_size
 from fedjax_lora.sim.kept import extract
-from fedjax_lora.sim.local import Broadcast, Client, Train, Trained, max_rank
-from fedjax_lora.sim.optimizers import Optimizer
-from fedjax_lora.sparsifiers.diagnostics import orthogonality
-
-
-@struct.dataclass
-class World:
-    """What no round changes: an argument of the program, so that it is never baked in as a constant."""
-
-    base: Base
-    data: Dataset
-
-
-class Parts(NamedTuple):
-    """The functions a round is made of.
-
-    train: local training of one client. optimizer: the server's.
-    drift_bits: `scope -> uint32` uplink bits of the drift correction of one client.
-    extra_downlink_bits: of each broadcast, for what the aggregator merges.
-    current_base: `(world, state) -> base`: the frozen weights with all that was merged into them.
-    client_weight: examples `[C]` -> weights `[C]` in the average, not yet normalised.
-    cohort_size: C, clients a round. chunk: clients trained at once on each device.
-    """
-
-    train: Train
-    sparsifier: Sparsifier
-    drift: Drift
-    drift_bits: Callable[[Scope], Array]
-    aggregator: Aggregator
-    extra_downlink_bits: int
-    current_base: Callable[[World, FedState], Base]
-    controller: Controller
-    link: Link
-    optimizer: Optimizer
-    client_weight: Callable[[Array], Array]
-    cohort_size: int
-    chunk: int
-    mesh: Mesh
-
+from fedjax_lora.sim.local import Broadcast, Client, Trained, max_rank
+from fedjax_lora.sim.parts import Cohort, Local, Parts, Uplink, World
+from fedjax_lora.strategies import Aggregate, Decision, Delivery, Live, Observation, Sent
 
 RoundFn = Callable[[World, FedState], tuple[FedState, Metrics]]
 
 
 def make_round(parts: Parts) -> RoundFn:
     """`(world, state) -> (state, metrics)`: one round of federated LoRA over the simulated cell."""
-    sparsifier, link = parts.sparsifier, parts.link
 
     def round_fn(world: World, state: FedState) -> tuple[FedState, Metrics]:
         keys = round_keys(state.key, state.round)
 
         # 1. Draw the channel.
-        link_state = link.step(state.link, keys.channel, jnp.arange(world.data.count.shape[0]))
+        link = parts.link.step(state.link, keys.channel, jnp.arange(world.data.count.shape[0]))
+        state = dataclasses.replace(state, link=link)
 
-        # 2. Choose the cohort, and 3. train it.
-        cohort = train_round(parts, world, state, keys)
-        ids, present, own, scope, start = cohort.ids, cohort.present, cohort.own, cohort.scope, cohort.start
-        trained, shown, active = cohort.trained, cohort.shown, cohort.active
-        cohort_link = trees.take(link_state, ids)
+        # 2. Choose the cohort, and broadcast to it.
+        cohort = choose_cohort(parts, world, state, keys)
+
+        # 3. Train locally; who diverged is left out from here on.
+        local = train_locally(parts, world, state, cohort)
 
         # 4. Importance of each rank, and 5. control of keep ratio and bandwidth.
-        tail_energy = jax.vmap(sparsifier.tail_energy, (None, 0, CLIENT_SCOPE))(start, shown, scope)
-        start_s = link.start_s(cohort_link, cohort.downlink_bits, present)
-        decision = parts.controller.decide(
-            Observation(
-                snr_hz=link.snr_hz(cohort_link),
-                start_s=start_s,
-                weights=cohort.weights,
-                tail_energy=tail_energy,
-                rank=own.rank,
-                payload_bits=lambda ratio: jax.vmap(sparsifier.payload_bits, (0, CLIENT_SCOPE))(ratio, scope),
-                bandwidth_hz=jnp.float32(link.bandwidth_hz),
-                queue_s=state.queue_s,
-                hyper=state.hyper,
-            )
-        )
+        decision = control(parts, state, cohort, local)
 
-        # 6. Sparsify.
-        sent, memory = jax.vmap(sparsifier.compress, (None, 0, 0, 0, CLIENT_SCOPE, 0))(
-            start, shown, own.memory, decision.keep_ratio, scope, client_keys(keys.sparsify, ids)
-        )
-
-        # 7. Transmit.
-        extra_bits = jax.vmap(parts.drift_bits, (CLIENT_SCOPE,))(scope)
-        sent = dataclasses.replace(sent, bits=jnp.where(active, sent.bits + extra_bits, 0))
-        delivery = link.deliver(cohort_link, sent.bits, decision, start_s, present)
-        arrived = active & delivery.delivered
+        # 6. Sparsify, and 7. transmit.
+        sent, memory = sparsify(parts, cohort, local, decision, keys.sparsify)
+        uplink = transmit(parts, cohort, local, decision, sent, memory)
 
         # 8. Aggregate, step the server, update the queue.
-        aggregate = aggregate_sent(parts, state, cohort, sent, arrived, keys.aggregate)
-        latency_s = round_latency(delivery, active)
-        new_state = dataclasses.replace(
-            advance(parts, state, cohort, aggregate, memory, arrived),
-            link=link_state,
-            queue_s=parts.controller.update_queue(state.queue_s, latency_s),
-            elapsed_s=state.elapsed_s + latency_s,
-        )
-        over_arrived = mean_over(arrived)
-        metrics = Metrics(
-            round=new_state.round,
-            train_loss=over_arrived(trained.loss),
-            eval_loss=jnp.float32(jnp.nan),
-            eval_accuracy=jnp.float32(jnp.nan),
-            personal_accuracy=jnp.float32(jnp.nan),
-            latency_s=latency_s,
-            elapsed_s=new_state.elapsed_s,
-            client_uplink_bits=jnp.where(jnp.isfinite(delivery.latency_s), sent.bits, 0),
-            client_downlink_bits=jnp.where(present, cohort.downlink_bits, 0),
-            energy_j=jnp.sum(delivery.energy_j),
-            queue_s=new_state.queue_s,
-            keep_ratio_mean=over_arrived(decision.keep_ratio),
-            kept_ranks_mean=over_arrived(sent.kept_ranks),
-            participants=jnp.sum(arrived),
-            outages=jnp.sum(active & ~delivery.delivered),
-            nonfinite_clients=jnp.sum(present & ~cohort.finite),
-            sparsification_error=aggregate.sparsification_error,
-            covariance_error=aggregate.covariance_error,
-            dropped_energy=over_arrived(sent.dropped_energy),
-            orthogonality=over_arrived(jax.vmap(orthogonality)(trained.adapters, scope.ranks)),
-        )
-        return new_state, metrics
+        aggregate = average(parts, state, cohort, local, uplink, keys.aggregate)
+        after = advance(parts, state, cohort, local, uplink, aggregate)
+        return after, observe(after, cohort, local, uplink, aggregate)
 
     return round_fn
 
 
-class Cohort(NamedTuple):
-    """A round's cohort after local training; leaves `[C, ...]` but for `scope`'s scalars and `start`.
-
-    ids, present: see `choose`. own: what each client carried in. scope: what it sends. start: the broadcast.
-    trained: where training left it. shown: `trained` in what is sent, `start` elsewhere.
-    active: present and finite. raw_weights: of the clients in the average, before who is absent is left out.
-    """
-
-    ids: Array
-    present: Array
-    own: ClientState
-    scope: Scope
-    start: Adapters
-    downlink_bits: Array
-    trained: Trained
-    shown: Adapters
-    active: Array
-    finite: Array
-    raw_weights: Array
-
-    @property
-    def weights(self) -> Array:
-        """`[C]` weights of those who trained, which sum to 1."""
-        return normalised(self.raw_weights * self.active)
-
-
-def train_round(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> Cohort:
-    """Choose the cohort and train it; who diverged is left out, with the broadcast in its place."""
+def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> Cohort:
+    """Steps 2 and the broadcast: who takes part, what each sends, and when it can begin to."""
+    num_clients = world.data.count.shape[0]
     size = padded_size(parts.cohort_size, parts.chunk, parts.mesh.size)
-    ids, present = choose(keys.cohort, world.data.count.shape[0], parts.cohort_size, size)
-    own = trees.take(state.clients, ids)
-    masks = jax.vmap(rank_mask, (0, None))(own.rank, max_rank(state.adapters))
-    scope = Scope(masks, *map(jnp.float32, parts.aggregator.sends(state.round)))
-    start, downlink_bits = jax.vmap(parts.sparsifier.broadcast, (None, CLIENT_SCOPE), (None, 0))(state.adapters, scope)
-    clients = Client(world.data.index[ids], world.data.count[ids], client_keys(keys.local, ids), own)
-    trained = train_cohort(parts, world, state, start, clients)
-    finite = jax.vmap(trees.all_finite)(trained.adapters)
-    active = present & finite
-    trained = trained._replace(adapters=keep_where(active, trained.adapters, start))
+    ids, present = choose(keys.cohort, num_clients, parts.cohort_size, size)
+    own, link = trees.take((state.clients, state.link), ids)
+    ranks = jax.vmap(rank_mask, (0, None))(own.rank, max_rank(state.adapters))
+    sends = parts.aggregator.sends(state.round)
+
+    def broadcast(ranks: Array) -> tuple[Adapters, Array]:
+        return parts.sparsifier.broadcast(state.adapters, Scope(ranks, *map(jnp.float32, sends)))
+
+    start, downlink_bits = jax.vmap(broadcast, out_axes=(None, 0))(ranks)
+    downlink_bits += jnp.uint32(parts.extra_downlink_bits)
     return Cohort(
         ids=ids,
         present=present,
-        own=own,
-        scope=scope,
+        link=link,
+        clients=Client(world.data.index[ids], world.data.count[ids], client_keys(keys.local, ids), own),
+        ranks=ranks,
+        sends=sends,
         start=start,
-        downlink_bits=downlink_bits + jnp.uint32(parts.extra_downlink_bits),
-        trained=trained,
-        shown=jax.vmap(Scope.select, (CLIENT_SCOPE, 0, None))(scope, trained.adapters, start),
-        active=active,
+        downlink_bits=downlink_bits,
+        start_s=parts.link.start_s(link, downlink_bits, present),
+    )
+
+
+def train_locally(parts: Parts, world: World, state: FedState, cohort: Cohort) -> Local:
+    """Step 3: local training, with what diverged or is padding put back to the broadcast."""
+    trained = train_cohort(parts, world, state, cohort.start, cohort.clients)
+    finite = jax.vmap(trees.all_finite)(trained.adapters)
+    active = cohort.present & finite
+    adapters = keep_where(active, trained.adapters, cohort.start)
+    shown = adapters
+    if parts.aggregator.keeps:  # else what a client holds is what it sends, and a copy is saved
+        shown = jax.vmap(lambda own, ranks: cohort.scope(ranks).select(own, cohort.start))(adapters, cohort.ranks)
+    return Local(
+        trained=trained._replace(adapters=adapters),
+        shown=shown,
         finite=finite,
-        raw_weights=parts.client_weight(clients.examples),
-    )
-
-
-def aggregate_sent(parts: Parts, state: FedState, cohort: Cohort, sent: Sent, arrived: Array, key: Array) -> Aggregate:
-    """What the server makes of what arrived."""
-    held, received = (jax.vmap(own_product)(x, cohort.scope.ranks) for x in (cohort.shown, sent.adapters))
-    return parts.aggregator.aggregate(
-        cohort.start,
-        held,
-        dataclasses.replace(sent, adapters=received),
-        normalised(cohort.raw_weights * arrived),
-        state.hyper.alpha / state.hyper.rank,
-        key,
-    )
-
-
-def advance(
-    parts: Parts, state: FedState, cohort: Cohort, aggregate: Aggregate, memory: Any, arrived: Array
-) -> FedState:
-    """The state after the round, as far as training goes: the server's step, and what the clients carry on."""
-    start, trained = cohort.start, cohort.trained
-    pseudo_gradient = jax.tree.map(jnp.subtract, start, aggregate.adapters)
-    updates, server = parts.optimizer.update(pseudo_gradient, state.server, state.adapters)
-    # Momentum would move what is at rest in this round.
-    shared = dataclasses.replace(cohort.scope, ranks=rank_mask(state.hyper.rank, max_rank(start)))
-    updates = shared.select(updates, jax.tree.map(jnp.zeros_like, start))
-    moved = ClientState(
-        rank=jax.vmap(parts.aggregator.next_rank)(trained.adapters, cohort.own.rank),
-        kept=jax.vmap(lambda adapters: extract(adapters, parts.aggregator.keeps))(trained.adapters),
-        memory=memory,
-        drift=trained.drift,
-    )
-    clients_after = scatter(state.clients, cohort.ids, arrived, moved, cohort.own)
-    return dataclasses.replace(
-        state,
-        round=state.round + 1,
-        adapters=jax.tree.map(jnp.add, state.adapters, updates),  # whole, also where the broadcast was not
-        server=server,
-        merged=jax.tree.map(jnp.add, state.merged, aggregate.merged),
-        drift=parts.drift.next_server(state.drift, mean_change(clients_after.drift, state.clients.drift)),
-        clients=clients_after,
+        active=active,
+        weight=parts.client_weight(cohort.clients.examples),
     )
 
 
@@ -267,6 +109,141 @@ def train_cohort(parts: Parts, world: World, state: FedState, start: Adapters, c
         round=state.round,
     )
     return map_over_devices(parts.train, given, clients, parts.chunk, parts.mesh)
+
+
+def control(parts: Parts, state: FedState, cohort: Cohort, local: Local) -> Decision:
+    """Steps 4 and 5: what the ranks of each client are worth, and what the controller makes of it."""
+    sparsifier = parts.sparsifier
+
+    def tail_energy(shown: Adapters, ranks: Array) -> Array:
+        return sparsifier.tail_energy(cohort.start, shown, cohort.scope(ranks))
+
+    def payload_bits(keep_ratio: Array, ranks: Array) -> Array:
+        return sparsifier.payload_bits(keep_ratio, cohort.scope(ranks))
+
+    observation = Observation(
+        snr_hz=parts.link.snr_hz(cohort.link),
+        start_s=cohort.start_s,
+        weights=normalised(local.weight * local.active),
+        tail_energy=jax.vmap(tail_energy)(local.shown, cohort.ranks),
+        rank=cohort.clients.state.rank,
+        payload_bits=lambda keep_ratio: jax.vmap(payload_bits)(keep_ratio, cohort.ranks),
+        bandwidth_hz=jnp.float32(parts.link.bandwidth_hz),
+        queue_s=state.queue_s,
+        hyper=state.hyper,
+    )
+    return parts.controller.decide(observation)
+
+
+def sparsify(parts: Parts, cohort: Cohort, local: Local, decision: Decision, key: Array) -> tuple[Sent, Any]:
+    """Step 6: what each client sends, with the bits of all that it sends, and what its sparsifier remembers."""
+
+    def compress(shown: Adapters, memory: Any, keep_ratio: Array, ranks: Array, key: Array) -> tuple[Sent, Any]:
+        return parts.sparsifier.compress(cohort.start, shown, memory, keep_ratio, cohort.scope(ranks), key)
+
+    memory, keys = cohort.clients.state.memory, client_keys(key, cohort.ids)
+    sent, memory = jax.vmap(compress)(local.shown, memory, decision.keep_ratio, cohort.ranks, keys)
+    extra_bits = jax.vmap(lambda ranks: parts.drift_bits(cohort.scope(ranks)))(cohort.ranks)
+    return dataclasses.replace(sent, bits=jnp.where(local.active, sent.bits + extra_bits, 0)), memory
+
+
+def transmit(parts: Parts, cohort: Cohort, local: Local, decision: Decision, sent: Sent, memory: Any) -> Uplink:
+    """Step 7: who is heard, and when the round ends."""
+    delivery = parts.link.deliver(cohort.link, sent.bits, decision, cohort.start_s, cohort.present)
+    return Uplink(
+        decision=decision,
+        sent=sent,
+        memory=memory,
+        delivery=delivery,
+        arrived=local.active & delivery.delivered,
+        latency_s=round_latency(delivery, local.active),
+    )
+
+
+def average(parts: Parts, state: FedState, cohort: Cohort, local: Local, uplink: Uplink, key: Array) -> Aggregate:
+    """Step 8, as the aggregator has it."""
+    held, received = local.shown, uplink.sent.adapters
+    if not parts.one_rank:  # else b is zero beyond the ranks in use, and two copies are saved
+        held, received = (jax.vmap(own_product)(adapters, cohort.ranks) for adapters in (held, received))
+    return parts.aggregator.aggregate(
+        cohort.start,
+        held,
+        dataclasses.replace(uplink.sent, adapters=received),
+        normalised(local.weight * uplink.arrived),
+        state.hyper.alpha / state.hyper.rank,
+        key,
+    )
+
+
+def advance(
+    parts: Parts, state: FedState, cohort: Cohort, local: Local, uplink: Uplink, aggregate: Aggregate
+) -> FedState:
+    """The state after the round; `state` holds its channel already."""
+    adapters, server = step_server(parts, state, cohort, aggregate)
+    clients = remember(parts, state, cohort, local, uplink)
+    return dataclasses.replace(
+        state,
+        round=state.round + 1,
+        adapters=adapters,
+        server=server,
+        queue_s=parts.controller.update_queue(state.queue_s, uplink.latency_s),
+        elapsed_s=state.elapsed_s + uplink.latency_s,
+        merged=jax.tree.map(jnp.add, state.merged, aggregate.merged),
+        drift=parts.drift.next_server(state.drift, mean_change(clients.drift, state.clients.drift)),
+        clients=clients,
+    )
+
+
+def step_server(parts: Parts, state: FedState, cohort: Cohort, aggregate: Aggregate) -> tuple[Adapters, Any]:
+    """The new global adapters, and the server optimizer's state."""
+    start = cohort.start
+    pseudo_gradient = jax.tree.map(jnp.subtract, start, aggregate.adapters)
+    updates, server = parts.optimizer.update(pseudo_gradient, state.server, state.adapters)
+    # Momentum would move what is at rest in this round.
+    shared = cohort.scope(rank_mask(state.hyper.rank, max_rank(start)))
+    updates = shared.select(updates, jax.tree.map(jnp.zeros_like, start))
+    # To the state's adapters, which are whole also where the broadcast was not.
+    return jax.tree.map(jnp.add, state.adapters, updates), server
+
+
+def remember(parts: Parts, state: FedState, cohort: Cohort, local: Local, uplink: Uplink) -> ClientState:
+    """What all clients carry on; only for those of the cohort who were heard it is new."""
+    old, trained, next_rank = cohort.clients.state, local.trained, parts.aggregator.next_rank
+    new = ClientState(
+        rank=jax.vmap(next_rank)(trained.adapters, old.rank) if next_rank else old.rank,
+        kept=extract(trained.adapters, parts.aggregator.keeps),
+        memory=uplink.memory,
+        drift=trained.drift,
+    )
+    return scatter(state.clients, cohort.ids, uplink.arrived, new, old)
+
+
+def observe(after: FedState, cohort: Cohort, local: Local, uplink: Uplink, aggregate: Aggregate) -> Metrics:
+    """The metrics of the round; evaluation, which is not of every round, adds its own."""
+    sent, delivery, arrived, trained = uplink.sent, uplink.delivery, uplink.arrived, local.trained
+    over_arrived, not_measured = mean_over(arrived), jnp.float32(jnp.nan)
+    return Metrics(
+        round=after.round,
+        train_loss=over_arrived(trained.loss),
+        eval_loss=not_measured,
+        eval_accuracy=not_measured,
+        personal_accuracy=not_measured,
+        latency_s=uplink.latency_s,
+        elapsed_s=after.elapsed_s,
+        client_uplink_bits=jnp.where(jnp.isfinite(delivery.latency_s), sent.bits, 0),
+        client_downlink_bits=jnp.where(cohort.present, cohort.downlink_bits, 0),
+        energy_j=jnp.sum(delivery.energy_j),
+        queue_s=after.queue_s,
+        keep_ratio_mean=over_arrived(uplink.decision.keep_ratio),
+        kept_ranks_mean=over_arrived(sent.kept_ranks),
+        participants=jnp.sum(arrived),
+        outages=jnp.sum(local.active & ~delivery.delivered),
+        nonfinite_clients=jnp.sum(cohort.present & ~local.finite),
+        sparsification_error=aggregate.sparsification_error,
+        covariance_error=aggregate.covariance_error,
+        dropped_energy=over_arrived(sent.dropped_energy),
+        orthogonality=over_arrived(trained.orthogonality),
+    )
 
 
 def mean_change(new: Any, old: Any) -> Any:

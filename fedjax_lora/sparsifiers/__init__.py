@@ -1,4 +1,4 @@
-"""What a client sends: one file a method, each with a config and `make(config, like, wire) -> base.Sparsifier`."""
+"""What a client sends: one file a method, each with a config and a `make` that returns a `strategies.Sparsifier`."""
 
 from fedjax_lora.sparsifiers import dense as dense
 from fedjax_lora.sparsifiers import flasc as flasc

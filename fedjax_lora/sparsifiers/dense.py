@@ -6,21 +6,19 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Scope, Sent, Sparsifier
+from fedjax_lora.base import Adapters, Scope
+from fedjax_lora.options import Options
 from fedjax_lora.sparsifiers import payload, ranks
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving
+from fedjax_lora.strategies import Sent, Sparsifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DenseConfig:
+class DenseConfig(Options):
     """Send all ranks, whatever the keep ratio; there is no regulariser to weigh."""
 
     orthogonality: ClassVar[float] = 0.0
     name: Literal["dense"] = "dense"
-
-    def __post_init__(self) -> None:
-        if self.name != "dense":
-            raise ValueError(f"name must be 'dense', got {self.name!r}")
 
 
 def make(config: DenseConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
@@ -55,8 +53,6 @@ def make(config: DenseConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifie
         return sent, memory
 
     return Sparsifier(
-        init=lambda adapters: (),
-        penalty=lambda adapters, rank_mask: jnp.zeros(()),
         broadcast=payload.dense_broadcast,
         tail_energy=lambda start, trained, scope: jnp.zeros(max_rank + 1),
         payload_bits=payload_bits,

@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Scope, Sparsifier
+from fedjax_lora.base import Adapters, Scope
+from fedjax_lora.options import Options
 from fedjax_lora.sparsifiers import top_k
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire
+from fedjax_lora.strategies import Sparsifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlascConfig:
+class FlascConfig(Options):
     """Download the `download_ratio` of the global factors' values; upload the `keep_ratio` of their changes.
 
     download_ratio: 0 < download_ratio <= 1.
@@ -29,8 +31,7 @@ class FlascConfig:
     download_ratio: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.name != "flasc":
-            raise ValueError(f"name must be 'flasc', got {self.name!r}")
+        super().__post_init__()
         if not 0.0 < self.download_ratio <= 1.0:
             raise ValueError(f"download_ratio must be above 0 and at most 1, got {self.download_ratio}")
 

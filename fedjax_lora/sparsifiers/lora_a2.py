@@ -11,22 +11,20 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Factors, Scope, Sent, Sparsifier
+from fedjax_lora.base import Adapters, Factors, Scope
+from fedjax_lora.options import Options
 from fedjax_lora.sparsifiers import payload, ranks
 from fedjax_lora.sparsifiers.soft import importance
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire
+from fedjax_lora.strategies import Sent, Sparsifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraA2Config:
+class LoraA2Config(Options):
     """Send the changes of as many components in all as k a matrix, those of the largest scores."""
 
     orthogonality: ClassVar[float] = 0.0
     name: Literal["lora_a2"] = "lora_a2"
-
-    def __post_init__(self) -> None:
-        if self.name != "lora_a2":
-            raise ValueError(f"name must be 'lora_a2', got {self.name!r}")
 
 
 def score(new: Factors, old: Factors) -> Array:
@@ -70,8 +68,6 @@ def make(config: LoraA2Config, like: Adapters, wire: Wire = FLOAT32) -> Sparsifi
         return ranks.tail_energy(jnp.concatenate(list(scores)) ** 2, "global")
 
     return Sparsifier(
-        init=lambda adapters: (),
-        penalty=lambda adapters, rank_mask: jnp.zeros(()),
         broadcast=payload.dense_broadcast,
         tail_energy=tail_energy,
         payload_bits=lambda keep_ratio, scope: ranks.planned_bits(keep_ratio, "global", like, scope, wire),

@@ -5,23 +5,25 @@ arXiv 1610.05492, here over rank components: the server draws the client's choic
 """
 
 import dataclasses
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Scope, Sent, Sparsifier
+from fedjax_lora.base import Adapters, Scope
+from fedjax_lora.options import Options
 from fedjax_lora.sparsifiers import payload, ranks
 from fedjax_lora.sparsifiers.soft import Missing, importance
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire
+from fedjax_lora.strategies import Sent, Sparsifier
 
 SEED_BITS = 32
 """What the choice costs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RandomRankConfig:
+class RandomRankConfig(Options):
     """Send the changes of k components of each matrix, any k with the same probability.
 
     missing: how a component that was not sent enters the average. `senders`: the client has no say in it, as in `soft`,
@@ -31,12 +33,6 @@ class RandomRankConfig:
     orthogonality: ClassVar[float] = 0.0
     name: Literal["random_rank"] = "random_rank"
     missing: Missing = "senders"
-
-    def __post_init__(self) -> None:
-        if self.name != "random_rank":
-            raise ValueError(f"name must be 'random_rank', got {self.name!r}")
-        if self.missing not in get_args(Missing):
-            raise ValueError(f"missing must be one of {', '.join(get_args(Missing))}, got {self.missing!r}")
 
 
 def make(config: RandomRankConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
@@ -77,8 +73,6 @@ def make(config: RandomRankConfig, like: Adapters, wire: Wire = FLOAT32) -> Spar
         return total * jnp.maximum(1.0 - jnp.arange(max_rank + 1) / jnp.sum(scope.ranks), 0.0)
 
     return Sparsifier(
-        init=lambda adapters: (),
-        penalty=lambda adapters, rank_mask: jnp.zeros(()),
         broadcast=payload.dense_broadcast,
         tail_energy=tail_energy,
         payload_bits=lambda keep_ratio, scope: bits(keep_ratio, scope).astype(jnp.float32),

@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Scope, Sent, Sparsifier
+from fedjax_lora.base import Adapters, Scope
 from fedjax_lora.ops.products import gram
 from fedjax_lora.ops.rank_energy import rank_energy
+from fedjax_lora.options import Options
 from fedjax_lora.sparsifiers import diagnostics, payload, ranks
 from fedjax_lora.sparsifiers.ranks import Budget
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving
+from fedjax_lora.strategies import Sent, Sparsifier
 
 Form = Literal["offdiag", "identity", "a_only", "none"]
 Send = Literal["factors", "change"]
@@ -28,7 +30,7 @@ Missing = Literal["senders", "zero"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SoftConfig:
+class SoftConfig(Options):
     """Options of SOFT; the defaults are our reading of the paper.
 
     orthogonality: weight of the regulariser, >= 0.
@@ -52,14 +54,9 @@ class SoftConfig:
     error_feedback: bool = False
 
     def __post_init__(self) -> None:
-        if self.name != "soft":
-            raise ValueError(f"name must be 'soft', got {self.name!r}")
+        super().__post_init__()
         if not 0.0 <= self.orthogonality < float("inf"):
             raise ValueError(f"orthogonality must be finite and at least 0, got {self.orthogonality}")
-        for field, kind in (("form", Form), ("send", Send), ("missing", Missing), ("budget", Budget)):
-            value, allowed = getattr(self, field), get_args(kind)
-            if value not in allowed:
-                raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {value!r}")
         if self.error_feedback and self.send != "change":
             raise ValueError(f"error_feedback must be false where send is {self.send}, got True")
 

@@ -9,21 +9,24 @@ of the factors nor its singular value decomposition is formed.
 
 import dataclasses
 import itertools
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Factors, Scope, Sent, Sparsifier
+from fedjax_lora.base import Adapters, Factors, Scope
+from fedjax_lora.ops import factorise
 from fedjax_lora.ops.products import gram
+from fedjax_lora.options import Options
 from fedjax_lora.sparsifiers import diagnostics, payload, ranks
 from fedjax_lora.sparsifiers.ranks import Budget
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving
+from fedjax_lora.strategies import Sent, Sparsifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SoftRotatedConfig:
+class SoftRotatedConfig(Options):
     """Rotated changes; exact, hence without a regulariser to weigh.
 
     budget: keep k components of each factor of each `module` and layer, or as many in all, chosen by energy over
@@ -36,12 +39,6 @@ class SoftRotatedConfig:
     name: Literal["soft_rotated"] = "soft_rotated"
     budget: Budget = "module"
     keep_norm: bool = False
-
-    def __post_init__(self) -> None:
-        if self.name != "soft_rotated":
-            raise ValueError(f"name must be 'soft_rotated', got {self.name!r}")
-        if self.budget not in get_args(Budget):
-            raise ValueError(f"budget must be one of {', '.join(get_args(Budget))}, got {self.budget!r}")
 
 
 def make(config: SoftRotatedConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
@@ -105,8 +102,6 @@ def make(config: SoftRotatedConfig, like: Adapters, wire: Wire = FLOAT32) -> Spa
         return bits(counts, scope).astype(jnp.float32)
 
     return Sparsifier(
-        init=lambda adapters: (),
-        penalty=lambda adapters, rank_mask: jnp.zeros(()),
         broadcast=payload.dense_broadcast,
         tail_energy=tail_energy,
         payload_bits=payload_bits,
@@ -174,8 +169,7 @@ def _principal(start: Adapters, trained: Adapters, rank_mask: Array) -> dict[str
     # At unit trace, accuracy is the same at every scale of the change. Unused ranks move from eigenvalue 0 to -1:
     # they come last even if a rank in use has not changed.
     scaled = grams / jnp.where(energy > 0, energy, 1.0)[..., None] - jnp.diag(1.0 - rank_mask)
-    # One call for all matrices: several side by side can starve XLA's CPU threads.
-    values, vectors = jnp.linalg.eigh(scaled)
+    values, vectors = factorise.eigh(scaled)
     energies, rotations = jnp.maximum(values[:, ::-1], 0.0) * energy, vectors[..., ::-1]
     ends = list(itertools.accumulate(change.shape[0] for change in flat))[:-1]
     parts = zip(flat, jnp.split(energies, ends), jnp.split(rotations, ends), strict=True)

@@ -18,21 +18,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Factors, Scope, Sent, Sparsifier
+from fedjax_lora.base import Adapters, Factors, Scope
+from fedjax_lora.ops import factorise
+from fedjax_lora.options import Options
 from fedjax_lora.sparsifiers import payload, ranks
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving
+from fedjax_lora.strategies import Sent, Sparsifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SvdConfig:
+class SvdConfig(Options):
     """Send the k largest singular triples of each matrix; exact, hence without a regulariser to weigh."""
 
     orthogonality: ClassVar[float] = 0.0
     name: Literal["svd"] = "svd"
-
-    def __post_init__(self) -> None:
-        if self.name != "svd":
-            raise ValueError(f"name must be 'svd', got {self.name!r}")
 
 
 class Svd(NamedTuple):
@@ -51,7 +50,7 @@ def full_svd(a: Array, b: Array) -> Svd:
 
     Work is O(n_in n_out min(n_in, n_out)) a matrix.
     """
-    u, s, vt = jnp.linalg.svd(jnp.matmul(a, b, precision="highest"), full_matrices=False)
+    u, s, vt = factorise.svd(jnp.matmul(a, b, precision="highest"))
     max_rank = a.shape[-1]
     return Svd(u[..., :max_rank], s[..., :max_rank], jnp.swapaxes(vt, -1, -2)[..., :max_rank])
 
@@ -69,14 +68,13 @@ def thin_svd(a: Array, b: Array, rank_mask: Array | None = None) -> Svd:
     n_in, n_out, max_rank = a.shape[-2], b.shape[-1], a.shape[-1]
     mask = jnp.ones(max_rank) if rank_mask is None else rank_mask
     width = max(n_in, n_out, max_rank)
-    # One call for all matrices: several side by side can starve XLA's CPU threads.
-    q, r = jnp.linalg.qr(jnp.concatenate([_padded(a * mask, width), _padded(jnp.swapaxes(b, -1, -2) * mask, width)]))
+    q, r = factorise.qr(jnp.concatenate([_padded(a * mask, width), _padded(jnp.swapaxes(b, -1, -2) * mask, width)]))
     (q_a, q_b), (r_a, r_b) = jnp.split(q, 2), jnp.split(r, 2)
     core = jnp.matmul(r_a, jnp.swapaxes(r_b, -1, -2), precision="highest")
     peak = jnp.max(jnp.abs(core), axis=(-2, -1), keepdims=True)
     # At a peak of 1, values are at most R. Unused ranks move from 0 to 2 R, so that their vectors cannot mix with those
     # of ranks in use whose values are zero too; they come first and are rolled to the end.
-    u, s, vt = jnp.linalg.svd(core / jnp.where(peak > 0, peak, 1.0) + 2.0 * max_rank * jnp.diag(1.0 - mask))
+    u, s, vt = factorise.svd(core / jnp.where(peak > 0, peak, 1.0) + 2.0 * max_rank * jnp.diag(1.0 - mask))
     unused = jnp.sum(1.0 - mask).astype(jnp.int32)
     u, s, v = (jnp.roll(x, -unused, axis=-1) for x in (u, s, jnp.swapaxes(vt, -1, -2)))
     u, v = jnp.matmul(q_a, u, precision="highest"), jnp.matmul(q_b, v, precision="highest")
@@ -134,8 +132,6 @@ def make(config: SvdConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
         return ranks.tail_energy(jnp.concatenate(values) ** 2, "module")
 
     return Sparsifier(
-        init=lambda adapters: (),
-        penalty=lambda adapters, rank_mask: jnp.zeros(()),
         broadcast=payload.dense_broadcast,
         tail_energy=tail_energy,
         payload_bits=lambda keep_ratio, scope: bits(ranks.num_kept(keep_ratio, scope.ranks), scope).astype(jnp.float32),

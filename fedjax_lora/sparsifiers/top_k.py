@@ -13,21 +13,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_lora.base import Adapters, Scope, Sent, Sparsifier
+from fedjax_lora.base import Adapters, Scope
+from fedjax_lora.options import Options
 from fedjax_lora.sparsifiers import diagnostics, payload, ranks
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving
+from fedjax_lora.strategies import Sent, Sparsifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TopKConfig:
+class TopKConfig(Options):
     """Send the `keep_ratio` of the factors' values that changed the most; there is no regulariser to weigh."""
 
     orthogonality: ClassVar[float] = 0.0
     name: Literal["top_k"] = "top_k"
-
-    def __post_init__(self) -> None:
-        if self.name != "top_k":
-            raise ValueError(f"name must be 'top_k', got {self.name!r}")
 
 
 def make(config: TopKConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
@@ -71,8 +69,6 @@ def make(config: TopKConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier
         return bits(num_kept(keep_ratio, pool_size(like, scope)), like, scope, wire).astype(jnp.float32)
 
     return Sparsifier(
-        init=lambda adapters: (),
-        penalty=lambda adapters, rank_mask: jnp.zeros(()),
         broadcast=payload.dense_broadcast,
         tail_energy=tail_energy,
         payload_bits=payload_bits,

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_lora import prng
-from fedjax_lora.base import Decision, Delivery, Link, LinkState
+from fedjax_lora.base import LinkState
+from fedjax_lora.strategies import Decision, Delivery, Link
 from fedjax_lora.units import THERMAL_NOISE_W_PER_HZ, db_to_linear, dbm_to_watt
 from fedjax_lora.wireless import channel, energy, geometry, latency
 from fedjax_lora.wireless.rate import uplink_rate

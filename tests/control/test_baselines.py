@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.base import Hyper, Observation
+from fedjax_lora.base import Hyper
 from fedjax_lora.control import FixedConfig, IdealConfig, UniformConfig, fixed, ideal, uniform
+from fedjax_lora.strategies import Observation
 from fedjax_lora.wireless import min_max_latency
 
 CONTROLLERS = {"ideal": ideal(IdealConfig()), "uniform": uniform(UniformConfig()), "fixed": fixed(FixedConfig())}
@@ -88,5 +89,5 @@ def test_config_names_field_value_and_what_is_allowed(config, keep_ratio):
     with pytest.raises(ValueError) as error:
         config(keep_ratio=keep_ratio)
     assert str(error.value) == f"keep_ratio must be in (0, 1], got {keep_ratio!r}"
-    with pytest.raises(ValueError, match=r"name must be \w+, got 'tsfa'"):
+    with pytest.raises(ValueError, match=r"name must be '\w+', got 'tsfa'"):
         config(name="tsfa")

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.base import Hyper, Observation
+from fedjax_lora.base import Hyper
 from fedjax_lora.control import bound, tsfa_offline, tsfa_online
 from fedjax_lora.control.tsfa_offline import PlanConfig, Setting, Site
 from fedjax_lora.control.tsfa_online import TsfaConfig
+from fedjax_lora.strategies import Observation
 
 RANKS, ROUNDS, CLIENTS = (1, 2, 3, 4), 6, 3
 CONFIG = TsfaConfig(latency_budget_s=1.0, min_keep_ratio=0.1)

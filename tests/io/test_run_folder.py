@@ -13,6 +13,7 @@ from fedjax_lora.base import Metrics
 from fedjax_lora.io.files import write_atomically
 from fedjax_lora.io.log import FIELDS, RunFolder, flatten, read_config, read_metrics, read_summary
 
+DATA = {"examples_hash": "ab", "partition_hash": "cd"}
 CONFIG = "seed: 0\nlora:\n  rank: 8\n  targets:\n  - query\n"
 
 # Of the specification, written out again: names and order.
@@ -50,7 +51,7 @@ def make_metrics(first=1, rounds=3, **replaced):
 
 @pytest.fixture
 def run(tmp_path):
-    return RunFolder.create(tmp_path / "run", CONFIG)
+    return RunFolder.create(tmp_path / "run", CONFIG, DATA)
 
 
 def test_a_new_folder_holds_the_text_of_the_configuration(run):
@@ -65,7 +66,7 @@ def test_a_new_folder_holds_the_text_of_the_configuration(run):
 def test_create_refuses_what_is_in_use_and_leaves_it_as_it_is(run, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    RunFolder.create(other, CONFIG)  # an empty folder is free
+    RunFolder.create(other, CONFIG, DATA)  # an empty folder is free
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("x")
@@ -76,16 +77,16 @@ def test_create_refuses_what_is_in_use_and_leaves_it_as_it_is(run, tmp_path):
         ("full", "empty folder"),
     ]:
         with pytest.raises(ValueError, match=word) as caught:
-            RunFolder.create(tmp_path / name, "seed: 1")
+            RunFolder.create(tmp_path / name, "seed: 1", DATA)
         assert str(tmp_path / name) in str(caught.value)
     with pytest.raises(ValueError, match="can be written"):
-        RunFolder.create(tmp_path / "file" / "run", CONFIG)
+        RunFolder.create(tmp_path / "file" / "run", CONFIG, DATA)
     assert (run.path / "config.yaml").read_text() == CONFIG
     assert sorted(os.listdir(tmp_path)) == ["file", "full", "other", "run"]
 
 
 def test_resume_takes_the_same_configuration_in_another_spelling(run):
-    assert RunFolder.resume(run.path, "{lora: {targets: [query], rank: 8}, seed: 0}").path == run.path
+    assert RunFolder.resume(run.path, "{lora: {targets: [query], rank: 8}, seed: 0}", DATA).path == run.path
 
 
 @pytest.mark.parametrize(
@@ -99,13 +100,22 @@ def test_resume_takes_the_same_configuration_in_another_spelling(run):
 )
 def test_resume_refuses_another_configuration_by_key_and_values(run, text, fragments):
     with pytest.raises(ValueError, match="to resume") as caught:
-        RunFolder.resume(run.path, text)
+        RunFolder.resume(run.path, text, DATA)
     assert not [fragment for fragment in fragments if fragment not in str(caught.value)]
+
+
+@pytest.mark.parametrize("key", list(DATA))
+def test_resume_refuses_other_data_by_key_and_hashes_and_touches_nothing(run, key):
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=rf"data\.{key} must be '{DATA[key]}' .*data\.json to resume .* got 'ef'$"):
+        RunFolder.resume(run.path, CONFIG, DATA | {key: "ef"})
+    after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.path.rglob("*") if path.is_file()}
+    assert after == before
 
 
 def test_resume_without_a_run_is_an_error_that_names_the_folder(tmp_path):
     with pytest.raises(ValueError, match=r"config\.yaml") as caught:
-        RunFolder.resume(tmp_path, CONFIG)
+        RunFolder.resume(tmp_path, CONFIG, DATA)
     assert str(tmp_path) in str(caught.value)
 
 
@@ -174,7 +184,8 @@ def test_a_log_behind_its_checkpoint_or_damaged_is_an_error_that_names_the_line(
 
 def test_summary_adds_up_the_log_oracle_python_loop(run):
     accuracy = jnp.array([0.5, 0.9, 0.75, jnp.nan])
-    run.append(make_metrics(rounds=4, eval_accuracy=accuracy))
+    personal = jnp.array([jnp.nan, 0.25, jnp.nan, jnp.nan])
+    run.append(make_metrics(rounds=4, eval_accuracy=accuracy, personal_accuracy=personal))
     told = {
         "initial_accuracy": np.float32(0.1),
         "wall_s": 2.5,
@@ -187,6 +198,7 @@ def test_summary_adds_up_the_log_oracle_python_loop(run):
         "initial_accuracy": 0.1,
         "final_accuracy": 0.75,
         "best_accuracy": 0.9,
+        "personal_accuracy": 0.25,
         "total_uplink_bits": 4 * 4 * (2**31 + 1),
         "total_downlink_bits": 0,
         "total_latency_s": 3.1,

@@ -9,8 +9,9 @@ import pytest
 
 from fedjax_lora import trees
 from fedjax_lora.aggregation import fedex, fedit, fedsa, ffa, flexlora, flora, hetlora, lora_fair, rolora
-from fedjax_lora.base import Adapters, Scope, Sent
+from fedjax_lora.base import Adapters, Scope
 from fedjax_lora.sparsifiers import soft
+from fedjax_lora.strategies import Sent
 from oracles.sparsifier_oracle import LAYERS, WIDTHS, random_adapters, rank_mask, stack, trained_from
 
 SENDERS, ZERO = soft.SoftConfig(), soft.SoftConfig(send="change", missing="zero")

@@ -8,13 +8,14 @@ import pytest
 import torch
 import transformers
 
-from fedjax_lora.base import Adapters, ClientState, Factors, Hyper, Live
+from fedjax_lora.base import Adapters, ClientState, Factors, Hyper
 from fedjax_lora.lora import adapters as lora
 from fedjax_lora.models import bert, load
 from fedjax_lora.sim.drift import NoDriftConfig, no_drift
 from fedjax_lora.sim.local import Broadcast, Client, LocalConfig, cross_entropy, make_train
 from fedjax_lora.sim.optimizers import OptimizerConfig, direction, schedule
 from fedjax_lora.sparsifiers import dense, soft
+from fedjax_lora.strategies import Live
 
 RANK, ALPHA, RATE = 3, 6.0, 0.5
 PEFT_TARGETS = ["query", "value", "intermediate.dense", "output.dense"]

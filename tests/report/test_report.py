@@ -9,7 +9,7 @@ import yaml
 
 from fedjax_lora.io.log import FIELDS, RunFolder
 from fedjax_lora.report.html import write_report
-from fedjax_lora.report.plots import all_plots, run_colors
+from fedjax_lora.report.plots import _accuracy, all_plots, run_colors
 from fedjax_lora.report.runs import differing_keys, load_runs
 from fedjax_lora.report.tables import MISSING, comparison, summary_lines, summary_rows
 
@@ -49,11 +49,12 @@ class Page(HTMLParser):
 
 
 def write_run(folder, config=None, ended=True, **columns):
-    run = RunFolder.create(folder, yaml.safe_dump(config or {"seed": 0}))
+    run = RunFolder.create(folder, yaml.safe_dump(config or {"seed": 0}), {})
     with (run.path / "metrics.jsonl").open("a") as file:
         for i in range(ROUNDS):
             line = dict.fromkeys(FIELDS, 0.5) | {
                 "round": i + 1,
+                "personal_accuracy": None,
                 "participants": 3 + i % 2,
                 "uplink_bits": 10**9 + i,
             }
@@ -180,8 +181,24 @@ def test_summary_lines_show_the_headline_of_a_summary(tmp_path):
     assert [line.split()[-1] for line in lines] == ["0.1000", "0.8571", "0.8571", "6", "9", f"{6 * 10**9 + 15:,}"]
 
 
+def test_personal_accuracy_stands_beside_the_global_one_where_a_run_has_it(tmp_path):
+    personal = [None, 0.5, None, 0.625, None, 0.75]
+    folders = [write_run(tmp_path / "fedsa", personal_accuracy=personal), write_run(tmp_path / "fedit")]
+    runs = load_runs(folders)
+    assert dict(summary_rows(runs))["personal accuracy"] == ["0.7500", MISSING]
+    assert "personal accuracy  0.7500" in summary_lines(runs[0].summary)
+    assert "personal accuracy" not in summary_lines(runs[1].summary)
+    assert "personal accuracy" in comparison(folders) and "personal accuracy" not in comparison(folders[1:])
+    with_own, without = all_plots(runs[:1])[0].svg, all_plots(runs[1:])[0].svg
+    assert "clients' own" in with_own and "global" in with_own
+    assert "clients' own" not in without and "global" not in without
+    # Oracle: a line's points are those of the log; the second begins with the first round that measured it.
+    lines = _accuracy(lambda line: line["round"])(runs[0])
+    assert (lines[1].x, lines[1].y) == ([2, 4, 6], [0.5, 0.625, 0.75])
+
+
 def test_folders_that_are_no_runs_are_one_line_errors(tmp_path):
-    empty = RunFolder.create(tmp_path / "empty", "seed: 0").path
+    empty = RunFolder.create(tmp_path / "empty", "seed: 0", {}).path
     run = write_run(tmp_path / "run")
     out = tmp_path / "report.html"
     for folders, word in [([empty], "at least one round"), ([tmp_path], "folder of a run"), ([], "at least one")]:

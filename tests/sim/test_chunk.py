@@ -1,7 +1,63 @@
+"""How many clients at once, and the bytes that decide about it."""
+
 import jax
+import jax.numpy as jnp
 import pytest
 
+from fedjax_lora.base import Adapters, Dataset, Factors, Hyper
 from fedjax_lora.sim import chunk
+from fedjax_lora.sim.parts import World
+from fedjax_lora.sparsifiers import dense
+from fedjax_lora.strategies import Hidden, Model
+
+WIDTH, CLASSES = 5, 3
+HYPER = Hyper(*map(jnp.float32, (2.0, 4.0, 0.1, 0.0, 1.0)))
+LIKE = Adapters(
+    modules={"inner": Factors(a=jnp.ones((1, WIDTH, 2)), b=jnp.ones((1, 2, WIDTH)))},
+    head={"w": jnp.ones((WIDTH, CLASSES))},
+)
+
+
+def perceptron(depth: int) -> Model:
+    """`depth` sines after one matrix with an adapter, and a linear head."""
+
+    def run(base, adapters, hidden, key):
+        inner = adapters.modules["inner"]
+        values = hidden.values @ base["w"] + (hidden.values @ inner.a[0]) @ inner.b[0]
+        for _ in range(depth):
+            values = jnp.sin(values)
+        return hidden._replace(values=values)
+
+    return Model(
+        init=lambda key: {"w": jnp.eye(WIDTH)},
+        init_head=lambda key: LIKE.head,
+        embed=lambda base, batch, key: Hidden(batch["x"][:, None], jnp.ones((batch["x"].shape[0], 1))),
+        layers=run,
+        task=lambda base, adapters, hidden, key: hidden.values[:, 0] @ adapters.head["w"],
+        targets={"inner": (WIDTH, WIDTH)},
+        num_layers=1,
+    )
+
+
+def activation_bytes(depth: int, batch_size: int) -> int:
+    pool = {"x": jnp.ones((7, WIDTH)), "label": jnp.zeros(7, jnp.int32)}
+    data = Dataset(train=pool, index=jnp.zeros((1, 7), jnp.int32), count=jnp.full(1, 7), test=pool)
+    model = perceptron(depth)
+    world = World(base=model.init(jax.random.key(0)), data=data)
+    return chunk.activation_bytes(model, dense.make(dense.DenseConfig(), LIKE), world, LIKE, HYPER, batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_each_sine_keeps_its_cosine_by_hand(batch_size):
+    """Closed form: what a sine needs backwards is one float32 for each of its values."""
+    found = [activation_bytes(depth, batch_size) for depth in (1, 2, 5)]
+    one = 4 * batch_size * WIDTH
+    assert [found[1] - found[0], found[2] - found[0]] == [one, 4 * one]
+
+
+def test_activations_grow_in_proportion_to_the_batch():
+    """Closed form: what is kept whatever the batch (weights, adapters) does not count."""
+    assert activation_bytes(2, 12) == 3 * activation_bytes(2, 4) > 0
 
 
 @pytest.mark.parametrize(

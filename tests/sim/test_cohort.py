@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.config import ConfigError
 from fedjax_lora.sim.cohort import MAX_CPU_DEVICES, choose, client_mesh, map_over_devices, padded_size
-from toy import simulation
 
 
 def test_full_participation_is_every_client_once_then_padding():
@@ -46,13 +44,6 @@ def test_every_core_is_a_device_unless_the_environment_says_otherwise(chosen):
     found = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     assert int(found.stdout) == (3 if chosen else min(cores, MAX_CPU_DEVICES))
-
-
-def test_factorising_sparsifiers_are_refused_on_several_cpu_devices(monkeypatch):
-    """The message itself."""
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match=r"does not factorise matrices where a CPU is 2 devices, got 'soft_rotated'"):
-        simulation("sparsifier.name=soft_rotated")
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 6])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedjax_lora import runner
-from fedjax_lora.base import Adapters, Factors, Live
+from fedjax_lora.base import Adapters, Factors
 from fedjax_lora.build import build
 from fedjax_lora.config import ConfigError, load_config
 from fedjax_lora.export import export_run
@@ -17,6 +17,7 @@ from fedjax_lora.lora.adapters import effective, merge, rank_mask
 from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.prng import round_keys
 from fedjax_lora.sim.local import Broadcast, Client
+from fedjax_lora.strategies import Live
 from toy import config, simulation
 
 

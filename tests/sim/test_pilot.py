@@ -11,7 +11,7 @@ from fedjax_lora.data.batches import hold_out
 from fedjax_lora.lora.adapters import rank_mask
 from fedjax_lora.prng import round_keys
 from fedjax_lora.sim import pilot
-from fedjax_lora.sim.round import train_round
+from fedjax_lora.sim.round import choose_cohort, normalised, train_locally
 from toy import simulation
 
 
@@ -29,6 +29,17 @@ def measured(toy):
     sim, state, sample = toy
     run = jax.jit(pilot.make_pilot(sim.parts, sim.full_gradient, 1))
     return {rank: jax.device_get(run(sim.world, sample, state, jnp.float32(rank))) for rank in (1, 3)}
+
+
+def trained_cohort(sim, state):
+    """The cohort of the state's next round, trained, and its weights."""
+
+    def train(world, state):
+        cohort = choose_cohort(sim.parts, world, state, round_keys(state.key, state.round))
+        local = train_locally(sim.parts, world, state, cohort)
+        return cohort, local, normalised(local.weight * local.active)
+
+    return jax.jit(train)(sim.world, state)
 
 
 def test_the_gradient_is_by_the_weights_themselves(toy):
@@ -54,14 +65,14 @@ def test_the_ideal_movement_is_the_average_of_the_clients_products(toy):
     """Oracle: NumPy, one client after the other, in float64."""
     sim, state, _ = toy
     state = pilot.at_rank(state, jnp.float32(3))
-    cohort = train_round(sim.parts, sim.world, state, round_keys(state.key, state.round))
+    cohort, local, weights = trained_cohort(sim, state)
     mask, scale = np.asarray(rank_mask(3, 4)), 16 / 3
-    found = pilot._average_movement(cohort, jnp.asarray(mask), jnp.float32(scale))
+    found = pilot._average_movement(cohort, local, weights, jnp.asarray(mask), jnp.float32(scale))
     for name, old in state.adapters.modules.items():
-        new = cohort.trained.adapters.modules[name]
+        new = local.trained.adapters.modules[name]
         before = (np.float64(old.a) * mask) @ np.float64(old.b)
         after = [(np.float64(a) * mask) @ np.float64(b) for a, b in zip(new.a, new.b, strict=True)]
-        expected = scale * (np.einsum("c,clio->lio", np.float64(cohort.weights), np.array(after)) - before)
+        expected = scale * (np.einsum("c,clio->lio", np.float64(weights), np.array(after)) - before)
         np.testing.assert_allclose(found.modules[name], expected, atol=1e-4 * np.abs(expected).max())
 
 
@@ -70,9 +81,9 @@ def test_with_everything_sent_what_the_server_misses_is_the_covariance(toy):
     sim, state, sample = toy
     state = pilot.at_rank(state, jnp.float32(3))
     after, step = jax.jit(lambda s: pilot._measure(sim.parts, sim.full_gradient, sim.world, sample, s))(state)
-    cohort = train_round(sim.parts, sim.world, state, round_keys(state.key, state.round))
+    cohort, local, weights = trained_cohort(sim, state)
     mask, scale = rank_mask(3, 4), 16 / 3
-    ideal = pilot._average_movement(cohort, mask, jnp.float32(scale))
+    ideal = pilot._average_movement(cohort, local, weights, mask, jnp.float32(scale))
     server = pilot._movement(state.adapters, after.adapters, {}, mask, jnp.float32(scale))
     missed = sum(np.sum((np.float64(ideal.modules[n]) - np.float64(server.modules[n])) ** 2) for n in ideal.modules)
     np.testing.assert_allclose(step.covariance[-1], missed, rtol=1e-3)

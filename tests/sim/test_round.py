@@ -1,6 +1,7 @@
 """The round as a whole: against plain loops, and against what must not change it."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 
 from fedjax_lora import trees
-from fedjax_lora.base import Adapters, Factors, Live
+from fedjax_lora.base import Adapters, Factors
 from fedjax_lora.build import build
 from fedjax_lora.prng import round_keys
 from fedjax_lora.sim.local import Broadcast, Client, cross_entropy
 from fedjax_lora.sim.round import make_round
+from fedjax_lora.strategies import Live
 from toy import config, simulation
 
 
@@ -63,6 +65,17 @@ np.savez(sys.argv[2], *map(np.asarray, jax.tree.leaves(state.adapters)))
     with np.load(out) as saved:
         for x, name in zip(jax.tree.leaves(state.adapters), saved.files, strict=True):
             np.testing.assert_allclose(x, saved[name], rtol=2e-4, atol=2e-5)
+
+
+def test_devices_that_factorise_at_once_do_not_wait_for_each_other(tmp_path):
+    """With LAPACK called on whole stacks, this very run never ended: the oracle is the clock."""
+    small = ["rounds=3", "pretrain.steps=2", "local.steps=1", "clients.count=20"]
+    options = [word for setting in small for word in ("--set", setting)]
+    command = [sys.executable, "-m", "fedjax_lora.cli", "run", "--out", str(tmp_path / "run"), *options]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["rounds"] == 3 and summary["total_uplink_bits"] > 0
 
 
 LIVE = Live(*map(jnp.float32, Live()))

@@ -6,9 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from fedjax_lora.base import CLIENT_SCOPE
 from fedjax_lora.sparsifiers import flasc, top_k
-from oracles.sparsifier_oracle import MAX_RANK, common_bits, random_adapters, scope, stack
+from oracles.sparsifier_oracle import MAX_RANK, common_bits, random_adapters, scope
 from toy import simulation
 
 START = random_adapters(0)
@@ -24,10 +23,9 @@ def test_download_is_the_largest_values(factors):
     """NumPy's sort over all R ranks; a client is charged for those in its own, and a frozen factor stays whole."""
     method = flasc.make(flasc.FlascConfig(download_ratio=0.25), START)
     ranks = (2, 6)
-    scopes = stack([scope(rank, factors) for rank in ranks])
-    one = jax.tree.map(lambda leaf: leaf[0], scopes)
-    scopes = one.replace(ranks=scopes.ranks)
-    sparse, bits = jax.jit(jax.vmap(method.broadcast, (None, CLIENT_SCOPE), (None, 0)))(START, scopes)
+    shared, masks = scope(ranks[0], factors), np.stack([scope(rank, factors).ranks for rank in ranks])
+    broadcast = jax.vmap(lambda mask: method.broadcast(START, shared.replace(ranks=mask)), out_axes=(None, 0))
+    sparse, bits = jax.jit(broadcast)(masks)
     values = entries(START, factors)
     ordered = np.sort(np.concatenate([np.abs(x).ravel() for x in values.values()]))[::-1]
     threshold = ordered[len(ordered) // 4 - 1]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedjax_lora.base import Decision, LinkState
+from fedjax_lora.base import LinkState
+from fedjax_lora.strategies import Decision
 from fedjax_lora.wireless import WirelessConfig, make_link, perfect_link, rayleigh_outage
 from oracles import wireless_oracle
 
