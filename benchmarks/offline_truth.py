@@ -13,13 +13,16 @@ from pathlib import Path
 
 import common
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 
-from fedjax_lora.build import build
 from fedjax_lora.config import ExperimentConfig, load_config
+from fedjax_lora.control import tsfa_online
+from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.io.plan import Plan
-from fedjax_lora.planner import plan
+from fedjax_lora.planner import Survey, choose, survey
 from fedjax_lora.presets import preset
+from fedjax_lora.sim.rollout import roll_out
 
 TEXT = [
     "rounds=14",
@@ -35,23 +38,22 @@ TEXT = [
 ]
 
 
-def measure(config: ExperimentConfig) -> dict:
-    """One run to its end."""
-    simulation = build(config)
-    _, metrics = simulation.run(simulation.init(jax.random.key(config.seed)), config.rounds)
-    return {
-        "final_accuracy": float(metrics.eval_accuracy[-1]),
-        "final_loss": float(metrics.eval_loss[-1]),
-        "latency_s": float(metrics.latency_s.mean()),
-        "kept_ranks": float(metrics.kept_ranks_mean.mean()),
-        "uplink_bits": int(metrics.uplink_bits.sum()),
-    }
+def measure(known: Survey, config: ExperimentConfig, rows: list[dict]) -> dict[str, dict]:
+    """The runs to their end, one at each rank with its V, in one program; scored on the test examples."""
+    simulation, control = known.simulation, config.control
+    assert isinstance(control, TsfaConfig)  # else there would be no survey
+    state = simulation.init(jax.random.key(config.seed))
+    ranks, V = (jnp.array([row[name] for row in rows], jnp.float32) for name in ("rank", "V"))
+    parts, score, world = simulation.parts, simulation.score, simulation.world
+    found = roll_out(parts, lambda V: tsfa_online.make(control, V), score, world, state, ranks, V, 1, config.rounds)
+    names = {"final_accuracy": found.accuracy, "final_loss": found.loss, "latency_s": found.latency_s}
+    return {str(row["rank"]): {name: float(value[i, 0]) for name, value in names.items()} for i, row in enumerate(rows)}
 
 
-def chosen(config: ExperimentConfig, **options: str) -> Plan:
+def chosen(known: Survey, config: ExperimentConfig, **options: str) -> Plan:
     """The plan of a configuration under other options of `PlanConfig`."""
     config = dataclasses.replace(config, plan=dataclasses.replace(config.plan, **options))
-    return plan(config, Console(stderr=True, quiet=True))
+    return choose(known, config, Console(stderr=True, quiet=True))
 
 
 def summarize(kept: dict[str, dict]) -> dict[str, dict]:
@@ -110,6 +112,7 @@ def main() -> None:
         options.out.write_text(json.dumps(found, indent=2) + "\n")
 
     for seed in range(options.seeds):
+        known = None  # what no budget changes
         for budget in options.budgets:
             overrides = [*shared, f"seed={seed}", f"control.latency_budget_s={budget}"]
             config = load_config(None, overrides, base=base)
@@ -117,19 +120,17 @@ def main() -> None:
             if kept.get(name, {}).get("overrides") != overrides:
                 kept[name] = {"overrides": overrides, "budget_s": budget, "plans": {}, "runs": {}, "complete": False}
             entry = kept[name]
+            if entry["complete"] and not ways.keys() - entry["plans"].keys():
+                continue
+            known = known or survey(config, Console(stderr=True))
             for way, how in ways.items():
                 if way not in entry["plans"]:
-                    entry["plans"][way] = chosen(config, **how)._asdict()
+                    entry["plans"][way] = chosen(known, config, **how)._asdict()
                     common.note(f"{name}, {way}: rank {entry['plans'][way]['rank']}")
                     keep()
-            for row in entry["plans"]["grid"]["rows"]:
-                if str(row["rank"]) not in entry["runs"]:
-                    lora = dataclasses.replace(config.lora, rank=row["rank"])
-                    control = dataclasses.replace(config.control, V=row["V"])
-                    found = measure(dataclasses.replace(config, lora=lora, control=control))
-                    entry["runs"][str(row["rank"])] = found
-                    common.note(f"{name}, rank {row['rank']}: {found['final_accuracy']:.4f}")
-                    keep()
+            if not entry["runs"]:
+                entry["runs"] = measure(known, config, entry["plans"]["grid"]["rows"])
+                common.note(f"{name}: {entry['runs']}")
             entry["complete"] = True
             keep()
     print(json.dumps(summarize(kept), indent=2))

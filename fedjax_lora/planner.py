@@ -1,6 +1,7 @@
 """The offline stage from end to end: pilot, channel, search; what it finds is a plan that a run can take."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,20 @@ HELD_OUT = 10
 """One example in so many of each client's is kept from the pilot and the rollouts; the rollouts are scored on them."""
 
 
+class Survey(NamedTuple):
+    """What is known before a choice, at each candidate rank; a latency budget and `PlanConfig`'s choices do not enter.
+
+    world: with examples held out as its test pool. state: at the start. sites: leading axis of candidates.
+    rounds: that the bound counts.
+    """
+
+    simulation: Simulation
+    world: World
+    state: FedState
+    sites: Site
+    rounds: float
+
+
 def plan(config: ExperimentConfig, console: Console) -> Plan:
     """Choose the structural rank and V for a configuration whose control is `tsfa`.
 
@@ -34,9 +49,13 @@ def plan(config: ExperimentConfig, console: Console) -> Plan:
     Raises:
       ConfigError: the configuration has nothing to plan, or its parts do not fit together.
     """
-    control = config.control
-    if not isinstance(control, TsfaConfig):
-        raise ConfigError(f"control.name must be tsfa, for a plan, got {control.name!r}")
+    return choose(survey(config, console), config, console)
+
+
+def survey(config: ExperimentConfig, console: Console) -> Survey:
+    """Pilots at the candidate ranks, and draws of the channel."""
+    if not isinstance(config.control, TsfaConfig):
+        raise ConfigError(f"control.name must be tsfa, for a plan, got {config.control.name!r}")
     if config.lora.client_ranks:
         raise ConfigError(f"lora.client_ranks must be absent, for a plan, got {config.lora.client_ranks}")
     simulation = build(config)
@@ -45,39 +64,44 @@ def plan(config: ExperimentConfig, console: Console) -> Plan:
     state = simulation.init(jax.random.key(config.seed))
     # A round's number that the run does not reach: nothing is drawn twice.
     pilot_key, channel_key, rollout_key = jax.random.split(jax.random.fold_in(state.key, config.rounds), 3)
-    ranks = jnp.array(candidates, jnp.float32)
-
     console.print(f"pilot: {config.plan.pilot_rounds} rounds at rank {', '.join(map(str, candidates))}")
-    pilots = run_pilots(simulation, world, dataclasses.replace(state, key=pilot_key), ranks, config.plan.pilot_rounds)
+    at_pilot, ranks = dataclasses.replace(state, key=pilot_key), jnp.array(candidates, jnp.float32)
+    pilots = run_pilots(simulation, world, at_pilot, ranks, config.plan.pilot_rounds)
     sites = sites_of(simulation, world, state, channel_key, pilots, config)
-    setting = Setting(
-        control.latency_budget_s, effective_rounds(config), simulation.parts.link.bandwidth_hz, state.hyper
-    )
-    most_s = control.latency_budget_s * (1.0 + config.plan.tolerance)
-    console.print(f"control: {config.rounds} rounds, {config.plan.paths} draws of the channel")
-    rows = tsfa_offline.best_V(tsfa_offline.grid(control, setting, sites), most_s)
+    state = dataclasses.replace(state, key=rollout_key)
+    return Survey(simulation, world, state, sites, effective_rounds(config))
 
+
+def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
+    """The plan under the latency budget of the configuration, by its objective and search."""
+    control, options, sites = config.control, config.plan, known.sites
+    assert isinstance(control, TsfaConfig)  # else there would be no survey
+    bandwidth_hz = known.simulation.parts.link.bandwidth_hz
+    setting = Setting(control.latency_budget_s, known.rounds, bandwidth_hz, known.state.hyper)
+    most_s = control.latency_budget_s * (1.0 + options.tolerance)
+    console.print(f"control: {config.rounds} rounds, {options.paths} draws of the channel")
+    rows = tsfa_offline.best_V(tsfa_offline.grid(control, setting, sites), most_s)
     rollout = None
-    if config.plan.objective == "rollout":
-        console.print(f"rollout: {config.plan.rollout_rounds} rounds, {config.plan.seeds} seeds")
+    if options.objective == "rollout":
+        console.print(f"rollout: {options.rollout_rounds} rounds, {options.seeds} seeds")
         rollout = roll_out(
-            simulation.parts,
+            known.simulation.parts,
             lambda V: tsfa_online.make(control, V),
-            simulation.score,
-            world,
-            dataclasses.replace(state, key=rollout_key),
-            ranks,
+            known.simulation.score,
+            known.world,
+            known.state,
+            sites.rank,
             rows.V,
-            config.plan.seeds,
-            config.plan.rollout_rounds,
+            options.seeds,
+            options.rollout_rounds,
         )
         chosen = tsfa_offline.best_rank(rows.latency_s, rollout.loss.mean(1), most_s)
-    elif config.plan.search == "gradient":
+    elif options.search == "gradient":
         chosen, rows = _descended(control, setting, sites, rows, most_s)
     else:
         chosen = tsfa_offline.best_rank(rows.latency_s, rows.score, most_s)
-    found = jax.device_get((rows, pilots.measured, rollout))
-    return described(config, chosen, setting.rounds, most_s, *found)
+    found = jax.device_get((rows, sites.measured, rollout))
+    return described(config, chosen, known.rounds, most_s, *found)
 
 
 def run_pilots(simulation: Simulation, world: World, state: FedState, ranks: Array, rounds: int) -> Pilot:

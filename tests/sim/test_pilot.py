@@ -11,15 +11,22 @@ from fedjax_lora.data.batches import hold_out
 from fedjax_lora.lora.adapters import rank_mask
 from fedjax_lora.prng import round_keys
 from fedjax_lora.sim import pilot
-from fedjax_lora.sim.round import choose_cohort, normalised, train_locally
+from fedjax_lora.sim.round import choose_cohort, normalised, sparsify, train_locally
+from fedjax_lora.strategies import Decision
 from toy import simulation
 
 
 @pytest.fixture(scope="module")
 def toy():
-    """A simulation, a state two rounds in (b is no longer 0), and a sample."""
+    """A simulation, a state with b not 0, as after a few rounds, and a sample."""
     sim = simulation()
-    state, _ = sim.run(sim.init(jax.random.key(0)), 2)
+    state = sim.init(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(2), len(state.adapters.modules))
+    modules = {
+        name: dataclasses.replace(f, b=0.1 * rank_mask(3, 4)[:, None] * jax.random.normal(key, f.b.shape))
+        for key, (name, f) in zip(keys, state.adapters.modules.items(), strict=True)
+    }
+    state = dataclasses.replace(state, adapters=dataclasses.replace(state.adapters, modules=modules))
     return sim, state, pilot.sample_of(sim.world, sim.parts, jax.random.key(1))
 
 
@@ -31,15 +38,20 @@ def measured(toy):
     return {rank: jax.device_get(run(sim.world, sample, state, jnp.float32(rank))) for rank in (1, 3)}
 
 
-def trained_cohort(sim, state):
-    """The cohort of the state's next round, trained, and its weights."""
+@pytest.fixture(scope="module")
+def trained(toy):
+    """The cohort of the state's next round at rank 3, trained, its weights, and what it sends of two ranks."""
+    sim, state, _ = toy
 
     def train(world, state):
-        cohort = choose_cohort(sim.parts, world, state, round_keys(state.key, state.round))
+        keys = round_keys(state.key, state.round)
+        cohort = choose_cohort(sim.parts, world, state, keys)
         local = train_locally(sim.parts, world, state, cohort)
-        return cohort, local, normalised(local.weight * local.active)
+        decision = Decision(jnp.full(local.active.shape, 2 / 3), jnp.zeros(local.active.shape))
+        sent, _ = sparsify(sim.parts, cohort, local, decision, keys.sparsify)
+        return cohort, local, normalised(local.weight * local.active), sent.bits
 
-    return jax.jit(train)(sim.world, state)
+    return jax.jit(train)(sim.world, pilot.at_rank(state, jnp.float32(3)))
 
 
 def test_the_gradient_is_by_the_weights_themselves(toy):
@@ -61,11 +73,10 @@ def test_the_gradient_is_by_the_weights_themselves(toy):
     np.testing.assert_allclose(jnp.vdot(gradient.modules["up"], along), slope, rtol=0.02)
 
 
-def test_the_ideal_movement_is_the_average_of_the_clients_products(toy):
+def test_the_ideal_movement_is_the_average_of_the_clients_products(toy, trained):
     """Oracle: NumPy, one client after the other, in float64."""
-    sim, state, _ = toy
-    state = pilot.at_rank(state, jnp.float32(3))
-    cohort, local, weights = trained_cohort(sim, state)
+    state = toy[1]
+    cohort, local, weights, _ = trained
     mask, scale = np.asarray(rank_mask(3, 4)), 16 / 3
     found = pilot._average_movement(cohort, local, weights, jnp.asarray(mask), jnp.float32(scale))
     for name, old in state.adapters.modules.items():
@@ -76,12 +87,12 @@ def test_the_ideal_movement_is_the_average_of_the_clients_products(toy):
         np.testing.assert_allclose(found.modules[name], expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_with_everything_sent_what_the_server_misses_is_the_covariance(toy):
+def test_with_everything_sent_what_the_server_misses_is_the_covariance(toy, trained):
     """Oracle: the identity `ideal - server = s Cov`; the aggregator reports its norm, from Gram matrices."""
     sim, state, sample = toy
     state = pilot.at_rank(state, jnp.float32(3))
     after, step = jax.jit(lambda s: pilot._measure(sim.parts, sim.full_gradient, sim.world, sample, s))(state)
-    cohort, local, weights = trained_cohort(sim, state)
+    cohort, local, weights, _ = trained
     mask, scale = rank_mask(3, 4), 16 / 3
     ideal = pilot._average_movement(cohort, local, weights, mask, jnp.float32(scale))
     server = pilot._movement(state.adapters, after.adapters, {}, mask, jnp.float32(scale))
@@ -103,12 +114,11 @@ def test_a_pilot_measures_in_the_range_of_each_number(measured):
         np.testing.assert_allclose(found.weights.sum(), 1, rtol=1e-5)
 
 
-def test_payloads_are_those_of_a_run(toy, measured):
-    """Oracle: the bits that a run of the same keep ratio logs."""
-    sim, state, _ = toy
-    _, metrics = sim.run(state, 1)  # rank 3, of which two ranks are kept
-    np.testing.assert_array_equal(metrics.client_uplink_bits[0], measured[3].payload_bits[2])
-    np.testing.assert_array_equal(metrics.client_downlink_bits[0], measured[3].downlink_bits)
+def test_payloads_are_what_the_sparsifier_sends(trained, measured):
+    """Oracle: the bits counted of a cohort's uploads, of whose three ranks two are kept."""
+    cohort, _, _, bits = trained
+    np.testing.assert_array_equal(bits, measured[3].payload_bits[2])
+    np.testing.assert_array_equal(cohort.downlink_bits, measured[3].downlink_bits)
 
 
 def test_held_out_examples_are_nobodys_any_more(toy):
