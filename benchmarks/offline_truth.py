@@ -1,8 +1,8 @@
 """Is the planned rank the best one? Runs at every candidate beside the plan; prints JSON, resumes where it stopped.
 
-For each seed and latency budget: the plan by grid and by gradient search on the bound (and by rollout, with
-`--rollout`), then the run itself to its end at every candidate, with the V that the plan found for that rank. The plan
-never sees the test examples; the runs are scored on them.
+For each seed and latency budget: the plan by grid and by gradient search on the bound, and by rollout, then the run
+itself to its end at every candidate, with the V that the plan found for that rank. The plan never sees the test
+examples; the runs are scored on them.
 """
 
 import argparse
@@ -36,6 +36,12 @@ TEXT = [
     "data.source=tsv",
     "data.max_length=48",
 ]
+
+WAYS = {
+    "grid": {"objective": "bound", "search": "grid"},
+    "gradient": {"objective": "bound", "search": "gradient"},
+    "rollout": {"objective": "rollout", "search": "grid"},
+}
 
 
 def measure(known: Survey, config: ExperimentConfig, rows: list[dict]) -> dict[str, dict]:
@@ -77,7 +83,8 @@ def summarize(kept: dict[str, dict]) -> dict[str, dict]:
                     "loss_to_best": means[best]
                     - statistics.mean(e["runs"][str(e["plans"][way]["rank"])]["final_accuracy"] for e in entries),
                 }
-                for way in entries[0]["plans"]
+                for way in WAYS
+                if all(way in entry["plans"] for entry in entries)
             },
         }
     return table
@@ -91,7 +98,7 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="folder or hub id; the installed package's by default")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budgets", type=float, nargs="+", default=[20.0, 60.0], help="tight and loose, seconds")
-    parser.add_argument("--rollout", action="store_true", help="plan by rollout as well")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of planning")
     parser.add_argument("--set", nargs="+", default=[], metavar="a.b=value", dest="overrides")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/offline_truth.json"))
     options = parser.parse_args()
@@ -100,10 +107,6 @@ def main() -> None:
         model = common.model_folder(options.model)
         files = [f"model.pretrained={model}", f"data.train={options.train}", f"data.test={options.test}"]
         shared, base = [*TEXT, *files, *shared], None
-    ways = {"grid": {"search": "grid"}, "gradient": {"search": "gradient"}}
-    if options.rollout:
-        ways["rollout"] = {"objective": "rollout"}
-
     kept = json.loads(options.out.read_text())["runs"] if options.out.exists() else {}
     options.out.parent.mkdir(parents=True, exist_ok=True)
 
@@ -120,16 +123,16 @@ def main() -> None:
             if kept.get(name, {}).get("overrides") != overrides:
                 kept[name] = {"overrides": overrides, "budget_s": budget, "plans": {}, "runs": {}, "complete": False}
             entry = kept[name]
-            if entry["complete"] and not ways.keys() - entry["plans"].keys():
+            if entry["complete"] and not set(options.ways) - entry["plans"].keys():
                 continue
             known = known or survey(config, Console(stderr=True))
-            for way, how in ways.items():
+            for way in options.ways:
                 if way not in entry["plans"]:
-                    entry["plans"][way] = chosen(known, config, **how)._asdict()
+                    entry["plans"][way] = chosen(known, config, **WAYS[way])._asdict()
                     common.note(f"{name}, {way}: rank {entry['plans'][way]['rank']}")
                     keep()
             if not entry["runs"]:
-                entry["runs"] = measure(known, config, entry["plans"]["grid"]["rows"])
+                entry["runs"] = measure(known, config, next(iter(entry["plans"].values()))["rows"])
                 common.note(f"{name}: {entry['runs']}")
             entry["complete"] = True
             keep()

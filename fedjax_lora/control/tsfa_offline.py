@@ -28,7 +28,7 @@ Search = Literal["grid", "gradient"]
 WEIGHTS = tuple(10.0 ** (0.5 * power) for power in range(-4, 7))
 """What `grid` tries for V, in units of `unit_of_V`."""
 
-_STEPS, _RATE, _EXCESS_WEIGHT = 60, 0.15, 20.0  # of the gradient search: the logarithms of rank and V move by 9 at most
+_STEPS, _RATE, _EXCESS_WEIGHT = 40, 0.3, 20.0  # of the gradient search: the logarithms of rank and V move by 6 or so
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,7 +231,8 @@ class Descent(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradient(config: TsfaConfig, setting: Setting, sites: Site, most_latency_s: Array | float) -> Descent:
-    """Descend in the logarithms of rank and V, from both ends of the candidates.
+    """Descend in the logarithms of rank and V, from each of the candidates: what was measured is noisy, and the bound
+    has several local minima between them.
 
     Minimised is the logarithm of the bound and, where the latency exceeds `most_latency_s`, a multiple of the excess.
     """
@@ -257,8 +258,7 @@ def gradient(config: TsfaConfig, setting: Setting, sites: Site, most_latency_s: 
         (_, _, least, best), history = lax.scan(step, carry, length=_STEPS)
         return least, best, history
 
-    middle = 0.5 * (low[1] + high[1])
-    starts = jnp.stack([low.at[1].set(middle), high.at[1].set(middle)])
+    starts = jnp.stack([jnp.log(sites.rank), jnp.full_like(sites.rank, 0.5 * (low[1] + high[1]))], axis=1)
     least, best, history = jax.vmap(descend)(starts)
     found = jnp.exp(best[jnp.argmin(least)])
     return Descent(found[0], found[1], history)
