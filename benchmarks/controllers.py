@@ -4,7 +4,7 @@ The setting is that of `sst2_accuracy.py`, in the default cell. A seed is a cell
 the mean latency of dense uploads over the run's own channel, with shares of least latency. `uniform` and `fixed` send a
 quarter of the ranks, `ideal` all of them without a network; `greedy` and `tsfa` choose.
 
-TSFA's V is `V_PER_BUDGET` times the budget squared: it has the unit s^2, so that one number serves every cell. Its queue
+TSFA's V is `V_PER_BUDGET` times the budget squared: it has the unit s^2, so one number serves every cell. Its queue
 starts near where it settles: at the mean queue of the controller alone over `SETTLING_ROUNDS` rounds of the same cell,
 with fading of other keys than the run's and the tail energies of one round of training.
 """
@@ -24,7 +24,7 @@ from jax import Array, lax
 from sst2_accuracy import SETTING
 
 from fedjax_lora import Simulation, build, load_config, use_cpu_cores
-from fedjax_lora.base import Adapters, FedState, Scope
+from fedjax_lora.base import Adapters, FedState
 from fedjax_lora.prng import round_keys
 from fedjax_lora.sim.parts import Local
 from fedjax_lora.sim.round import choose_cohort, control, round_latency, train_locally
@@ -175,7 +175,11 @@ def summarize(runs: dict[str, dict]) -> dict[str, dict]:
         for name in CONTROLLERS:
             mine = {key: run for key, run in runs.items() if key.startswith(f"{sparsifier} {name} seed ")}
             ideal = {key: runs.get(key.replace(f" {name} ", " ideal ")) for key in mine}
-            apart = [run["accuracy"] - ideal[key]["accuracy"] for key, run in mine.items() if ideal[key]]
+            apart = [
+                run["accuracy"] - best["accuracy"]
+                for run, best in zip(mine.values(), ideal.values(), strict=True)
+                if best
+            ]
             if mine:
                 table[f"{sparsifier} {name}"] = {
                     "seeds": len(mine),

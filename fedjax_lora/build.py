@@ -24,6 +24,7 @@ from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal, noth
 from fedjax_lora.sim.local import make_train
 from fedjax_lora.sim.optimizers import direction, schedule, server_optimizer
 from fedjax_lora.sim.parts import Parts, World
+from fedjax_lora.sim.pilot import make_full_gradient
 from fedjax_lora.sim.pretrain import pretrained
 from fedjax_lora.sparsifiers import dense, flasc, lora_a2, random_rank, soft, soft_rotated, svd, top_k
 from fedjax_lora.sparsifiers.payload import dense_bits
@@ -153,6 +154,7 @@ def _build(config: ExperimentConfig) -> Simulation:
         examples_hash=examples.fingerprint,
         partition_hash=split.hash,
         truncated=examples.truncated,
+        full_gradient=make_full_gradient(model, config.engine.eval_batch_size),
     )
 
 

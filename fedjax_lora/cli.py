@@ -35,8 +35,18 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run an experiment", description="Run an experiment.")
     _experiment_arguments(run)
     run.add_argument("--out", metavar="DIR", help="folder of the run; runs/<preset or file name> by default")
+    run.add_argument("--plan", metavar="PLAN.json", help="take rank and V from what `fedjax-lora plan` wrote")
     run.add_argument("--resume", action="store_true", help="continue the run that DIR holds")
     run.set_defaults(command=_run)
+
+    plan = commands.add_parser(
+        "plan",
+        help="choose rank and V before a run",
+        description="Choose the structural rank, and V of control.name=tsfa, by a pilot and the channel's statistics.",
+    )
+    _experiment_arguments(plan)
+    plan.add_argument("--out", metavar="DIR", help="folder of the plan; plans/<preset or file name> by default")
+    plan.set_defaults(command=_plan)
 
     sweep = commands.add_parser(
         "sweep",
@@ -92,7 +102,10 @@ def _run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from fedjax_lora.config import load_config
+    from fedjax_lora.io.log import read_metrics
+    from fedjax_lora.io.plan import apply_plan, read_plan, terms_of_run
     from fedjax_lora.presets import preset
+    from fedjax_lora.report.plan import binding
     from fedjax_lora.report.tables import summary_lines
     from fedjax_lora.runner import run
     from fedjax_lora.sim.cohort import use_cpu_cores
@@ -102,9 +115,38 @@ def _run(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides, base=preset(name) if name else None)
     path = Path(options.out or Path("runs") / (name or Path(options.config).stem))
     console = Console(highlight=False)
+    plan = read_plan(options.plan) if options.plan else None
+    if plan:
+        config = apply_plan(plan, config, options.plan)
     summary = run(config, path, options.resume, console)
     console.print(summary_lines(summary))
+    if plan:
+        console.print(binding(terms_of_run(plan, read_metrics(path))))
     console.print(f"report: {path / 'report.html'}")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from fedjax_lora.config import load_config
+    from fedjax_lora.io import plan as plans
+    from fedjax_lora.planner import plan
+    from fedjax_lora.presets import preset
+    from fedjax_lora.report.plan import plan_table, plot_plan
+
+    name = options.preset or (None if options.config else "digits-tsfa")
+    config = load_config(options.config, options.overrides, base=preset(name) if name else None)
+    folder = Path(options.out or Path("plans") / (name or Path(options.config).stem))
+    console = Console(highlight=False)
+    found = plan(config, console)
+    folder.mkdir(parents=True, exist_ok=True)
+    plans.write_plan(found, folder / plans.NAME)
+    plot_plan(found, folder / "plan.png")
+    Console(width=max(console.width, 160)).print(plan_table(found))  # a pager cuts better than a table does
+    if not found.within_budget:
+        console.print("note: no rank meets control.latency_budget_s; the one of least latency is chosen")
+    console.print(f"rank {found.rank}, V {found.V:.6g}: take it with run --plan {folder / plans.NAME}", soft_wrap=True)
     return 0
 
 

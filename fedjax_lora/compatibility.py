@@ -10,6 +10,7 @@ def check(config: Any) -> None:
     _sparsifier(config)
     _scaffold(config)
     _products(config)
+    _plan(config)
 
 
 def _data(config: Any) -> None:
@@ -77,3 +78,9 @@ def _products(config: Any) -> None:
         raise ValueError(f"drift.name must be none or fedprox {where}, got 'scaffold'")
     if rebases and getattr(config.sparsifier, "error_feedback", False):
         raise ValueError(f"sparsifier.error_feedback must be false {where}, got True")
+
+
+def _plan(config: Any) -> None:
+    candidates, most = config.plan.candidates, config.lora.max_rank
+    if max(candidates, default=1) > most:
+        raise ValueError(f"plan.candidates must be at most lora.max_rank = {most}, got {candidates}")

@@ -31,6 +31,7 @@ from fedjax_lora.aggregation.rolora import RoLoraConfig
 from fedjax_lora.compatibility import check
 from fedjax_lora.control.baselines import FixedConfig, IdealConfig, UniformConfig
 from fedjax_lora.control.budgeted import GreedyConfig, ProportionalConfig
+from fedjax_lora.control.tsfa_offline import PlanConfig
 from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.data.partition import ClientsConfig
 from fedjax_lora.data.sources import DataConfig
@@ -120,6 +121,7 @@ class ExperimentConfig:
     seed: of the run; 0 <= seed < 2**32.
     rounds: T, rounds of the whole run.
     pretrain: how the base is trained where `model.pretrained` is not given.
+    plan: how `fedjax-lora plan` chooses; a run ignores it.
     """
 
     seed: int = 0
@@ -138,6 +140,7 @@ class ExperimentConfig:
     wireless: WirelessConfig = dataclasses.field(default_factory=WirelessConfig)
     control: ControlConfig = dataclasses.field(default_factory=FixedConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from fedjax_lora.config import ConfigError, ExperimentConfig
 from fedjax_lora.control.baselines import FixedConfig, IdealConfig
+from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.data.partition import ClientsConfig, PartitionConfig
 from fedjax_lora.data.sources import DataConfig
 from fedjax_lora.lora.adapters import LoraConfig
@@ -35,9 +36,15 @@ def digits_ideal() -> ExperimentConfig:
     return dataclasses.replace(digits(), sparsifier=DenseConfig(), control=IdealConfig())
 
 
+def digits_tsfa() -> ExperimentConfig:
+    """The same digits under a long-term latency budget: TSFA chooses keep ratios and bandwidth in every round."""
+    return dataclasses.replace(digits(), control=TsfaConfig(latency_budget_s=20.0))
+
+
 PRESETS: dict[str, Callable[[], ExperimentConfig]] = {
     "digits": digits,
     "digits-ideal": digits_ideal,
+    "digits-tsfa": digits_tsfa,
 }
 
 

@@ -14,7 +14,7 @@ LAYERS = (
     ("models", "data", "control", "split"),
     ("sim",),
     ("config", "build", "presets", "io"),
-    ("report", "export", "runner", "sweep", "cli"),
+    ("report", "export", "runner", "planner", "sweep", "cli"),
 )
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 
@@ -25,11 +25,13 @@ SAME_LEVEL = {
     ("lora", "ops"),
     ("build", "config"),
     ("presets", "config"),
+    ("io", "config"),
     ("runner", "report"),
     ("cli", "report"),
     ("cli", "runner"),
     ("cli", "export"),
     ("cli", "sweep"),
+    ("cli", "planner"),
     ("sweep", "runner"),
     ("sweep", "report"),
 }
@@ -121,6 +123,7 @@ def test_every_package_has_a_layer():
         ("fedjax_lora.base", "from fedjax_lora import config, trees", {"config", "trees"}),
         ("fedjax_lora.config", "from fedjax_lora.build import build", {"build"}),
         ("fedjax_lora.config", "from fedjax_lora.io import log", {"io"}),
+        ("fedjax_lora.io.plan", "from fedjax_lora.config import ConfigError\nimport fedjax_lora.build", {"build"}),
         ("fedjax_lora.sim.engine", "from fedjax_lora import __version__", {""}),
         ("fedjax_lora_kernels.gram", "from fedjax_lora.base import Adapters", {"base"}),
         ("fedjax_lora_kernels.gram", "import fedjax_lora", {""}),

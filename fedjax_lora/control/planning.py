@@ -38,6 +38,11 @@ def relative_tail(tail_energy: Array, weights: Array) -> Array:
     return scaled / jnp.where(mean > 0, mean, 1.0)
 
 
+def linear_tail(rank: Array, max_rank: int) -> Array:
+    """`[..., R + 1]` share of `rank` `[...]` left out when 0 ... R ranks are kept."""
+    return jnp.maximum(1.0 - jnp.arange(max_rank + 1) / rank[..., None], 0.0)
+
+
 def able(observation: Observation) -> Array:
     """`[C]` who takes part and can be heard at all."""
     return (observation.weights > 0) & (observation.snr_hz > 0) & (observation.start_s < jnp.inf)
@@ -52,7 +57,7 @@ def allocate(observation: Observation, bits: Array) -> Allocation:
     )
 
 
-def queue_law(latency_budget_s: float) -> Callable[[Array, Array], Array]:
+def queue_law(latency_budget_s: Array | float) -> Callable[[Array, Array], Array]:
     """`Q <- max(Q + latency - budget, 0)`: the mean latency exceeds the budget by at most `(Q_T - Q_0) / T`."""
 
     def update_queue(queue_s: Array, latency_s: Array) -> Array:

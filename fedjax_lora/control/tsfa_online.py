@@ -186,19 +186,24 @@ def _offer(steps: _Steps, able: Array, worth: Array, snr_hz: Array, start_s: Arr
     )
 
 
-def make(config: TsfaConfig) -> Controller:
+def left_out(tail: Tail, observation: Observation) -> Array:
+    """`[C, R + 1]` what it costs that 0 ... R ranks are kept, see `TsfaConfig.tail`."""
+    energy = observation.tail_energy
+    if tail == "linear":
+        return planning.linear_tail(observation.rank, energy.shape[-1] - 1)
+    return planning.relative_tail(energy, observation.weights) if tail == "relative" else energy
+
+
+def make(config: TsfaConfig, V: ArrayLike | None = None) -> Controller:
     """Solves, rounds ratios down to whole ranks, and shares the band anew: the latency never exceeds the plan's.
 
-    Latency and objective of its decisions are those after rounding.
+    Latency and objective of its decisions are those after rounding. `V` stands in for `config.V`; it may be traced.
     """
+    V = jnp.asarray(config.V if V is None else V, jnp.float32)
 
     def decide(observation: Observation) -> Decision:
         rank = observation.rank
-        bits, tail = planning.payloads(observation), observation.tail_energy
-        if config.tail == "linear":
-            tail = jnp.maximum(1.0 - jnp.arange(tail.shape[-1]) / rank[:, None], 0.0)
-        elif config.tail == "relative":
-            tail = planning.relative_tail(tail, observation.weights)
+        bits, tail = planning.payloads(observation), left_out(config.tail, observation)
         least = planning.least_rank(config.min_keep_ratio, rank)
         weights, queue = observation.weights, observation.queue_s
         planned = solve(
@@ -209,7 +214,7 @@ def make(config: TsfaConfig) -> Controller:
             weights,
             tail,
             queue,
-            config.V,
+            V,
             min_keep_ratio=least / rank,
             rank=rank,
             ratio=config.ratio,
@@ -217,7 +222,7 @@ def make(config: TsfaConfig) -> Controller:
         kept = jnp.clip(jnp.floor(planned.keep_ratio * rank + _ROUNDING), least, rank)
         allocation = planning.allocate(observation, planning.at_rank(bits, kept))
         cost = weights * planning.at_rank(tail, kept)
-        objective = config.V * cost.sum() + queue * allocation.latency_s
+        objective = V * cost.sum() + queue * allocation.latency_s
         return Decision(kept / rank, allocation.bandwidth_hz, allocation.latency_s, objective)
 
     return Controller(decide=decide, update_queue=planning.queue_law(config.latency_budget_s), queue_s=config.queue_s)

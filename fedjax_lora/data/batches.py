@@ -1,5 +1,6 @@
 """Batches on the device: which rows of the pool a client reads, and in which order."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -76,4 +77,25 @@ def federated_dataset(examples: Examples, partition: Partition) -> Dataset:
         index=jnp.asarray(padded),
         count=jnp.asarray(partition.count),
         test={name: jnp.asarray(value) for name, value in examples.test.items()},
+    )
+
+
+def hold_out(data: Dataset, every: int) -> Dataset:
+    """The data set with each client's every `every`-th example taken from it, to test on: nothing of `test` is left.
+
+    Raises:
+      ValueError: no client holds as many examples.
+    """
+    index, count = np.asarray(data.index), np.asarray(data.count)
+    position = np.arange(index.shape[1])
+    own, held = position < count[:, None], (position + 1) % every == 0
+    rows = index[own & held]
+    if not rows.size:
+        raise ValueError(f"clients must hold {every} examples, to hold one out, got {count.max(initial=0)} at most")
+    order = np.argsort(~(own & ~held), axis=1, kind="stable")
+    return dataclasses.replace(
+        data,
+        index=jnp.asarray(np.take_along_axis(index, order, axis=1)),
+        count=jnp.asarray((own & ~held).sum(1).astype(count.dtype)),
+        test=gather(data.train, jnp.asarray(rows)),
     )

@@ -15,6 +15,7 @@ from fedjax_lora.sim.cohort import replicated
 from fedjax_lora.sim.evaluate import Evaluate, EvaluatePersonal
 from fedjax_lora.sim.kept import extract
 from fedjax_lora.sim.parts import Parts, World
+from fedjax_lora.sim.pilot import FullGradient
 from fedjax_lora.sim.round import RoundFn, make_round
 from fedjax_lora.strategies import Link
 
@@ -106,6 +107,8 @@ class Simulation:
       examples_hash: of the examples, those for pre-training and testing included.
       partition_hash: of who holds which examples.
       truncated: sentences that were cut to the maximum length.
+      full_gradient: loss and gradient by the weights themselves, for what measures rather than trains.
+      score: loss and accuracy on a pool.
       compile_s: seconds that tracing and compiling took; 0 until the first run.
     """
 
@@ -120,12 +123,15 @@ class Simulation:
         examples_hash: str,
         partition_hash: str,
         truncated: int,
+        full_gradient: FullGradient,
     ):
         self.parts = parts
         self.eval_every = eval_every
         self.examples_hash = examples_hash
         self.partition_hash = partition_hash
         self.truncated = truncated
+        self.full_gradient = full_gradient
+        self.score = evaluate
         self.compile_s = 0.0
         self._initial = initial
         self._everywhere = replicated(parts.mesh)

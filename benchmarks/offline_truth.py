@@ -1,0 +1,143 @@
+"""Is the planned rank the best one? Runs at every candidate beside the plan; prints JSON, resumes where it stopped.
+
+For each seed and latency budget: the plan by grid and by gradient search on the bound, and by rollout, then the run
+itself to its end at every candidate, with the V that the plan found for that rank. The plan never sees the test
+examples; the runs are scored on them.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+import common
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from fedjax_lora.config import ExperimentConfig, load_config
+from fedjax_lora.control import tsfa_online
+from fedjax_lora.control.tsfa_online import TsfaConfig
+from fedjax_lora.io.plan import Plan
+from fedjax_lora.planner import Survey, choose, survey
+from fedjax_lora.presets import preset
+from fedjax_lora.sim.rollout import roll_out
+
+TEXT = [
+    "rounds=14",
+    "clients.count=50",
+    "clients.per_round=10",
+    "clients.weighting=equal",
+    "local.optimizer.learning_rate=3e-3",
+    "local.optimizer.schedule=linear",
+    "sparsifier.name=soft_rotated",
+    "control.name=tsfa",
+    "data.source=tsv",
+    "data.max_length=48",
+]
+
+WAYS = {
+    "grid": {"objective": "bound", "search": "grid"},
+    "gradient": {"objective": "bound", "search": "gradient"},
+    "rollout": {"objective": "rollout", "search": "grid"},
+}
+
+
+def measure(known: Survey, config: ExperimentConfig, rows: list[dict]) -> dict[str, dict]:
+    """The runs to their end, one at each rank with its V, in one program; scored on the test examples."""
+    simulation, control = known.simulation, config.control
+    assert isinstance(control, TsfaConfig)  # else there would be no survey
+    state = simulation.init(jax.random.key(config.seed))
+    ranks, V = (jnp.array([row[name] for row in rows], jnp.float32) for name in ("rank", "V"))
+    parts, score, world = simulation.parts, simulation.score, simulation.world
+    found = roll_out(parts, lambda V: tsfa_online.make(control, V), score, world, state, ranks, V, 1, config.rounds)
+    names = {"final_accuracy": found.accuracy, "final_loss": found.loss, "latency_s": found.latency_s}
+    return {str(row["rank"]): {name: float(value[i, 0]) for name, value in names.items()} for i, row in enumerate(rows)}
+
+
+def chosen(known: Survey, config: ExperimentConfig, **options: str) -> Plan:
+    """The plan of a configuration under other options of `PlanConfig`."""
+    config = dataclasses.replace(config, plan=dataclasses.replace(config.plan, **options))
+    return choose(known, config, Console(stderr=True, quiet=True))
+
+
+def summarize(kept: dict[str, dict]) -> dict[str, dict]:
+    """By budget: mean accuracy of each rank over the seeds, and what each way of planning loses to the best mean."""
+    table = {}
+    for budget in sorted({entry["budget_s"] for entry in kept.values()}):
+        entries = [entry for entry in kept.values() if entry["budget_s"] == budget and entry.get("complete")]
+        if not entries:
+            continue
+        accuracy = {rank: [entry["runs"][rank]["final_accuracy"] for entry in entries] for rank in entries[0]["runs"]}
+        means = {rank: statistics.mean(values) for rank, values in accuracy.items()}
+        best = max(means, key=lambda rank: means[rank])
+        table[str(budget)] = {
+            "seeds": len(entries),
+            "accuracy": means,
+            "deviation": {r: statistics.stdev(v) if len(v) > 1 else None for r, v in accuracy.items()},
+            "best_rank": int(best),
+            "planned": {
+                way: {
+                    "ranks": [entry["plans"][way]["rank"] for entry in entries],
+                    "loss_to_best": means[best]
+                    - statistics.mean(e["runs"][str(e["plans"][way]["rank"])]["final_accuracy"] for e in entries),
+                }
+                for way in WAYS
+                if all(way in entry["plans"] for entry in entries)
+            },
+        }
+    return table
+
+
+def main() -> None:
+    """Plan and run what the output file does not hold yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train", help="sentence<TAB>label lines; digits where it is left out")
+    parser.add_argument("--test", help="sentence<TAB>label lines")
+    parser.add_argument("--model", default=None, help="folder or hub id; the installed package's by default")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[20.0, 60.0], help="tight and loose, seconds")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of planning")
+    parser.add_argument("--set", nargs="+", default=[], metavar="a.b=value", dest="overrides")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/offline_truth.json"))
+    options = parser.parse_args()
+    shared, base = list(options.overrides), preset("digits-tsfa")
+    if options.train:
+        model = common.model_folder(options.model)
+        files = [f"model.pretrained={model}", f"data.train={options.train}", f"data.test={options.test}"]
+        shared, base = [*TEXT, *files, *shared], None
+    kept = json.loads(options.out.read_text())["runs"] if options.out.exists() else {}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep() -> None:
+        found = {"environment": common.environment(), "table": summarize(kept), "runs": kept}
+        options.out.write_text(json.dumps(found, indent=2) + "\n")
+
+    for seed in range(options.seeds):
+        known = None  # what no budget changes
+        for budget in options.budgets:
+            overrides = [*shared, f"seed={seed}", f"control.latency_budget_s={budget}"]
+            config = load_config(None, overrides, base=base)
+            name = f"budget {budget} seed {seed}"
+            if kept.get(name, {}).get("overrides") != overrides:
+                kept[name] = {"overrides": overrides, "budget_s": budget, "plans": {}, "runs": {}, "complete": False}
+            entry = kept[name]
+            if entry["complete"] and not set(options.ways) - entry["plans"].keys():
+                continue
+            known = known or survey(config, Console(stderr=True))
+            for way in options.ways:
+                if way not in entry["plans"]:
+                    entry["plans"][way] = chosen(known, config, **WAYS[way])._asdict()
+                    common.note(f"{name}, {way}: rank {entry['plans'][way]['rank']}")
+                    keep()
+            if not entry["runs"]:
+                entry["runs"] = measure(known, config, next(iter(entry["plans"].values()))["rows"])
+                common.note(f"{name}: {entry['runs']}")
+            entry["complete"] = True
+            keep()
+    print(json.dumps(summarize(kept), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""TSFA offline: the structural rank, and the V of the online stage, from a pilot and the channel's statistics.
+
+Stage 1 of B. Kim, W. Choi, "Two-Stage Wireless Federated LoRA Fine-Tuning with Sparsified Orthogonal Updates",
+arXiv 2505.00333; the search, its objective and its constraint are our own. For each candidate rank the online
+controller is run without training over draws of the channel, from an empty queue for as many rounds as the run has. It
+tells what a round sends and how long it takes, the pilot tells what is lost thereby, and the bound puts a number on it.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from fedjax_lora.base import Hyper
+from fedjax_lora.control import bound, planning, tsfa_online
+from fedjax_lora.control.tsfa_online import TsfaConfig
+from fedjax_lora.strategies import Decision, Observation
+
+Objective = Literal["bound", "rollout"]
+Search = Literal["grid", "gradient"]
+
+WEIGHTS = tuple(10.0 ** (0.5 * power) for power in range(-4, 7))
+"""What `grid` tries for V, in units of `unit_of_V`."""
+
+_STEPS, _RATE, _EXCESS_WEIGHT = 40, 0.3, 20.0  # of the gradient search: the logarithms of rank and V move by 6 or so
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """How `fedjax-lora plan` chooses; every default is our choice.
+
+    candidates: structural ranks; () is 1, 2, 4, ... and `lora.max_rank`.
+    objective: the `bound`, or the loss after a simulated `rollout` on examples held out from training.
+    search: `grid` tries every candidate and V; `gradient` relaxes the rank and descends in both.
+    pilot_rounds: rounds that each candidate's pilot measures, after a first one.
+    paths: draws of the fading over a whole run.
+    tolerance: by which share the mean latency may exceed the budget, the queue having been empty at first.
+    rollout_rounds, seeds: of the rollout, each seed with its own batches and fading.
+    """
+
+    candidates: tuple[int, ...] = ()
+    objective: Objective = "bound"
+    search: Search = "grid"
+    pilot_rounds: int = 8
+    paths: int = 4
+    tolerance: float = 0.05
+    rollout_rounds: int = 10
+    seeds: int = 3
+
+    def __post_init__(self):
+        if list(self.candidates) != sorted(set(self.candidates)) or min(self.candidates, default=1) < 1:
+            raise ValueError(f"candidates must be increasing and at least 1, got {self.candidates}")
+        for field, kind in (("objective", Objective), ("search", Search)):
+            if getattr(self, field) not in get_args(kind):
+                raise ValueError(f"{field} must be one of {', '.join(get_args(kind))}, got {getattr(self, field)!r}")
+        if self.search == "gradient" and self.objective == "rollout":
+            raise ValueError("search must be grid where objective is rollout, got 'gradient'")
+        for field in ("pilot_rounds", "paths", "rollout_rounds", "seeds"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if not 0 <= self.tolerance < math.inf:
+            raise ValueError(f"tolerance must be at least 0 and finite, got {self.tolerance!r}")
+
+
+class Site(NamedTuple):
+    """What is known of a structural rank before a run; a leading axis of candidates where it is mapped.
+
+    measured: of the pilot. rank: scalar. weights: `[C]`, which sum to 1. tail_energy: `[C, R + 1]`.
+    payload_bits, sparsification, covariance: `[R + 1]` at 0 ... R kept ranks, see `sim.pilot.Pilot`.
+    snr_hz, start_s: `[paths, T, C]` draws of the channel.
+    """
+
+    measured: bound.Measured
+    rank: Array
+    weights: Array
+    tail_energy: Array
+    payload_bits: Array
+    sparsification: Array
+    covariance: Array
+    snr_hz: Array
+    start_s: Array
+
+
+class Setting(NamedTuple):
+    """What is the same for all ranks: traced numbers, so that one program serves every budget.
+
+    budget_s: what the latency of a round may be on average; it stands in for the controller's own.
+    rounds: that the bound counts, see `bound.terms`. bandwidth_hz: the band. hyper: passed on to the controller.
+    """
+
+    budget_s: float
+    rounds: float
+    bandwidth_hz: float
+    hyper: Hyper
+
+
+class Outlook(NamedTuple):
+    """What to expect of a rank and a V; any leading axes.
+
+    V: weight of what is not sent. latency_s: mean of a round. keep_ratio, kept_ranks, uplink_bits: mean of a client.
+    final_queue_s: mean over the draws. terms: of the bound. score: the bound.
+    """
+
+    rank: Array
+    V: Array
+    latency_s: Array
+    keep_ratio: Array
+    kept_ranks: Array
+    uplink_bits: Array
+    final_queue_s: Array
+    terms: bound.BoundTerms
+    score: Array
+
+
+Decide = Callable[[Array, Observation], Decision]
+
+
+def unit_of_V(config: TsfaConfig, setting: Setting, site: Site) -> Array:
+    """The budget squared over what all of the clients' tails amount to: V in proportion means the same at any scale."""
+    whole = jnp.sum(site.weights * site.tail_energy[:, 0]) if config.tail == "energy" else 1.0
+    return setting.budget_s**2 / jnp.maximum(whole, 1e-30)
+
+
+def whole_ranks(config: TsfaConfig) -> Decide:
+    """`(V, observation) -> Decision` of the controller that the run will have."""
+    return lambda V, observation: tsfa_online.make(config, V).decide(observation)
+
+
+def relaxed(config: TsfaConfig) -> Decide:
+    """The same without rounding to whole ranks, for ranks between whole ones, and with gradients."""
+
+    def decide(V: Array, observation: Observation) -> Decision:
+        rank = observation.rank
+        return tsfa_online.solve(
+            planning.payloads(observation),
+            observation.snr_hz,
+            observation.start_s,
+            observation.bandwidth_hz,
+            observation.weights,
+            tsfa_online.left_out(config.tail, observation),
+            observation.queue_s,
+            V,
+            min_keep_ratio=jnp.maximum(config.min_keep_ratio, 1.0 / rank),
+            rank=rank,
+            ratio=config.ratio,
+        )
+
+    return decide
+
+
+def outlook(decide: Decide, setting: Setting, site: Site, V: Array) -> Outlook:
+    """The online stage without training, from an empty queue for T rounds, mean over rounds and draws."""
+    rank = jnp.broadcast_to(site.rank, site.weights.shape)
+    update_queue = planning.queue_law(setting.budget_s)
+
+    def step(queue_s: Array, drawn: tuple[Array, Array]):
+        snr_hz, start_s = drawn
+        decision = decide(
+            V,
+            Observation(
+                snr_hz=snr_hz,
+                start_s=start_s,
+                weights=site.weights,
+                tail_energy=site.tail_energy,
+                rank=rank,
+                payload_bits=lambda ratio: at(site.payload_bits, ratio * rank),
+                bandwidth_hz=jnp.asarray(setting.bandwidth_hz, jnp.float32),
+                queue_s=queue_s,
+                hyper=setting.hyper,
+            ),
+        )
+        kept = decision.keep_ratio * rank
+        tables = (site.payload_bits, site.sparsification, site.covariance)
+        seen = (decision.keep_ratio, kept, *(at(table, kept) for table in tables))
+        means = tuple(jnp.sum(site.weights * x) for x in seen)
+        latency_s = jnp.asarray(decision.latency_s)
+        return update_queue(queue_s, latency_s), (latency_s, *means)
+
+    def path(snr_hz: Array, start_s: Array):
+        return lax.scan(step, jnp.float32(0.0), (snr_hz, start_s))
+
+    queue_s, rounds = jax.vmap(path)(site.snr_hz, site.start_s)
+    latency_s, keep_ratio, kept_ranks, bits, sparsification, covariance = (jnp.mean(x) for x in rounds)
+    found = bound.terms(site.measured, sparsification, covariance, setting.rounds)
+    return Outlook(site.rank, V, latency_s, keep_ratio, kept_ranks, bits, jnp.mean(queue_s), found, found.total)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def grid(config: TsfaConfig, setting: Setting, sites: Site) -> Outlook:
+    """`[candidates, len(WEIGHTS)]`: every candidate with every V, in one program."""
+
+    def row(site: Site) -> Outlook:
+        weights = jnp.array(WEIGHTS) * unit_of_V(config, setting, site)
+        return jax.vmap(lambda V: outlook(whole_ranks(config), setting, site, V))(weights)
+
+    return jax.vmap(row)(sites)
+
+
+def best_V(found: Outlook, most_latency_s: float) -> Outlook:
+    """`[candidates]`: of each, the V of least score within the latency; where none is within, that of least latency."""
+    within = found.latency_s <= most_latency_s
+    among = jnp.where(within, found.score, jnp.inf)
+    column = jnp.where(within.any(1), jnp.argmin(among, 1), jnp.argmin(found.latency_s, 1))
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, column[:, None], 1)[:, 0], found)
+
+
+def best_rank(latency_s: Array, score: Array, most_latency_s: float) -> int:
+    """Position of the least score `[candidates]` within the latency, the first of equals; else of the least latency."""
+    within = latency_s <= most_latency_s
+    return int(jnp.argmin(jnp.where(within, score, jnp.inf)) if within.any() else jnp.argmin(latency_s))
+
+
+class Descent(NamedTuple):
+    """Where the gradient search ended.
+
+    rank: relaxed. weight: V in units of `unit_of_V`. history: `[starts, steps]` of what is minimised.
+    """
+
+    rank: Array
+    weight: Array
+    history: Array
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradient(config: TsfaConfig, setting: Setting, sites: Site, most_latency_s: Array | float) -> Descent:
+    """Descend in the logarithms of rank and V, from each of the candidates.
+
+    What was measured is noisy, and the bound has several local minima between them.
+    Minimised is the logarithm of the bound and, where the latency exceeds `most_latency_s`, a multiple of the excess.
+    """
+    low, high = (jnp.log(jnp.stack([sites.rank[end], jnp.float32(WEIGHTS[end])])) for end in (0, -1))
+    optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, _STEPS))
+
+    def objective(logs: Array) -> Array:
+        rank, weight = jnp.exp(logs)
+        site = between(sites, rank)
+        found = outlook(relaxed(config), setting, site, weight * unit_of_V(config, setting, site))
+        excess = jnp.maximum(found.latency_s / most_latency_s - 1.0, 0.0)
+        return jnp.log(found.score) + _EXCESS_WEIGHT * excess
+
+    def descend(start: Array) -> tuple[Array, Array, Array]:
+        def step(carry, _):
+            logs, state, least, best = carry
+            value, slope = jax.value_and_grad(objective)(logs)
+            least, best = jnp.minimum(value, least), jnp.where(value < least, logs, best)
+            updates, state = optimizer.update(slope, state)
+            return (jnp.clip(logs + updates, low, high), state, least, best), value
+
+        carry = start, optimizer.init(start), jnp.float32(jnp.inf), start
+        (_, _, least, best), history = lax.scan(step, carry, length=_STEPS)
+        return least, best, history
+
+    starts = jnp.stack([jnp.log(sites.rank), jnp.full_like(sites.rank, 0.5 * (low[1] + high[1]))], axis=1)
+    least, best, history = jax.vmap(descend)(starts)
+    found = jnp.exp(best[jnp.argmin(least)])
+    return Descent(found[0], found[1], history)
+
+
+def between(sites: Site, rank: Array) -> Site:
+    """The site of a rank between the candidates: what they measured at the same keep ratio, linear in the rank."""
+    num_ranks = sites.payload_bits.shape[-1]
+    ratio = jnp.minimum(jnp.arange(num_ranks) / rank, 1.0)
+    aligned = jax.vmap(lambda table, own: at(table, ratio * own))
+    tails = jax.vmap(lambda table, own: jax.vmap(lambda row: at(row, ratio * own))(table))
+    names = ("payload_bits", "sparsification", "covariance")
+    tables = {name: aligned(getattr(sites, name), sites.rank) for name in names}
+    sites = sites._replace(tail_energy=tails(sites.tail_energy, sites.rank), **tables)
+    position = jnp.interp(rank, sites.rank, jnp.arange(len(sites.rank), dtype=jnp.float32))
+    return jax.tree.map(lambda leaf: at(leaf, position), sites)._replace(rank=rank)
+
+
+def at(table: Array, position: Array) -> Array:
+    """Rows of a table at positions between whole ones, linear in between; leading axes of `position` first."""
+    low = jnp.clip(jnp.floor(position), 0, max(table.shape[0] - 2, 0))  # the last row has a slope too
+    share = (position - low).reshape(*position.shape, *(1,) * (table.ndim - 1))
+    high = jnp.minimum(low + 1, table.shape[0] - 1).astype(jnp.int32)
+    low = low.astype(jnp.int32)
+    return table[low] + share * (table[high] - table[low])
+
+
+def candidates_of(config: PlanConfig, max_rank: int) -> tuple[int, ...]:
+    """The ranks to choose from."""
+    if config.candidates:
+        return config.candidates
+    return tuple(sorted({2**power for power in range(max_rank.bit_length())} | {max_rank}))

@@ -1,0 +1,147 @@
+"""A plan on disk, `plan.json`: the structural rank and V that the offline stage chose, and what for."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedjax_lora.config import ConfigError, ExperimentConfig, to_dict
+from fedjax_lora.control import bound
+from fedjax_lora.control.tsfa_online import TsfaConfig
+from fedjax_lora.io.files import write_atomically
+from fedjax_lora.io.log import flatten
+
+NAME = "plan.json"
+
+_FREE = ("lora.rank", "control.V", "plan.", "engine.")
+
+
+class Plan(NamedTuple):
+    """What the offline stage found.
+
+    config: the configuration with dotted keys, without what a plan sets or does not depend on.
+    objective, search: of `PlanConfig`.
+    rank, V: chosen. within_budget: whether the latency budget is met by them.
+    rounds: that the bound counts.
+    rows: one dict a candidate rank: `rank, V, keep_ratio, kept_ranks, latency_s, uplink_bits, final_queue_s`, each term
+      of the bound, `bound`, `score` and `score_deviation` (of a rollout, else None), and what the pilot measured.
+    """
+
+    config: dict[str, Any]
+    objective: str
+    search: str
+    rank: int
+    V: float
+    within_budget: bool
+    rounds: float
+    rows: list[dict[str, Any]]
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The row of the chosen rank."""
+        return next(row for row in self.rows if row["rank"] == self.rank)
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Write it as JSON, in full or not at all."""
+    write_atomically(path, json.dumps(plan._asdict(), indent=2, allow_nan=False) + "\n")
+
+
+def read_plan(path: str | Path) -> Plan:
+    """The plan of a file.
+
+    Raises:
+      ConfigError: it is not one, or is damaged; one line.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        plan = Plan(**found)
+        if type(plan.rank) is not int or not math.isfinite(plan.V) or not isinstance(plan.config, dict):
+            raise ValueError(f"rank {plan.rank!r} and V {plan.V!r}")
+        bound.Measured(**{name: float(plan.chosen[name]) for name in bound.Measured._fields})  # type: ignore[arg-type]
+    except OSError as error:
+        raise ConfigError(f"plan {path} must be a readable file, got {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, StopIteration) as error:
+        reason = f"{type(error).__name__} {error}"
+        raise ConfigError(f"plan {path} must be what `fedjax-lora plan` wrote, got {reason}") from error
+    return plan
+
+
+def apply_plan(plan: Plan, config: ExperimentConfig, path: str | Path) -> ExperimentConfig:
+    """The configuration with the plan's rank and V.
+
+    Raises:
+      ConfigError: the plan was made for another configuration; names the first key that differs.
+    """
+    own, planned = _planned_for(config), plan.config
+    for key in dict.fromkeys([*own, *planned]):
+        if own.get(key) != planned.get(key):
+            raise ConfigError(
+                f"plan {path} must be one for this configuration, with {key} = {own.get(key)!r}, "
+                f"got one with {planned.get(key)!r}"
+            )
+    assert isinstance(config.control, TsfaConfig)  # else the name would have differed
+    lora, control = dataclasses.replace(config.lora, rank=plan.rank), dataclasses.replace(config.control, V=plan.V)
+    return dataclasses.replace(config, lora=lora, control=control)
+
+
+def terms_of_run(plan: Plan, lines: list[dict[str, Any]]) -> bound.BoundTerms:
+    """The bound's terms with the errors that a run logged, by what the plan's pilot measured at its rank."""
+    measured = bound.Measured(**{name: plan.chosen[name] for name in bound.Measured._fields})
+    sparsification, covariance = (
+        np.array([math.nan if line[name] is None else line[name] for line in lines])
+        for name in ("sparsification_error", "covariance_error")
+    )
+    return bound.of_log(measured, sparsification, covariance, plan.rounds)
+
+
+def _planned_for(config: ExperimentConfig) -> dict[str, Any]:
+    """What a plan depends on, as JSON gives it back."""
+    flat = flatten(to_dict(config))
+    return json.loads(json.dumps({key: value for key, value in flat.items() if not key.startswith(_FREE)}))
+
+
+def described(
+    config: ExperimentConfig,
+    chosen: int,
+    rounds: float,
+    most_latency_s: float,
+    outlook: Any,
+    measured: Any,
+    rollout: Any,
+) -> Plan:
+    """The plan from arrays `[candidates]` on the host: an `Outlook`, a `Measured`, and a `Rollout` or None."""
+    rows = []
+    for i, rank in enumerate(outlook.rank):
+        row: dict[str, Any] = {"rank": int(rank)}
+        row |= {name: float(getattr(outlook, name)[i]) for name in _EXPECTED}
+        row |= {name: float(term[i]) for name, term in outlook.terms._asdict().items()}
+        row |= {"bound": float(outlook.score[i]), "score": float(outlook.score[i]), "score_deviation": None}
+        if rollout is not None:
+            row["score"] = float(rollout.loss[i].mean())
+            row["score_deviation"] = float(rollout.loss[i].std(ddof=1)) if rollout.loss.shape[1] > 1 else None
+            row["accuracy"] = float(rollout.accuracy[i].mean())
+        row |= {name: float(value[i]) for name, value in measured._asdict().items()}
+        row["within_budget"] = row["latency_s"] <= most_latency_s
+        rows.append({key: _finite(value) for key, value in row.items()})
+    best = rows[chosen]
+    return Plan(
+        config=_planned_for(config),
+        objective=config.plan.objective,
+        search=config.plan.search,
+        rank=best["rank"],
+        V=best["V"],
+        within_budget=best["within_budget"],
+        rounds=rounds,
+        rows=rows,
+    )
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_EXPECTED = ("V", "keep_ratio", "kept_ranks", "latency_s", "uplink_bits", "final_queue_s")

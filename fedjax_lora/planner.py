@@ -1,0 +1,149 @@
+"""The offline stage from end to end: pilot, channel, search; what it finds is a plan that a run can take."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from rich.console import Console
+
+from fedjax_lora.base import FedState
+from fedjax_lora.build import build
+from fedjax_lora.config import ConfigError, ExperimentConfig
+from fedjax_lora.control import tsfa_offline, tsfa_online
+from fedjax_lora.control.tsfa_offline import Outlook, Setting, Site
+from fedjax_lora.control.tsfa_online import TsfaConfig
+from fedjax_lora.data.batches import hold_out
+from fedjax_lora.io.plan import Plan, described
+from fedjax_lora.sim.engine import Simulation
+from fedjax_lora.sim.optimizers import schedule
+from fedjax_lora.sim.parts import World
+from fedjax_lora.sim.pilot import Pilot, make_pilot, sample_of
+from fedjax_lora.sim.rollout import draw_weather, roll_out
+
+HELD_OUT = 10
+"""One example in so many of each client's is kept from the pilot and the rollouts; the rollouts are scored on them."""
+
+
+class Survey(NamedTuple):
+    """What is known before a choice, at each candidate rank; a latency budget and `PlanConfig`'s choices do not enter.
+
+    world: with examples held out as its test pool. state: at the start. sites: leading axis of candidates.
+    rounds: that the bound counts.
+    """
+
+    simulation: Simulation
+    world: World
+    state: FedState
+    sites: Site
+    rounds: float
+
+
+def plan(config: ExperimentConfig, console: Console) -> Plan:
+    """Choose the structural rank and V for a configuration whose control is `tsfa`.
+
+    No held-out example of the run is looked at: the pilot and the rollouts have training examples alone.
+
+    Raises:
+      ConfigError: the configuration has nothing to plan, or its parts do not fit together.
+    """
+    return choose(survey(config, console), config, console)
+
+
+def survey(config: ExperimentConfig, console: Console) -> Survey:
+    """Pilots at the candidate ranks, and draws of the channel."""
+    if not isinstance(config.control, TsfaConfig):
+        raise ConfigError(f"control.name must be tsfa, for a plan, got {config.control.name!r}")
+    if config.lora.client_ranks:
+        raise ConfigError(f"lora.client_ranks must be absent, for a plan, got {config.lora.client_ranks}")
+    simulation = build(config)
+    candidates = tsfa_offline.candidates_of(config.plan, config.lora.max_rank)
+    world = dataclasses.replace(simulation.world, data=hold_out(simulation.world.data, HELD_OUT))
+    state = simulation.init(jax.random.key(config.seed))
+    # A round's number that the run does not reach: nothing is drawn twice.
+    pilot_key, channel_key, rollout_key = jax.random.split(jax.random.fold_in(state.key, config.rounds), 3)
+    console.print(f"pilot: {config.plan.pilot_rounds} rounds at rank {', '.join(map(str, candidates))}")
+    at_pilot, ranks = dataclasses.replace(state, key=pilot_key), jnp.array(candidates, jnp.float32)
+    pilots = run_pilots(simulation, world, at_pilot, ranks, config.plan.pilot_rounds)
+    sites = sites_of(simulation, world, state, channel_key, pilots, config)
+    state = dataclasses.replace(state, key=rollout_key)
+    return Survey(simulation, world, state, sites, effective_rounds(config))
+
+
+def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
+    """The plan under the latency budget of the configuration, by its objective and search."""
+    control, options, sites = config.control, config.plan, known.sites
+    assert isinstance(control, TsfaConfig)  # else there would be no survey
+    bandwidth_hz = known.simulation.parts.link.bandwidth_hz
+    setting = Setting(control.latency_budget_s, known.rounds, bandwidth_hz, known.state.hyper)
+    most_s = control.latency_budget_s * (1.0 + options.tolerance)
+    console.print(f"control: {config.rounds} rounds, {options.paths} draws of the channel")
+    rows = tsfa_offline.best_V(tsfa_offline.grid(control, setting, sites), most_s)
+    rollout = None
+    if options.objective == "rollout":
+        console.print(f"rollout: {options.rollout_rounds} rounds, {options.seeds} seeds")
+        rollout = roll_out(
+            known.simulation.parts,
+            lambda V: tsfa_online.make(control, V),
+            known.simulation.score,
+            known.world,
+            known.state,
+            sites.rank,
+            rows.V,
+            options.seeds,
+            options.rollout_rounds,
+        )
+        chosen = tsfa_offline.best_rank(rows.latency_s, rollout.loss.mean(1), most_s)
+    elif options.search == "gradient":
+        chosen, rows = _descended(control, setting, sites, rows, most_s)
+    else:
+        chosen = tsfa_offline.best_rank(rows.latency_s, rows.score, most_s)
+    found = jax.device_get((rows, sites.measured, rollout))
+    return described(config, chosen, known.rounds, most_s, *found)
+
+
+def run_pilots(simulation: Simulation, world: World, state: FedState, ranks: Array, rounds: int) -> Pilot:
+    """A pilot at each of the ranks `[n]`, in one program."""
+    pilot = make_pilot(simulation.parts, simulation.full_gradient, rounds)
+
+    @jax.jit
+    def every(world: World, state: FedState, ranks: Array) -> Pilot:
+        sample = sample_of(world, simulation.parts, jax.random.fold_in(state.key, rounds))
+        return lax.map(lambda rank: pilot(world, sample, state, rank), ranks)
+
+    return every(world, state, ranks)
+
+
+def sites_of(
+    simulation: Simulation, world: World, state: FedState, key: Array, pilots: Pilot, config: ExperimentConfig
+) -> Site:
+    """What the pilots measured, under the channel that each rank's broadcast leaves; all ranks see the same fading."""
+
+    @jax.jit
+    def every(world: World, state: FedState, downlink_bits: Array):
+        return jax.vmap(
+            lambda bits: draw_weather(simulation.parts, world, state, key, bits, config.rounds, config.plan.paths)
+        )(downlink_bits)
+
+    weather = every(world, state, pilots.downlink_bits)
+    shared = {name: getattr(pilots, name) for name in Site._fields if name in Pilot._fields}
+    return Site(**shared, snr_hz=weather.snr_hz, start_s=weather.start_s)
+
+
+def effective_rounds(config: ExperimentConfig) -> float:
+    """The sum over the rounds of the schedule's mean factor."""
+    optimizer, steps = config.local.optimizer, config.rounds * config.local.steps
+    factors = np.broadcast_to(schedule(optimizer, steps)(jnp.arange(steps)), steps)
+    return float(factors.mean()) * config.rounds
+
+
+def _descended(control: TsfaConfig, setting: Setting, sites: Site, rows: Outlook, most_s: float) -> tuple[int, Outlook]:
+    """The candidate next to where the gradient search ended, and the rows with its V in that one."""
+    found = tsfa_offline.gradient(control, setting, sites, most_s)
+    chosen = int(jnp.argmin(jnp.abs(jnp.log(sites.rank) - jnp.log(found.rank))))
+    site: Site = jax.tree.map(lambda x: x[chosen], sites)
+    V = found.weight * tsfa_offline.unit_of_V(control, setting, site)
+    row = tsfa_offline.outlook(tsfa_offline.whole_ranks(control), setting, site, V)
+    return chosen, jax.tree.map(lambda all_rows, x: all_rows.at[chosen].set(x), rows, row)

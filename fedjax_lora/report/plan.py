@@ -1,0 +1,87 @@
+"""A plan as a table for a terminal and as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+from rich import box
+from rich.table import Table
+
+from fedjax_lora.control.bound import BoundTerms
+from fedjax_lora.io.plan import Plan
+from fedjax_lora.report.tables import MISSING
+
+_COLUMNS = {
+    "rank": ("rank", "d"),
+    "keep_ratio": ("keep ratio", ".3f"),
+    "latency_s": ("latency, s", ".4g"),
+    "uplink_bits": ("bits a client", ",.0f"),
+    "V": ("V", ".4g"),
+    "descent": ("descent", ".4g"),
+    "noise": ("noise", ".4g"),
+    "sparsification": ("sparsification", ".4g"),
+    "covariance": ("covariance", ".4g"),
+    "bound": ("bound", ".4g"),
+}
+_COLORS = ("#3b82f6", "#06b6d4", "#f59e0b", "#ef4444")
+
+
+def plan_table(plan: Plan) -> Table:
+    """Rank by what to expect of it; the chosen one is marked, and so is a latency over the budget."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for label, _ in _COLUMNS.values():
+        table.add_column(label, justify="right")
+    if plan.objective == "rollout":
+        table.add_column("loss of rollout", justify="right")
+    table.add_column("")
+    for row in plan.rows:
+        cells = [MISSING if row[key] is None else format(row[key], form) for key, (_, form) in _COLUMNS.items()]
+        if plan.objective == "rollout":
+            deviation = row["score_deviation"]
+            cells.append(f"{row['score']:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else ""))
+        notes = (["chosen"] if row["rank"] == plan.rank else []) + ([] if row["within_budget"] else ["over budget"])
+        table.add_row(*cells, ", ".join(notes))
+    return table
+
+
+def binding(terms: BoundTerms) -> str:
+    """One line: what each of the three effects adds to the bound, and which binds."""
+    effects = {
+        "rank": float(terms.descent + terms.noise),
+        "sparsification": float(terms.sparsification),
+        "covariance": float(terms.covariance),
+    }
+    parts = ", ".join(f"{name} {value:.4g}" for name, value in effects.items())
+    return f"bound: {parts}; binding: {max(effects, key=lambda name: effects[name])}"
+
+
+def plot_plan(plan: Plan, path: Path) -> None:
+    """Bars of the bound's terms by rank over latency and bits, as an image; written in full or not at all."""
+    rows: list[dict[str, Any]] = plan.rows
+    ranks = [row["rank"] for row in rows]
+    labels = [str(rank) for rank in ranks]
+    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    bottom = [0.0] * len(rows)
+    for name, color in zip(BoundTerms._fields, _COLORS, strict=True):
+        heights = [row[name] or 0.0 for row in rows]
+        left.bar(labels, heights, bottom=bottom, color=color, label=name)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    left.set(title=f"bound; chosen: rank {plan.rank}", xlabel="structural rank")
+    left.legend(frameon=False)
+    if plan.objective == "rollout":
+        deviations = [row["score_deviation"] or 0.0 for row in rows]
+        right.errorbar(ranks, [row["score"] for row in rows], deviations, marker="o", capsize=3, color=_COLORS[0])
+        right.set(title="loss after the rollout", xlabel="structural rank")
+    else:
+        right.plot(ranks, [row["latency_s"] for row in rows], marker="o", color=_COLORS[0])
+        right.axhline(plan.config["control.latency_budget_s"], linestyle="--", color=_COLORS[3], label="budget")
+        right.set(title="mean latency of a round, s", xlabel="structural rank")
+        right.legend(frameon=False)
+    right.set_xscale("log", base=2)
+    right.set_xticks(ranks)
+    right.xaxis.set_major_formatter(ScalarFormatter())
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=150)
+    partial.replace(path)

@@ -1,0 +1,208 @@
+"""The offline choice of rank and V against loops, brute force and the statics of a toy whose trade-off is known."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_lora.base import Hyper
+from fedjax_lora.control import bound, tsfa_offline, tsfa_online
+from fedjax_lora.control.tsfa_offline import PlanConfig, Setting, Site
+from fedjax_lora.control.tsfa_online import TsfaConfig
+from fedjax_lora.strategies import Observation
+
+RANKS, ROUNDS, CLIENTS = (1, 2, 3, 4), 5, 3
+CONFIG = TsfaConfig(latency_budget_s=1.0, min_keep_ratio=0.1)
+HYPER = Hyper(*map(jnp.float32, (4, 8, 1e-3, 0, 1)))
+
+
+def site(rank: int) -> Site:
+    """One rank of a spectrum that falls off by halves: what a rank adds is half of what the one before it did."""
+    spectrum = 0.5 ** np.arange(max(RANKS)) * (np.arange(max(RANKS)) < rank)
+    tail = np.append(np.cumsum(spectrum[::-1])[::-1], 0.0)
+    kept = np.clip(np.arange(max(RANKS) + 1), 1, rank)
+    rng = np.random.default_rng(0)
+    measured = bound.Measured(
+        gap=jnp.float32(2.0),
+        smoothness=jnp.float32(0.01),
+        share=jnp.float32(spectrum.sum() / 2.0),
+        step=jnp.float32(0.5),
+        movement=jnp.float32(0.2 * rank),
+        against_sparsification=jnp.float32(0.2),
+        against_covariance=jnp.float32(0.1),
+    )
+    return Site(
+        measured=measured,
+        rank=jnp.float32(rank),
+        weights=jnp.full(CLIENTS, 1 / CLIENTS),
+        tail_energy=jnp.float32(np.outer([1.0, 2.0, 0.5], tail)),
+        payload_bits=jnp.float32(5e5 + 2e6 * kept),
+        sparsification=jnp.float32(tail[kept]),
+        covariance=jnp.full(len(tail), 0.1),
+        snr_hz=jnp.float32(10 ** rng.uniform(6.5, 8, (2, ROUNDS, CLIENTS))),
+        start_s=jnp.float32(rng.uniform(0, 0.2, (2, ROUNDS, CLIENTS))),
+    )
+
+
+def sites(ranks=RANKS) -> Site:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(site, ranks))
+
+
+def setting(budget_s=1.0) -> Setting:
+    return Setting(budget_s, 40.0, 2e7, HYPER)
+
+
+@pytest.fixture(scope="module")
+def searched():
+    """Budget -> what the grid found, from loose to tight."""
+    return {budget: tsfa_offline.grid(CONFIG, setting(budget), sites()) for budget in (8.0, 4.0, 2.0, 1.0, 0.5)}
+
+
+@pytest.fixture(scope="module")
+def one():
+    """`(site, V) -> Outlook` at a budget of one second, in a program of its own."""
+    return jax.jit(lambda own, V: tsfa_offline.outlook(tsfa_offline.whole_ranks(CONFIG), setting(), own, V))
+
+
+def test_an_outlook_is_a_python_loop_over_rounds(one):
+    """Oracle: the controller called round by round, its queue and means kept in float64."""
+    own, V = site(3), 0.7
+    controller = tsfa_online.make(dataclasses.replace(CONFIG, V=V))
+    decide = jax.jit(
+        lambda snr_hz, start_s, queue_s: controller.decide(
+            Observation(
+                snr_hz=snr_hz,
+                start_s=start_s,
+                weights=own.weights,
+                tail_energy=own.tail_energy,
+                rank=jnp.full(CLIENTS, 3.0),
+                payload_bits=lambda ratio: own.payload_bits[jnp.round(3 * ratio).astype(int)],
+                bandwidth_hz=jnp.float32(2e7),
+                queue_s=queue_s,
+                hyper=HYPER,
+            )
+        )
+    )
+    latencies, kept, errors, queues = [], [], [], []
+    for path in range(2):
+        queue = 0.0
+        for snr_hz, start_s in zip(own.snr_hz[path], own.start_s[path], strict=True):
+            decision = decide(snr_hz, start_s, jnp.float32(queue))
+            ranks = np.round(3 * np.asarray(decision.keep_ratio)).astype(int)
+            latencies.append(float(decision.latency_s))
+            kept.append(ranks.mean())
+            errors.append(np.asarray(own.sparsification)[ranks].mean())
+            queue = max(queue + latencies[-1] - CONFIG.latency_budget_s, 0.0)
+        queues.append(queue)
+    found = one(own, jnp.float32(V))
+    assert 1.0 < np.mean(kept) < 3.0  # the queue does decide something
+    np.testing.assert_allclose(found.latency_s, np.mean(latencies), rtol=1e-4)
+    np.testing.assert_allclose(found.kept_ranks, np.mean(kept), rtol=1e-4)
+    np.testing.assert_allclose(found.final_queue_s, np.mean(queues), rtol=1e-3)
+    np.testing.assert_allclose(found.terms, bound.terms(own.measured, np.mean(errors), 0.1, 40.0), rtol=1e-4)
+
+
+def test_the_grid_is_brute_force(searched, one):
+    """Oracle: each rank and V on its own, then NumPy's least score within the budget."""
+    latency, score = np.empty((2, len(RANKS), len(tsfa_offline.WEIGHTS)))
+    for i, rank in enumerate(RANKS):
+        own = site(rank)
+        for j, weight in enumerate(tsfa_offline.WEIGHTS):
+            found = one(own, weight * tsfa_offline.unit_of_V(CONFIG, setting(), own))
+            latency[i, j], score[i, j] = found.latency_s, found.score
+    np.testing.assert_allclose(searched[1.0].latency_s, latency, rtol=1e-3)
+    np.testing.assert_allclose(searched[1.0].score, score, rtol=1e-3)
+    best = tsfa_offline.best_V(searched[1.0], 1.05)
+    allowed = np.where(latency <= 1.05, score, np.inf)
+    feasible = np.isfinite(allowed).any(1)
+    assert feasible.any()
+    np.testing.assert_allclose(best.score[feasible], allowed.min(1)[feasible], rtol=1e-3)
+    np.testing.assert_allclose(best.latency_s[~feasible], latency.min(1)[~feasible], rtol=1e-3)
+    assert tsfa_offline.best_rank(best.latency_s, best.score, 1.05) == np.argmin(allowed.min(1))
+
+
+def test_a_tighter_budget_never_chooses_a_higher_rank(searched):
+    """Monotone comparative statics: of a nested spectrum, fewer bits cost a higher rank at least as much."""
+    chosen = []
+    for budget, found in searched.items():
+        best = tsfa_offline.best_V(found, 1.05 * budget)
+        chosen.append(RANKS[tsfa_offline.best_rank(best.latency_s, best.score, 1.05 * budget)])
+    assert chosen == sorted(chosen, reverse=True)
+    assert chosen[0] > chosen[-1]  # and the budget does matter here
+
+
+@pytest.mark.parametrize("budget", [4.0, 1.0])
+def test_the_gradient_search_ends_within_one_candidate_of_the_grid(searched, budget):
+    best = tsfa_offline.best_V(searched[budget], 1.05 * budget)
+    by_grid = tsfa_offline.best_rank(best.latency_s, best.score, 1.05 * budget)
+    found = tsfa_offline.gradient(CONFIG, setting(budget), sites(), 1.05 * budget)
+    by_gradient = np.argmin(np.abs(np.log(RANKS) - np.log(found.rank)))
+    assert abs(by_gradient - by_grid) <= 1
+    assert found.history[0].min() < found.history[0, 0]  # the lower start is not where it ends
+
+
+def test_the_relaxed_search_differentiates_what_it_minimises():
+    """Oracle: central differences of the score by rank and V."""
+
+    def score(rank, V):
+        own = tsfa_offline.between(sites(), rank)
+        return tsfa_offline.outlook(tsfa_offline.relaxed(CONFIG), setting(), own, V).score
+
+    at, step = (2.6, 0.4), 0.01
+    both = jax.jit(jax.value_and_grad(score, argnums=(0, 1)))
+    slopes = both(*at)[1]
+    for i in range(2):
+        low, high = (both(*(x + sign * step * (i == j) for j, x in enumerate(at)))[0] for sign in (-1, 1))
+        np.testing.assert_allclose(slopes[i], (high - low) / (2 * step), rtol=0.05)
+
+
+def test_between_candidates_is_linear_and_at_one_it_is_that_one():
+    between = jax.jit(tsfa_offline.between)
+    for i, rank in enumerate(RANKS):
+        found, expected = between(sites(), jnp.float32(rank)), site(rank)
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, err_msg=str(i))
+    halfway = between(sites((2, 4)), jnp.float32(3.0))
+    # Oracle: at ratio 1 everything is kept, whatever the rank.
+    assert halfway.sparsification[3] == 0.0
+    np.testing.assert_allclose(halfway.payload_bits[3], 5e5 + 2e6 * 3, rtol=1e-6)
+    np.testing.assert_allclose(halfway.measured.movement, 0.6, rtol=1e-6)
+
+
+def test_rows_between_whole_positions_are_numpys_interpolation():
+    table = np.random.default_rng(0).normal(size=(5, 2))
+    positions = np.array([0.0, 0.3, 2.5, 4.0])
+    found = tsfa_offline.at(jnp.array(table), jnp.array(positions))
+    expected = np.stack([np.interp(positions, range(5), column) for column in table.T], -1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_candidates_are_powers_of_two_and_the_maximum():
+    assert tsfa_offline.candidates_of(PlanConfig(), 12) == (1, 2, 4, 8, 12)
+    assert tsfa_offline.candidates_of(PlanConfig(), 8) == (1, 2, 4, 8)
+    assert tsfa_offline.candidates_of(PlanConfig(candidates=(3, 5)), 8) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("candidates", (4, 2), "increasing"),
+        ("candidates", (0, 2), "at least 1"),
+        ("objective", "loss", "bound, rollout"),
+        ("search", "random", "grid, gradient"),
+        ("pilot_rounds", 0, "at least 1"),
+        ("paths", 0, "at least 1"),
+        ("tolerance", -0.1, "at least 0"),
+    ],
+)
+def test_a_mistake_names_field_value_and_what_is_allowed(field, value, allowed):
+    with pytest.raises(ValueError, match=f"^{field} must be .*{allowed}") as error:
+        PlanConfig(**{field: value})
+    assert str(value) in str(error.value)
+
+
+def test_a_rollout_is_searched_by_grid():
+    with pytest.raises(ValueError, match="search must be grid"):
+        PlanConfig(objective="rollout", search="gradient")

@@ -1,0 +1,145 @@
+"""The plan from end to end on a toy, through the command line: what it writes, and one line for each mistake."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fedjax_lora import cli
+from fedjax_lora.config import ConfigError, load_config
+from fedjax_lora.control import bound
+from fedjax_lora.control.tsfa_online import TsfaConfig
+from fedjax_lora.io.plan import apply_plan, read_plan, terms_of_run, write_plan
+from fedjax_lora.planner import effective_rounds
+from fedjax_lora.presets import preset
+from toy import SETTINGS
+
+PLANNED = [
+    *(setting for setting in SETTINGS if not setting.startswith("control.")),
+    "control.name=tsfa",
+    "control.latency_budget_s=5.0",
+    "plan.pilot_rounds=1",
+    "plan.paths=1",
+    "plan.candidates=[1, 3]",
+    "plan.rollout_rounds=1",
+    "plan.seeds=2",
+]
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """Folder of a plan by rollout, which has the bound's rows too."""
+    out = tmp_path_factory.mktemp("plans") / "toy"
+    assert cli.main(["plan", "--out", str(out), "--set", *PLANNED, "plan.objective=rollout"]) == 0
+    return out
+
+
+def test_a_plan_holds_a_row_for_each_candidate_and_chooses_the_least_loss(planned):
+    plan = read_plan(planned / "plan.json")
+    assert [row["rank"] for row in plan.rows] == [1, 3]
+    assert (planned / "plan.png").read_bytes()[:4] == b"\x89PNG"
+    for row in plan.rows:
+        # Oracle: the terms again, from what the row itself says was measured; without the errors, which are no field.
+        measured = bound.Measured(**{name: row[name] for name in bound.Measured._fields})
+        terms = bound.terms(measured, 0.0, 0.0, plan.rounds)
+        np.testing.assert_allclose([terms.descent, terms.noise], [row["descent"], row["noise"]], rtol=1e-5)
+        total = row["descent"] + row["noise"] + row["sparsification"] + row["covariance"]
+        np.testing.assert_allclose(row["bound"], total, rtol=1e-5)
+        assert row["score_deviation"] > 0
+    allowed = [row for row in plan.rows if row["within_budget"]] or plan.rows
+    key = "score" if plan.within_budget else "latency_s"
+    assert plan.rank == min(allowed, key=lambda row: row[key])["rank"]
+
+
+def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
+    plan = read_plan(planned / "plan.json")
+    write_plan(plan, tmp_path / "again.json")
+    assert read_plan(tmp_path / "again.json") == plan
+
+
+def test_a_run_takes_rank_and_V_of_a_plan_and_says_what_binds(planned, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ["run", "--out", str(out), "--plan", str(planned / "plan.json"), "--set", *PLANNED]
+    assert cli.main(command) == 0
+    plan, config = read_plan(planned / "plan.json"), load_config(out / "config.yaml")
+    assert isinstance(config.control, TsfaConfig)
+    assert (config.lora.rank, config.control.V) == (plan.rank, plan.V)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = terms_of_run(plan, lines)
+    # Oracle: the mean square of the log, by hand.
+    measured = bound.Measured(**{name: plan.chosen[name] for name in bound.Measured._fields})
+    energies = [np.mean([line[name] ** 2 for line in lines]) for name in ("sparsification_error", "covariance_error")]
+    np.testing.assert_allclose(found, bound.terms(measured, energies[0], energies[1], plan.rounds), rtol=1e-4)
+    effects = {"rank": found.descent + found.noise, **found._asdict()}
+    del effects["descent"], effects["noise"]
+    assert f"binding: {max(effects, key=lambda name: effects[name])}" in capsys.readouterr().out
+
+
+def one_line(capsys, arguments):
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err
+    return captured.err
+
+
+def test_a_plan_of_another_configuration_is_refused(planned, capsys, tmp_path):
+    path = str(planned / "plan.json")
+    command = ["run", "--out", str(tmp_path / "run"), "--plan", path, "--set", *PLANNED]
+    line = one_line(capsys, [*command, "control.latency_budget_s=6.0"])
+    assert all(part in line for part in (path, "control.latency_budget_s", "6.0", "5.0")), line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_plan_does_not_depend_on_may_differ(planned):
+    plan = read_plan(planned / "plan.json")
+    changed = load_config(
+        None,
+        [*PLANNED, "lora.rank=1", "control.V=3.0", "engine.eval_every=2", "plan.seeds=5"],
+        base=preset("digits-tsfa"),
+    )
+    assert apply_plan(plan, changed, "plan.json").lora.rank == plan.rank
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rank": 2}', "null"])
+def test_a_damaged_plan_is_one_line(capsys, tmp_path, text):
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    line = one_line(capsys, ["run", "--out", str(tmp_path / "run"), "--plan", str(path)])
+    assert str(path) in line and "must be" in line
+
+
+def test_a_plan_with_a_number_missing_is_one_line(planned, capsys, tmp_path):
+    found = json.loads((planned / "plan.json").read_text())
+    for row in found["rows"]:
+        del row["smoothness"]
+    (tmp_path / "plan.json").write_text(json.dumps(found))
+    line = one_line(capsys, ["run", "--out", str(tmp_path / "run"), "--plan", str(tmp_path / "plan.json")])
+    assert "smoothness" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["control.name=fixed"], ["control.name must be tsfa", "'fixed'"]),
+        (["plan.candidates=[16]"], ["plan.candidates", "lora.max_rank = 4", "16"]),
+        (["plan.serach=grid"], ["plan.serach", "plan.search"]),
+        (["lora.client_ranks=[1, 2]"], ["lora.client_ranks", "(1, 2)"]),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line_and_leaves_nothing(capsys, tmp_path, settings, expected):
+    settings = [s for s in PLANNED if not (settings == ["control.name=fixed"] and s.startswith("control."))] + settings
+    line = one_line(capsys, ["plan", "--out", str(tmp_path / "plan"), "--set", *settings])
+    assert all(part in line for part in expected), line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rounds_are_counted_by_the_schedule():
+    """Oracle: the sum of a line that falls to 0."""
+    config = load_config(None, ["rounds=10", "local.steps=4", "local.optimizer.schedule=linear"])
+    np.testing.assert_allclose(effective_rounds(config), sum(1 - i / 40 for i in range(40)) / 4, rtol=1e-5)
+    assert effective_rounds(load_config(None, ["rounds=10"])) == 10.0
+
+
+def test_a_missing_plan_is_one_line():
+    with pytest.raises(ConfigError, match="must be a readable file"):
+        read_plan("/no/plan.json")
