@@ -76,7 +76,7 @@ TEXT = [
     "lora.targets=[query, value]",
     "data.source=tsv",
     "data.max_length=48",
-    "local.optimizer.learning_rate=1e-3",
+    "local.optimizer.learning_rate=3e-3",
 ]
 
 
