@@ -112,6 +112,20 @@ def test_sparsification_error_equals_explicit_matrices():
         np.testing.assert_allclose(found.sparsification_error, gap, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["fedex", "fedex reinit", "flora", "flexlora"])
+def test_who_counts_in_a_component_does_not_change_the_mean_product(method):
+    """Invariance: the product, and of FLoRA and FlexLoRA the factors, with all ranks counted and with some."""
+    decoded, sums = cohort((2, 5, 2, 2)), {}
+    for counted in ((6, 6, 6, 6), (3, 6, 1, 2)):
+        sums[counted] = run(method, decoded, counted)
+    (all_count, some_count) = sums.values()
+    for name, layer in MATRICES:
+        expected = server(all_count, name, layer)
+        np.testing.assert_allclose(server(some_count, name, layer), expected, atol=1e-5 * np.abs(expected).max())
+    if method != "fedex":
+        jax.tree.map(np.testing.assert_array_equal, some_count.adapters, all_count.adapters)
+
+
 def test_fedex_factors_are_those_of_fedit():
     """Oracle: the other method, to the bit."""
     ranks = (6, 3, 6, 5)

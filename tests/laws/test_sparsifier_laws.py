@@ -72,7 +72,11 @@ TABLE = {
     "soft change 4 bits": Row(soft, soft.SoftConfig(send="change"), WIRE4),
     "soft change zero": Row(soft, soft.SoftConfig(send="change", missing="zero", form="identity")),
     "soft global": Row(soft, soft.SoftConfig(budget="global", form="a_only"), global_budget=True),
-    "soft global change": Row(soft, soft.SoftConfig(budget="global", send="change", form="none"), global_budget=True),
+    "soft global change": Row(
+        soft,
+        soft.SoftConfig(budget="global", send="change", form="none", orthogonality=0.0),
+        global_budget=True,
+    ),
     "soft_rotated": Row(soft_rotated, soft_rotated.SoftRotatedConfig(), index=False, extra=MAX_RANK),
     "soft_rotated norm": Row(
         soft_rotated,

@@ -76,7 +76,7 @@ def test_label_weights_by_hand():
     np.testing.assert_allclose(found, [0.0, 8 / 3, 4 / 3, 0.0], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "server"), [("rolora", "momentum"), ("ffa", "yogi")])
+@pytest.mark.parametrize(("name", "server"), [("rolora", "sgd"), ("ffa", "yogi"), ("ffa", "momentum")])
 def test_the_factor_at_rest_stays_whatever_the_server_optimizer(name, server):
     """Invariance to the bit, and the uplink bits of the other: RoLoRA trains b, then a; FFA never a."""
     sim = simulation(f"aggregation.name={name}", "sparsifier.name=dense", f"server.name={server}", "lora.targets=[up]")
