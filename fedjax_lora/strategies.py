@@ -131,7 +131,9 @@ class Aggregator(NamedTuple):
     trains: `round -> Live` that the clients train; what they hold beyond it is the broadcast.
     keeps: the parts ("a", "b", "head") that stay with each client from round to round, and are never sent.
     merges: whether `Aggregate.merged` is used.
-    extra_downlink_bits: `(adapters or their shapes, C) -> bits` of each broadcast beside the adapters.
+    alternates: whether `trains` differs between rounds.
+    extra_downlink_bits: `(adapters or their shapes, C) -> bits` of each broadcast beside the adapters; for C it is
+      told None where clients sit out rounds, and may have missed any number of them.
     next_rank: `(trained of one client, its rank) -> rank` of its next round; None where ranks stay.
     """
 
@@ -139,12 +141,18 @@ class Aggregator(NamedTuple):
     trains: Callable[[Array], Live] = lambda round_number: Live()
     keeps: tuple[str, ...] = ()
     merges: bool = False
-    extra_downlink_bits: Callable[[Adapters, int], int] = lambda like, cohort_size: 0
+    alternates: bool = False
+    extra_downlink_bits: Callable[[Adapters, int | None], int] = lambda like, cohort_size: 0
     next_rank: Callable[[Adapters, Array], Array] | None = None
 
     def sends(self, round_number: Array) -> Live:
         """What the clients send: all that they train and do not keep."""
         return self.trains(round_number)._replace(**dict.fromkeys(self.keeps, 0.0))
+
+    def receives(self, round_number: Array) -> Live:
+        """What the clients are sent: what they will send, or all that is shared where another part may have moved."""
+        live = Live() if self.alternates else self.trains(round_number)
+        return live._replace(**dict.fromkeys(self.keeps, 0.0))
 
 
 class Drift(NamedTuple):

@@ -59,10 +59,11 @@ def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) 
     ids, present = choose(keys.cohort, num_clients, parts.cohort_size, size)
     own, link = trees.take((state.clients, state.link), ids)
     ranks = jax.vmap(rank_mask, (0, None))(own.rank, max_rank(state.adapters))
-    sends = parts.aggregator.sends(state.round)
+    sends, receives = parts.aggregator.sends(state.round), parts.aggregator.receives(state.round)
 
     def broadcast(ranks: Array) -> tuple[Adapters, Array]:
-        return parts.sparsifier.broadcast(state.adapters, Scope(ranks, *map(jnp.float32, sends)))
+        adapters, bits = parts.sparsifier.broadcast(state.adapters, Scope(ranks, *map(jnp.float32, receives)))
+        return adapters, bits + parts.drift_bits(Scope(ranks, *map(jnp.float32, sends)))
 
     start, downlink_bits = jax.vmap(broadcast, out_axes=(None, 0))(ranks)
     downlink_bits += jnp.uint32(parts.extra_downlink_bits)
@@ -119,7 +120,8 @@ def control(parts: Parts, state: FedState, cohort: Cohort, local: Local) -> Deci
         return sparsifier.tail_energy(cohort.start, shown, cohort.scope(ranks))
 
     def payload_bits(keep_ratio: Array, ranks: Array) -> Array:
-        return sparsifier.payload_bits(keep_ratio, cohort.scope(ranks))
+        scope = cohort.scope(ranks)
+        return sparsifier.payload_bits(keep_ratio, scope) + parts.drift_bits(scope)
 
     observation = Observation(
         snr_hz=parts.link.snr_hz(cohort.link),
