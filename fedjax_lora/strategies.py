@@ -77,7 +77,8 @@ class Sent:
 class Sparsifier(NamedTuple):
     """What one client sends, and what it remembers. Written for one client; the round maps it over the cohort.
 
-    broadcast: `(adapters, scope) -> (adapters, bits)`: what the clients start from, and its uint32 downlink bits.
+    broadcast: `(adapters, scope, ranks [R]) -> (adapters, bits)`: what the clients start from, of all that is in scope
+      at the structural rank, and the uint32 downlink bits for a client of these ranks.
     tail_energy: `(start, trained, scope) -> [R + 1]`: energy left out when k components a module are kept,
       k = 0 ... R; non-increasing, 0 at the structural rank.
     payload_bits: `(keep_ratio [...], scope) -> [...]` float32 uplink bits at that ratio, head included: what
@@ -88,7 +89,7 @@ class Sparsifier(NamedTuple):
     penalty: `(adapters, rank_mask [R]) -> scalar` added to the local loss, times `Hyper.orthogonality`.
     """
 
-    broadcast: Callable[[Adapters, Scope], tuple[Adapters, Array]]
+    broadcast: Callable[[Adapters, Scope, Array], tuple[Adapters, Array]]
     tail_energy: Callable[[Adapters, Adapters, Scope], Array]
     payload_bits: Callable[[Array, Scope], Array]
     compress: Callable[[Adapters, Adapters, Any, Array, Scope, Array], tuple[Sent, Any]]

@@ -61,8 +61,10 @@ def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) 
     ranks = jax.vmap(rank_mask, (0, None))(own.rank, max_rank(state.adapters))
     sends, receives = parts.aggregator.sends(state.round), parts.aggregator.receives(state.round)
 
+    scope = Scope(rank_mask(state.hyper.rank, max_rank(state.adapters)), *map(jnp.float32, receives))
+
     def broadcast(ranks: Array) -> tuple[Adapters, Array]:
-        adapters, bits = parts.sparsifier.broadcast(state.adapters, Scope(ranks, *map(jnp.float32, receives)))
+        adapters, bits = parts.sparsifier.broadcast(state.adapters, scope, ranks)
         return adapters, bits + parts.drift_bits(Scope(ranks, *map(jnp.float32, sends)))
 
     start, downlink_bits = jax.vmap(broadcast, out_axes=(None, 0))(ranks)

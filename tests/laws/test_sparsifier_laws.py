@@ -241,7 +241,7 @@ def test_a_frozen_factor_is_neither_charged_nor_changed(row, method, compress, s
 @pytest.mark.parametrize("factors", ["ab", "a", "b"])
 def test_broadcast_is_whole(row, method, factors):
     """Oracle: the adapters themselves, and the count of all that is in scope; elements come with their positions."""
-    adapters, bits = jax.jit(method.broadcast)(START, scope(factors=factors))
+    adapters, bits = jax.jit(method.broadcast)(START, scope(factors=factors), MASK)
     jax.tree.map(np.testing.assert_array_equal, adapters, START)
     whole = {name: [RANK] * LAYERS for name in WIDTHS}
     is_sparse = row.module is flasc
