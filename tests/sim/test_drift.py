@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedjax_lora.base import Adapters, Scope
-from fedjax_lora.config import ConfigError
+from fedjax_lora.build import _check_fits
 from fedjax_lora.data.batches import gather, local_batches
 from fedjax_lora.lora.adapters import effective, rank_mask
 from fedjax_lora.models.load import ModelConfig, build_model
@@ -14,6 +14,7 @@ from fedjax_lora.prng import round_keys
 from fedjax_lora.sim.drift import FedProxConfig, ScaffoldConfig, fedprox, scaffold
 from fedjax_lora.sim.local import cross_entropy
 from fedjax_lora.sim.round import choose_cohort, control, sparsify, train_locally
+from fedjax_lora.sparsifiers import dense
 from fedjax_lora.strategies import Decision
 from oracles.sparsifier_oracle import random_adapters
 from oracles.sparsifier_oracle import rank_mask as numpy_mask
@@ -125,11 +126,17 @@ def test_control_plans_with_the_bits_that_are_sent(drift):
     np.testing.assert_array_equal(planned[0], sent.bits)
 
 
-def test_control_variates_beyond_uint32_are_refused(monkeypatch):
-    """The message itself, of a correction that is said to take all that can be counted."""
-    monkeypatch.setattr("fedjax_lora.build.dense_bits", lambda like, scope: jnp.uint32(2**32 - 1))
-    with pytest.raises(ConfigError, match=r"^uplink bits of one client must be below 2\*\*32, got 4295\d{6}$"):
-        simulation("drift.name=scaffold", *SETTINGS)
+@pytest.mark.parametrize(("name", "merged", "values"), [("uplink", 0, 32), ("downlink", 2**31, 33)])
+def test_control_variates_beyond_uint32_are_refused(name, merged, values):
+    """The message itself; bits by hand, of a value and of one with its place in a bitmap."""
+    like = random_adapters(0)
+    number = sum(leaf.size for leaf in jax.tree.leaves(like))
+    beside = 2**32 - merged - values * number
+    method = dense.make(dense.DenseConfig(), like)
+    _check_fits(like, method, lambda scope: jnp.uint32(beside - 1 - (name == "uplink") * number), merged)
+    message = rf"^{name} bits of one client must be below 2\*\*32, got {2**32}$"
+    with pytest.raises(ValueError, match=message):
+        _check_fits(like, method, lambda scope: jnp.uint32(beside), merged)
 
 
 def test_a_control_variate_of_what_is_not_trained_stays():
