@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from fedjax_lora.aggregation import errors
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, fresh, product_bits
-from fedjax_lora.base import Adapters
 from fedjax_lora.options import Options
 from fedjax_lora.strategies import Aggregator
 

@@ -39,9 +39,9 @@ class FlascConfig(Options):
 def make(config: FlascConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
     """`top_k` with a sparse broadcast.
 
-    One broadcast serves clients of every rank, so its values are chosen over the structural rank, and a client is charged
-    for those in its own; what is zero in any case is not sent. A factor that is out of scope is at the clients already:
-    it stays whole, as do ranks that are not in use.
+    One broadcast serves clients of every rank, so its values are chosen over the structural rank, and a client is
+    charged for those in its own; what is zero in any case is not sent. A factor that is out of scope is at the clients
+    already: it stays whole, as do ranks that are not in use.
 
     Args:
       config: its options.

@@ -4,6 +4,7 @@ A module has L matrices of each factor, and a component of one layer costs `n_in
 Widths differ between modules (grouped-query attention), hence a count for every module. Heads are charged in full.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -59,7 +60,7 @@ def dense_bits(like: Adapters, scope: Scope, wire: Wire = FLOAT32) -> Array:
 
 def dense_broadcast(adapters: Adapters, scope: Scope, ranks: Array) -> tuple[Adapters, Array]:
     """`Sparsifier.broadcast` of a server that sends a client all that is in scope of its ranks."""
-    return adapters, dense_bits(adapters, scope.replace(ranks=ranks))
+    return adapters, dense_bits(adapters, dataclasses.replace(scope, ranks=ranks))
 
 
 def check_fits(like: Adapters, extra_values: int = 0, bits_per_value: int = FLOAT32.bits_per_value) -> None:

@@ -26,7 +26,7 @@ def in_use(values, side, rank):
 
 @pytest.mark.parametrize("factors", ["ab", "a", "b"])
 def test_download_is_the_largest_values(factors):
-    """NumPy's sort over the structural rank; a client is charged for those in its own, and a frozen factor stays whole."""
+    """NumPy's sort over the structural rank; a client is charged for its own ranks, and a frozen factor stays whole."""
     method = flasc.make(flasc.FlascConfig(download_ratio=0.25), START)
     ranks, used = (2, 4), 4
     masks = np.stack([rank_mask(rank) for rank in ranks])
