@@ -96,7 +96,7 @@ def test_a_report_of_one_run_shows_the_values_of_its_log(tmp_path):
         "seed": "0",
         "partition": "abc",
     }
-    assert page.plots == 7
+    assert page.plots == 8
 
 
 def test_a_report_is_self_contained_and_its_ids_are_unique_oracle_html_rules(tmp_path):
@@ -112,7 +112,7 @@ def test_several_runs_stand_side_by_side_with_the_keys_in_which_they_differ(tmp_
     assert page.rows[0] == ["", "rank <0>", "rank <1>"]
     assert page.rows[1] == ["lora.rank", "4", "8"]
     assert not [row for row in page.rows if row[0] == "lora.alpha"]
-    assert page.plots == 7
+    assert page.plots == 8
 
 
 def test_runs_of_one_name_go_by_their_paths(tmp_path):

@@ -13,7 +13,7 @@ from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.prng import round_keys
 from fedjax_lora.sim.drift import FedProxConfig, ScaffoldConfig, fedprox, scaffold
 from fedjax_lora.sim.local import cross_entropy
-from fedjax_lora.sim.round import choose_cohort, control, sparsify, train_locally
+from fedjax_lora.sim.round import choose_cohort, control, importance, sparsify, train_locally
 from fedjax_lora.sparsifiers import dense
 from fedjax_lora.strategies import Decision
 from oracles.sparsifier_oracle import random_adapters
@@ -122,7 +122,8 @@ def test_control_plans_with_the_bits_that_are_sent(drift):
     keys = round_keys(state.key, state.round)
     cohort = choose_cohort(parts, sim.world, state, keys)
     local = train_locally(parts, sim.world, state, cohort)
-    sent, _ = sparsify(parts, cohort, local, control(parts, state, cohort, local), keys.sparsify)
+    decision = control(parts, state, cohort, local, importance(parts, cohort, local))
+    sent, _ = sparsify(parts, cohort, local, decision, keys.sparsify)
     np.testing.assert_array_equal(planned[0], sent.bits)
 
 
