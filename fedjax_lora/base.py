@@ -203,6 +203,7 @@ class Metrics:
     sparsification_error, covariance_error: norms of the two terms that separate the server's product from the
       ideal average of products.
     dropped_energy: mean over the participants.
+    tail_energy: `[R + 1]`, the importance profile: see `strategies.Sparsifier`, mean over the participants.
     orthogonality: largest |cosine| between two rank components of a module, mean over the participants.
     """
 
@@ -225,6 +226,7 @@ class Metrics:
     sparsification_error: Array
     covariance_error: Array
     dropped_energy: Array
+    tail_energy: Array
     orthogonality: Array
 
     @property

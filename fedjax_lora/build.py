@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedjax_lora import trees
 from fedjax_lora.aggregation import fedex, fedit, fedsa, ffa, flexlora, flora, hetlora, lora_fair, rolora
 from fedjax_lora.base import Adapters, Base, FedState, Hyper, Scope
 from fedjax_lora.config import ConfigError, ExperimentConfig
@@ -28,6 +29,7 @@ from fedjax_lora.sim.pilot import make_full_gradient
 from fedjax_lora.sim.pretrain import pretrained
 from fedjax_lora.sparsifiers import dense, flasc, lora_a2, random_rank, soft, soft_rotated, svd, top_k
 from fedjax_lora.sparsifiers.payload import dense_bits
+from fedjax_lora.sparsifiers.ranks import max_rank
 from fedjax_lora.sparsifiers.wire import Wire, make_wire
 from fedjax_lora.strategies import Aggregator, Controller, Drift, Link, Model, Sparsifier
 from fedjax_lora.wireless.link import make_link, perfect_link
@@ -110,6 +112,11 @@ def _build(config: ExperimentConfig) -> Simulation:
     local = config.local
     aggregator = AGGREGATORS[config.aggregation.name](config.aggregation)
     correction = DRIFTS[config.drift.name](config.drift)
+    drift_bits = _drift_bits(correction, like)
+    extra_downlink_bits = aggregator.extra_downlink_bits(
+        like, cohort_size if cohort_size == config.clients.count else None
+    )
+    _check_fits(like, sparsifier, drift_bits, extra_downlink_bits)
     parts = Parts(
         train=make_train(
             model,
@@ -121,9 +128,9 @@ def _build(config: ExperimentConfig) -> Simulation:
         ),
         sparsifier=sparsifier,
         drift=correction,
-        drift_bits=_drift_bits(correction, like),
+        drift_bits=drift_bits,
         aggregator=aggregator,
-        extra_downlink_bits=aggregator.extra_downlink_bits(like, cohort_size),
+        extra_downlink_bits=extra_downlink_bits,
         current_base=_current_base(model),
         controller=CONTROLLERS[config.control.name](config.control),
         link=link,
@@ -207,10 +214,23 @@ def _current_base(model: Model) -> Callable[[World, FedState], Base]:
 
 
 def _drift_bits(correction: Drift, like: Adapters) -> Callable[[Scope], jax.Array]:
-    """A client whose correction has a state sends the change of it too, uncompressed."""
+    """A client whose correction has a state sends the change of it and is sent the server's, both uncompressed."""
     if jax.tree.leaves(jax.eval_shape(correction.init_client, like)):
         return lambda scope: dense_bits(like, scope)
     return lambda scope: jnp.uint32(0)
+
+
+def _check_fits(
+    like: Adapters, sparsifier: Sparsifier, drift_bits: Callable[[Scope], jax.Array], extra_downlink_bits: int
+) -> None:
+    """Refuse counts that what goes beside the adapters could carry over uint32; a method checks its own alone."""
+    whole = Scope.whole(jnp.ones(max_rank(like)))
+    beside, values = int(drift_bits(whole)), trees.num_bytes(like) // 4
+    # A value of a sparse broadcast comes with a bit of a bitmap.
+    sent = {"uplink": sparsifier.payload_bits(jnp.ones(()), whole), "downlink": 33 * values + extra_downlink_bits}
+    for name, bits in sent.items():
+        if int(bits) + beside >= 2**32:
+            raise ValueError(f"{name} bits of one client must be below 2**32, got {int(bits) + beside}")
 
 
 def _nothing_merged(like: Adapters) -> dict[str, jax.Array]:

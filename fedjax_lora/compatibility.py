@@ -9,6 +9,7 @@ def check(config: Any) -> None:
     _ranks(config)
     _sparsifier(config)
     _scaffold(config)
+    _server(config)
     _products(config)
     _plan(config)
 
@@ -30,19 +31,34 @@ def _ranks(config: Any) -> None:
             f"lora.client_ranks must be absent where drift.name is scaffold, "
             f"whose mean is over all clients, got {ranks}"
         )
+    prune = getattr(config.aggregation, "prune", 1.0)
+    if prune < 1.0 and config.drift.name == "scaffold":
+        raise ValueError(
+            f"aggregation.prune must be 1.0 where drift.name is scaffold, whose mean is over all clients, got {prune}"
+        )
 
 
 def _sparsifier(config: Any) -> None:
     aggregation, sparsifier = config.aggregation.name, config.sparsifier
-    if aggregation == "fedsa" and sparsifier.name == "soft":
+    if aggregation == "fedsa" and sparsifier.name in ("soft", "random_rank", "svd", "lora_a2"):
         raise ValueError(
-            "sparsifier.name must be another than soft where aggregation.name is fedsa, "
-            "which sends no b for soft to weigh a component by, got 'soft'"
+            "sparsifier.name must be one of dense, soft_rotated, top_k, flasc where aggregation.name is fedsa, "
+            f"which sends no b to weigh a component by, got {sparsifier.name!r}"
         )
-    if aggregation == "hetlora" and sparsifier.name == "soft" and sparsifier.missing == "senders":
+    if aggregation == "hetlora" and getattr(sparsifier, "missing", "zero") == "senders":
         raise ValueError(
             "sparsifier.missing must be zero where aggregation.name is hetlora, "
             "which pads with zeros what a client does not send, got 'senders'"
+        )
+    if aggregation == "hetlora" and sparsifier.name == "soft" and sparsifier.send == "factors":
+        raise ValueError(
+            "sparsifier.send must be change where aggregation.name is hetlora, "
+            "which would pull a component that is not sent to zero, got 'factors'"
+        )
+    if aggregation == "lora_fair" and sparsifier.name == "flasc":
+        raise ValueError(
+            "sparsifier.name must be another than flasc where aggregation.name is lora_fair, "
+            "whose correction is of whole factors, got 'flasc'"
         )
 
 
@@ -57,6 +73,14 @@ def _scaffold(config: Any) -> None:
         raise ValueError(
             "aggregation.name must be another than fedsa where drift.name is scaffold, "
             "which would pull the clients' own b together, got 'fedsa'"
+        )
+
+
+def _server(config: Any) -> None:
+    if config.aggregation.name == "rolora" and config.server.name != "sgd":
+        raise ValueError(
+            "server.name must be sgd where aggregation.name is rolora, "
+            f"since moments would decay while a factor rests, got {config.server.name!r}"
         )
 
 

@@ -77,7 +77,8 @@ class Sent:
 class Sparsifier(NamedTuple):
     """What one client sends, and what it remembers. Written for one client; the round maps it over the cohort.
 
-    broadcast: `(adapters, scope) -> (adapters, bits)`: what the clients start from, and its uint32 downlink bits.
+    broadcast: `(adapters, scope, ranks [R]) -> (adapters, bits)`: what the clients start from, of all that is in scope
+      at the structural rank, and the uint32 downlink bits for a client of these ranks.
     tail_energy: `(start, trained, scope) -> [R + 1]`: energy left out when k components a module are kept,
       k = 0 ... R; non-increasing, 0 at the structural rank.
     payload_bits: `(keep_ratio [...], scope) -> [...]` float32 uplink bits at that ratio, head included: what
@@ -88,7 +89,7 @@ class Sparsifier(NamedTuple):
     penalty: `(adapters, rank_mask [R]) -> scalar` added to the local loss, times `Hyper.orthogonality`.
     """
 
-    broadcast: Callable[[Adapters, Scope], tuple[Adapters, Array]]
+    broadcast: Callable[[Adapters, Scope, Array], tuple[Adapters, Array]]
     tail_energy: Callable[[Adapters, Adapters, Scope], Array]
     payload_bits: Callable[[Array, Scope], Array]
     compress: Callable[[Adapters, Adapters, Any, Array, Scope, Array], tuple[Sent, Any]]
@@ -131,7 +132,9 @@ class Aggregator(NamedTuple):
     trains: `round -> Live` that the clients train; what they hold beyond it is the broadcast.
     keeps: the parts ("a", "b", "head") that stay with each client from round to round, and are never sent.
     merges: whether `Aggregate.merged` is used.
-    extra_downlink_bits: `(adapters or their shapes, C) -> bits` of each broadcast beside the adapters.
+    alternates: whether `trains` differs between rounds.
+    extra_downlink_bits: `(adapters or their shapes, C) -> bits` of each broadcast beside the adapters; for C it is
+      told None where clients sit out rounds, and may have missed any number of them.
     next_rank: `(trained of one client, its rank) -> rank` of its next round; None where ranks stay.
     """
 
@@ -139,12 +142,18 @@ class Aggregator(NamedTuple):
     trains: Callable[[Array], Live] = lambda round_number: Live()
     keeps: tuple[str, ...] = ()
     merges: bool = False
-    extra_downlink_bits: Callable[[Adapters, int], int] = lambda like, cohort_size: 0
+    alternates: bool = False
+    extra_downlink_bits: Callable[[Adapters, int | None], int] = lambda like, cohort_size: 0
     next_rank: Callable[[Adapters, Array], Array] | None = None
 
     def sends(self, round_number: Array) -> Live:
         """What the clients send: all that they train and do not keep."""
         return self.trains(round_number)._replace(**dict.fromkeys(self.keeps, 0.0))
+
+    def receives(self, round_number: Array) -> Live:
+        """What the clients are sent: what they will send, or all that is shared where another part may have moved."""
+        live = Live() if self.alternates else self.trains(round_number)
+        return live._replace(**dict.fromkeys(self.keeps, 0.0))
 
 
 class Drift(NamedTuple):

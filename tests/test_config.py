@@ -96,10 +96,49 @@ MISTAKES = {
     ),
     "client ranks as words": ("lora: {client_ranks: [a]}", ["lora.client_ranks ", "['a']", "a list of integers"]),
     "client rank too large": ("lora: {client_ranks: [2, 9]}", ["lora.client_ranks ", "(2, 9)", "rank = 8"]),
-    "soft without b": ("aggregation: {name: fedsa}", ["sparsifier.name ", "aggregation.name is fedsa", "'soft'"]),
+    **{
+        f"{name} without b": (
+            f"{{aggregation: {{name: fedsa}}, sparsifier: {{name: {name}}}}}",
+            ["sparsifier.name must be one of dense, soft_rotated, top_k, flasc", "is fedsa", f"got '{name}'"],
+        )
+        for name in ("soft", "random_rank", "svd", "lora_a2")
+    },
     "padding of what is not sent": (
         "aggregation: {name: hetlora}",
         ["sparsifier.missing ", "zero", "aggregation.name is hetlora", "'senders'"],
+    ),
+    "padding of what is not drawn": (
+        "{aggregation: {name: hetlora}, sparsifier: {name: random_rank}}",
+        ["sparsifier.missing ", "zero", "aggregation.name is hetlora", "'senders'"],
+    ),
+    "padding of factors": (
+        "{aggregation: {name: hetlora}, sparsifier: {missing: zero}}",
+        ["sparsifier.send must be change ", "aggregation.name is hetlora", "'factors'"],
+    ),
+    "scaffold with pruned ranks": (
+        "{drift: {name: scaffold}, local: {optimizer: {name: sgd}}, aggregation: {name: hetlora, prune: 0.5}, "
+        "sparsifier: {name: dense}}",
+        ["aggregation.prune must be 1.0 ", "drift.name is scaffold", "got 0.5"],
+    ),
+    "moments of a factor at rest": (
+        "{aggregation: {name: rolora}, server: {name: momentum}}",
+        ["server.name must be sgd ", "aggregation.name is rolora", "'momentum'"],
+    ),
+    "correction of sparse factors": (
+        "{aggregation: {name: lora_fair}, sparsifier: {name: flasc}}",
+        ["sparsifier.name ", "another than flasc", "aggregation.name is lora_fair", "'flasc'"],
+    ),
+    "weight of no regulariser": (
+        "sparsifier: {form: none}",
+        ["sparsifier.orthogonality must be 0 ", "form is none", "got 0.1"],
+    ),
+    "decay of no optimizer": (
+        "local: {optimizer: {name: sgd, weight_decay: 0.1}}",
+        ["local.optimizer.weight_decay must be 0 ", "name is sgd", "got 0.1"],
+    ),
+    "start of another aggregation": (
+        "aggregation: {name: fedit, start: reinit}",
+        ["aggregation.start is not a known key", "'reinit'", "valid keys are name"],
     ),
     "warm-up": ("{rounds: 2, local: {steps: 3, optimizer: {warmup_steps: 6}}}", ["warmup_steps ", "below", "6"]),
     # files
@@ -122,6 +161,27 @@ def test_a_mistake_in_a_file_is_one_line_as_specified(load, text, fragments):
     message = str(caught.value)
     assert "\n" not in message
     assert not [fragment for fragment in fragments if fragment not in message], message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{aggregation: {name: fedsa}, sparsifier: {name: soft_rotated}}",
+        "{aggregation: {name: hetlora}, sparsifier: {send: change, missing: zero}}",
+        "{aggregation: {name: hetlora}, sparsifier: {name: random_rank, missing: zero}}",
+        "{aggregation: {name: rolora}, server: {learning_rate: 0.5}, sparsifier: {name: lora_a2}}",
+        "{aggregation: {name: lora_fair}, sparsifier: {name: top_k}}",
+        "{aggregation: {name: flora}}",
+        "sparsifier: {form: none, orthogonality: 0}",
+        "local: {optimizer: {weight_decay: 0.1}}",
+        "{drift: {name: scaffold}, local: {optimizer: {name: sgd}}, aggregation: {name: hetlora}, "
+        "sparsifier: {name: dense}}",
+    ],
+)
+def test_what_the_mistakes_say_is_allowed_is_read(load, text):
+    """Oracle: the lines of `MISTAKES`, taken at their word."""
+    config = load(text)
+    assert load(dump(config)) == config
 
 
 @pytest.mark.parametrize(

@@ -32,13 +32,13 @@ class FedExConfig(Options):
 def make(config: FedExConfig) -> Aggregator:
     """The aggregator whose base, after `merged` is added, and factors hold the ideal average of products.
 
-    The residual `sum_k p_k a_k b_k - abar bbar` has rank C R + R at most (C R with `reinit`), at which it is charged.
+    The residual `sum_k p_k a_k b_k - abar bbar` has rank C R + R at most (C R with `reinit`), at which it is charged;
+    where clients sit out rounds, the sum of those that one has missed is charged as matrices in full.
     """
     average = config.start == "average"
 
-    def extra_downlink_bits(like: Adapters, cohort_size: int) -> int:
-        rank = next(iter(like.modules.values())).a.shape[-1]
-        return product_bits(like, (cohort_size + average) * rank)
+    def extra_downlink_bits(like: Adapters, cohort_size: int | None) -> int:
+        return product_bits(like, None if cohort_size is None else cohort_size + average)
 
     return Aggregator(
         aggregate=by_layer(_residual if average else flora.merge_all),

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from fedjax_lora.aggregation import errors
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, fresh, product_bits
-from fedjax_lora.base import Adapters
 from fedjax_lora.options import Options
 from fedjax_lora.strategies import Aggregator
 
@@ -27,15 +26,12 @@ class FloraConfig(Options):
 def make(config: FloraConfig) -> Aggregator:
     """The aggregator that merges `s sum_k p_k a_k b_k` and draws new factors: orthogonal a, zero b.
 
-    The broadcast is charged with the stack of C R components or, where that is shorter, with the matrix in full.
+    The broadcast is charged with the stack of C R components or, where that is shorter or clients sit out rounds and
+    have missed some, with the matrix in full.
     """
     del config  # it has no option yet, but every method is made in the same way
 
-    def extra_downlink_bits(like: Adapters, cohort_size: int) -> int:
-        rank = next(iter(like.modules.values())).a.shape[-1]
-        return product_bits(like, cohort_size * rank)
-
-    return Aggregator(aggregate=by_layer(merge_all), merges=True, extra_downlink_bits=extra_downlink_bits)
+    return Aggregator(aggregate=by_layer(merge_all), merges=True, extra_downlink_bits=product_bits)
 
 
 def merge_all(layer: Layer) -> Outcome:

@@ -117,16 +117,22 @@ def fresh(layer: Layer) -> Factors:
     return Factors(a=length * a, b=jnp.zeros_like(layer.old.b))
 
 
-def product_bits(like: Adapters, components: int) -> int:
-    """Bits of a matrix for every adapted one, sent as two factors of so many components or, if shorter, in full.
+def product_bits(like: Adapters, adapters: int | None) -> int:
+    """Bits of what is merged: a matrix for every adapted one, as two stacked factors or, if shorter, in full.
+
+    Args:
+      like: adapters, or their shapes.
+      adapters: how many of them are stacked, of R components each; None for the matrices in full, which hold the sum
+        of any number of merges.
 
     Raises:
       ValueError: together with the adapters they could overflow uint32.
     """
     values = 0
     for factors in like.modules.values():
-        layers, n_in, n_out = factors.a.shape[0], factors.a.shape[1], factors.b.shape[2]
-        values += layers * min(min(components, n_in, n_out) * (n_in + n_out), n_in * n_out)
+        (layers, n_in, max_rank), n_out = factors.a.shape, factors.b.shape[2]
+        stacked = n_in * n_out if adapters is None else adapters * max_rank * (n_in + n_out)
+        values += layers * min(stacked, n_in * n_out)
     bits = 32 * values
     if bits + 8 * trees.num_bytes(like) >= 2**32:
         raise ValueError(f"downlink of merged products must be below 2**32 bits, got {bits}")

@@ -33,6 +33,8 @@ FIELDS = {
     "sparsification_error": "sparsification_error",
     "covariance_error": "covariance_error",
     "orthogonality": "orthogonality",
+    "dropped_energy": "dropped_energy",
+    "tail_energy": "tail_energy",
 }
 """Field of a line of `metrics.jsonl` -> attribute of `Metrics`, in the order of the line."""
 
@@ -260,7 +262,9 @@ def _lines(metrics: Metrics) -> Iterator[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: NumPy and JAX scalars as Python's, NaN and infinity as null."""
+    """`value` as JSON can hold it: arrays as lists, NumPy and JAX scalars as Python's, NaN and infinity as null."""
+    if getattr(value, "ndim", 0) > 0:
+        return [_plain(item) for item in np.asarray(value)]
     if getattr(value, "ndim", None) == 0:
         value = np.asarray(value)[()]
         # The shortest decimal that names the float32, instead of the 17 digits of its double.

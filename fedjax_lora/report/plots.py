@@ -84,6 +84,7 @@ def all_plots(runs: Sequence[Run]) -> list[Plot]:
             runs,
             _fields(sparsification_error="sparsification", covariance_error="covariance"),
         ),
+        _plot("Energy that a client left out", "round", "squared Frobenius norm", runs, _fields(dropped_energy="")),
     ]
 
 
@@ -129,7 +130,7 @@ def _fields(*, scale: float = 1.0, **labels: str) -> Callable[[Run], list[Line]]
 
     def lines(run: Run) -> list[Line]:
         return [
-            _line([(line["round"], _scaled(line[field], scale)) for line in run.metrics], label, dashed=i > 0)
+            _line([(line["round"], _scaled(line.get(field), scale)) for line in run.metrics], label, dashed=i > 0)
             for i, (field, label) in enumerate(labels.items())
         ]
 

@@ -33,6 +33,8 @@ class OptimizerConfig:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        if self.weight_decay > 0 and self.name != "adamw":
+            raise ValueError(f"weight_decay must be 0 where name is {self.name}, got {self.weight_decay}")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm must be above 0 or null, got {self.clip_norm}")
 

@@ -26,7 +26,7 @@ class Parts(NamedTuple):
     """The functions a round is made of.
 
     train: local training of one client. optimizer: the server's.
-    drift_bits: `scope -> uint32` uplink bits of the drift correction of one client.
+    drift_bits: `scope -> uint32` bits of the drift correction of one client, on the uplink and on the downlink.
     extra_downlink_bits: of each broadcast, for what the aggregator merges.
     current_base: `(world, state) -> base`: the frozen weights with all that was merged into them.
     client_weight: examples `[C]` -> weights `[C]` in the average, not yet normalised.

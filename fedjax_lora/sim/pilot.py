@@ -227,12 +227,14 @@ def _all_heard(parts: Parts, cohort: Cohort, local: Local, keep_ratio: Array, ke
 def _payloads(parts: Parts, state: FedState) -> tuple[Array, Array]:
     """Uplink bits `[R + 1]` of 0 ... R kept ranks, and those of the broadcast."""
     num_ranks = max_rank(state.adapters)
-    sends = map(jnp.float32, parts.aggregator.sends(state.round))
-    scope = Scope(rank_mask(state.hyper.rank, num_ranks), *sends)
+    ranks = rank_mask(state.hyper.rank, num_ranks)
+    scope = Scope(ranks, *map(jnp.float32, parts.aggregator.sends(state.round)))
+    received = Scope(ranks, *map(jnp.float32, parts.aggregator.receives(state.round)))
     kept = jnp.clip(jnp.arange(num_ranks + 1.0), 1.0, state.hyper.rank)
-    bits = parts.sparsifier.payload_bits(kept / state.hyper.rank, scope) + parts.drift_bits(scope)
-    _, downlink_bits = parts.sparsifier.broadcast(state.adapters, scope)
-    return bits.astype(jnp.float32), downlink_bits + jnp.uint32(parts.extra_downlink_bits)
+    drift_bits = parts.drift_bits(scope)
+    bits = parts.sparsifier.payload_bits(kept / state.hyper.rank, scope) + drift_bits
+    _, downlink_bits = parts.sparsifier.broadcast(state.adapters, received, ranks)
+    return bits.astype(jnp.float32), downlink_bits + drift_bits + jnp.uint32(parts.extra_downlink_bits)
 
 
 def _average_movement(cohort: Cohort, local: Local, weights: Array, mask: Array, scale: Array) -> Gradient:

@@ -38,7 +38,8 @@ def make_round(parts: Parts) -> RoundFn:
         local = train_locally(parts, world, state, cohort)
 
         # 4. Importance of each rank, and 5. control of keep ratio and bandwidth.
-        decision = control(parts, state, cohort, local)
+        tail_energy = importance(parts, cohort, local)
+        decision = control(parts, state, cohort, local, tail_energy)
 
         # 6. Sparsify, and 7. transmit.
         sent, memory = sparsify(parts, cohort, local, decision, keys.sparsify)
@@ -47,7 +48,7 @@ def make_round(parts: Parts) -> RoundFn:
         # 8. Aggregate, step the server, update the queue.
         aggregate = average(parts, state, cohort, local, uplink, keys.aggregate)
         after = advance(parts, state, cohort, local, uplink, aggregate)
-        return after, observe(after, cohort, local, uplink, aggregate)
+        return after, observe(after, cohort, local, tail_energy, uplink, aggregate)
 
     return round_fn
 
@@ -59,10 +60,13 @@ def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) 
     ids, present = choose(keys.cohort, num_clients, parts.cohort_size, size)
     own, link = trees.take((state.clients, state.link), ids)
     ranks = jax.vmap(rank_mask, (0, None))(own.rank, max_rank(state.adapters))
-    sends = parts.aggregator.sends(state.round)
+    sends, receives = parts.aggregator.sends(state.round), parts.aggregator.receives(state.round)
+
+    scope = Scope(rank_mask(state.hyper.rank, max_rank(state.adapters)), *map(jnp.float32, receives))
 
     def broadcast(ranks: Array) -> tuple[Adapters, Array]:
-        return parts.sparsifier.broadcast(state.adapters, Scope(ranks, *map(jnp.float32, sends)))
+        adapters, bits = parts.sparsifier.broadcast(state.adapters, scope, ranks)
+        return adapters, bits + parts.drift_bits(Scope(ranks, *map(jnp.float32, sends)))
 
     start, downlink_bits = jax.vmap(broadcast, out_axes=(None, 0))(ranks)
     downlink_bits += jnp.uint32(parts.extra_downlink_bits)
@@ -111,21 +115,27 @@ def train_cohort(parts: Parts, world: World, state: FedState, start: Adapters, c
     return map_over_devices(parts.train, given, clients, parts.chunk, parts.mesh)
 
 
-def control(parts: Parts, state: FedState, cohort: Cohort, local: Local) -> Decision:
-    """Steps 4 and 5: what the ranks of each client are worth, and what the controller makes of it."""
-    sparsifier = parts.sparsifier
+def importance(parts: Parts, cohort: Cohort, local: Local) -> Array:
+    """Step 4: what the ranks of each client are worth, as the energy left out without them, `[C, R + 1]`."""
 
     def tail_energy(shown: Adapters, ranks: Array) -> Array:
-        return sparsifier.tail_energy(cohort.start, shown, cohort.scope(ranks))
+        return parts.sparsifier.tail_energy(cohort.start, shown, cohort.scope(ranks))
+
+    return jax.vmap(tail_energy)(local.shown, cohort.ranks)
+
+
+def control(parts: Parts, state: FedState, cohort: Cohort, local: Local, tail_energy: Array) -> Decision:
+    """Step 5: keep ratio and bandwidth of each client, as the controller has it."""
 
     def payload_bits(keep_ratio: Array, ranks: Array) -> Array:
-        return sparsifier.payload_bits(keep_ratio, cohort.scope(ranks))
+        scope = cohort.scope(ranks)
+        return parts.sparsifier.payload_bits(keep_ratio, scope) + parts.drift_bits(scope)
 
     observation = Observation(
         snr_hz=parts.link.snr_hz(cohort.link),
         start_s=cohort.start_s,
         weights=normalised(local.weight * local.active),
-        tail_energy=jax.vmap(tail_energy)(local.shown, cohort.ranks),
+        tail_energy=tail_energy,
         rank=cohort.clients.state.rank,
         payload_bits=lambda keep_ratio: jax.vmap(payload_bits)(keep_ratio, cohort.ranks),
         bandwidth_hz=jnp.float32(parts.link.bandwidth_hz),
@@ -218,7 +228,9 @@ def remember(parts: Parts, state: FedState, cohort: Cohort, local: Local, uplink
     return scatter(state.clients, cohort.ids, uplink.arrived, new, old)
 
 
-def observe(after: FedState, cohort: Cohort, local: Local, uplink: Uplink, aggregate: Aggregate) -> Metrics:
+def observe(
+    after: FedState, cohort: Cohort, local: Local, tail_energy: Array, uplink: Uplink, aggregate: Aggregate
+) -> Metrics:
     """The metrics of the round; evaluation, which is not of every round, adds its own."""
     sent, delivery, arrived, trained = uplink.sent, uplink.delivery, uplink.arrived, local.trained
     over_arrived, not_measured = mean_over(arrived), jnp.float32(jnp.nan)
@@ -242,6 +254,7 @@ def observe(after: FedState, cohort: Cohort, local: Local, uplink: Uplink, aggre
         sparsification_error=aggregate.sparsification_error,
         covariance_error=aggregate.covariance_error,
         dropped_energy=over_arrived(sent.dropped_energy),
+        tail_energy=jax.vmap(over_arrived, in_axes=1)(tail_energy),
         orthogonality=over_arrived(trained.orthogonality),
     )
 

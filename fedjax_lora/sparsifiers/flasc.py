@@ -39,9 +39,9 @@ class FlascConfig(Options):
 def make(config: FlascConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
     """`top_k` with a sparse broadcast.
 
-    One broadcast serves clients of every rank, so its values are chosen over all R ranks, and a client is charged for
-    those in its own; what is zero in any case is not sent. A factor that is out of scope is at the clients already: it
-    stays whole.
+    One broadcast serves clients of every rank, so its values are chosen over the structural rank, and a client is
+    charged for those in its own; what is zero in any case is not sent. A factor that is out of scope is at the clients
+    already: it stays whole, as do ranks that are not in use.
 
     Args:
       config: its options.
@@ -49,15 +49,15 @@ def make(config: FlascConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifie
       wire: how the uploaded changes travel.
     """
 
-    def broadcast(adapters: Adapters, scope: Scope) -> tuple[Adapters, Array]:
+    def broadcast(adapters: Adapters, scope: Scope, ranks: Array) -> tuple[Adapters, Array]:
         nothing = jax.tree.map(jnp.zeros_like, adapters)
-        everyone = dataclasses.replace(scope, ranks=jnp.ones(scope.ranks.shape))
-        pool = everyone.select(adapters, nothing)
-        kept = top_k.num_kept(config.download_ratio, top_k.pool_size(like, everyone))
+        pool = scope.select(adapters, nothing)
+        kept = top_k.num_kept(config.download_ratio, top_k.pool_size(like, scope))
         sparse = dataclasses.replace(adapters, modules=top_k.sparsified(pool.modules, nothing.modules, kept))
-        sparse = everyone.select(sparse, adapters)
-        received = jax.tree.leaves(scope.select(sparse, nothing).modules)
+        sparse = scope.select(sparse, adapters)
+        own = dataclasses.replace(scope, ranks=ranks)
+        received = jax.tree.leaves(own.select(sparse, nothing).modules)
         count = sum((jnp.count_nonzero(leaf).astype(jnp.uint32) for leaf in received), jnp.uint32(0))
-        return sparse, top_k.bits(count, like, scope, FLOAT32)
+        return sparse, top_k.bits(count, like, own, FLOAT32)
 
     return top_k.make(top_k.TopKConfig(), like, wire)._replace(broadcast=broadcast)

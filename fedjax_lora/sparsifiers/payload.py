@@ -4,6 +4,7 @@ A module has L matrices of each factor, and a component of one layer costs `n_in
 Widths differ between modules (grouped-query attention), hence a count for every module. Heads are charged in full.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -57,9 +58,9 @@ def dense_bits(like: Adapters, scope: Scope, wire: Wire = FLOAT32) -> Array:
     return sum(parts, common_bits(like, scope, wire))
 
 
-def dense_broadcast(adapters: Adapters, scope: Scope) -> tuple[Adapters, Array]:
-    """`Sparsifier.broadcast` of a server that sends all that is in scope."""
-    return adapters, dense_bits(adapters, scope)
+def dense_broadcast(adapters: Adapters, scope: Scope, ranks: Array) -> tuple[Adapters, Array]:
+    """`Sparsifier.broadcast` of a server that sends a client all that is in scope of its ranks."""
+    return adapters, dense_bits(adapters, dataclasses.replace(scope, ranks=ranks))
 
 
 def check_fits(like: Adapters, extra_values: int = 0, bits_per_value: int = FLOAT32.bits_per_value) -> None:

@@ -33,12 +33,12 @@ Missing = Literal["senders", "zero"]
 class SoftConfig(Options):
     """Options of SOFT; the defaults are our reading of the paper.
 
-    orthogonality: weight of the regulariser, >= 0.
+    orthogonality: weight of the regulariser, >= 0; 0 where `form` is none.
     form: of the regulariser, see `orthogonality_penalty`.
     send: what is sent of a kept component: its `factors`, or their `change` since the broadcast. It decides by
       which norm components are chosen.
     missing: how a component that was not sent enters the average. `senders`: the client has no say in it. `zero`:
-      as zero factors or a zero change.
+      as zero factors or a zero change. Methods that average products count every client, see `aggregation.products`.
     budget: keep k components of each `module` and layer, or as many in all, chosen over the whole adapter
       (`global`).
     error_feedback: a client adds what it left out to its next update; it goes with `send: change`, and harms where
@@ -57,6 +57,8 @@ class SoftConfig(Options):
         super().__post_init__()
         if not 0.0 <= self.orthogonality < float("inf"):
             raise ValueError(f"orthogonality must be finite and at least 0, got {self.orthogonality}")
+        if self.form == "none" and self.orthogonality > 0:
+            raise ValueError(f"orthogonality must be 0 where form is none, got {self.orthogonality}")
         if self.error_feedback and self.send != "change":
             raise ValueError(f"error_feedback must be false where send is {self.send}, got True")
 

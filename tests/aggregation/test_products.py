@@ -112,6 +112,20 @@ def test_sparsification_error_equals_explicit_matrices():
         np.testing.assert_allclose(found.sparsification_error, gap, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["fedex", "fedex reinit", "flora", "flexlora"])
+def test_who_counts_in_a_component_does_not_change_the_mean_product(method):
+    """Invariance: the product, and of FLoRA and FlexLoRA the factors, with all ranks counted and with some."""
+    decoded, sums = cohort((2, 5, 2, 2)), {}
+    for counted in ((6, 6, 6, 6), (3, 6, 1, 2)):
+        sums[counted] = run(method, decoded, counted)
+    (all_count, some_count) = sums.values()
+    for name, layer in MATRICES:
+        expected = server(all_count, name, layer)
+        np.testing.assert_allclose(server(some_count, name, layer), expected, atol=1e-5 * np.abs(expected).max())
+    if method != "fedex":
+        jax.tree.map(np.testing.assert_array_equal, some_count.adapters, all_count.adapters)
+
+
 def test_fedex_factors_are_those_of_fedit():
     """Oracle: the other method, to the bit."""
     ranks = (6, 3, 6, 5)
@@ -236,10 +250,14 @@ def test_downlink_of_the_stack_by_hand():
     full = {"query": 12 * 20, "value": 13 * 5}
     expected = sum(32 * LAYERS * min(stacked[name], full[name]) for name in WIDTHS)
     assert flora.make(flora.FloraConfig()).extra_downlink_bits(BROADCAST, 2) == expected
-    assert product_bits(BROADCAST, 1) == 32 * LAYERS * (12 + 20 + 13 + 5)
+    thin = {name: min(MAX_RANK * (n_in + n_out), full[name]) for name, (n_in, n_out) in WIDTHS.items()}
+    assert product_bits(BROADCAST, 1) == 32 * LAYERS * sum(thin.values())
+    assert thin["query"] < full["query"]
     assert METHODS["fedex"].extra_downlink_bits(BROADCAST, 0) == METHODS["flora"].extra_downlink_bits(BROADCAST, 1)
-    assert METHODS["fedex reinit"].extra_downlink_bits(BROADCAST, 1) == product_bits(BROADCAST, 6)
+    assert METHODS["fedex reinit"].extra_downlink_bits(BROADCAST, 1) == product_bits(BROADCAST, 1)
     assert METHODS["flexlora"].extra_downlink_bits(BROADCAST, 9) == 0
+    for name in ("flora", "fedex", "fedex reinit"):  # a client that has missed merges is sent their sum
+        assert METHODS[name].extra_downlink_bits(BROADCAST, None) == 32 * LAYERS * sum(full.values())
 
 
 def test_downlink_beyond_uint32_is_refused_by_name():
@@ -247,7 +265,7 @@ def test_downlink_beyond_uint32_is_refused_by_name():
     wide = jax.ShapeDtypeStruct((24, 4096, 8), jnp.float32), jax.ShapeDtypeStruct((24, 8, 4096), jnp.float32)
     like = Adapters(modules={"query": Factors(*wide)}, head={})
     with pytest.raises(ValueError, match=r"downlink of merged products must be below 2\*\*32 bits, got 12884901888"):
-        product_bits(like, 4096)
+        product_bits(like, None)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ CONTRACT = [
     "covariance_error",
     "orthogonality",
 ]
+BESIDE = ["dropped_energy", "tail_energy"]
 
 
 def make_metrics(first=1, rounds=3, **replaced):
@@ -45,6 +46,7 @@ def make_metrics(first=1, rounds=3, **replaced):
     values["round"] = jnp.arange(first, first + rounds)
     values["client_uplink_bits"] = jnp.full((rounds, 4), 2**31 + 1, jnp.uint32)
     values["client_downlink_bits"] = jnp.zeros((rounds, 4), jnp.uint32)
+    values["tail_energy"] = jnp.arange(rounds)[:, None] + jnp.linspace(0.3, 0.0, 5)
     values |= {name: jnp.full(rounds, 4, jnp.int32) for name in ("participants", "outages", "nonfinite_clients")}
     return Metrics(**(values | replaced))
 
@@ -123,7 +125,7 @@ def test_lines_hold_the_fields_of_the_contract_in_its_order(run):
     run.append(make_metrics())
     run.append(make_metrics(first=4, rounds=2))
     lines = (run.path / "metrics.jsonl").read_text().splitlines()
-    assert [list(json.loads(line)) for line in lines] == [CONTRACT] * 5
+    assert [list(json.loads(line)) for line in lines] == [CONTRACT + BESIDE] * 5
     assert [line["round"] for line in read_metrics(run.path)] == [1, 2, 3, 4, 5]
 
 
@@ -140,7 +142,9 @@ def test_values_are_the_arrays_own_and_bits_are_exact_oracle_python_integers(run
 
 
 def test_nan_and_infinity_are_null_oracle_strict_json(run):
-    run.append(make_metrics(eval_loss=jnp.array([jnp.nan, jnp.inf, 2.0]), latency_s=jnp.full(3, -jnp.inf)))
+    profile = jnp.array([[jnp.nan, jnp.nan], [2.0, 0.0], [1.0, 0.0]])
+    given = {"eval_loss": jnp.array([jnp.nan, jnp.inf, 2.0]), "latency_s": jnp.full(3, -jnp.inf)}
+    run.append(make_metrics(**given, tail_energy=profile))
 
     def refuse(word):
         raise AssertionError(word)
@@ -149,6 +153,7 @@ def test_nan_and_infinity_are_null_oracle_strict_json(run):
     lines = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
     assert [line["eval_loss"] for line in lines] == [None, None, 2.0]
     assert [line["latency_s"] for line in lines] == [None] * 3
+    assert [line["tail_energy"] for line in lines] == [[None, None], [2.0, 0.0], [1.0, 0.0]]
 
 
 def test_a_torn_last_line_does_not_count_and_is_cut_off_oracle_untorn_log(run):

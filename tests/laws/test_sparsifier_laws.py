@@ -72,7 +72,11 @@ TABLE = {
     "soft change 4 bits": Row(soft, soft.SoftConfig(send="change"), WIRE4),
     "soft change zero": Row(soft, soft.SoftConfig(send="change", missing="zero", form="identity")),
     "soft global": Row(soft, soft.SoftConfig(budget="global", form="a_only"), global_budget=True),
-    "soft global change": Row(soft, soft.SoftConfig(budget="global", send="change", form="none"), global_budget=True),
+    "soft global change": Row(
+        soft,
+        soft.SoftConfig(budget="global", send="change", form="none", orthogonality=0.0),
+        global_budget=True,
+    ),
     "soft_rotated": Row(soft_rotated, soft_rotated.SoftRotatedConfig(), index=False, extra=MAX_RANK),
     "soft_rotated norm": Row(
         soft_rotated,
@@ -237,7 +241,7 @@ def test_a_frozen_factor_is_neither_charged_nor_changed(row, method, compress, s
 @pytest.mark.parametrize("factors", ["ab", "a", "b"])
 def test_broadcast_is_whole(row, method, factors):
     """Oracle: the adapters themselves, and the count of all that is in scope; elements come with their positions."""
-    adapters, bits = jax.jit(method.broadcast)(START, scope(factors=factors))
+    adapters, bits = jax.jit(method.broadcast)(START, scope(factors=factors), MASK)
     jax.tree.map(np.testing.assert_array_equal, adapters, START)
     whole = {name: [RANK] * LAYERS for name in WIDTHS}
     is_sparse = row.module is flasc

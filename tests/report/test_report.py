@@ -98,7 +98,7 @@ def test_a_report_of_one_run_shows_the_values_of_its_log(tmp_path):
         "seed": "0",
         "partition": "abc",
     }
-    assert page.plots == 7
+    assert page.plots == 8
 
 
 def test_a_report_is_self_contained_and_its_ids_are_unique_oracle_html_rules(tmp_path):
@@ -114,7 +114,7 @@ def test_several_runs_stand_side_by_side_with_the_keys_in_which_they_differ(tmp_
     assert page.rows[0] == ["", "rank <0>", "rank <1>"]
     assert page.rows[1] == ["lora.rank", "4", "8"]
     assert not [row for row in page.rows if row[0] == "lora.alpha"]
-    assert page.plots == 7
+    assert page.plots == 8
 
 
 def test_runs_of_one_name_go_by_their_paths(tmp_path):
@@ -130,19 +130,33 @@ def test_differing_keys_counts_a_key_that_one_run_lacks_oracle_by_hand(tmp_path)
 @pytest.mark.parametrize(
     ("columns", "plots", "note"),
     [
-        ({"cumulative_latency_s": [None] * ROUNDS, "latency_s": [None] * ROUNDS}, 5, "unbounded"),
-        ({"cumulative_latency_s": [0.0] * ROUNDS}, 6, "no simulated time"),
-        ({"sparsification_error": [None] * ROUNDS, "covariance_error": [None] * ROUNDS}, 6, "Not measured"),
-        ({"eval_loss": [None] * ROUNDS}, 7, None),
-        ({"train_loss": [None, 1.0, None, None, 2.0, 3.0]}, 7, None),
-        ({"cumulative_latency_s": [1.0, 2.0] + [None] * 4}, 7, None),
+        ({"cumulative_latency_s": [None] * ROUNDS, "latency_s": [None] * ROUNDS}, 6, "unbounded"),
+        ({"cumulative_latency_s": [0.0] * ROUNDS}, 7, "no simulated time"),
+        ({"sparsification_error": [None] * ROUNDS, "covariance_error": [None] * ROUNDS}, 7, "Not measured"),
+        ({"dropped_energy": [None] * ROUNDS}, 7, "Not measured"),
+        ({"eval_loss": [None] * ROUNDS}, 8, None),
+        ({"train_loss": [None, 1.0, None, None, 2.0, 3.0]}, 8, None),
+        ({"cumulative_latency_s": [1.0, 2.0] + [None] * 4}, 8, None),
     ],
 )
 def test_values_that_are_missing_leave_a_note_where_nothing_is_left_to_draw(tmp_path, columns, plots, note):
     page = render([write_run(tmp_path / "run", **columns)], tmp_path / "report.html")
     assert page.plots == plots
-    assert len(page.notes) == 7 - plots
+    assert len(page.notes) == 8 - plots
     assert note is None or any(note in text for text in page.notes)
+
+
+def test_a_log_without_the_energy_is_reported_without_it(tmp_path):
+    """Oracle: the report of the same log with nulls."""
+    path = write_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    pages = []
+    for energy in ({"dropped_energy": None}, {}):
+        kept = [{key: value for key, value in line.items() if key != "dropped_energy"} | energy for line in lines]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_report([path], tmp_path / "report.html")
+        pages.append((tmp_path / "report.html").read_text())
+    assert pages[0] == pages[1]
 
 
 def test_a_run_that_has_not_ended_is_told_by_its_metrics(tmp_path):
@@ -150,7 +164,7 @@ def test_a_run_that_has_not_ended_is_told_by_its_metrics(tmp_path):
     rows = dict(summary_rows(load_runs([path])))
     assert rows["final accuracy"] == [f"{6 / 7:.4f}"]
     assert rows["initial accuracy"] == rows["wall time, s"] == [MISSING]
-    assert render([path], tmp_path / "report.html").plots == 7
+    assert render([path], tmp_path / "report.html").plots == 8
 
 
 def test_every_plot_is_well_formed_and_takes_its_ink_from_the_page_oracle_xml_parser(tmp_path):

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 
 from fedjax_lora.base import Adapters, Scope
+from fedjax_lora.build import _check_fits
 from fedjax_lora.data.batches import gather, local_batches
 from fedjax_lora.lora.adapters import effective, rank_mask
 from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.prng import round_keys
 from fedjax_lora.sim.drift import FedProxConfig, ScaffoldConfig, fedprox, scaffold
 from fedjax_lora.sim.local import cross_entropy
+from fedjax_lora.sim.round import choose_cohort, control, importance, sparsify, train_locally
+from fedjax_lora.sparsifiers import dense
+from fedjax_lora.strategies import Decision
 from oracles.sparsifier_oracle import random_adapters
 from oracles.sparsifier_oracle import rank_mask as numpy_mask
 from toy import simulation
@@ -94,11 +98,46 @@ def test_the_mean_of_all_control_variates_is_the_servers(two_rounds):
     assert max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(two_rounds[1][-1].drift)) > 1e-3
 
 
-def test_scaffold_doubles_the_uplink(two_rounds):
+def test_scaffold_doubles_both_links(two_rounds):
     """Oracle: the same run without it."""
     plain = simulation(*SETTINGS)
     _, metrics = plain.run(plain.init(jax.random.key(3)), 1)
     np.testing.assert_array_equal(two_rounds[2].client_uplink_bits, 2 * metrics.client_uplink_bits)
+    np.testing.assert_array_equal(two_rounds[2].client_downlink_bits, 2 * metrics.client_downlink_bits)
+
+
+@pytest.mark.parametrize("drift", ["none", "scaffold"])
+def test_control_plans_with_the_bits_that_are_sent(drift):
+    """Invariance: `soft` sends as many bits as it plans, with what SCAFFOLD sends beside it."""
+    sim = simulation(f"drift.name={drift}", "local.optimizer.name=sgd")
+    planned = []
+
+    def decide(observation):
+        ratio = jnp.full(6, 0.7)
+        planned.append(observation.payload_bits(ratio))
+        return Decision(keep_ratio=ratio, bandwidth_hz=jnp.full(6, 1e5))
+
+    parts = sim.parts._replace(controller=sim.parts.controller._replace(decide=decide))
+    state = sim.init(jax.random.key(3))
+    keys = round_keys(state.key, state.round)
+    cohort = choose_cohort(parts, sim.world, state, keys)
+    local = train_locally(parts, sim.world, state, cohort)
+    decision = control(parts, state, cohort, local, importance(parts, cohort, local))
+    sent, _ = sparsify(parts, cohort, local, decision, keys.sparsify)
+    np.testing.assert_array_equal(planned[0], sent.bits)
+
+
+@pytest.mark.parametrize(("name", "merged", "values"), [("uplink", 0, 32), ("downlink", 2**31, 33)])
+def test_control_variates_beyond_uint32_are_refused(name, merged, values):
+    """The message itself; bits by hand, of a value and of one with its place in a bitmap."""
+    like = random_adapters(0)
+    number = sum(leaf.size for leaf in jax.tree.leaves(like))
+    beside = 2**32 - merged - values * number
+    method = dense.make(dense.DenseConfig(), like)
+    _check_fits(like, method, lambda scope: jnp.uint32(beside - 1 - (name == "uplink") * number), merged)
+    message = rf"^{name} bits of one client must be below 2\*\*32, got {2**32}$"
+    with pytest.raises(ValueError, match=message):
+        _check_fits(like, method, lambda scope: jnp.uint32(beside), merged)
 
 
 def test_a_control_variate_of_what_is_not_trained_stays():

@@ -157,6 +157,14 @@ def test_notes_name_the_memory_of_clients_and_of_the_base():
     assert not [note for note in runner._notes(few, build(few)) if "MB" in note]
 
 
+def test_downlink_of_clients_that_sit_out_is_charged_with_whole_matrices():
+    """Oracle: a count by hand of the broadcast and of n_in x n_out values a matrix, for whoever is in the cohort."""
+    sim = simulation("aggregation.name=flora", "sparsifier.name=dense", "clients.per_round=2", "lora.targets=[up]")
+    _, metrics = sim.run(sim.init(jax.random.key(3)), 1)
+    values = 4 * (3 * (64 + 256) + 64 * 256) + 64 * 10 + 10
+    np.testing.assert_array_equal(metrics.client_downlink_bits, [[32 * values] * 2])
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

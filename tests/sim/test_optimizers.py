@@ -16,7 +16,8 @@ OPTAX = {
 @pytest.mark.parametrize("name", OPTAX)
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 def test_direction_times_rate_equals_optax_own_optimizer(name, clip_norm):
-    config = OptimizerConfig(name=name, momentum=0.8, weight_decay=0.1, clip_norm=clip_norm)
+    weight_decay = 0.1 if name == "adamw" else 0.0
+    config = OptimizerConfig(name=name, momentum=0.8, weight_decay=weight_decay, clip_norm=clip_norm)
     ours = direction(config)
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
     oracle = optax.chain(clip, OPTAX[name](0.02))
@@ -123,6 +124,8 @@ def test_a_server_value_out_of_range_is_refused_by_name(values, message):
         ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
         ({"momentum": 1.0}, "momentum must be in"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
+        ({"name": "sgd", "weight_decay": 0.1}, "weight_decay must be 0 where name is sgd, got 0.1"),
+        ({"name": "momentum", "weight_decay": 0.1}, "weight_decay must be 0 where name is momentum, got 0.1"),
         ({"clip_norm": 0.0}, "clip_norm must be above 0 or null"),
     ],
 )

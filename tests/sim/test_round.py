@@ -18,7 +18,7 @@ from fedjax_lora.base import Adapters, Factors
 from fedjax_lora.build import build
 from fedjax_lora.prng import round_keys
 from fedjax_lora.sim.local import Broadcast, Client, cross_entropy
-from fedjax_lora.sim.round import make_round
+from fedjax_lora.sim.round import choose_cohort, control, importance, make_round, sparsify, train_locally, transmit
 from fedjax_lora.strategies import Live
 from toy import config, simulation
 
@@ -221,6 +221,33 @@ def test_accounting_of_latency_and_keep_ratio_by_hand(reference):
     np.testing.assert_array_equal(metrics.client_uplink_bits, bits)
     dense = sum(4 * 3 * w * 32 for w in width.values()) + (64 * 10 + 10) * 32
     np.testing.assert_array_equal(metrics.client_downlink_bits, dense)
+
+
+def test_energies_of_a_round_equal_numpy_over_who_was_heard():
+    """Oracle: norms and products of the cohort's own factors, client by client, of those whose upload arrived."""
+    sim = simulation("wireless.csi=mean", "wireless.fade_margin_db=0.0")
+    state = sim.init(jax.random.key(3))
+    _, metrics = sim.run(state, 1)
+    keys, parts = round_keys(state.key, state.round), sim.parts
+    link = parts.link.step(state.link, keys.channel, jnp.arange(6))
+    state = dataclasses.replace(state, link=link)
+    cohort = choose_cohort(parts, sim.world, state, keys)
+    local = train_locally(parts, sim.world, state, cohort)
+    decision = control(parts, state, cohort, local, importance(parts, cohort, local))
+    sent, memory = sparsify(parts, cohort, local, decision, keys.sparsify)
+    arrived = np.flatnonzero(transmit(parts, cohort, local, decision, sent, memory).arrived)
+    assert 0 < len(arrived) < 6
+    profile, dropped = np.zeros(5), 0.0
+    for k in arrived:
+        for f in local.shown.modules.values():
+            for a, b in zip(np.float64(f.a[k])[..., :3], np.float64(f.b[k])[:, :3], strict=True):
+                energy = np.sum(a**2, 0) * np.sum(b**2, 1)
+                order = np.argsort(-energy)
+                profile[:3] += [energy[order[kept:]].sum() for kept in range(3)]
+                out = order[2:]  # floor(0.7 * 3) are sent
+                dropped += np.sum((a[:, out] @ b[out]) ** 2)
+    np.testing.assert_allclose(metrics.tail_energy[0], profile / len(arrived), rtol=1e-4)
+    np.testing.assert_allclose(metrics.dropped_energy[0], dropped / len(arrived), rtol=1e-4)
 
 
 def test_one_program_serves_every_number_of_rounds(reference):

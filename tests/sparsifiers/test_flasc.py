@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from fedjax_lora.base import Adapters, Factors, Scope
 from fedjax_lora.sparsifiers import flasc, top_k
-from oracles.sparsifier_oracle import MAX_RANK, common_bits, random_adapters, scope
+from oracles.sparsifier_oracle import common_bits, random_adapters, rank_mask, scope
 from toy import simulation
 
 START = random_adapters(0)
@@ -18,31 +19,52 @@ def entries(adapters, factors="ab"):
     return {(name, side): np.asarray(getattr(f, side)) for name, f in adapters.modules.items() for side in factors}
 
 
+def in_use(values, side, rank):
+    """The first `rank` components of a factor."""
+    return values[..., :rank] if side == "a" else values[:, :rank]
+
+
 @pytest.mark.parametrize("factors", ["ab", "a", "b"])
 def test_download_is_the_largest_values(factors):
-    """NumPy's sort over all R ranks; a client is charged for those in its own, and a frozen factor stays whole."""
+    """NumPy's sort over the structural rank; a client is charged for its own ranks, and a frozen factor stays whole."""
     method = flasc.make(flasc.FlascConfig(download_ratio=0.25), START)
-    ranks = (2, 6)
-    shared, masks = scope(ranks[0], factors), np.stack([scope(rank, factors).ranks for rank in ranks])
-    broadcast = jax.vmap(lambda mask: method.broadcast(START, shared.replace(ranks=mask)), out_axes=(None, 0))
+    ranks, used = (2, 4), 4
+    masks = np.stack([rank_mask(rank) for rank in ranks])
+    broadcast = jax.vmap(lambda mask: method.broadcast(START, scope(used, factors), mask), out_axes=(None, 0))
     sparse, bits = jax.jit(broadcast)(masks)
-    values = entries(START, factors)
+    values = {place: in_use(x, place[1], used) for place, x in entries(START, factors).items()}
     ordered = np.sort(np.concatenate([np.abs(x).ravel() for x in values.values()]))[::-1]
     threshold = ordered[len(ordered) // 4 - 1]
     found = entries(sparse)
     counts = [0, 0]
     for place, whole in entries(START).items():
-        expected = np.where(np.abs(whole) >= threshold, whole, 0.0) if place[1] in factors else whole
-        np.testing.assert_array_equal(found[place], expected)
         if place[1] in factors:
-            columns = np.moveaxis(expected, 2 if place[1] == "a" else 1, -1)
-            counts = [n + np.count_nonzero(columns[..., :rank]) for n, rank in zip(counts, ranks, strict=True)]
+            chosen, side = np.where(np.abs(whole) >= threshold, whole, 0.0), place[1]
+            np.testing.assert_array_equal(in_use(found[place], side, used), in_use(chosen, side, used))
+            counts = [n + np.count_nonzero(in_use(chosen, side, r)) for n, r in zip(counts, ranks, strict=True)]
+        else:
+            np.testing.assert_array_equal(found[place], whole)
     assert counts[1] == len(ordered) // 4
-    pools = [len(ordered) * rank // MAX_RANK for rank in ranks]
+    pools = [len(ordered) * rank // used for rank in ranks]
     for client, (count, pool) in enumerate(zip(counts, pools, strict=True)):
         index = min(pool, count * math.ceil(math.log2(pool)))
         assert bits[client] == common_bits(factors=factors) + 32 * count + index
     jax.tree.map(np.testing.assert_array_equal, sparse.head, START.head)
+
+
+def test_rank_is_a_mask_of_the_download():
+    """Invariance: rank 4 of R = 6 is sent the values, the bits and the share of R = 4; only what is in use counts."""
+    modules = {name: Factors(a=f.a[..., :4], b=f.b[:, :4]) for name, f in START.modules.items()}
+    small = Adapters(modules=modules, head=START.head)
+    config, mask = flasc.FlascConfig(download_ratio=0.3), jax.numpy.asarray(rank_mask(4))
+    masked, masked_bits = jax.jit(flasc.make(config, START).broadcast)(START, scope(4), mask)
+    exact, exact_bits = jax.jit(flasc.make(config, small).broadcast)(small, Scope.whole(mask[:4]), mask[:4])
+    assert masked_bits == exact_bits
+    pool = kept = 0
+    for place, expected in entries(exact).items():
+        np.testing.assert_array_equal(in_use(entries(masked)[place], place[1], 4), expected)
+        pool, kept = pool + expected.size, kept + np.count_nonzero(expected)
+    assert kept == math.floor(0.3 * pool)
 
 
 def test_upload_is_that_of_top_k():

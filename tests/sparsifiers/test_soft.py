@@ -300,6 +300,7 @@ def test_degeneracy_is_named():
         ({"orthogonality": -1.0}, "orthogonality must be finite and at least 0, got -1.0"),
         ({"orthogonality": float("nan")}, "orthogonality must be finite and at least 0, got nan"),
         ({"form": "off"}, "form must be one of offdiag, identity, a_only, none, got 'off'"),
+        ({"form": "none"}, "orthogonality must be 0 where form is none, got 0.1"),
         ({"send": "all"}, "send must be one of factors, change, got 'all'"),
         ({"missing": "mean"}, "missing must be one of senders, zero, got 'mean'"),
         ({"budget": "layer"}, "budget must be one of module, global, got 'layer'"),
