@@ -18,6 +18,8 @@ PLANNED = [
     *(setting for setting in SETTINGS if not setting.startswith("control.")),
     "control.name=tsfa",
     "control.latency_budget_s=5.0",
+    "rounds=3",
+    "lora.targets=[query]",
     "plan.pilot_rounds=1",
     "plan.paths=1",
     "plan.candidates=[1, 3]",

@@ -231,8 +231,8 @@ class Descent(NamedTuple):
 def gradient(config: TsfaConfig, setting: Setting, sites: Site, most_latency_s: Array | float) -> Descent:
     """Descend in the logarithms of rank and V, from each of the candidates.
 
-    What was measured is noisy, and the bound has several local minima between them.
-    Minimised is the logarithm of the bound and, where the latency exceeds `most_latency_s`, a multiple of the excess.
+    What was measured is noisy: between the candidates the bound has several local minima. Minimised is the logarithm of
+    the bound and, where the latency exceeds `most_latency_s`, a multiple of the excess.
     """
     low, high = (jnp.log(jnp.stack([sites.rank[end], jnp.float32(WEIGHTS[end])])) for end in (0, -1))
     optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, _STEPS))
