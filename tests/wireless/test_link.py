@@ -213,7 +213,7 @@ def test_outage_under_an_estimate_is_a_noncentral_chi_squares():
 
 
 def test_attempts_are_geometric_and_their_time_and_energy_add_up():
-    """Closed form: each fails with 1 - exp(-m); attempts are the plan's time, counted, and end after the third retry."""
+    """Closed form: each fails with 1 - exp(-m), and takes the time of the plan; the third retry is the last."""
     margin_db, retransmissions = 3.0, 3
     link, state, delivery = many("mean", margin_db, retransmissions=retransmissions)
     fails = -np.expm1(-(10 ** (-margin_db / 10)))
