@@ -65,7 +65,7 @@ def simulate(controller, snr_hz, first_s=0.0, keep_ratio=1.0):
         upload_s = BITS * (0.1 + decision.keep_ratio) / rate
         latency_s, energy_j = jnp.max(START_S + upload_s), COMPUTE_J + POWER_W * jnp.mean(upload_s)
         kept = jnp.round(decision.keep_ratio * RANKS).astype(jnp.int32)
-        dropped = jnp.sum(WEIGHTS * TAIL[np.arange(CLIENTS), kept])
+        dropped = jnp.sum(WEIGHTS * jnp.asarray(TAIL)[jnp.arange(CLIENTS), kept])
         queues = controller.update_queue(queues[0], latency_s), controller.update_energy_queue(queues[1], energy_j)
         return queues, (latency_s, energy_j, dropped, *queues)
 
