@@ -114,11 +114,15 @@ class LinkState:
     mean_gain: linear power gain of path loss and shadowing.
     fading: complex64 small-scale coefficient h, E|h|^2 = 1 (a constant 1 without fading).
     cpu_hz: processor frequency.
+    estimate: complex64, the coefficient as it was estimated; None where the link estimates none.
+    retries: `[K, M]` power gains |h|^2 that M further attempts of the round would meet; None where there are none.
     """
 
     mean_gain: Array
     fading: Array
     cpu_hz: Array
+    estimate: Array | None = None
+    retries: Array | None = None
 
 
 @struct.dataclass
@@ -161,7 +165,7 @@ class FedState:
     adapters: global adapters.
     server: state of the server optimizer.
     link: LinkState of all K clients.
-    queue_s: virtual queue of the latency constraint.
+    queue_s: virtual queue of the latency constraint. energy_queue_j: of the energy constraint.
     elapsed_s: simulated seconds so far.
     merged: module name -> `[L, n_in, n_out]` added to the frozen weights; `{}` for none.
     drift: the server's state of the drift correction.
@@ -175,6 +179,7 @@ class FedState:
     server: Any
     link: LinkState
     queue_s: Array
+    energy_queue_j: Array
     elapsed_s: Array
     merged: dict[str, Array]
     drift: Any
@@ -195,7 +200,7 @@ class Metrics:
     client_uplink_bits, client_downlink_bits: `[C]` uint32, 0 for who did not send or receive; an upload that
       was lost to fading counts.
     energy_j: of the whole cohort.
-    queue_s: virtual queue after the round.
+    queue_s, energy_queue_j: virtual queues after the round.
     keep_ratio_mean, kept_ranks_mean: what control planned and what was sent, over the participants.
     participants: clients whose update entered the average.
     outages: scheduled clients whose upload did not arrive.
@@ -218,6 +223,7 @@ class Metrics:
     client_downlink_bits: Array
     energy_j: Array
     queue_s: Array
+    energy_queue_j: Array
     keep_ratio_mean: Array
     kept_ranks_mean: Array
     participants: Array

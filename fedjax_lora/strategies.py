@@ -185,6 +185,8 @@ class Observation(NamedTuple):
     bandwidth_hz: scalar, the band to share.
     queue_s: scalar, virtual queue of the latency constraint.
     hyper: the traced numbers.
+    energy_queue_j: scalar, virtual queue of the energy constraint.
+    power_w: that all clients send with.
     """
 
     snr_hz: Array
@@ -196,6 +198,8 @@ class Observation(NamedTuple):
     bandwidth_hz: Array
     queue_s: Array
     hyper: Hyper
+    energy_queue_j: Array | float = 0.0
+    power_w: float = 0.0
 
 
 class Decision(NamedTuple):
@@ -219,17 +223,19 @@ class Controller(NamedTuple):
     decide: `Observation -> Decision`.
     update_queue: `(queue_s, latency_s) -> queue_s` after the round.
     queue_s: before round 1.
+    update_energy_queue: `(energy_queue_j, mean energy of the cohort's clients) -> energy_queue_j` after the round.
     """
 
     decide: Callable[[Observation], Decision]
     update_queue: Callable[[Array, Array], Array]
     queue_s: float = 0.0
+    update_energy_queue: Callable[[Array, Array], Array] = lambda energy_queue_j, energy_j: energy_queue_j
 
 
 class Delivery(NamedTuple):
     """How the uploads of one cohort went.
 
-    latency_s: `[C]` seconds at which each client's upload ended, downlink and compute included; 0 for an absent
+    latency_s: `[C]` seconds at which each client's last attempt ended, downlink and compute included; 0 for an absent
       client, inf where the payload could not be sent at all.
     energy_j: `[C]` compute and transmit energy.
     delivered: `[C]` bool: False for an outage, an infeasible link or an absent client.
@@ -248,7 +254,7 @@ class Link(NamedTuple):
     snr_hz: `(state of the cohort) -> [C]` as control knows it.
     start_s: `(state of the cohort, downlink_bits, present [C]) -> [C]`: downlink broadcast plus compute.
     deliver: `(state of the cohort, bits [C], decision, start_s [C], present [C]) -> Delivery`.
-    bandwidth_hz: the uplink band.
+    bandwidth_hz: the uplink band. power_w: of a client's transmitter.
     """
 
     init: Callable[[Array, Array], LinkState]
@@ -257,3 +263,4 @@ class Link(NamedTuple):
     start_s: Callable[[LinkState, Array, Array], Array]
     deliver: Callable[[LinkState, Array, Decision, Array, Array], Delivery]
     bandwidth_hz: float
+    power_w: float

@@ -57,10 +57,13 @@ def allocate(observation: Observation, bits: Array) -> Allocation:
     )
 
 
-def queue_law(latency_budget_s: Array | float) -> Callable[[Array, Array], Array]:
-    """`Q <- max(Q + latency - budget, 0)`: the mean latency exceeds the budget by at most `(Q_T - Q_0) / T`."""
+def queue_law(budget: Array | float) -> Callable[[Array, Array], Array]:
+    """`Q <- max(Q + spent - budget, 0)`: the mean spent exceeds the budget by at most `(Q_T - Q_0) / T`.
 
-    def update_queue(queue_s: Array, latency_s: Array) -> Array:
-        return jnp.maximum(queue_s + latency_s - latency_budget_s, 0.0)
+    Of latency or of energy, each in its unit.
+    """
+
+    def update_queue(queue: Array, spent: Array) -> Array:
+        return jnp.maximum(queue + spent - budget, 0.0)
 
     return update_queue

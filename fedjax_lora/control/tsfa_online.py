@@ -1,4 +1,4 @@
-"""TSFA online: keep ratio and bandwidth of every round, under a long-term latency constraint.
+"""TSFA online: keep ratio and bandwidth of every round, under long-term constraints of latency and of energy.
 
 Lyapunov optimisation as in B. Kim, W. Choi, "Two-Stage Wireless Federated LoRA Fine-Tuning with Sparsified Orthogonal
 Updates", arXiv 2505.00333; the exact terms of the objective and the solver are our own. See docs/tsfa.md.
@@ -35,6 +35,8 @@ class TsfaConfig(Options):
     latency_budget_s: what the latency of a round may be on average over the run.
     queue_s: the queue before round 1. With 0 the first rounds send everything; the mean latency of T rounds exceeds
       the budget by at most `(Q_T - queue_s) / T`.
+    energy_budget_j: what a client of the cohort may spend in a round on average over the run, on computing too; None
+      is no constraint.
     min_keep_ratio: the least that a client keeps, rounded up to whole ranks.
     tail: the cost of a keep ratio: the client's tail energy `relative` to the cohort's weighted mean of the whole
       energy, so that V is in s^2 for every sparsifier and in every round; the `energy` itself; or `linear`, 1 - ratio.
@@ -46,6 +48,7 @@ class TsfaConfig(Options):
     V: float = 10.0
     latency_budget_s: float = 2.0
     queue_s: float = 0.0
+    energy_budget_j: float | None = None
     min_keep_ratio: float = 0.1
     tail: Tail = "relative"
     ratio: Ratio = "client"
@@ -58,6 +61,8 @@ class TsfaConfig(Options):
             raise ValueError(f"latency_budget_s must be positive and finite, got {self.latency_budget_s!r}")
         if not 0 <= self.queue_s < math.inf:
             raise ValueError(f"queue_s must be at least 0 and finite, got {self.queue_s!r}")
+        if self.energy_budget_j is not None and not 0 < self.energy_budget_j < math.inf:
+            raise ValueError(f"energy_budget_j must be positive and finite, or null, got {self.energy_budget_j!r}")
         if not 0 < self.min_keep_ratio <= 1:
             raise ValueError(f"min_keep_ratio must be in (0, 1], got {self.min_keep_ratio!r}")
 
@@ -198,6 +203,10 @@ def make(config: TsfaConfig, V: ArrayLike | None = None) -> Controller:
     """Solves, rounds ratios down to whole ranks, and shares the band anew: the latency never exceeds the plan's.
 
     Latency and objective of its decisions are those after rounding. `V` stands in for `config.V`; it may be traced.
+
+    All who send end together, so that the energy of
+    the uploads is affine in the latency: the energy constraint adds to the price of time alone, and the objective
+    leaves out what no decision changes.
     """
     V = jnp.asarray(config.V if V is None else V, jnp.float32)
 
@@ -206,6 +215,8 @@ def make(config: TsfaConfig, V: ArrayLike | None = None) -> Controller:
         bits, tail = planning.payloads(observation), left_out(config.tail, observation)
         least = planning.least_rank(config.min_keep_ratio, rank)
         weights, queue = observation.weights, observation.queue_s
+        if config.energy_budget_j is not None:
+            queue += _price_of_energy(observation, config.latency_budget_s / config.energy_budget_j)
         planned = solve(
             bits,
             observation.snr_hz,
@@ -225,4 +236,17 @@ def make(config: TsfaConfig, V: ArrayLike | None = None) -> Controller:
         objective = V * cost.sum() + queue * allocation.latency_s
         return Decision(kept / rank, allocation.bandwidth_hz, allocation.latency_s, objective)
 
-    return Controller(decide=decide, update_queue=planning.queue_law(config.latency_budget_s), queue_s=config.queue_s)
+    controller = Controller(decide, planning.queue_law(config.latency_budget_s), config.queue_s)
+    if config.energy_budget_j is None:
+        return controller
+    return controller._replace(update_energy_queue=planning.queue_law(config.energy_budget_j))
+
+
+def _price_of_energy(observation: Observation, exchange_s_per_j: float) -> Array:
+    """Scalar, s: what the energy constraint adds to the queue of the latency.
+
+    The mean energy of the uploads is `p sum_k (latency - start_k) / n`, over those who send: its slope by the latency
+    is p times their share. Squared queues count relative to their budgets, which sets the exchange of J for s.
+    """
+    senders = jnp.sum(planning.able(observation)) / jnp.maximum(jnp.sum(observation.weights > 0), 1)
+    return exchange_s_per_j**2 * observation.energy_queue_j * observation.power_w * senders

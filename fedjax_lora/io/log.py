@@ -25,6 +25,7 @@ FIELDS = {
     "downlink_bits": "downlink_bits",
     "energy_j": "energy_j",
     "queue_s": "queue_s",
+    "energy_queue_j": "energy_queue_j",
     "keep_ratio_mean": "keep_ratio_mean",
     "kept_ranks_mean": "kept_ranks_mean",
     "participants": "participants",

@@ -162,6 +162,7 @@ class Simulation:
                 server=initial.server(adapters),
                 link=initial.link.init(link_key, jnp.arange(num_clients)),
                 queue_s=jnp.float32(self.parts.controller.queue_s),
+                energy_queue_j=jnp.float32(0),
                 elapsed_s=jnp.float32(0),
                 merged=initial.merged(adapters),
                 drift=self.parts.drift.init_server(adapters),

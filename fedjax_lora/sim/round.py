@@ -141,6 +141,8 @@ def control(parts: Parts, state: FedState, cohort: Cohort, local: Local, tail_en
         bandwidth_hz=jnp.float32(parts.link.bandwidth_hz),
         queue_s=state.queue_s,
         hyper=state.hyper,
+        energy_queue_j=state.energy_queue_j,
+        power_w=parts.link.power_w,
     )
     return parts.controller.decide(observation)
 
@@ -191,12 +193,14 @@ def advance(
     """The state after the round; `state` holds its channel already."""
     adapters, server = step_server(parts, state, cohort, aggregate)
     clients = remember(parts, state, cohort, local, uplink)
+    mean_energy_j = jnp.sum(uplink.delivery.energy_j) / jnp.maximum(jnp.sum(cohort.present), 1)
     return dataclasses.replace(
         state,
         round=state.round + 1,
         adapters=adapters,
         server=server,
         queue_s=parts.controller.update_queue(state.queue_s, uplink.latency_s),
+        energy_queue_j=parts.controller.update_energy_queue(state.energy_queue_j, mean_energy_j),
         elapsed_s=state.elapsed_s + uplink.latency_s,
         merged=jax.tree.map(jnp.add, state.merged, aggregate.merged),
         drift=parts.drift.next_server(state.drift, mean_change(clients.drift, state.clients.drift)),
@@ -246,6 +250,7 @@ def observe(
         client_downlink_bits=jnp.where(cohort.present, cohort.downlink_bits, 0),
         energy_j=jnp.sum(delivery.energy_j),
         queue_s=after.queue_s,
+        energy_queue_j=after.energy_queue_j,
         keep_ratio_mean=over_arrived(uplink.decision.keep_ratio),
         kept_ranks_mean=over_arrived(sent.kept_ranks),
         participants=jnp.sum(arrived),

@@ -112,3 +112,24 @@ def step_fading(key: Array, fading: Array, law: FadingLaw, correlation: float) -
     """The next round's coefficient: AR(1) in the scattered part, so that the steady part stays and E|h|^2 = 1."""
     fresh = draw_fading(key, law) - law.steady
     return law.steady + correlation * (fading - law.steady) + math.sqrt(1.0 - correlation**2) * fresh
+
+
+def power(fading: Array) -> Array:
+    """`[...]` power gain |h|^2."""
+    return jnp.square(fading.real) + jnp.square(fading.imag)
+
+
+def estimate(key: Array, fading: Array, law: FadingLaw, error: float) -> Array:
+    """Complex64 scalar estimate of a coefficient, of the same law, that misses the share `error` of its scatter.
+
+    With scattered parts g of the coefficient and g' of the estimate, `g = sqrt(1 - error) g' + sqrt(error) w` where w
+    is independent of g'. It is drawn the other way round, which is the same joint law.
+    """
+    fresh = draw_fading(key, law) - law.steady
+    return law.steady + math.sqrt(1.0 - error) * (fading - law.steady) + math.sqrt(error) * fresh
+
+
+def expected_power(estimate: Array, law: FadingLaw, error: float) -> Array:
+    """`[...]` mean of |h|^2 given the estimate: `|steady + sqrt(1 - error) g'|^2 + error scatter^2`."""
+    known = law.steady + math.sqrt(1.0 - error) * (estimate - law.steady)
+    return power(known) + error * law.scatter**2

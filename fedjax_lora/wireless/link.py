@@ -15,7 +15,7 @@ from fedjax_lora.units import THERMAL_NOISE_W_PER_HZ, db_to_linear, dbm_to_watt
 from fedjax_lora.wireless import channel, energy, geometry, latency
 from fedjax_lora.wireless.rate import uplink_rate
 
-Csi = Literal["perfect", "mean"]
+Csi = Literal["perfect", "mean", "estimated"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,13 @@ class WirelessConfig:
     cpu_hz_min, cpu_hz_max: a client's frequency is uniform between.
     capacitance: joules a cycle over frequency squared.
     downlink: whether the broadcast takes time, at `downlink_power_dbm` and the worst client's rate.
-    csi: `perfect` plans with the gain of the round; `mean` with path loss and shadowing alone, less
-      `fade_margin_db`, and the upload fails where the fading is deeper than the margin.
+    csi: `perfect` plans with the gain of the round; `mean` with path loss and shadowing alone; `estimated` with the
+      mean gain given an estimate of the fading. The latter two plan `fade_margin_db` below, and an upload fails where
+      the true gain is less than planned.
+    csi_error: share e of the scattered part's variance that the estimate misses: `h = sqrt(1 - e) estimate +
+      sqrt(e) CN(0, 1)`; 0 is `perfect` and 1 is `mean`, but for the margin.
+    retransmissions: how often an upload that failed is sent again at the same rate, each time under fading of its own
+      (same law, independent); time and energy add up.
     """
 
     bandwidth_hz: float = 2e7
@@ -57,7 +62,9 @@ class WirelessConfig:
     downlink: bool = False
     downlink_power_dbm: float = 46.0
     csi: Csi = "perfect"
+    csi_error: float = 0.1
     fade_margin_db: float = 10.0
+    retransmissions: int = 0
 
     def __post_init__(self):
         for name in ("bandwidth_hz", "min_distance_m", "cycles_per_sample", "cpu_hz_min"):
@@ -69,7 +76,9 @@ class WirelessConfig:
         for name, kinds in (("path_loss", channel.PathLoss), ("fading", channel.FadingKind), ("csi", Csi)):
             self._require(name, getattr(self, name) in get_args(kinds), f"one of {', '.join(get_args(kinds))}")
         self._require("carrier_ghz", 0.5 <= self.carrier_ghz <= 100, "between 0.5 and 100")
-        self._require("fading_correlation", 0 <= self.fading_correlation <= 1, "between 0 and 1")
+        for name in ("fading_correlation", "csi_error"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        self._require("retransmissions", 0 <= self.retransmissions <= 100, "between 0 and 100")
         for name, least in (("cell_radius_m", "min_distance_m"), ("cpu_hz_max", "cpu_hz_min")):
             bound = getattr(self, least)
             allowed = f"at least {least} = {bound} and finite"
@@ -100,30 +109,47 @@ def make_link(config: WirelessConfig, samples_per_round: int) -> Link:
         position_key, gain_key, fading_key, cpu_key = jax.random.split(key, 4)
         position_m = geometry.annulus_position(position_key, config.min_distance_m, config.cell_radius_m)
         distance_m = jnp.linalg.norm(position_m)
-        return LinkState(
+        state = LinkState(
             mean_gain=channel.draw_mean_gain(
                 gain_key, config.path_loss, distance_m, config.carrier_ghz, config.shadowing_db
             ),
             fading=channel.draw_fading(fading_key, law),
             cpu_hz=jax.random.uniform(cpu_key, minval=config.cpu_hz_min, maxval=config.cpu_hz_max),
         )
+        return observe(fading_key, state)
+
+    def observe(key: Array, state: LinkState) -> LinkState:
+        """One client's state with what else is drawn of its fading; folded keys leave the fading itself as it is."""
+        if config.csi == "estimated":
+            estimate = channel.estimate(jax.random.fold_in(key, 1), state.fading, law, config.csi_error)
+            state = dataclasses.replace(state, estimate=estimate)
+        if config.retransmissions:
+            keys = jax.random.split(jax.random.fold_in(key, 2), config.retransmissions)
+            fades = jax.vmap(lambda key: channel.draw_fading(key, law))(keys)
+            state = dataclasses.replace(state, retries=channel.power(fades))
+        return state
 
     def init(key: Array, client_ids: Array) -> LinkState:
         return jax.vmap(init_client)(prng.client_keys(key, client_ids))
 
     def step(state: LinkState, key: Array, client_ids: Array) -> LinkState:
-        def step_client(key: Array, fading: Array) -> Array:
-            return channel.step_fading(key, fading, law, config.fading_correlation)
+        def step_client(key: Array, state: LinkState) -> LinkState:
+            fading = channel.step_fading(key, state.fading, law, config.fading_correlation)
+            return observe(key, dataclasses.replace(state, fading=fading))
 
-        fading = jax.vmap(step_client)(prng.client_keys(key, client_ids), state.fading)
-        return dataclasses.replace(state, fading=fading)
+        return jax.vmap(step_client)(prng.client_keys(key, client_ids), state)
 
-    def true_snr_hz(state: LinkState) -> Array:
-        power_gain = jnp.square(state.fading.real) + jnp.square(state.fading.imag)
-        return snr_per_gain_hz * state.mean_gain * power_gain
+    def planned_power(state: LinkState) -> Array:
+        """`[C]` power gain of the fading that control counts on."""
+        if config.csi == "perfect":
+            return channel.power(state.fading)
+        if config.csi == "mean":
+            return jnp.full_like(state.mean_gain, margin)
+        assert state.estimate is not None  # `observe` makes it
+        return margin * channel.expected_power(state.estimate, law, config.csi_error)
 
     def snr_hz(state: LinkState) -> Array:
-        return true_snr_hz(state) if config.csi == "perfect" else snr_per_gain_hz * margin * state.mean_gain
+        return snr_per_gain_hz * state.mean_gain * planned_power(state)
 
     def start_s(state: LinkState, downlink_bits: Array, present: Array) -> Array:
         ready_s = latency.compute_time_s(cycles, state.cpu_hz)
@@ -134,20 +160,24 @@ def make_link(config: WirelessConfig, samples_per_round: int) -> Link:
 
     def deliver(state: LinkState, bits: Array, decision: Decision, start_s: Array, present: Array) -> Delivery:
         planned_hz = snr_hz(state)
-        upload_s = latency.transfer_time_s(bits, uplink_rate(decision.bandwidth_hz, planned_hz))
-        end_s = start_s + upload_s
+        attempt_s = latency.transfer_time_s(bits, uplink_rate(decision.bandwidth_hz, planned_hz))
         # The rate rises with the gain: what was planned arrives just where the true gain is no worse.
-        carried = (true_snr_hz(state) >= planned_hz) | (bits == 0) | (config.csi == "perfect")
+        power = channel.power(state.fading)[:, None]
+        power = power if state.retries is None else jnp.concatenate([power, state.retries], 1)
+        carried = (power >= planned_power(state)[:, None]) | (bits == 0)[:, None]
+        failed = jnp.cumprod(~carried, 1)
+        upload_s = attempt_s * (1 + jnp.sum(failed[:, :-1], 1))
+        end_s = start_s + upload_s
         compute_j = energy.compute_energy_j(cycles, state.cpu_hz, config.capacitance)
         energy_j = compute_j + energy.transmit_energy_j(power_w, upload_s)
         here = present > 0
         return Delivery(
             latency_s=jnp.where(here, end_s, 0.0),
             energy_j=jnp.where(here, energy_j, 0.0),
-            delivered=here & carried & jnp.isfinite(end_s),
+            delivered=here & (failed[:, -1] == 0) & jnp.isfinite(end_s),
         )
 
-    return Link(init, step, snr_hz, start_s, deliver, config.bandwidth_hz)
+    return Link(init, step, snr_hz, start_s, deliver, config.bandwidth_hz, power_w)
 
 
 def perfect_link(config: WirelessConfig, samples_per_round: int) -> Link:

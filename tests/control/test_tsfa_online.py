@@ -443,6 +443,8 @@ def test_queue_bounds_the_mean_latency_and_steers_it_to_the_budget():
     [
         ("V", -1.0),
         ("latency_budget_s", 0.0),
+        ("queue_s", -0.5),
+        ("energy_budget_j", 0.0),
         ("min_keep_ratio", 0.0),
         ("tail", "cubic"),
         ("ratio", "own"),

@@ -28,6 +28,7 @@ def make_state(round_number, memory=()):
         server=optax.sgd(0.1, momentum=0.9).init(adapters),
         link=LinkState(mean_gain=draw(3, 6), fading=draw(4, 6) * (1 + 2j), cpu_hz=draw(5, 6)),
         queue_s=jnp.float32(0.1),
+        energy_queue_j=jnp.float32(0.2),
         elapsed_s=jnp.float32(jnp.inf),
         merged={},
         drift=(),

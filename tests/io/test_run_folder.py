@@ -29,6 +29,7 @@ CONTRACT = [
     "downlink_bits",
     "energy_j",
     "queue_s",
+    "energy_queue_j",
     "keep_ratio_mean",
     "kept_ranks_mean",
     "participants",

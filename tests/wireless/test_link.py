@@ -156,6 +156,88 @@ def test_perfect_link_only_computes():
     np.testing.assert_allclose(delivery.energy_j, 1e-28 * 80 * 1e7 * np.asarray(STATE.cpu_hz) ** 2, rtol=1e-6)
 
 
+CLIENTS, BAND_HZ = 20_000, 1e3
+
+
+def many(csi, margin_db=0.0, **options):
+    """A link, its state after a step and the delivery of 10 bits each; gains alike: outage is the fading's alone."""
+    link = make_link(WirelessConfig(csi=csi, fade_margin_db=margin_db, shadowing_db=0, **options), 8)
+    state = jax.jit(link.init)(KEY, jnp.arange(CLIENTS)).replace(mean_gain=jnp.full(CLIENTS, 1e-9))
+    state = jax.jit(link.step)(state, jax.random.key(8), jnp.arange(CLIENTS))
+    decision = Decision(jnp.ones(CLIENTS), jnp.full(CLIENTS, BAND_HZ))
+    bits, start_s = jnp.full(CLIENTS, 10, jnp.uint32), jnp.zeros(CLIENTS)
+    return link, state, delivered(link, state, bits, decision, start_s, jnp.ones(CLIENTS))
+
+
+def assert_share(found, expected):
+    """A mean of indicators within four standard errors."""
+    assert abs(np.mean(found) - expected) < 4 * np.sqrt(expected * (1 - expected) / np.size(found))
+
+
+@pytest.mark.parametrize("fading", ["rayleigh", "rician"])
+def test_an_estimate_without_error_is_perfect_knowledge(fading):
+    """Invariance, bit for bit: plan, delivery and the fading itself."""
+    link, state, delivery = many("estimated", csi_error=0.0, fading=fading)
+    perfect, known, other = many("perfect", fading=fading)
+    assert_same(state.fading, known.fading)
+    assert_same(link.snr_hz(state), perfect.snr_hz(known))
+    assert_same(delivery, other)
+
+
+def test_an_estimate_that_misses_all_is_mean_knowledge():
+    """Invariance: under Rayleigh the conditional mean gain is 1 whatever the estimate was."""
+    link, state, delivery = many("estimated", 10.0, csi_error=1.0)
+    mean, known, other = many("mean", 10.0)
+    np.testing.assert_allclose(link.snr_hz(state), mean.snr_hz(known), rtol=1e-6)
+    assert_same(delivery.delivered, other.delivered)
+
+
+@pytest.mark.parametrize("error", [0.1, 0.5])
+def test_the_error_of_an_estimate_is_apart_from_it_and_of_its_share(error):
+    """Closed form: with h - sqrt(1 - e) estimate = sqrt(e) w, w is CN(0, 1) and uncorrelated with the estimate."""
+    state = many("estimated", csi_error=error)[1]
+    known, true = np.asarray(state.estimate, np.complex128), np.asarray(state.fading, np.complex128)
+    missed = (true - np.sqrt(1 - error) * known) / np.sqrt(error)
+    assert stats.kstest(np.abs(missed) ** 2, "expon").pvalue > 0.01
+    assert stats.kstest(np.abs(known) ** 2, "expon").pvalue > 0.01
+    assert abs(np.mean(missed * np.conj(known))) < 4 / np.sqrt(CLIENTS)
+
+
+def test_outage_under_an_estimate_is_a_noncentral_chi_squares():
+    """SciPy: given the estimate, 2 |h|^2 / e is noncentral chi-square of 2 degrees; averaged over the estimates."""
+    error, margin_db = 0.2, 3.0
+    _, state, delivery = many("estimated", margin_db, csi_error=error)
+    known = (1 - error) * np.abs(np.asarray(state.estimate, np.complex128)) ** 2
+    planned = 10 ** (-margin_db / 10) * (known + error)
+    assert_share(~np.asarray(delivery.delivered), stats.ncx2.cdf(2 * planned / error, 2, 2 * known / error).mean())
+
+
+def test_attempts_are_geometric_and_their_time_and_energy_add_up():
+    """Closed form: each fails with 1 - exp(-m), and takes the time of the plan; the third retry is the last."""
+    margin_db, retransmissions = 3.0, 3
+    link, state, delivery = many("mean", margin_db, retransmissions=retransmissions)
+    fails = -np.expm1(-(10 ** (-margin_db / 10)))
+    attempt_s = 10 / wireless_oracle.rate(BAND_HZ, np.asarray(link.snr_hz(state), np.float64))
+    attempts = np.asarray(delivery.latency_s) / attempt_s
+    np.testing.assert_allclose(attempts, np.round(attempts), rtol=1e-5)
+    for number in range(1, retransmissions + 1):
+        assert_share(np.round(attempts) == number, (1 - fails) * fails ** (number - 1))
+    assert_share(np.round(attempts) == retransmissions + 1, fails**retransmissions)
+    assert_share(~np.asarray(delivery.delivered), fails ** (retransmissions + 1))
+    compute_j = 1e-28 * 8 * 1e7 * np.asarray(state.cpu_hz, np.float64) ** 2
+    np.testing.assert_allclose(delivery.energy_j, compute_j + 0.01 * np.asarray(delivery.latency_s), rtol=1e-5)
+
+
+def test_the_first_attempt_does_not_depend_on_further_ones():
+    """Invariance: same fading; who arrives at once takes the same time."""
+    _, alone, first = many("mean", 3.0)
+    _, state, delivery = many("mean", 3.0, retransmissions=2)
+    assert_same(state.fading, alone.fading)
+    once = np.asarray(first.delivered)
+    np.testing.assert_array_equal(np.asarray(delivery.latency_s)[once], np.asarray(first.latency_s)[once])
+    assert np.asarray(delivery.delivered)[once].all()
+
+
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
@@ -165,9 +247,11 @@ def test_perfect_link_only_computes():
         ("noise_figure_db", -1.0, "at least 0 and finite"),
         ("path_loss", "rural", "one of 3gpp128, umi, uma"),
         ("fading", "nakagami", "one of none, rayleigh, rician"),
-        ("csi", "none", "one of perfect, mean"),
+        ("csi", "none", "one of perfect, mean, estimated"),
         ("carrier_ghz", 0.1, "between 0.5 and 100"),
         ("fading_correlation", 1.1, "between 0 and 1"),
+        ("csi_error", -0.1, "between 0 and 1"),
+        ("retransmissions", 101, "between 0 and 100"),
         ("cell_radius_m", 20.0, "at least min_distance_m = 35.0 and finite"),
         ("cpu_hz_max", 1e8, "at least cpu_hz_min = 1000000000.0 and finite"),
     ],

@@ -1,0 +1,229 @@
+"""TSFA online over many rounds: laws of its queues, its limits, the static problem's multiplier, and its baselines."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import optimize
+
+from fedjax_lora.base import Hyper
+from fedjax_lora.control import (
+    GreedyConfig,
+    ProportionalConfig,
+    TsfaConfig,
+    UniformConfig,
+    greedy,
+    planning,
+    proportional,
+    tsfa_online,
+    uniform,
+)
+from fedjax_lora.control.tsfa_online import solve
+from fedjax_lora.strategies import Observation
+from fedjax_lora.wireless import min_max_latency, uplink_rate
+from oracles import tsfa_oracle
+
+CLIENTS, RANKS, BAND_HZ, POWER_W = 4, 4, 2e6, 0.5
+BITS = np.float32([2e6, 3e6, 2e6, 4e6])
+START_S = np.float32([0.05, 0.1, 0.08, 0.02])
+WEIGHTS = np.float32([0.3, 0.2, 0.1, 0.4])
+TAIL = np.float32([[10, 6, 3, 1, 0], [8, 3, 1.5, 0.5, 0], [20, 12, 6, 2, 0], [4, 2.5, 1.2, 0.4, 0]])
+COMPUTE_J = 0.02
+
+
+def gains(rounds, seed=0):
+    """Received power over noise density of clients 20 dB apart, under fading that is never too deep to send at all."""
+    rng = np.random.default_rng(seed)
+    return np.float32([1e8, 3e7, 1e7, 1e9] * (0.1 + rng.exponential(1, (rounds, CLIENTS))))
+
+
+def observation(snr_hz, queue_s=0.0, energy_queue_j=0.0, tail=TAIL, keep_ratio=1.0):
+    one = jnp.float32(1)
+    return Observation(
+        snr_hz=jnp.asarray(snr_hz),
+        start_s=jnp.asarray(START_S),
+        weights=jnp.asarray(WEIGHTS),
+        tail_energy=jnp.asarray(tail),
+        rank=jnp.full(CLIENTS, float(RANKS)),
+        payload_bits=lambda ratio: BITS * (0.1 + ratio),
+        bandwidth_hz=jnp.float32(BAND_HZ),
+        queue_s=jnp.float32(queue_s),
+        hyper=Hyper(rank=one * RANKS, alpha=one, learning_rate=one, orthogonality=one, keep_ratio=one * keep_ratio),
+        energy_queue_j=jnp.float32(energy_queue_j),
+        power_w=POWER_W,
+    )
+
+
+def simulate(controller, snr_hz, first_s=0.0, keep_ratio=1.0):
+    """The controller alone: latency, mean energy, dropped energy and both queues after each round, in float64."""
+
+    def round_(queues, snr_hz):
+        decision = controller.decide(observation(snr_hz, *queues, keep_ratio=keep_ratio))
+        rate = uplink_rate(decision.bandwidth_hz, snr_hz)
+        upload_s = BITS * (0.1 + decision.keep_ratio) / rate
+        latency_s, energy_j = jnp.max(START_S + upload_s), COMPUTE_J + POWER_W * jnp.mean(upload_s)
+        kept = jnp.round(decision.keep_ratio * RANKS).astype(jnp.int32)
+        dropped = jnp.sum(WEIGHTS * jnp.asarray(TAIL)[jnp.arange(CLIENTS), kept])
+        queues = controller.update_queue(queues[0], latency_s), controller.update_energy_queue(queues[1], energy_j)
+        return queues, (latency_s, energy_j, dropped, *queues)
+
+    first = jnp.float32(first_s), jnp.float32(0)
+    found = jax.jit(lambda snr_hz: jax.lax.scan(round_, first, snr_hz)[1])(snr_hz)
+    return [np.float64(column) for column in found]
+
+
+def law_holds(spent, queue, first, budget):
+    """avg(spent) - budget <= (Q_T - Q_0) / T at every T, with the queue added up in float64."""
+    exact, sums = [], first
+    for value in spent:
+        sums = max(sums + value - budget, 0.0)
+        exact.append(sums)
+    np.testing.assert_allclose(queue, exact, rtol=1e-4, atol=1e-4)
+    rounds = np.arange(1, len(spent) + 1)
+    return (np.cumsum(spent) / rounds - budget <= (np.array(exact) - first) / rounds + 1e-9).all()
+
+
+@pytest.mark.parametrize("first_s", [0.0, 3.0])
+def test_both_laws_hold_on_every_path_and_both_budgets_are_met(first_s):
+    """Exact telescoping in float64; after 600 rounds each mean is within its queue over T of the budget, and binds."""
+    snr_hz = gains(600)
+    free = simulate(tsfa_online.make(TsfaConfig(V=0.3, latency_budget_s=1.2)), snr_hz, first_s)
+    budget_j = 0.8 * free[1].mean()
+    config = TsfaConfig(V=0.3, latency_budget_s=1.2, energy_budget_j=budget_j, queue_s=first_s)
+    bound = simulate(tsfa_online.make(config), snr_hz, first_s)
+    assert law_holds(bound[0], bound[3], first_s, 1.2) and law_holds(bound[1], bound[4], 0.0, budget_j)
+    assert law_holds(free[0], free[3], first_s, 1.2)
+    np.testing.assert_array_equal(free[4], 0)
+    assert bound[1].mean() < 1.05 * budget_j < free[1].mean()
+    assert bound[0].mean() < 1.05 * 1.2 and bound[2].mean() > free[2].mean()
+
+
+def test_without_a_budget_of_energy_its_queue_changes_nothing():
+    """Invariance, bit for bit; and with a budget an empty queue does not either."""
+    snr_hz = gains(1)[0]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def decide(budget_j, energy_queue_j):
+        config = TsfaConfig(V=1.0, latency_budget_s=1.0, energy_budget_j=budget_j)
+        return tsfa_online.make(config).decide(observation(snr_hz, 1.0, energy_queue_j))
+
+    plain = decide(None, 0.0)
+    for other in (decide(None, 9.0), decide(0.2, 0.0)):
+        jax.tree.map(np.testing.assert_array_equal, plain, other)
+    assert decide(0.2, 9.0).latency_s < plain.latency_s
+
+
+def test_the_price_of_energy_is_its_slope_by_the_latency():
+    """By hand: all end together, so that the mean energy of the uploads is p (n latency - sum of starts) / n."""
+    seen = observation(gains(1)[0], energy_queue_j=0.7)
+    allocation = min_max_latency(BITS, seen.snr_hz, START_S, BAND_HZ)
+    upload_s = BITS / np.float64(uplink_rate(allocation.bandwidth_hz, seen.snr_hz))
+    affine = POWER_W * (CLIENTS * float(allocation.latency_s) - START_S.sum()) / CLIENTS
+    np.testing.assert_allclose(POWER_W * upload_s.mean(), affine, rtol=1e-4)
+    np.testing.assert_allclose(tsfa_online._price_of_energy(seen, 3.0), 9 * 0.7 * POWER_W, rtol=1e-6)
+    absent = seen._replace(weights=jnp.float32([0.5, 0.5, 0, 0]), snr_hz=seen.snr_hz.at[1].set(0))
+    np.testing.assert_allclose(tsfa_online._price_of_energy(absent, 3.0), 9 * 0.7 * POWER_W / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-6, 1e6, 1e36])
+def test_relative_tails_do_not_know_the_unit_of_energy(scale):
+    """Invariance: the decision is that of the same energies in another unit; the weighted mean of the whole is 1."""
+    snr_hz = gains(1)[0]
+    decide = jax.jit(lambda tail: tsfa_online.make(TsfaConfig(V=1.0)).decide(observation(snr_hz, 2.0, tail=tail)))
+    here, there = decide(TAIL), decide(TAIL * np.float32(scale))
+    np.testing.assert_array_equal(here.keep_ratio, there.keep_ratio)
+    np.testing.assert_allclose(there.objective, here.objective, rtol=1e-5)
+    relative = planning.relative_tail(TAIL * np.float32(scale), WEIGHTS)
+    np.testing.assert_allclose(np.sum(WEIGHTS * relative[:, 0]), 1, rtol=1e-6)
+
+
+def test_tails_of_zero_are_safe():
+    """By definition: nothing to lose, so that with a queue the least is sent, and all is finite."""
+    decision = tsfa_online.make(TsfaConfig(min_keep_ratio=0.5)).decide(observation(gains(1)[0], 2.0, tail=TAIL * 0))
+    np.testing.assert_allclose(decision.keep_ratio, 0.5)
+    assert np.isfinite(np.concatenate([np.ravel(x) for x in decision])).all()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_at_equal_budget_tsfa_drops_no_more_than_its_baselines(seed):
+    """Dropped energy by definition; `uniform` has the largest ratio that meets the mean budget, found by trying all."""
+    snr_hz, budget_s = gains(400, seed), 1.0
+    config = TsfaConfig(V=0.2, latency_budget_s=budget_s, tail="energy", queue_s=0.5)
+    latency_s, _, dropped, *_ = simulate(tsfa_online.make(config), snr_hz, 0.5)
+    assert latency_s.mean() < 1.01 * budget_s
+    equal = [simulate(uniform(UniformConfig()), snr_hz, keep_ratio=k / RANKS) for k in range(1, RANKS + 1)]
+    fitting = [found for found in equal if found[0].mean() <= budget_s]
+    others = {"uniform": fitting[-1][2] if fitting else np.full(1, np.inf)}
+    for make, options in ((greedy, GreedyConfig), (proportional, ProportionalConfig)):
+        others[options.name] = simulate(make(options(latency_budget_s=budget_s)), snr_hz)[2]
+    for name, lost in others.items():
+        assert dropped.mean() <= lost.mean(), name
+
+
+STATES = gains(3, seed=5)
+LEAST, STEP = BITS.astype(float) / RANKS, np.repeat(BITS[:, None].astype(float) / RANKS, RANKS - 1, 1)
+BUDGET_S = 0.8
+
+
+def static_problem():
+    """Multiplier and optimum of `min E[cost]` with `E[latency] <= budget`: the dual, its rounds by tsfa_oracle.
+
+    All start together, where a round is convex, so that there is no gap.
+    """
+    cost = WEIGHTS[:, None].astype(float) * -np.diff(TAIL)[:, 1:]
+
+    def dual(multiplier):
+        start = np.zeros(CLIENTS)
+        found = [tsfa_oracle.solve(LEAST, STEP, cost / multiplier, snr, start, BAND_HZ, 60)[0] for snr in STATES]
+        return multiplier * (np.mean(found) - BUDGET_S)
+
+    best = optimize.minimize_scalar(
+        lambda log: -dual(np.exp(log)), bounds=(-2, 4), method="bounded", options={"xatol": 1e-3}
+    )
+    return np.exp(best.x), -best.fun
+
+
+@pytest.mark.slow
+def test_queue_over_V_tends_to_the_multiplier_and_the_gap_falls_like_one_over_V():
+    """The static problem by its dual in float64. Gap between `-multiplier (Q_T - Q_0) / T` and
+    `E[(latency - budget)^2] / 2 V`, both with the noise of drawn channel states."""
+    multiplier, optimum = static_problem()
+    V, rounds = jnp.float32([1.0, 4.0, 16.0]), 20_000
+    drawn = np.random.default_rng(0).integers(len(STATES), size=rounds)
+
+    @jax.jit
+    @jax.vmap
+    def run(V):
+        def round_(queue, snr_hz):
+            found = solve(BITS, snr_hz, jnp.zeros(CLIENTS), BAND_HZ, WEIGHTS, TAIL, queue, V)
+            next_queue = jnp.maximum(queue + found.latency_s - BUDGET_S, 0.0)
+            return next_queue, (found.objective - queue * found.latency_s, found.latency_s, queue)
+
+        return jax.lax.scan(round_, V * jnp.float32(multiplier), STATES[drawn])[1]
+
+    cost, latency_s, queue = (np.float64(x) for x in run(V))
+    mean_cost = cost.mean(1) / np.asarray(V)
+    np.testing.assert_allclose(queue.mean(1)[1:] / np.asarray(V)[1:], multiplier, rtol=0.1)
+    noise = 4 * multiplier * latency_s.std(1) / np.sqrt(rounds)
+    paid = multiplier * (queue[:, -1] - queue[:, 0]) / rounds
+    assert (mean_cost - optimum >= -paid - noise).all()
+    assert (mean_cost - optimum <= ((latency_s - BUDGET_S) ** 2).mean(1) / (2 * np.asarray(V)) + noise).all()
+
+
+@pytest.mark.parametrize("clients", [64, pytest.param(256, marks=pytest.mark.slow)])
+def test_one_search_of_the_latency_suffices_for_many_clients(clients):
+    """tsfa_oracle over a fine scan of the latency: none has a lower objective by 1e-4, with starts far apart."""
+    rng = np.random.default_rng(clients)
+    bits, snr_hz = 10 ** rng.uniform(5, 6.5, clients), 10 ** rng.uniform(7, 10, clients)
+    start_s, weights = rng.uniform(0, 2, clients), rng.dirichlet(np.ones(clients))
+    tail = np.cumsum(np.sort(rng.exponential(1, (clients, RANKS)), -1), -1)[:, ::-1]
+    tail = np.concatenate([tail, np.zeros((clients, 1))], -1)
+    for V in (0.3, 3.0):
+        case = (np.float32(x) for x in (bits, snr_hz, start_s, 2e7, weights, tail, 1.0, V))
+        found = float(jax.jit(solve)(*case).objective)
+        step = np.repeat(bits[:, None] / RANKS, RANKS - 1, 1)
+        gain = V * weights[:, None] * -np.diff(tail)[:, 1:]
+        best = tsfa_oracle.solve(bits / RANKS, step, gain, snr_hz, start_s, 2e7, 120)[0]
+        assert found <= best * (1 + 1e-4), V
