@@ -73,11 +73,14 @@ SHARED = [
     f"engine.eval_every={EVAL_EVERY}",
 ]
 TEXT = [
+    "model.compute_dtype=bfloat16",
     "lora.targets=[query, value]",
     "data.source=tsv",
     "data.max_length=48",
     "local.optimizer.learning_rate=3e-3",
 ]
+TEXT_OF_METHOD = dict.fromkeys(("fedex", "flora"), ["model.compute_dtype=float32"])
+"""What is merged into frozen weights would be lost in bfloat16."""
 
 
 def measure(config: ExperimentConfig, budget_bits: int, most_rounds: int) -> dict:
@@ -169,8 +172,14 @@ def main() -> None:
     def configured(overrides: list[str]) -> ExperimentConfig:
         return load_config(None, [*files, *setting, *overrides], base=base)
 
+    own = TEXT_OF_METHOD if options.train else {}
     runs = {
-        f"{method}, alpha {alpha} seed {seed}": [*METHODS[method], f"clients.partition.alpha={alpha}", f"seed={seed}"]
+        f"{method}, alpha {alpha} seed {seed}": [
+            *own.get(method, []),
+            *METHODS[method],
+            f"clients.partition.alpha={alpha}",
+            f"seed={seed}",
+        ]
         for seed in range(options.seeds)
         for alpha in options.alphas
         for method in methods

@@ -202,8 +202,10 @@ def test_a_changed_configuration_is_not_resumed(capsys, finished):
     assert "local.steps" in line and "2" in line and "3" in line
 
 
-def test_changed_data_are_not_resumed_and_nothing_is_touched(capsys, finished, monkeypatch):
-    """One pixel of one image is another; the partition stays."""
+def test_changed_data_are_not_resumed_and_nothing_is_touched(capsys, finished, tmp_path, monkeypatch):
+    """One pixel of one image is another, before the run has ended; the partition stays."""
+    path = shutil.copytree(finished, tmp_path / "run")
+    (path / "summary.json").unlink()
 
     def other(config):
         found = sources._digits()
@@ -213,10 +215,10 @@ def test_changed_data_are_not_resumed_and_nothing_is_touched(capsys, finished, m
         return sources._examples("digits", train, found.test, found.class_names, found.public, found.image_shape)
 
     monkeypatch.setattr(sources, "load", other)
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in finished.rglob("*") if path.is_file()}
-    line = one_line(capsys, ["run", "--out", str(finished), "--resume", "--set", *SETTINGS])
-    assert "data.examples_hash" in line and str(finished / "data.json") in line
-    after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in finished.rglob("*") if path.is_file()}
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in path.rglob("*") if file.is_file()}
+    line = one_line(capsys, ["run", "--out", str(path), "--resume", "--set", *SETTINGS])
+    assert "data.examples_hash" in line and str(path / "data.json") in line
+    after = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in path.rglob("*") if file.is_file()}
     assert after == before
 
 

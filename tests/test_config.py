@@ -256,5 +256,7 @@ def test_another_variant_over_a_preset_starts_from_its_own_defaults(load):
 
 
 def test_an_unknown_preset_is_one_line_as_specified():
-    with pytest.raises(ConfigError, match=r"must be one of digits, digits-ideal, got 'digit'; did you mean digits\?"):
+    with pytest.raises(
+        ConfigError, match=r"must be one of digits, digits-ideal, digits-tsfa, got 'digit'; did you mean digits\?"
+    ):
         preset("digit")
