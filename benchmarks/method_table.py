@@ -79,8 +79,8 @@ TEXT = [
     "data.max_length=48",
     "local.optimizer.learning_rate=3e-3",
 ]
-TEXT_OF_METHOD = dict.fromkeys(("fedex", "flora"), ["model.compute_dtype=float32"])
-"""What is merged into frozen weights would be lost in bfloat16."""
+EXACT = ("fedex", "flora")
+"""Methods that are run in float32 on text too: what they merge into frozen weights would be lost in bfloat16."""
 
 
 def measure(config: ExperimentConfig, budget_bits: int, most_rounds: int) -> dict:
@@ -172,14 +172,12 @@ def main() -> None:
     def configured(overrides: list[str]) -> ExperimentConfig:
         return load_config(None, [*files, *setting, *overrides], base=base)
 
-    own = TEXT_OF_METHOD if options.train else {}
+    def overrides(method: str, alpha: float, seed: int) -> list[str]:
+        exact = ["model.compute_dtype=float32"] if method in EXACT else []
+        return [*exact, *METHODS[method], f"clients.partition.alpha={alpha}", f"seed={seed}"]
+
     runs = {
-        f"{method}, alpha {alpha} seed {seed}": [
-            *own.get(method, []),
-            *METHODS[method],
-            f"clients.partition.alpha={alpha}",
-            f"seed={seed}",
-        ]
+        f"{method}, alpha {alpha} seed {seed}": overrides(method, alpha, seed)
         for seed in range(options.seeds)
         for alpha in options.alphas
         for method in methods
