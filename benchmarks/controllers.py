@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="run those whose name contains this (all)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/controllers.json"))
     options = parser.parse_args()
+    environment = common.environment()  # before the output, which git may know, is written
     use_cpu_cores()
     files = [f"model.pretrained={common.model_folder(options.model)}"]
     files += [f"data.train={options.train}", f"data.test={options.test}"]
@@ -216,7 +217,7 @@ def main() -> None:
     def write() -> dict:
         result = {
             "made_with": made_with,
-            "environment": common.environment(),
+            "environment": environment,
             "table": summarize(runs),
             "cells": cells,
             "runs": runs,

@@ -27,8 +27,9 @@ EVAL_EVERY = 2
 SGD = ["local.optimizer.name=sgd", "local.optimizer.learning_rate=0.1"]
 METHODS = {
     "dense": ["sparsifier.name=dense"],
-    "soft": ["sparsifier.name=soft"],
-    "soft change": ["sparsifier.name=soft", "sparsifier.send=change", "sparsifier.orthogonality=0"],
+    "soft": ["sparsifier.name=soft", "sparsifier.send=change"],
+    "soft factors": ["sparsifier.name=soft", "sparsifier.send=factors"],
+    "soft lambda 0": ["sparsifier.name=soft", "sparsifier.send=change", "sparsifier.orthogonality=0"],
     "soft feedback": [
         "sparsifier.name=soft",
         "sparsifier.send=change",

@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="a.b=value", dest="overrides")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/offline_truth.json"))
     options = parser.parse_args()
+    environment = common.environment()  # before the output, which git may know, is written
     shared, base = list(options.overrides), preset("digits-tsfa")
     if options.train:
         model = common.model_folder(options.model)
@@ -111,7 +112,7 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
 
     def keep() -> None:
-        found = {"environment": common.environment(), "table": summarize(kept), "runs": kept}
+        found = {"environment": environment, "table": summarize(kept), "runs": kept}
         options.out.write_text(json.dumps(found, indent=2) + "\n")
 
     for seed in range(options.seeds):

@@ -29,6 +29,7 @@ from fedjax_lora.presets import preset
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sparsifiers import random_rank
 from fedjax_lora.sparsifiers.diagnostics import orthogonality
+from fedjax_lora.sparsifiers.soft import Send
 from fedjax_lora.sparsifiers.svd import thin_svd
 from fedjax_lora.strategies import Sparsifier
 
@@ -51,8 +52,8 @@ class Setting(NamedTuple):
     rotate_every: int = 0
 
 
-def _soft(*overrides: str, orthogonality: float = 0.1) -> list[str]:
-    return [f"sparsifier.orthogonality={orthogonality}", *overrides]
+def _soft(*overrides: str, orthogonality: float = 0.1, send: Send = "factors") -> list[str]:
+    return [f"sparsifier.orthogonality={orthogonality}", f"sparsifier.send={send}", *overrides]
 
 
 SETTINGS = {
@@ -69,8 +70,8 @@ SETTINGS = {
     "adamw, identity": Setting(_soft("sparsifier.form=identity")),
     "adamw, start 0.3": Setting(_soft("lora.init_scale=0.3")),
     "adamw, start 3": Setting(_soft("lora.init_scale=3")),
-    "adamw, change": Setting(_soft("sparsifier.send=change")),
-    "adamw, lambda 0, change, rotated every round": Setting(_soft("sparsifier.send=change", orthogonality=0.0), 1),
+    "adamw, change": Setting(_soft(send="change")),
+    "adamw, lambda 0, change, rotated every round": Setting(_soft(send="change", orthogonality=0.0), 1),
     "sgd dense": Setting(["sparsifier.name=dense", *SGD]),
     "sgd": Setting(_soft(*SGD)),
     "sgd, lambda 0": Setting(_soft(*SGD, orthogonality=0.0)),

@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sst2_accuracy.json"))
     options = parser.parse_args()
+    environment = common.environment()  # before the output, which git may know, is written
     use_cpu_cores()
     model = common.model_folder(options.model)
     files = [f"model.pretrained={model}", f"data.train={options.train}", f"data.test={options.test}"]
@@ -105,13 +106,14 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for name, overrides in plan.items():
         if kept["runs"].get(name, {}).get("overrides") != overrides:
-            kept["runs"][name] = {"overrides": overrides, **measure(load_config(None, [*files, *overrides]))}
+            made_with = {"overrides": overrides, "git_commit": environment["git_commit"]}
+            kept["runs"][name] = {**made_with, **measure(load_config(None, [*files, *overrides]))}
             print(name, kept["runs"][name], flush=True)
             options.out.write_text(json.dumps(kept, indent=2) + "\n")
     result = {
         "setting": SETTING,
         "iid_setting": IID,
-        "environment": common.environment(),
+        "environment": environment,
         "table": summarize(kept["runs"], options.seeds),
         "runs": kept["runs"],
     }

@@ -93,39 +93,49 @@ def _build(config: ExperimentConfig) -> Simulation:
     examples = _examples(config)
     split = partition(config.clients.partition, examples.train["label"], config.clients.count, config.seed)
     model, base, head = _model(config, examples)
-    chosen = targets.choose(config.lora.targets, model.targets)
     world = World(base=base, data=federated_dataset(examples, split))
-
-    def initial_adapters(key: jax.Array) -> Adapters:
-        factor_key, head_key = jax.random.split(key)
-        lora = config.lora
-        modules = adapters.init(factor_key, chosen, model.num_layers, lora.max_rank, lora.init_scale)
-        return Adapters(modules=modules, head=model.init_head(head_key) if head is None else head)
-
+    initial_adapters = _initial_adapters(config, model, head)
     like = jax.eval_shape(initial_adapters, jax.random.key(0))
-    sparsifier = SPARSIFIERS[config.sparsifier.name](config.sparsifier, like, make_wire(config.wire))
-    link = _link(config)
-    optimizer = server_optimizer(config.server)
     hyper = _hyper(config)
-    mesh = client_mesh()
+    parts = _parts(config, model, world, like, hyper)
+    batch_size, aggregator = config.engine.eval_batch_size, parts.aggregator
+    personal = make_evaluate_personal(model, batch_size, len(examples.class_names), parts.mesh)
+    return Simulation(
+        parts=parts,
+        world=world,
+        initial=Initial(
+            adapters=initial_adapters,
+            memory=parts.sparsifier.init,
+            server=parts.optimizer.init,
+            merged=_nothing_merged if aggregator.merges else lambda adapters: {},
+            ranks=_client_ranks(config),
+            link=parts.link,
+            hyper=hyper,
+        ),
+        evaluate=make_evaluate(model, batch_size, parts.mesh),
+        evaluate_personal=personal if aggregator.keeps else nothing_personal,
+        eval_every=config.engine.eval_every,
+        examples_hash=examples.fingerprint,
+        partition_hash=split.hash,
+        truncated=examples.truncated,
+        full_gradient=make_full_gradient(model, batch_size),
+    )
+
+
+def _parts(config: ExperimentConfig, model: Model, world: World, like: Adapters, hyper: Hyper) -> Parts:
+    """What a round is made of; raises ValueError where its bits could not be counted."""
+    local, mesh = config.local, client_mesh()
     cohort_size = config.clients.per_round or config.clients.count
-    local = config.local
+    sparsifier = SPARSIFIERS[config.sparsifier.name](config.sparsifier, like, make_wire(config.wire))
     aggregator = AGGREGATORS[config.aggregation.name](config.aggregation)
     correction = DRIFTS[config.drift.name](config.drift)
     drift_bits = _drift_bits(correction, like)
-    extra_downlink_bits = aggregator.extra_downlink_bits(
-        like, cohort_size if cohort_size == config.clients.count else None
-    )
+    everyone = cohort_size if cohort_size == config.clients.count else None
+    extra_downlink_bits = aggregator.extra_downlink_bits(like, everyone)
     _check_fits(like, sparsifier, drift_bits, extra_downlink_bits)
-    parts = Parts(
-        train=make_train(
-            model,
-            sparsifier,
-            correction,
-            direction(local.optimizer),
-            schedule(local.optimizer, config.rounds * local.steps),
-            local,
-        ),
+    rates = schedule(local.optimizer, config.rounds * local.steps)
+    return Parts(
+        train=make_train(model, sparsifier, correction, direction(local.optimizer), rates, local),
         sparsifier=sparsifier,
         drift=correction,
         drift_bits=drift_bits,
@@ -133,35 +143,13 @@ def _build(config: ExperimentConfig) -> Simulation:
         extra_downlink_bits=extra_downlink_bits,
         current_base=_current_base(model),
         controller=CONTROLLERS[config.control.name](config.control),
-        link=link,
-        optimizer=optimizer,
+        link=_link(config),
+        optimizer=server_optimizer(config.server),
         client_weight=CLIENT_WEIGHTS[config.clients.weighting],
         one_rank=not config.lora.client_ranks and aggregator.next_rank is None,
         cohort_size=cohort_size,
         chunk=_chunk(config, model, sparsifier, world, like, hyper, -(-cohort_size // mesh.size)),
         mesh=mesh,
-    )
-    personal = make_evaluate_personal(model, config.engine.eval_batch_size, len(examples.class_names), mesh)
-    initial = Initial(
-        adapters=initial_adapters,
-        memory=sparsifier.init,
-        server=optimizer.init,
-        merged=_nothing_merged if aggregator.merges else lambda adapters: {},
-        ranks=_client_ranks(config),
-        link=link,
-        hyper=hyper,
-    )
-    return Simulation(
-        parts=parts,
-        world=world,
-        initial=initial,
-        evaluate=make_evaluate(model, config.engine.eval_batch_size, mesh),
-        evaluate_personal=personal if aggregator.keeps else nothing_personal,
-        eval_every=config.engine.eval_every,
-        examples_hash=examples.fingerprint,
-        partition_hash=split.hash,
-        truncated=examples.truncated,
-        full_gradient=make_full_gradient(model, config.engine.eval_batch_size),
     )
 
 
@@ -189,6 +177,18 @@ def _model(config: ExperimentConfig, examples: sources.Examples) -> tuple[Model,
     base, head = pretrained(trainable, examples.public, config.pretrain, f"{exact} {examples.fingerprint}")
     dtypes = jax.eval_shape(model.init, jax.random.key(0))
     return model, jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), base, dtypes), head
+
+
+def _initial_adapters(config: ExperimentConfig, model: Model, head: dict | None) -> Callable[[jax.Array], Adapters]:
+    """From a key to the adapters that the first round starts from; their task head is `head` where there is one."""
+    lora, chosen = config.lora, targets.choose(config.lora.targets, model.targets)
+
+    def initial_adapters(key: jax.Array) -> Adapters:
+        factor_key, head_key = jax.random.split(key)
+        modules = adapters.init(factor_key, chosen, model.num_layers, lora.max_rank, lora.init_scale)
+        return Adapters(modules=modules, head=model.init_head(head_key) if head is None else head)
+
+    return initial_adapters
 
 
 def _link(config: ExperimentConfig) -> Link:

@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.set_defaults(command=_sweep)
 
     report = commands.add_parser("report", help="compare runs", description="Write one report over several runs.")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or of the runs of a sweep")
     report.add_argument("--out", default="report.html", metavar="FILE", help="report.html by default")
     report.set_defaults(command=_report)
 

@@ -112,7 +112,7 @@ MISTAKES = {
         ["sparsifier.missing ", "zero", "aggregation.name is hetlora", "'senders'"],
     ),
     "padding of factors": (
-        "{aggregation: {name: hetlora}, sparsifier: {missing: zero}}",
+        "{aggregation: {name: hetlora}, sparsifier: {send: factors, missing: zero}}",
         ["sparsifier.send must be change ", "aggregation.name is hetlora", "'factors'"],
     ),
     "scaffold with pruned ranks": (
@@ -167,7 +167,7 @@ def test_a_mistake_in_a_file_is_one_line_as_specified(load, text, fragments):
     "text",
     [
         "{aggregation: {name: fedsa}, sparsifier: {name: soft_rotated}}",
-        "{aggregation: {name: hetlora}, sparsifier: {send: change, missing: zero}}",
+        "{aggregation: {name: hetlora}, sparsifier: {missing: zero}}",
         "{aggregation: {name: hetlora}, sparsifier: {name: random_rank, missing: zero}}",
         "{aggregation: {name: rolora}, server: {learning_rate: 0.5}, sparsifier: {name: lora_a2}}",
         "{aggregation: {name: lora_fair}, sparsifier: {name: top_k}}",

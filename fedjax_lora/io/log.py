@@ -183,6 +183,11 @@ def summarize(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder is that of a run, ended or not."""
+    return (Path(folder) / _CONFIG).is_file()
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The resolved configuration of a run.
 

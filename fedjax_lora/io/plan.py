@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lora.config import ConfigError, ExperimentConfig, to_dict
@@ -61,7 +62,7 @@ def read_plan(path: str | Path) -> Plan:
         plan = Plan(**found)
         if type(plan.rank) is not int or not math.isfinite(plan.V) or not isinstance(plan.config, dict):
             raise ValueError(f"rank {plan.rank!r} and V {plan.V!r}")
-        bound.Measured(**{name: float(plan.chosen[name]) for name in bound.Measured._fields})  # type: ignore[arg-type]
+        _measured(plan)
     except OSError as error:
         raise ConfigError(f"plan {path} must be a readable file, got {error.strerror}") from error
     except (ValueError, TypeError, KeyError, StopIteration) as error:
@@ -90,12 +91,16 @@ def apply_plan(plan: Plan, config: ExperimentConfig, path: str | Path) -> Experi
 
 def terms_of_run(plan: Plan, lines: list[dict[str, Any]]) -> bound.BoundTerms:
     """The bound's terms with the errors that a run logged, by what the plan's pilot measured at its rank."""
-    measured = bound.Measured(**{name: plan.chosen[name] for name in bound.Measured._fields})
     sparsification, covariance = (
         np.array([math.nan if line[name] is None else line[name] for line in lines])
         for name in ("sparsification_error", "covariance_error")
     )
-    return bound.of_log(measured, sparsification, covariance, plan.rounds)
+    return bound.of_log(_measured(plan), sparsification, covariance, plan.rounds)
+
+
+def _measured(plan: Plan) -> bound.Measured:
+    """What the pilot measured at the plan's rank."""
+    return bound.Measured(*(jnp.float32(float(plan.chosen[name])) for name in bound.Measured._fields))
 
 
 def _planned_for(config: ExperimentConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedjax_lora.io.log import flatten, read_config, read_metrics, read_summary, summarize
+from fedjax_lora.io.log import flatten, is_run, read_config, read_metrics, read_summary, summarize
 
 
 class Run(NamedTuple):
@@ -23,12 +23,12 @@ class Run(NamedTuple):
 
 
 def load_runs(folders: Iterable[str | Path]) -> list[Run]:
-    """The runs of some folders, in their order.
+    """The runs of some folders, in their order; a folder of runs, as a sweep's, stands for them all, by name.
 
     Raises:
-      ValueError: no folder is given, or one is not a run's or has no round in its log.
+      ValueError: no folder is given, or one is no run's and holds none, or has no round in its log.
     """
-    paths = [Path(folder) for folder in folders]
+    paths = [path for folder in folders for path in _runs_in(Path(folder))]
     if not paths:
         raise ValueError("run folders must be at least one, got none")
     names = [path.resolve().name for path in paths]
@@ -40,6 +40,11 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
     """Dotted keys whose values are not the same in all runs."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     return [key for key in keys if any(run.config.get(key) != runs[0].config.get(key) for run in runs)]
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    held = [] if is_run(folder) else sorted(path for path in folder.glob("*") if is_run(path))
+    return held or [folder]
 
 
 def _load(path: Path, name: str) -> Run:

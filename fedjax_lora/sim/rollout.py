@@ -1,5 +1,6 @@
 """Rollouts: the run itself, shortened, at several ranks and seeds in one program."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ def roll_out(
     def one(world: World, state: FedState, setting: tuple[Array, Array, Array]):
         rank, V, seed = setting
         round_fn = make_round(parts._replace(controller=controller(V)))
-        start = at_rank(state.replace(key=jax.random.fold_in(state.key, seed)), rank)  # type: ignore[attr-defined]
+        start = at_rank(dataclasses.replace(state, key=jax.random.fold_in(state.key, seed)), rank)
         end, metrics = lax.scan(lambda s, _: round_fn(world, s), start, length=rounds)
         loss, accuracy = evaluate(parts.current_base(world, end), world.data.test, end.adapters, end.hyper)
         return Rollout(loss, accuracy, jnp.mean(metrics.latency_s))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -97,59 +97,15 @@ def make_link(config: WirelessConfig, samples_per_round: int) -> Link:
     """
     if samples_per_round < 1:
         raise ValueError(f"samples_per_round must be at least 1, got {samples_per_round}")
-    law = channel.fading_law(config.fading, config.rician_k_db)
+    cell = _Cell(config, channel.fading_law(config.fading, config.rician_k_db))
     power_w = dbm_to_watt(config.power_dbm)
     # Ratios are taken in Python's double precision: noise density over power is far below float32's range of ease.
     snr_per_gain_hz = power_w / (THERMAL_NOISE_W_PER_HZ * db_to_linear(config.noise_figure_db))
     downlink_gain = db_to_linear(config.downlink_power_dbm - config.power_dbm)
-    margin = db_to_linear(-config.fade_margin_db)
     cycles = samples_per_round * config.cycles_per_sample
 
-    def init_client(key: Array) -> LinkState:
-        position_key, gain_key, fading_key, cpu_key = jax.random.split(key, 4)
-        position_m = geometry.annulus_position(position_key, config.min_distance_m, config.cell_radius_m)
-        distance_m = jnp.linalg.norm(position_m)
-        state = LinkState(
-            mean_gain=channel.draw_mean_gain(
-                gain_key, config.path_loss, distance_m, config.carrier_ghz, config.shadowing_db
-            ),
-            fading=channel.draw_fading(fading_key, law),
-            cpu_hz=jax.random.uniform(cpu_key, minval=config.cpu_hz_min, maxval=config.cpu_hz_max),
-        )
-        return observe(fading_key, state)
-
-    def observe(key: Array, state: LinkState) -> LinkState:
-        """One client's state with what else is drawn of its fading; folded keys leave the fading itself as it is."""
-        if config.csi == "estimated":
-            estimate = channel.estimate(jax.random.fold_in(key, 1), state.fading, law, config.csi_error)
-            state = dataclasses.replace(state, estimate=estimate)
-        if config.retransmissions:
-            keys = jax.random.split(jax.random.fold_in(key, 2), config.retransmissions)
-            fades = jax.vmap(lambda key: channel.draw_fading(key, law))(keys)
-            state = dataclasses.replace(state, retries=channel.power(fades))
-        return state
-
-    def init(key: Array, client_ids: Array) -> LinkState:
-        return jax.vmap(init_client)(prng.client_keys(key, client_ids))
-
-    def step(state: LinkState, key: Array, client_ids: Array) -> LinkState:
-        def step_client(key: Array, state: LinkState) -> LinkState:
-            fading = channel.step_fading(key, state.fading, law, config.fading_correlation)
-            return observe(key, dataclasses.replace(state, fading=fading))
-
-        return jax.vmap(step_client)(prng.client_keys(key, client_ids), state)
-
-    def planned_power(state: LinkState) -> Array:
-        """`[C]` power gain of the fading that control counts on."""
-        if config.csi == "perfect":
-            return channel.power(state.fading)
-        if config.csi == "mean":
-            return jnp.full_like(state.mean_gain, margin)
-        assert state.estimate is not None  # `observe` makes it
-        return margin * channel.expected_power(state.estimate, law, config.csi_error)
-
     def snr_hz(state: LinkState) -> Array:
-        return snr_per_gain_hz * state.mean_gain * planned_power(state)
+        return snr_per_gain_hz * state.mean_gain * cell.planned_power(state)
 
     def start_s(state: LinkState, downlink_bits: Array, present: Array) -> Array:
         ready_s = latency.compute_time_s(cycles, state.cpu_hz)
@@ -159,13 +115,8 @@ def make_link(config: WirelessConfig, samples_per_round: int) -> Link:
         return jnp.where(present > 0, ready_s, 0.0)
 
     def deliver(state: LinkState, bits: Array, decision: Decision, start_s: Array, present: Array) -> Delivery:
-        planned_hz = snr_hz(state)
-        attempt_s = latency.transfer_time_s(bits, uplink_rate(decision.bandwidth_hz, planned_hz))
-        # The rate rises with the gain: what was planned arrives just where the true gain is no worse.
-        power = channel.power(state.fading)[:, None]
-        power = power if state.retries is None else jnp.concatenate([power, state.retries], 1)
-        carried = (power >= planned_power(state)[:, None]) | (bits == 0)[:, None]
-        failed = jnp.cumprod(~carried, 1)
+        attempt_s = latency.transfer_time_s(bits, uplink_rate(decision.bandwidth_hz, snr_hz(state)))
+        failed = jnp.cumprod(~(cell.carried(state) | (bits == 0)[:, None]), 1)  # `[C, 1 + retransmissions]`
         upload_s = attempt_s * (1 + jnp.sum(failed[:, :-1], 1))
         end_s = start_s + upload_s
         compute_j = energy.compute_energy_j(cycles, state.cpu_hz, config.capacitance)
@@ -177,7 +128,69 @@ def make_link(config: WirelessConfig, samples_per_round: int) -> Link:
             delivered=here & (failed[:, -1] == 0) & jnp.isfinite(end_s),
         )
 
-    return Link(init, step, snr_hz, start_s, deliver, config.bandwidth_hz, power_w)
+    return Link(cell.init, cell.step, snr_hz, start_s, deliver, config.bandwidth_hz, power_w)
+
+
+class _Cell(NamedTuple):
+    """Where the clients are, how their channels fade, and what control knows of it."""
+
+    config: WirelessConfig
+    law: channel.FadingLaw
+
+    def init(self, key: Array, client_ids: Array) -> LinkState:
+        return jax.vmap(self._init_client)(prng.client_keys(key, client_ids))
+
+    def _init_client(self, key: Array) -> LinkState:
+        config = self.config
+        position_key, gain_key, fading_key, cpu_key = jax.random.split(key, 4)
+        position_m = geometry.annulus_position(position_key, config.min_distance_m, config.cell_radius_m)
+        distance_m = jnp.linalg.norm(position_m)
+        state = LinkState(
+            mean_gain=channel.draw_mean_gain(
+                gain_key, config.path_loss, distance_m, config.carrier_ghz, config.shadowing_db
+            ),
+            fading=channel.draw_fading(fading_key, self.law),
+            cpu_hz=jax.random.uniform(cpu_key, minval=config.cpu_hz_min, maxval=config.cpu_hz_max),
+        )
+        return self._observe(fading_key, state)
+
+    def step(self, state: LinkState, key: Array, client_ids: Array) -> LinkState:
+        return jax.vmap(self._step_client)(prng.client_keys(key, client_ids), state)
+
+    def _step_client(self, key: Array, state: LinkState) -> LinkState:
+        fading = channel.step_fading(key, state.fading, self.law, self.config.fading_correlation)
+        return self._observe(key, dataclasses.replace(state, fading=fading))
+
+    def _observe(self, key: Array, state: LinkState) -> LinkState:
+        """One client's state with what else is drawn of its fading; folded keys leave the fading itself as it is."""
+        config, law = self.config, self.law
+        if config.csi == "estimated":
+            estimate = channel.estimate(jax.random.fold_in(key, 1), state.fading, law, config.csi_error)
+            state = dataclasses.replace(state, estimate=estimate)
+        if config.retransmissions:
+            keys = jax.random.split(jax.random.fold_in(key, 2), config.retransmissions)
+            fades = jax.vmap(lambda key: channel.draw_fading(key, law))(keys)
+            state = dataclasses.replace(state, retries=channel.power(fades))
+        return state
+
+    def planned_power(self, state: LinkState) -> Array:
+        """`[C]` power gain of the fading that control counts on."""
+        if self.config.csi == "perfect":
+            return channel.power(state.fading)
+        margin = db_to_linear(-self.config.fade_margin_db)
+        if self.config.csi == "mean":
+            return jnp.full_like(state.mean_gain, margin)
+        assert state.estimate is not None  # `_observe` makes it
+        return margin * channel.expected_power(state.estimate, self.law, self.config.csi_error)
+
+    def carried(self, state: LinkState) -> Array:
+        """`[C, 1 + retransmissions]`: whether the channel of each attempt carries the planned rate.
+
+        The rate rises with the gain: what was planned arrives just where the true gain is no worse.
+        """
+        power = channel.power(state.fading)[:, None]
+        power = power if state.retries is None else jnp.concatenate([power, state.retries], 1)
+        return power >= self.planned_power(state)[:, None]
 
 
 def perfect_link(config: WirelessConfig, samples_per_round: int) -> Link:

@@ -14,7 +14,7 @@ from fedjax_lora.sparsifiers import soft
 from fedjax_lora.strategies import Sent
 from oracles.sparsifier_oracle import LAYERS, WIDTHS, random_adapters, rank_mask, stack, trained_from
 
-SENDERS, ZERO = soft.SoftConfig(), soft.SoftConfig(send="change", missing="zero")
+SENDERS, ZERO = soft.SoftConfig(), soft.SoftConfig(missing="zero")
 
 
 class Row(NamedTuple):

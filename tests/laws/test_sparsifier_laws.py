@@ -65,18 +65,16 @@ SVD = Row(svd, svd.SvdConfig(), index=False, extra=MAX_RANK, keeps_broadcast=Fal
 TABLE = {
     "dense": Row(dense, dense.DenseConfig(), index=False, everything=True),
     "dense 8 bits": Row(dense, dense.DenseConfig(), WIRE8, index=False, everything=True),
+    "soft factors": Row(soft, soft.SoftConfig(send="factors")),
+    "soft factors 8 bits": Row(soft, soft.SoftConfig(send="factors"), WIRE8, error=0.05),
+    "soft factors zero": Row(soft, soft.SoftConfig(send="factors", missing="zero"), keeps_broadcast=False),
     "soft": Row(soft, soft.SoftConfig()),
-    "soft 8 bits": Row(soft, soft.SoftConfig(), WIRE8, error=0.05),
-    "soft zero": Row(soft, soft.SoftConfig(missing="zero"), keeps_broadcast=False),
-    "soft change": Row(soft, soft.SoftConfig(send="change")),
-    "soft change 4 bits": Row(soft, soft.SoftConfig(send="change"), WIRE4),
-    "soft change zero": Row(soft, soft.SoftConfig(send="change", missing="zero", form="identity")),
-    "soft global": Row(soft, soft.SoftConfig(budget="global", form="a_only"), global_budget=True),
-    "soft global change": Row(
-        soft,
-        soft.SoftConfig(budget="global", send="change", form="none", orthogonality=0.0),
-        global_budget=True,
+    "soft 4 bits": Row(soft, soft.SoftConfig(), WIRE4),
+    "soft zero": Row(soft, soft.SoftConfig(missing="zero", form="identity")),
+    "soft factors global": Row(
+        soft, soft.SoftConfig(budget="global", send="factors", form="a_only"), global_budget=True
     ),
+    "soft global": Row(soft, soft.SoftConfig(budget="global", form="none", orthogonality=0.0), global_budget=True),
     "soft_rotated": Row(soft_rotated, soft_rotated.SoftRotatedConfig(), index=False, extra=MAX_RANK),
     "soft_rotated norm": Row(
         soft_rotated,

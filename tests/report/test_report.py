@@ -122,6 +122,14 @@ def test_runs_of_one_name_go_by_their_paths(tmp_path):
     assert [run.name for run in load_runs(folders)] == [str(folders[0]), str(folders[1]), "c"]
 
 
+def test_the_folder_of_a_sweep_stands_for_its_runs_by_name(tmp_path):
+    alone = write_run(tmp_path / "alone")
+    for name in ("seed=1", "seed=0"):
+        write_run(tmp_path / "sweep" / name)
+    (tmp_path / "sweep" / "report.html").touch()
+    assert [run.name for run in load_runs([alone, tmp_path / "sweep"])] == ["alone", "seed=0", "seed=1"]
+
+
 def test_differing_keys_counts_a_key_that_one_run_lacks_oracle_by_hand(tmp_path):
     folders = [write_run(tmp_path / "a", {"x": 1, "y": 2}), write_run(tmp_path / "b", {"x": 1, "z": None, "w": 3})]
     assert differing_keys(load_runs(folders)) == ["y", "w"]
@@ -231,10 +239,11 @@ def test_folders_that_are_no_runs_are_one_line_errors(tmp_path):
     empty = RunFolder.create(tmp_path / "empty", "seed: 0", {}).path
     run = write_run(tmp_path / "run")
     out = tmp_path / "report.html"
-    for folders, word in [([empty], "at least one round"), ([tmp_path], "folder of a run"), ([], "at least one")]:
+    absent = tmp_path / "absent"
+    for folders, word in [([empty], "at least one round"), ([absent], "folder of a run"), ([], "at least one")]:
         with pytest.raises(ValueError, match=word) as caught:
             write_report([run, *folders] if folders else [], out)
         assert "\n" not in str(caught.value)
     assert not out.exists()
     with pytest.raises(ValueError, match="can be written"):
-        write_report([run], tmp_path / "absent" / "report.html")
+        write_report([run], absent / "report.html")

@@ -12,7 +12,7 @@ from oracles.sparsifier_oracle import LAYERS, MAX_RANK, RANK, WIDTHS, random_ada
 STARTS = [random_adapters(0), random_adapters(10)]
 TRAINED = [trained_from(start, seed) for seed, start in enumerate(STARTS, start=1)]
 KEYS = jax.random.split(jax.random.key(0), 2)
-CONFIG = soft.SoftConfig(send="change", error_feedback=True)
+CONFIG = soft.SoftConfig(error_feedback=True)
 HALF = jnp.float32(0.5)
 
 
@@ -77,4 +77,4 @@ def test_memory_of_a_factor_waits_while_it_is_frozen():
 def test_only_changes_can_be_remembered():
     """The message itself."""
     with pytest.raises(ValueError, match="error_feedback must be false where send is factors, got True"):
-        soft.SoftConfig(error_feedback=True)
+        soft.SoftConfig(send="factors", error_feedback=True)

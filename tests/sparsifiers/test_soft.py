@@ -149,7 +149,7 @@ def test_top_ranks_are_the_best_subset_when_one_side_is_orthogonal(sides, kept):
     """Brute force over all subsets of k of r = 5 ranks."""
     rank = 5
     trained, used = orthogonal_sides(*sides), scope(rank)
-    sent = compress(SoftConfig(), kept / rank, trained=trained, used=used)
+    sent = compress(SoftConfig(send="factors"), kept / rank, trained=trained, used=used)
     for name, f in trained.modules.items():
         for layer in range(LAYERS):
             left_out = {
@@ -168,7 +168,7 @@ def test_top_ranks_are_the_truncated_svd_when_both_sides_are_orthogonal(kept):
     """Eckart-Young: NumPy's SVD of the explicit product."""
     rank = 5
     trained, used = orthogonal_sides(True, True), scope(rank)
-    sent = compress(SoftConfig(), kept / rank, trained=trained, used=used)
+    sent = compress(SoftConfig(send="factors"), kept / rank, trained=trained, used=used)
     for name, f in trained.modules.items():
         for layer in range(LAYERS):
             u, s, vt = np.linalg.svd(product(f, layer, range(rank)), full_matrices=False)
@@ -197,7 +197,7 @@ def test_global_budget_takes_the_largest_of_all_modules():
     """Oracle: NumPy's sort of all importances; a module may get none."""
     small = jax.tree.map(lambda x: 1e-3 * x, TRAINED.modules["value"])
     trained = Adapters(modules={**TRAINED.modules, "value": small}, head=TRAINED.head)
-    sent = compress(SoftConfig(budget="global"), 0.5, trained=trained)
+    sent = compress(SoftConfig(budget="global", send="factors"), 0.5, trained=trained)
     everything = []
     for name, f in trained.modules.items():
         sigma = np.asarray(importance(f.a, f.b))
@@ -268,10 +268,10 @@ def test_tail_energy_equals_sorted_importances(send):
 
 def test_tail_energy_of_global_budget_equals_what_is_left_out():
     """Oracle: the importances of the components that compress leaves out at every k."""
-    method = make(SoftConfig(budget="global"), START)
+    method = make(SoftConfig(budget="global", send="factors"), START)
     tails = method.tail_energy(START, TRAINED, scope())
     for k in range(1, RANK + 1):
-        counted = compress(SoftConfig(budget="global"), k / RANK).counted
+        counted = compress(SoftConfig(budget="global", send="factors"), k / RANK).counted
         left = [importance(f.a, f.b) ** 2 * (MASK - counted[name]) for name, f in TRAINED.modules.items()]
         np.testing.assert_allclose(tails[k], sum(jnp.sum(x) for x in left), rtol=1e-5)
 
@@ -289,8 +289,8 @@ def test_tails_equal_numpy_and_never_rise():
 def test_degeneracy_is_named():
     """The one combination that turns into a fixed rank."""
     assert degeneracy(SoftConfig()) is None
-    assert degeneracy(SoftConfig(send="change", missing="zero")) is None
-    note = degeneracy(SoftConfig(missing="zero"))
+    assert degeneracy(SoftConfig(missing="zero")) is None
+    note = degeneracy(SoftConfig(send="factors", missing="zero"))
     assert note is not None and "fixed rank" in note
 
 
