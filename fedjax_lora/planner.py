@@ -77,7 +77,7 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
     control, options, sites = config.control, config.plan, known.sites
     assert isinstance(control, TsfaConfig)  # else there would be no survey
     bandwidth_hz = known.simulation.parts.link.bandwidth_hz
-    setting = Setting(control.latency_budget_s, known.rounds, bandwidth_hz, known.state.hyper)
+    setting = Setting(control.latency_budget_s, control.queue_s, known.rounds, bandwidth_hz, known.state.hyper)
     most_s = control.latency_budget_s * (1.0 + options.tolerance)
     console.print(f"control: {config.rounds} rounds, {options.paths} draws of the channel")
     rows = tsfa_offline.best_V(tsfa_offline.grid(control, setting, sites), most_s)

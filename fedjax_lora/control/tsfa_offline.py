@@ -2,7 +2,7 @@
 
 Stage 1 of B. Kim, W. Choi, "Two-Stage Wireless Federated LoRA Fine-Tuning with Sparsified Orthogonal Updates",
 arXiv 2505.00333; the search, its objective and its constraint are our own. For each candidate rank the online
-controller is run without training over draws of the channel, from an empty queue for as many rounds as the run has. It
+controller is run without training over draws of the channel, from the run's first queue and for as many rounds. It
 tells what a round sends and how long it takes, the pilot tells what is lost thereby, and the bound puts a number on it.
 """
 
@@ -40,7 +40,7 @@ class PlanConfig:
     search: `grid` tries every candidate and V; `gradient` relaxes the rank and descends in both.
     pilot_rounds: rounds that each candidate's pilot measures, after a first one.
     paths: draws of the fading over a whole run.
-    tolerance: by which share the mean latency may exceed the budget, the queue having been empty at first.
+    tolerance: by which share the mean latency over the run's rounds may exceed the budget.
     rollout_rounds, seeds: of the rollout, each seed with its own batches and fading.
     """
 
@@ -91,10 +91,12 @@ class Setting(NamedTuple):
     """What is the same for all ranks: traced numbers, so that one program serves every budget.
 
     budget_s: what the latency of a round may be on average; it stands in for the controller's own.
-    rounds: that the bound counts, see `bound.terms`. bandwidth_hz: the band. hyper: passed on to the controller.
+    queue_s: that the run starts with. rounds: that the bound counts, see `bound.terms`. bandwidth_hz: the band.
+    hyper: passed on to the controller.
     """
 
     budget_s: float
+    queue_s: float
     rounds: float
     bandwidth_hz: float
     hyper: Hyper
@@ -155,7 +157,7 @@ def relaxed(config: TsfaConfig) -> Decide:
 
 
 def outlook(decide: Decide, setting: Setting, site: Site, V: Array) -> Outlook:
-    """The online stage without training, from an empty queue for T rounds, mean over rounds and draws."""
+    """The online stage without training, for T rounds; mean over rounds and draws."""
     rank = jnp.broadcast_to(site.rank, site.weights.shape)
     update_queue = planning.queue_law(setting.budget_s)
 
@@ -183,7 +185,7 @@ def outlook(decide: Decide, setting: Setting, site: Site, V: Array) -> Outlook:
         return update_queue(queue_s, latency_s), (latency_s, *means)
 
     def path(snr_hz: Array, start_s: Array):
-        return lax.scan(step, jnp.float32(0.0), (snr_hz, start_s))
+        return lax.scan(step, jnp.float32(setting.queue_s), (snr_hz, start_s))
 
     queue_s, rounds = jax.vmap(path)(site.snr_hz, site.start_s)
     latency_s, keep_ratio, kept_ranks, bits, sparsification, covariance = (jnp.mean(x) for x in rounds)

@@ -50,8 +50,8 @@ def sites(ranks=RANKS) -> Site:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(site, ranks))
 
 
-def setting(budget_s=1.0) -> Setting:
-    return Setting(budget_s, 40.0, 2e7, HYPER)
+def setting(budget_s=1.0, queue_s=0.0) -> Setting:
+    return Setting(budget_s, queue_s, 40.0, 2e7, HYPER)
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +62,13 @@ def searched():
 
 @pytest.fixture(scope="module")
 def one():
-    """`(site, V) -> Outlook` at a budget of one second, in a program of its own."""
-    return jax.jit(lambda own, V: tsfa_offline.outlook(tsfa_offline.whole_ranks(CONFIG), setting(), own, V))
+    """`(site, V, first queue) -> Outlook` at a budget of one second, in a program of its own."""
+    decide = tsfa_offline.whole_ranks(CONFIG)
+    return jax.jit(lambda own, V, queue_s=0.0: tsfa_offline.outlook(decide, setting(queue_s=queue_s), own, V))
 
 
-def test_an_outlook_is_a_python_loop_over_rounds(one):
+@pytest.mark.parametrize("first_queue_s", [0.0, 2.0])
+def test_an_outlook_is_a_python_loop_over_rounds(one, first_queue_s):
     """Oracle: the controller called round by round, its queue and means kept in float64."""
     own, V = site(3), 0.7
     controller = tsfa_online.make(dataclasses.replace(CONFIG, V=V))
@@ -87,7 +89,7 @@ def test_an_outlook_is_a_python_loop_over_rounds(one):
     )
     latencies, kept, errors, queues = [], [], [], []
     for path in range(2):
-        queue = 0.0
+        queue = first_queue_s
         for snr_hz, start_s in zip(own.snr_hz[path], own.start_s[path], strict=True):
             decision = decide(snr_hz, start_s, jnp.float32(queue))
             ranks = np.round(3 * np.asarray(decision.keep_ratio)).astype(int)
@@ -96,7 +98,7 @@ def test_an_outlook_is_a_python_loop_over_rounds(one):
             errors.append(np.asarray(own.sparsification)[ranks].mean())
             queue = max(queue + latencies[-1] - CONFIG.latency_budget_s, 0.0)
         queues.append(queue)
-    found = one(own, jnp.float32(V))
+    found = one(own, jnp.float32(V), jnp.float32(first_queue_s))
     assert 1.0 < np.mean(kept) < 3.0  # the queue does decide something
     np.testing.assert_allclose(found.latency_s, np.mean(latencies), rtol=1e-4)
     np.testing.assert_allclose(found.kept_ranks, np.mean(kept), rtol=1e-4)
