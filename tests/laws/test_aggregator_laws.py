@@ -155,10 +155,10 @@ def test_traced_once_for_all_weights(aggregate, cohort):
 
 
 def test_permutation_of_clients_changes_nothing(jitted, cohort, assert_same):
-    """Invariance."""
+    """Invariance; an error whose exact value is 0 is rounding, of another order."""
     order = jnp.array([2, 0, 3, 1])
     permuted = jitted(START, *trees.take(cohort, order), WEIGHTS[order], SCALE, KEY)
-    assert_same(permuted, jitted(START, *cohort, WEIGHTS, SCALE, KEY))
+    assert_same(permuted, jitted(START, *cohort, WEIGHTS, SCALE, KEY), atol=5e-6)
 
 
 @pytest.mark.parametrize("value", [5.0, np.nan, np.inf])
