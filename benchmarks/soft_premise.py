@@ -1,11 +1,12 @@
 """What makes native SOFT's premise true, and at what cost: start, optimizer, regulariser and rotation by the server.
 
 The premise is that few components carry most of what a client learned. Each setting trains on digits with `soft` at
-keep ratio 1/4 and no network, 10 of 50 clients a round. Halfway the clients of a cohort train once more, and
-`share_1/4` and `share_1/2` are what `soft`, selecting as it is configured, keeps of the energy of their change (as in
-sparsifier_fidelity.py); `random_1/4` is what the same number of random components keeps, and `cosine` the largest
-|cosine| between two components of a client. `accuracy` is on development examples, the last fifth of each client's,
-which nobody trains on; the test examples are not touched. Means and deviations are over the seeds.
+keep ratio 1/4 and no network, 10 of 50 clients a round; factors are sent unless its name says `change`. Halfway the
+clients of a cohort train once more, and `share_1/4` and `share_1/2` are what `soft`, selecting as it is configured,
+keeps of the energy of their change (as in sparsifier_fidelity.py); `random_1/4` is what the same number of random
+components keeps, and `cosine` the largest |cosine| between two components of a client. `accuracy` is on development
+examples, the last fifth of each client's, which nobody trains on; the test examples are not touched. Means and
+deviations are over the seeds.
 """
 
 import argparse

@@ -36,8 +36,8 @@ class SoftConfig(Options):
     orthogonality: weight of the regulariser, >= 0; 0 where `form` is none.
     form: of the regulariser, see `orthogonality_penalty`.
     send: what is sent of a kept component: its `factors`, or their `change` since the broadcast. It decides by
-      which norm components are chosen. Clients that choose by the factors all send the components that were large
-      already, and small roundings decide which these are.
+      which norm components are chosen: by the factors, those that were large already count as much as those that
+      moved.
     missing: how a component that was not sent enters the average. `senders`: the client has no say in it. `zero`:
       as zero factors or a zero change. Methods that average products count every client, see `aggregation.products`.
     budget: keep k components of each `module` and layer, or as many in all, chosen over the whole adapter
