@@ -11,7 +11,7 @@ test: $(VENV)/installed-test  ## lint, types and the suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: $(VENV)/installed-test  ## the suite with its slow tests
 	$(BIN)/pytest

@@ -7,22 +7,29 @@ import tempfile
 
 import pytest
 
-# Before anything of the project is imported: no test reads or fills a user's cache.
-os.environ["FEDJAX_LORA_CACHE"] = tempfile.mkdtemp(prefix="fedjax-lora-test-")
-atexit.register(shutil.rmtree, os.environ["FEDJAX_LORA_CACHE"], ignore_errors=True)
+# Before anything of the project is imported: no test reads or fills a user's cache. Processes that test side by side
+# share one, with the programs that were compiled in it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    cache = tempfile.mkdtemp(prefix="fedjax-lora-test-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["FEDJAX_LORA_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # One device, on however many cores: a command that is called in this process finds the number chosen.
 os.environ["JAX_NUM_CPU_DEVICES"] = "1"
+# Fusion by emitters takes more than half of the time of compiling for a processor.
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false"]).strip()
 
-# Many programs that run once or twice on little: compiling them takes longer than running them.
-_COMPILED_FAST = {"laws", "sim"}
+# Modules whose programs take longer to run than to compile.
+_RUN_LONG = {"test_cli", "test_planner", "test_tsfa_laws", "test_tsfa_offline"}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_fast(request):
-    """Little optimisation by XLA in the folders of `_COMPILED_FAST`; all of it elsewhere, and in other processes."""
+    """Little optimisation by XLA, here and in processes that are started, but in the modules of `_RUN_LONG`."""
     import jax  # it reads the environment that is set above
 
-    jax.config.update("jax_disable_most_optimizations", request.path.parent.name in _COMPILED_FAST)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    few = request.path.stem not in _RUN_LONG
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(few))
+        jax.config.update("jax_disable_most_optimizations", few)
+        yield
