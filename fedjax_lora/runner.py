@@ -43,12 +43,13 @@ def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) ->
             return ended
     else:
         RunFolder.check_free(path)
-    simulation = build(config)
+    with console.status("reading the model and the data"):
+        simulation = build(config)
     for note in _notes(config, simulation):
         console.print(f"note: {note}", soft_wrap=True)
-
-    state = simulation.init(jax.random.key(config.seed))
-    _, initial_accuracy = simulation.evaluate(state)
+    with console.status("compiling a round"):
+        state = simulation.init(jax.random.key(config.seed))
+        _, initial_accuracy = simulation.evaluate(state)
     data = {"examples_hash": simulation.examples_hash, "partition_hash": simulation.partition_hash}
     folder = (RunFolder.resume if resume else RunFolder.create)(path, dump(config), data)
     if resume:
