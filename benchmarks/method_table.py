@@ -74,14 +74,11 @@ SHARED = [
     f"engine.eval_every={EVAL_EVERY}",
 ]
 TEXT = [
-    "model.compute_dtype=bfloat16",
     "lora.targets=[query, value]",
     "data.source=tsv",
     "data.max_length=48",
     "local.optimizer.learning_rate=3e-3",
 ]
-EXACT = ("fedex", "flora")
-"""Methods that are run in float32 on text too: what they merge into frozen weights would be lost in bfloat16."""
 
 
 def measure(config: ExperimentConfig, budget_bits: int, most_rounds: int) -> dict:
@@ -174,8 +171,7 @@ def main() -> None:
         return load_config(None, [*files, *setting, *overrides], base=base)
 
     def overrides(method: str, alpha: float, seed: int) -> list[str]:
-        exact = ["model.compute_dtype=float32"] if method in EXACT else []
-        return [*exact, *METHODS[method], f"clients.partition.alpha={alpha}", f"seed={seed}"]
+        return [*METHODS[method], f"clients.partition.alpha={alpha}", f"seed={seed}"]
 
     runs = {
         f"{method}, alpha {alpha} seed {seed}": overrides(method, alpha, seed)

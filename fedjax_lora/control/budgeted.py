@@ -14,9 +14,9 @@ from fedjax_lora.wireless.rate import required_bandwidth, uplink_rate
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budgeted(Options):
-    """What these controllers share.
+    """What controllers with a budget share, TSFA's too.
 
-    latency_budget_s: what the latency of every round should be at most.
+    latency_budget_s: what the latency of every round should be at most, or of TSFA's on average.
     min_keep_ratio: the least that a client keeps, rounded up to whole ranks.
     """
 

@@ -6,16 +6,16 @@ Updates", arXiv 2505.00333; the exact terms of the objective and the solver are 
 
 import dataclasses
 import math
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
 from fedjax_lora.control import planning
+from fedjax_lora.control.budgeted import Budgeted
 from fedjax_lora.control.tsfa_common import common_share
 from fedjax_lora.control.tsfa_solver import MOST_WORTH, Offer, sent_share
-from fedjax_lora.options import Options
 from fedjax_lora.strategies import Controller, Decision, Observation
 from fedjax_lora.wireless.allocation import min_max_latency
 
@@ -27,7 +27,7 @@ _ROUNDING = 1e-5  # so that float32's k - 1e-6 ranks are k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TsfaConfig(Options):
+class TsfaConfig(Budgeted):
     """TSFA online; defaults and options are our choice.
 
     V: weight of what is not sent against the queue, in s^2 over the unit of the tail. Larger: better updates, a
@@ -37,19 +37,16 @@ class TsfaConfig(Options):
       the budget by at most `(Q_T - queue_s) / T`.
     energy_budget_j: what a client of the cohort may spend in a round on average over the run, on computing too; None
       is no constraint.
-    min_keep_ratio: the least that a client keeps, rounded up to whole ranks.
+    min_keep_ratio: as in `Budgeted`.
     tail: the cost of a keep ratio: the client's tail energy `relative` to the cohort's weighted mean of the whole
       energy, so that V is in s^2 for every sparsifier and in every round; the `energy` itself; or `linear`, 1 - ratio.
     ratio: each `client`'s own, or a `common` one.
     """
 
-    keep_ratio: ClassVar[float] = 1.0
     name: Literal["tsfa"] = "tsfa"
     V: float = 10.0
-    latency_budget_s: float = 2.0
     queue_s: float = 0.0
     energy_budget_j: float | None = None
-    min_keep_ratio: float = 0.1
     tail: Tail = "relative"
     ratio: Ratio = "client"
 
@@ -57,14 +54,10 @@ class TsfaConfig(Options):
         super().__post_init__()
         if not 0 <= self.V < math.inf:
             raise ValueError(f"V must be at least 0 and finite, got {self.V!r}")
-        if not 0 < self.latency_budget_s < math.inf:
-            raise ValueError(f"latency_budget_s must be positive and finite, got {self.latency_budget_s!r}")
         if not 0 <= self.queue_s < math.inf:
             raise ValueError(f"queue_s must be at least 0 and finite, got {self.queue_s!r}")
         if self.energy_budget_j is not None and not 0 < self.energy_budget_j < math.inf:
             raise ValueError(f"energy_budget_j must be positive and finite, or null, got {self.energy_budget_j!r}")
-        if not 0 < self.min_keep_ratio <= 1:
-            raise ValueError(f"min_keep_ratio must be in (0, 1], got {self.min_keep_ratio!r}")
 
 
 def solve(
