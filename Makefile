@@ -13,8 +13,8 @@ test: $(VENV)/installed-test  ## lint, types and the suite
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
-test-all: $(VENV)/installed-test  ## the suite with its slow tests
-	$(BIN)/pytest
+test-all: $(VENV)/installed-test  ## the suite with its slow tests, compiled as a user's programs are
+	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(BIN)/pytest
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,8 @@
-"""What all tests share: a cache of their own, one device, and how much XLA optimises."""
+"""What all tests share: a cache of their own, one device, and how much XLA optimises.
+
+Compiling takes most of the suite's time, so XLA does less than a user's does, unless JAX_DISABLE_MOST_OPTIMIZATIONS is
+set to false beforehand, as `make test-all` does.
+"""
 
 import atexit
 import os
@@ -16,8 +20,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # One device, on however many cores: a command that is called in this process finds the number chosen.
 os.environ["JAX_NUM_CPU_DEVICES"] = "1"
-# Fusion by emitters takes more than half of the time of compiling for a processor.
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false"]).strip()
+_IN_FULL = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "").lower() in ("0", "false")
+if not _IN_FULL:  # fusion by emitters takes more than half of the time of compiling for a processor
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 # Modules whose programs take longer to run than to compile.
 _RUN_LONG = {"test_cli", "test_planner", "test_tsfa_laws", "test_tsfa_offline"}
@@ -28,7 +33,7 @@ def compiled_fast(request):
     """Little optimisation by XLA, here and in processes that are started, but in the modules of `_RUN_LONG`."""
     import jax  # it reads the environment that is set above
 
-    few = request.path.stem not in _RUN_LONG
+    few = not _IN_FULL and request.path.stem not in _RUN_LONG
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(few))
         jax.config.update("jax_disable_most_optimizations", few)

@@ -4,6 +4,8 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+_GLUE_HEADER = ("sentence", "label")
+
 
 class Table(NamedTuple):
     """A file's examples, in its order.
@@ -27,7 +29,7 @@ def read(path: str, field: str) -> Table:
     Blank lines are skipped. The label stands after a line's last tab, so a sentence may hold tabs.
 
     Raises:
-      ValueError: the file is missing, empty or not UTF-8, or a line has no sentence or no label.
+      ValueError: the file is missing, empty or not UTF-8, has GLUE's header, or a line has no sentence or no label.
     """
     try:
         content = Path(path).read_bytes()
@@ -46,6 +48,8 @@ def read(path: str, field: str) -> Table:
         sentence, _, label = (part.strip() for part in line.rpartition("\t"))
         if not sentence or not label:
             raise ValueError(f"{path}, line {number}: must be sentence<TAB>label, got {_shorten(line)}")
+        if not table.sentences and (sentence, label) == _GLUE_HEADER:
+            raise ValueError(f"{path}, line {number}: must be sentence<TAB>label, got the header {_shorten(line)}")
         table.sentences.append(sentence)
         table.labels.append(label)
         table.lines.append(number)

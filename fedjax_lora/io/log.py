@@ -90,12 +90,16 @@ class RunFolder:
 
     @staticmethod
     def check_configuration(path: str | Path, config_text: str) -> None:
-        """Refuse to resume with a configuration that is not the run's.
+        """Refuse to resume with a configuration that is not the run's; `plan`, which a run ignores, may differ.
 
         Raises:
           ValueError: there is no run, or its configuration differs; names the first key that does.
         """
-        _check_same(read_config(path), yaml.safe_load(config_text), Path(path) / _CONFIG)
+        before, now = (
+            {section: value for section, value in config.items() if section != "plan"}
+            for config in (read_config(path), yaml.safe_load(config_text))
+        )
+        _check_same(before, now, Path(path) / _CONFIG)
 
     @classmethod
     def create(cls, path: str | Path, config_text: str, data: Mapping[str, str]) -> "RunFolder":
@@ -256,9 +260,9 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -
     """Raise ValueError at the first key whose value is not the one that the file at `path` holds."""
     old, new = flatten(before), flatten(now)
     for key in [*new, *old]:
-        had, has = old.get(key, "nothing"), new.get(key, "nothing")
+        had, has = (repr(tree[key]) if key in tree else "absent" for tree in (old, new))
         if had != has:
-            raise ValueError(f"{key} must be {had!r} as in {path} to resume the run, got {has!r}")
+            raise ValueError(f"{key} must be {had} as in {path} to resume the run, got {has}; or choose another --out")
 
 
 def _lines(metrics: Metrics) -> Iterator[dict[str, Any]]:

@@ -56,6 +56,9 @@ WEIGHT_MAP: dict[str, Weight] = {
 }
 """Where each frozen weight lies in a Hugging Face checkpoint."""
 
+RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+"""Endings of checkpoints that were converted from TensorFlow, bert-base-uncased among them -> today's."""
+
 PREFIXES = ("", "bert.")
 """What may stand before the names: nothing (BertModel) or `bert.` (a model with a head)."""
 

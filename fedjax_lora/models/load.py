@@ -88,8 +88,8 @@ def load_tokenizer(pretrained: str) -> "PreTrainedTokenizerBase":
         raise ValueError(f"model.pretrained must hold tokenizer.json or vocab.txt, got {folder} without either")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # it raises errors of several libraries
+        reason = safetensors.reason_of(error)
         raise ValueError(f"model.pretrained must hold a readable tokenizer, got {folder} ({reason})") from None
 
 
@@ -108,5 +108,5 @@ def _pretrained_bert(config: ModelConfig, pretrained: str, num_classes: int) -> 
     )
     model = bert.bert(shape, num_classes)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    base = safetensors.load(folder, bert.weight_map(shape), shapes, bert.PREFIXES, bert.IGNORED)
+    base = safetensors.load(folder, bert.weight_map(shape), shapes, bert.PREFIXES, bert.IGNORED, bert.RENAMED)
     return model, base

@@ -54,11 +54,16 @@ def resolve(pretrained: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(pretrained, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
     except Exception as error:  # the hub client raises errors of several libraries
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             "model.pretrained must be an existing folder or a model that the Hugging Face hub has, "
-            f"got {pretrained!r} ({reason})"
+            f"got {pretrained!r} ({reason_of(error)})"
         ) from None
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of another library says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -99,6 +104,7 @@ def load(
     shapes: Base,
     prefixes: Sequence[str] = ("",),
     ignored: Sequence[str] = (),
+    renamed: Mapping[str, str] | None = None,
 ) -> Base:
     """Frozen weights of a folder.
 
@@ -109,22 +115,25 @@ def load(
         `{layer}` is stacked to `[L, ...]`.
       prefixes: what may stand before all names; the one under which most are found is taken.
       ignored: patterns (with `*`) of names that need no place in the model.
+      renamed: how a name may end in older checkpoints -> how it ends in `weight_map`.
 
     Raises:
       ValueError: for tensors that are missing, unexpected or of another shape, and for a damaged file.
     """
     files = tensor_files(folder)
+    stored = {_current(name, renamed or {}): name for name in files}
     leaves: dict[str, Any] = flatten_dict(shapes, sep="/")
     wanted = {name for path, weight in weight_map.items() for name in _names(weight, leaves[path].shape)}
-    prefix = max(prefixes, key=lambda prefix: sum(prefix + name in files for name in wanted))
-    _check(folder, {name.removeprefix(prefix) for name in files}, wanted, ignored)
+    prefix = max(prefixes, key=lambda prefix: sum(prefix + name in stored for name in wanted))
+    _check(folder, {name.removeprefix(prefix) for name in stored}, wanted, ignored)
     with contextlib.ExitStack() as stack:
         handles = {file: stack.enter_context(_open(file)) for file in set(files.values())}
 
         def read(name: str) -> np.ndarray:
-            file = files[prefix + name]
+            name = stored[prefix + name]
+            file = files[name]
             try:
-                return handles[file].get_tensor(prefix + name)
+                return handles[file].get_tensor(name)
             except SafetensorError as error:
                 raise ValueError(f"model.pretrained must hold readable files, got {file} ({error})") from None
 
@@ -156,6 +165,14 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="np")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model.pretrained must hold readable files, got {file} ({error})") from None
+
+
+def _current(name: str, renamed: Mapping[str, str]) -> str:
+    """The name under today's ending."""
+    for old, new in renamed.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
 
 
 def _names(weight: Weight, shape: tuple[int, ...]) -> list[str]:

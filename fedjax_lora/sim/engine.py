@@ -22,7 +22,7 @@ from fedjax_lora.strategies import Link
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How the simulation is executed; none of it changes a result beyond rounding.
+    """How the simulation is executed; none of it changes a result but by the order in which float32 numbers are added.
 
     client_chunk: clients trained at once on each device; `auto` fits their activations to the device.
     eval_every: rounds between evaluations (and checkpoints).

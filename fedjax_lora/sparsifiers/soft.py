@@ -31,7 +31,7 @@ Missing = Literal["senders", "zero"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftConfig(Options):
-    """Options of SOFT; the defaults are our reading of the paper.
+    """Options of SOFT; all are our reading of the paper's abstract, and the defaults our choice, see docs/method.md.
 
     orthogonality: weight of the regulariser, >= 0; 0 where `form` is none.
     form: of the regulariser, see `orthogonality_penalty`.

@@ -69,10 +69,11 @@ class WirelessConfig:
     def __post_init__(self):
         for name in ("bandwidth_hz", "min_distance_m", "cycles_per_sample", "cpu_hz_min"):
             self._require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
-        for name in ("noise_figure_db", "shadowing_db", "capacitance", "fade_margin_db"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
+        self._require("capacitance", 0 <= self.capacitance < math.inf, "at least 0 and finite")
+        for name in ("noise_figure_db", "shadowing_db", "fade_margin_db"):
+            self._require(name, 0 <= getattr(self, name) <= 100, "between 0 and 100")
         for name in ("power_dbm", "rician_k_db", "downlink_power_dbm"):
-            self._require(name, math.isfinite(getattr(self, name)), "finite")
+            self._require(name, -100 <= getattr(self, name) <= 100, "between -100 and 100")
         for name, kinds in (("path_loss", channel.PathLoss), ("fading", channel.FadingKind), ("csi", Csi)):
             self._require(name, getattr(self, name) in get_args(kinds), f"one of {', '.join(get_args(kinds))}")
         self._require("carrier_ghz", 0.5 <= self.carrier_ghz <= 100, "between 0.5 and 100")

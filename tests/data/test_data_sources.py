@@ -131,6 +131,7 @@ def test_sentence_may_hold_tabs_and_odd_line_breaks(files):
     [
         ("good film\tpos\nbad neg\n", TEST, r"train\.tsv, line 2: must be sentence<TAB>label, got 'bad neg'$"),
         ("good film\tpos\n\nbad\t\n", TEST, r"train\.tsv, line 3: must be sentence<TAB>label, got 'bad\\t'$"),
+        ("sentence\tlabel\n" + TRAIN, TEST, r"train\.tsv, line 1: .* got the header 'sentence\\tlabel'$"),
         (TRAIN, "\tneg\n", r"test\.tsv, line 1: must be sentence<TAB>label, got '\\tneg'$"),
         ("", TEST, r"^data\.train must hold at least one sentence<TAB>label line, got none in .*train\.tsv$"),
         (TRAIN, "\n \n", r"^data\.test must hold at least one sentence<TAB>label line, got none in .*test\.tsv$"),

@@ -92,13 +92,17 @@ def test_resume_takes_the_same_configuration_in_another_spelling(run):
     assert RunFolder.resume(run.path, "{lora: {targets: [query], rank: 8}, seed: 0}", DATA).path == run.path
 
 
+def test_resume_does_not_mind_how_a_plan_would_be_made(run):
+    assert RunFolder.resume(run.path, CONFIG + "plan: {seeds: 3}\n", DATA).path == run.path
+
+
 @pytest.mark.parametrize(
     ("text", "fragments"),
     [
         (CONFIG.replace("8", "4"), ["lora.rank ", "8", "got 4"]),
         (CONFIG.replace("query", "value"), ["lora.targets ", "['query']", "got ['value']"]),
-        (CONFIG + "rounds: 3\n", ["rounds ", "'nothing'", "got 3"]),
-        ("lora:\n  rank: 8\n  targets: [query]\n", ["seed ", "0", "got 'nothing'"]),
+        (CONFIG + "rounds: 3\n", ["rounds ", "absent", "got 3"]),
+        ("lora:\n  rank: 8\n  targets: [query]\n", ["seed ", "0", "got absent"]),
     ],
 )
 def test_resume_refuses_another_configuration_by_key_and_values(run, text, fragments):
@@ -110,7 +114,10 @@ def test_resume_refuses_another_configuration_by_key_and_values(run, text, fragm
 @pytest.mark.parametrize("key", list(DATA))
 def test_resume_refuses_other_data_by_key_and_hashes_and_touches_nothing(run, key):
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.path.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=rf"data\.{key} must be '{DATA[key]}' .*data\.json to resume .* got 'ef'$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"data\.{key} must be '{DATA[key]}' .*data\.json to resume .* got 'ef'; or choose another --out$",
+    ):
         RunFolder.resume(run.path, CONFIG, DATA | {key: "ef"})
     after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.path.rglob("*") if path.is_file()}
     assert after == before

@@ -64,6 +64,20 @@ def test_prefixed_names_of_a_classifier_against_pytorch(tmp_path):
     assert_matches_pytorch(tmp_path)
 
 
+def test_names_of_a_converted_checkpoint_against_pytorch(folder):
+    """As bert-base-uncased has them; transformers renames them too."""
+    pairs = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+    def rename(tensors):
+        for name in list(tensors):
+            for new, old in pairs.items():
+                if name.endswith(new):
+                    tensors[name.removesuffix(new) + old] = tensors.pop(name) + np.float32(0.1)
+
+    rewrite(folder, rename)
+    assert_matches_pytorch(folder)
+
+
 def test_pooler_serves_cls_pooling_where_the_folder_has_one(folder):
     model, base = build(folder, pooling="cls")
     ids = np.arange(20).reshape(2, 10)
@@ -182,6 +196,14 @@ def test_hub_id_is_downloaded_without_pickles(folder, monkeypatch):
     monkeypatch.setattr(safetensors.huggingface_hub, "snapshot_download", download)
     build("someone/some-model")
     assert asked == {"name": "someone/some-model", "allow_patterns": ["*.json", "*.safetensors", "*.txt"]}
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"model": 3}'])
+def test_damaged_tokenizer_is_refused_in_one_line(folder, content):
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model.pretrained must hold a readable tokenizer, got") as error:
+        load.load_tokenizer(str(folder))
+    assert "\n" not in str(error.value)
 
 
 def test_folder_without_tokenizer_is_refused_in_one_line(folder):

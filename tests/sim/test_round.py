@@ -50,7 +50,7 @@ def test_chunk_size_and_padded_clients_change_nothing(reference, chunk):
 
 
 def test_a_second_device_changes_nothing(reference, tmp_path):
-    _, state, _ = reference
+    _, state, metrics = reference
     script = """
 import sys, jax, numpy as np
 sys.path.insert(0, sys.argv[1])
@@ -58,14 +58,16 @@ from toy import simulation
 assert jax.device_count() == 2
 sim = simulation(sys.argv[3], "engine.client_chunk=2")
 state, metrics = sim.run(sim.init(jax.random.key(3)), 3)
-np.savez(sys.argv[2], *map(np.asarray, jax.tree.leaves(state.adapters)))
+measured = metrics.train_loss, metrics.uplink_bits, metrics.latency_s, metrics.eval_loss, metrics.eval_accuracy
+np.savez(sys.argv[2], *map(np.asarray, jax.tree.leaves((state.adapters, measured))))
 """
     out = tmp_path / "two.npz"
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
     command = [sys.executable, "-c", script, str(Path(__file__).parents[1]), str(out), SGD]
     subprocess.run(command, env=environment, check=True, timeout=300)
+    measured = metrics.train_loss, metrics.uplink_bits, metrics.latency_s, metrics.eval_loss, metrics.eval_accuracy
     with np.load(out) as saved:
-        for x, name in zip(jax.tree.leaves(state.adapters), saved.files, strict=True):
+        for x, name in zip(jax.tree.leaves((state.adapters, measured)), saved.files, strict=True):
             np.testing.assert_allclose(x, saved[name], rtol=2e-4, atol=2e-5)
 
 
@@ -153,18 +155,18 @@ def test_masked_ranks_stay_as_they_were(reference):
         np.testing.assert_array_equal(factors.b[:, 3:], 0)
 
 
-def test_no_base_weight_has_a_client_axis_in_the_lowered_program():
-    """Shapes in the lowered text: a stacked frozen matrix `[L, n_in, n_out]` never gains a leading axis."""
-    sim = simulation("engine.client_chunk=3")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_base_weight_has_a_client_axis_in_the_lowered_program(dtype):
+    """Shapes in the lowered text: no frozen leaf, stacked over layers or not, gains an axis of 3 or 6 clients."""
+    sizes = "local.batch_size=5", "lora.max_rank=5"  # neither is a dimension of a frozen leaf
+    sim = simulation("engine.client_chunk=3", *sizes, f"model.compute_dtype={dtype}")
     state = sim.init(jax.random.key(0))
     text = jax.jit(make_round(sim.parts)).lower(sim.world, state).as_text()
-    shapes = {leaf.shape for leaf in jax.tree.leaves(sim.world.base["layers"]) if leaf.ndim == 3}
-    matrices = shapes | {shape[1:] for shape in shapes}
-    found = {tuple(map(int, dims.split("x"))) for dims in re.findall(r"tensor<((?:\d+x)*\d+)xf32>", text)}
-    assert shapes <= found  # the text does name the frozen matrices
-    axes = {3, 6}
-    with_clients = {(clients, *shape) for clients in axes for shape in matrices if (clients, *shape) not in shapes}
-    assert not found & with_clients
+    shapes = {leaf.shape for leaf in jax.tree.leaves(sim.world.base) if leaf.ndim > 1}
+    weights = shapes | {shape[1:] for shape in shapes if len(shape) == 3}
+    found = {tuple(map(int, dims.split("x"))) for dims in re.findall(r"tensor<((?:\d+x)*\d+)x(?:f|bf|ui)\d+>", text)}
+    assert shapes <= found  # the text does name the frozen weights
+    assert not found & {(clients, *shape) for clients in (3, 6) for shape in weights}
 
 
 def test_a_diverged_client_is_counted_and_poisons_nothing():

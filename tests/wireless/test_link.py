@@ -243,8 +243,10 @@ def test_the_first_attempt_does_not_depend_on_further_ones():
     [
         ("bandwidth_hz", 0.0, "positive and finite"),
         ("bandwidth_hz", float("nan"), "positive and finite"),
-        ("power_dbm", float("inf"), "finite"),
-        ("noise_figure_db", -1.0, "at least 0 and finite"),
+        ("power_dbm", 4000.0, "between -100 and 100"),
+        ("power_dbm", float("nan"), "between -100 and 100"),
+        ("noise_figure_db", -1.0, "between 0 and 100"),
+        ("capacitance", -1.0, "at least 0 and finite"),
         ("path_loss", "rural", "one of 3gpp128, umi, uma"),
         ("fading", "nakagami", "one of none, rayleigh, rician"),
         ("csi", "none", "one of perfect, mean, estimated"),
