@@ -73,7 +73,12 @@ class Cohort(NamedTuple):
 
     def scope(self, ranks: Array) -> Scope:
         """What a client with the ranks `[R]` sends."""
-        return Scope(ranks, *map(jnp.float32, self.sends))
+        return scope_of(ranks, self.sends)
+
+
+def scope_of(ranks: Array, sends: Live) -> Scope:
+    """The parts `sends` of the ranks `[R]`."""
+    return Scope(ranks, *map(jnp.float32, sends))
 
 
 class Local(NamedTuple):

@@ -15,7 +15,7 @@ from fedjax_lora.prng import RoundKeys, client_keys, round_keys
 from fedjax_lora.sim.cohort import choose, map_over_devices, padded_size
 from fedjax_lora.sim.kept import extract
 from fedjax_lora.sim.local import Broadcast, Client, Trained, max_rank
-from fedjax_lora.sim.parts import Cohort, Local, Parts, Uplink, World
+from fedjax_lora.sim.parts import Cohort, Local, Parts, Uplink, World, scope_of
 from fedjax_lora.strategies import Aggregate, Decision, Delivery, Live, Observation, Sent
 
 RoundFn = Callable[[World, FedState], tuple[FedState, Metrics]]
@@ -118,10 +118,12 @@ def train_cohort(parts: Parts, world: World, state: FedState, start: Adapters, c
 def importance(parts: Parts, cohort: Cohort, local: Local) -> Array:
     """Step 4: what the ranks of each client are worth, as the energy left out without them, `[C, R + 1]`."""
 
-    def tail_energy(shown: Adapters, ranks: Array) -> Array:
-        return parts.sparsifier.tail_energy(cohort.start, shown, cohort.scope(ranks))
+    def tail_energy(shared: tuple[Adapters, Live], item: tuple[Adapters, Array]) -> Array:
+        (start, sends), (shown, ranks) = shared, item
+        return parts.sparsifier.tail_energy(start, shown, scope_of(ranks, sends))
 
-    return jax.vmap(tail_energy)(local.shown, cohort.ranks)
+    shared, items = (cohort.start, cohort.sends), (local.shown, cohort.ranks)
+    return map_over_devices(tail_energy, shared, items, parts.chunk, parts.mesh)
 
 
 def control(parts: Parts, state: FedState, cohort: Cohort, local: Local, tail_energy: Array) -> Decision:
@@ -148,15 +150,21 @@ def control(parts: Parts, state: FedState, cohort: Cohort, local: Local, tail_en
 
 
 def sparsify(parts: Parts, cohort: Cohort, local: Local, decision: Decision, key: Array) -> tuple[Sent, Any]:
-    """Step 6: what each client sends, with the bits of all that it sends, and what its sparsifier remembers."""
+    """Step 6: what each client sends, with the bits of all that it sends, and what its sparsifier remembers.
 
-    def compress(shown: Adapters, memory: Any, keep_ratio: Array, ranks: Array, key: Array) -> tuple[Sent, Any]:
-        return parts.sparsifier.compress(cohort.start, shown, memory, keep_ratio, cohort.scope(ranks), key)
+    A chunk at a time, as training: what one client's choice takes beside its adapters is not held for all of them.
+    """
 
-    memory, keys = cohort.clients.state.memory, client_keys(key, cohort.ids)
-    sent, memory = jax.vmap(compress)(local.shown, memory, decision.keep_ratio, cohort.ranks, keys)
-    extra_bits = jax.vmap(lambda ranks: parts.drift_bits(cohort.scope(ranks)))(cohort.ranks)
-    return dataclasses.replace(sent, bits=jnp.where(local.active, sent.bits + extra_bits, 0)), memory
+    def compress(shared: tuple[Adapters, Live], item: Any) -> tuple[Sent, Any]:
+        (start, sends), (shown, memory, keep_ratio, ranks, key) = shared, item
+        scope = scope_of(ranks, sends)
+        sent, memory = parts.sparsifier.compress(start, shown, memory, keep_ratio, scope, key)
+        return dataclasses.replace(sent, bits=sent.bits + parts.drift_bits(scope)), memory
+
+    keys = client_keys(key, cohort.ids)
+    items = local.shown, cohort.clients.state.memory, decision.keep_ratio, cohort.ranks, keys
+    sent, memory = map_over_devices(compress, (cohort.start, cohort.sends), items, parts.chunk, parts.mesh)
+    return dataclasses.replace(sent, bits=jnp.where(local.active, sent.bits, 0)), memory
 
 
 def transmit(parts: Parts, cohort: Cohort, local: Local, decision: Decision, sent: Sent, memory: Any) -> Uplink:
