@@ -2,10 +2,11 @@
 
 Federated training with the dense uplink is stopped early and late; then every client of a cohort trains once more, and
 its change of the product, `a b - a0 b0`, is sent by each method. Reported is the share
-`1 - ||change - what arrived||^2 / ||change||^2`, mean over the clients, and the same for the average over clients of
-the factors as FedIT forms it. Each method is measured at the keep ratio itself, and again at the largest ratio whose
-bits are no more than those of `soft` (absent where even one component is too dear). `svd` is the best approximation of
-the change by as many rank-1 products as `soft` keeps, whatever its factors were.
+`1 - ||change - what arrived||^2 / ||change||^2`, mean over the clients, and the same for the plain mean over clients of
+the factors, in which a component that a client did not send stays as it was (`missing: zero` of changes; with
+`senders`, FedIT averages it over those who sent it). Each method is measured at the keep ratio itself, and again at the
+largest ratio whose bits are no more than those of `soft` (absent where even one component is too dear). `svd` is the
+best approximation of the change by as many rank-1 products as `soft` keeps, whatever its factors were.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def ratio_within(method: Sparsifier, scope: Scope, budget_bits: float) -> float 
 
 
 def mean_adapters(cohort: Adapters) -> Adapters:
-    """The mean over the leading client axis, as FedIT forms it with equal weights."""
+    """The mean over the leading client axis."""
     return jax.tree.map(lambda leaf: jnp.mean(leaf, 0), cohort)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from fedjax_lora import trees
 from fedjax_lora.aggregation import fedex, fedit, fedsa, ffa, flexlora, flora, hetlora, lora_fair, rolora
@@ -131,8 +132,11 @@ def _parts(config: ExperimentConfig, model: Model, world: World, like: Adapters,
     correction = DRIFTS[config.drift.name](config.drift)
     drift_bits = _drift_bits(correction, like)
     everyone = cohort_size if cohort_size == config.clients.count else None
-    extra_downlink_bits = aggregator.extra_downlink_bits(like, everyone)
-    _check_fits(like, sparsifier, drift_bits, extra_downlink_bits)
+
+    def extra_downlink_bits(rank: ArrayLike) -> jax.Array:
+        return aggregator.extra_downlink_bits(like, everyone, rank)
+
+    _check_fits(like, sparsifier, drift_bits, int(extra_downlink_bits(max_rank(like))))
     rates = schedule(local.optimizer, config.rounds * local.steps)
     return Parts(
         train=make_train(model, sparsifier, correction, direction(local.optimizer), rates, local),

@@ -54,10 +54,7 @@ def plan(config: ExperimentConfig, console: Console) -> Plan:
 
 def survey(config: ExperimentConfig, console: Console) -> Survey:
     """Pilots at the candidate ranks, and draws of the channel."""
-    if not isinstance(config.control, TsfaConfig):
-        raise ConfigError(f"control.name must be tsfa, for a plan, got {config.control.name!r}")
-    if config.lora.client_ranks:
-        raise ConfigError(f"lora.client_ranks must be absent, for a plan, got {config.lora.client_ranks}")
+    _check(config)
     simulation = build(config)
     candidates = tsfa_offline.candidates_of(config.plan, config.lora.max_rank)
     world = dataclasses.replace(simulation.world, data=hold_out(simulation.world.data, HELD_OUT))
@@ -70,6 +67,23 @@ def survey(config: ExperimentConfig, console: Console) -> Survey:
     sites = sites_of(simulation, world, state, channel_key, pilots, config)
     state = dataclasses.replace(state, key=rollout_key)
     return Survey(simulation, world, state, sites, effective_rounds(config))
+
+
+def _check(config: ExperimentConfig) -> None:
+    """Refuse what a plan would leave out of account."""
+    control, server, wireless = config.control, config.server, config.wireless
+    if not isinstance(control, TsfaConfig):
+        raise ConfigError(f"control.name must be tsfa, for a plan, got {control.name!r}")
+    for key, holds, allowed, got in (
+        ("lora.client_ranks", not config.lora.client_ranks, "absent", config.lora.client_ranks),
+        ("control.energy_budget_j", control.energy_budget_j is None, "null", control.energy_budget_j),
+        ("wireless.retransmissions", wireless.retransmissions == 0, "0", wireless.retransmissions),
+        ("server.name", server.name == "sgd", "sgd", server.name),
+        ("server.learning_rate", server.learning_rate == 1.0, "1.0", server.learning_rate),
+        ("plan.pilot_rounds", config.plan.pilot_rounds < config.rounds, "below rounds", config.plan.pilot_rounds),
+    ):
+        if not holds:
+            raise ConfigError(f"{key} must be {allowed}, for a plan, got {got!r}")
 
 
 def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
@@ -140,10 +154,17 @@ def effective_rounds(config: ExperimentConfig) -> float:
 
 
 def _descended(control: TsfaConfig, setting: Setting, sites: Site, rows: Outlook, most_s: float) -> tuple[int, Outlook]:
-    """The candidate next to where the gradient search ended, and the rows with its V in that one."""
+    """The candidate next to where the gradient search ended, and the rows with its V in that one.
+
+    Between candidates the latency is another than at them: only those that some V of the grid brings within
+    `most_s` are chosen from, where there are any, and the grid's V stays where the search's does not do so.
+    """
     found = tsfa_offline.gradient(control, setting, sites, most_s)
-    chosen = int(jnp.argmin(jnp.abs(jnp.log(sites.rank) - jnp.log(found.rank))))
+    within, distance = rows.latency_s <= most_s, jnp.abs(jnp.log(sites.rank) - jnp.log(found.rank))
+    chosen = int(jnp.argmin(jnp.where(within | ~within.any(), distance, jnp.inf)))
     site: Site = jax.tree.map(lambda x: x[chosen], sites)
     V = found.weight * tsfa_offline.unit_of_V(control, setting, site)
     row = tsfa_offline.outlook(tsfa_offline.whole_ranks(control), setting, site, V)
+    if row.latency_s > most_s and within.any():
+        return chosen, rows
     return chosen, jax.tree.map(lambda all_rows, x: all_rows.at[chosen].set(x), rows, row)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.typing import ArrayLike
 
 from fedjax_lora.base import Adapters, Base, Batch, Hyper, LinkState, Scope
 
@@ -133,8 +134,8 @@ class Aggregator(NamedTuple):
     keeps: the parts ("a", "b", "head") that stay with each client from round to round, and are never sent.
     merges: whether `Aggregate.merged` is used.
     alternates: whether `trains` differs between rounds.
-    extra_downlink_bits: `(adapters or their shapes, C) -> bits` of each broadcast beside the adapters; for C it is
-      told None where clients sit out rounds, and may have missed any number of them.
+    extra_downlink_bits: `(adapters or their shapes, C, rank) -> uint32 bits` of each broadcast but the first, beside
+      the adapters; for C it is told None where clients sit out rounds, and may have missed any number of them.
     next_rank: `(trained of one client, its rank) -> rank` of its next round; None where ranks stay.
     """
 
@@ -143,7 +144,7 @@ class Aggregator(NamedTuple):
     keeps: tuple[str, ...] = ()
     merges: bool = False
     alternates: bool = False
-    extra_downlink_bits: Callable[[Adapters, int | None], int] = lambda like, cohort_size: 0
+    extra_downlink_bits: Callable[[Adapters, int | None, ArrayLike], Array] = lambda like, clients, rank: jnp.uint32(0)
     next_rank: Callable[[Adapters, Array], Array] | None = None
 
     def sends(self, round_number: Array) -> Live:

@@ -126,6 +126,11 @@ def test_a_plan_with_a_number_missing_is_one_line(planned, capsys, tmp_path):
         (["plan.candidates=[16]"], ["plan.candidates", "lora.max_rank = 4", "16"]),
         (["plan.serach=grid"], ["plan.serach", "plan.search"]),
         (["lora.client_ranks=[1, 2]"], ["lora.client_ranks", "(1, 2)"]),
+        (["control.energy_budget_j=1.0"], ["control.energy_budget_j must be null", "1.0"]),
+        (["wireless.retransmissions=2"], ["wireless.retransmissions must be 0", "2"]),
+        (["server.name=momentum"], ["server.name must be sgd", "'momentum'"]),
+        (["server.learning_rate=0.5"], ["server.learning_rate must be 1.0", "0.5"]),
+        (["plan.pilot_rounds=3"], ["plan.pilot_rounds must be below rounds", "3"]),
     ],
 )
 def test_what_cannot_be_planned_is_one_line_and_leaves_nothing(capsys, tmp_path, settings, expected):

@@ -10,7 +10,6 @@ from typing import Literal
 from fedjax_lora.aggregation import errors, flora
 from fedjax_lora.aggregation.fedit import average_factors
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, product_bits
-from fedjax_lora.base import Adapters
 from fedjax_lora.options import Options
 from fedjax_lora.strategies import Aggregator
 
@@ -32,18 +31,15 @@ class FedExConfig(Options):
 def make(config: FedExConfig) -> Aggregator:
     """The aggregator whose base, after `merged` is added, and factors hold the ideal average of products.
 
-    The residual `sum_k p_k a_k b_k - abar bbar` has rank C R + R at most (C R with `reinit`), at which it is charged;
-    where clients sit out rounds, the sum of those that one has missed is charged as matrices in full.
+    The residual `sum_k p_k a_k b_k - abar bbar` has rank C r at most, at which it is charged: the clients' factors span
+    their average's too. Where clients sit out rounds, the sum of those that one has missed is charged as matrices in
+    full.
     """
     average = config.start == "average"
-
-    def extra_downlink_bits(like: Adapters, cohort_size: int | None) -> int:
-        return product_bits(like, None if cohort_size is None else cohort_size + average)
-
     return Aggregator(
         aggregate=by_layer(_residual if average else flora.merge_all),
         merges=True,
-        extra_downlink_bits=extra_downlink_bits,
+        extra_downlink_bits=product_bits,
     )
 
 

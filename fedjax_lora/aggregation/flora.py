@@ -26,7 +26,7 @@ class FloraConfig(Options):
 def make(config: FloraConfig) -> Aggregator:
     """The aggregator that merges `s sum_k p_k a_k b_k` and draws new factors: orthogonal a, zero b.
 
-    The broadcast is charged with the stack of C R components or, where that is shorter or clients sit out rounds and
+    The broadcast is charged with the stack of C r components or, where that is shorter or clients sit out rounds and
     have missed some, with the matrix in full.
     """
     del config  # it has no option yet, but every method is made in the same way

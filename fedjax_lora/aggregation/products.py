@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from fedjax_lora import trees
 from fedjax_lora.aggregation import errors
@@ -117,23 +118,28 @@ def fresh(layer: Layer) -> Factors:
     return Factors(a=length * a, b=jnp.zeros_like(layer.old.b))
 
 
-def product_bits(like: Adapters, adapters: int | None) -> int:
+def product_bits(like: Adapters, adapters: int | None, rank: ArrayLike) -> Array:
     """Bits of what is merged: a matrix for every adapted one, as two stacked factors or, if shorter, in full.
 
     Args:
       like: adapters, or their shapes.
-      adapters: how many of them are stacked, of R components each; None for the matrices in full, which hold the sum
-        of any number of merges.
+      adapters: how many of them are stacked; None for the matrices in full, which hold the sum of any number of merges.
+      rank: components of each.
+
+    Returns:
+      uint32.
 
     Raises:
       ValueError: together with the adapters they could overflow uint32.
     """
-    values = 0
+    values, most = jnp.uint32(0), 0
+    rank = jnp.asarray(rank).astype(jnp.uint32)
     for factors in like.modules.values():
         (layers, n_in, max_rank), n_out = factors.a.shape, factors.b.shape[2]
-        stacked = n_in * n_out if adapters is None else adapters * max_rank * (n_in + n_out)
-        values += layers * min(stacked, n_in * n_out)
-    bits = 32 * values
-    if bits + 8 * trees.num_bytes(like) >= 2**32:
-        raise ValueError(f"downlink of merged products must be below 2**32 bits, got {bits}")
-    return bits
+        full, width = n_in * n_out, (n_in + n_out) * (adapters or 0)
+        shorter = full // width if width else 0  # up to this rank the stack is
+        values += layers * jnp.where(rank <= shorter, width * rank, full).astype(jnp.uint32)
+        most += layers * (width * max_rank if max_rank <= shorter else full)
+    if 32 * most + 8 * trees.num_bytes(like) >= 2**32:
+        raise ValueError(f"downlink of merged products must be below 2**32 bits, got {32 * most}")
+    return 32 * values

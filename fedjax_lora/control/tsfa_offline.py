@@ -138,9 +138,9 @@ def relaxed(config: TsfaConfig) -> Decide:
     """The same without rounding to whole ranks, for ranks between whole ones, and with gradients."""
 
     def decide(V: Array, observation: Observation) -> Decision:
-        rank = observation.rank
+        rank, whole = observation.rank, jnp.arange(observation.tail_energy.shape[-1])
         return tsfa_online.solve(
-            planning.payloads(observation),
+            jax.vmap(observation.payload_bits)(whole[:, None] / rank).T,  # the last step ends beyond the rank
             observation.snr_hz,
             observation.start_s,
             observation.bandwidth_hz,
@@ -213,8 +213,11 @@ def best_V(found: Outlook, most_latency_s: float) -> Outlook:
 
 
 def best_rank(latency_s: Array, score: Array, most_latency_s: float) -> int:
-    """Position of the least score `[candidates]` within the latency, the first of equals; else of the least latency."""
-    within = latency_s <= most_latency_s
+    """Position of the least score `[candidates]` within the latency, the first of equals; else of the least latency.
+
+    A score that is not a number, of a rollout that diverged, is never the least.
+    """
+    within = (latency_s <= most_latency_s) & ~jnp.isnan(score)
     return int(jnp.argmin(jnp.where(within, score, jnp.inf)) if within.any() else jnp.argmin(latency_s))
 
 
@@ -274,7 +277,18 @@ def between(sites: Site, rank: Array) -> Site:
     tables = {name: aligned(getattr(sites, name), sites.rank) for name in names}
     sites = sites._replace(tail_energy=tails(sites.tail_energy, sites.rank), **tables)
     position = jnp.interp(rank, sites.rank, jnp.arange(len(sites.rank), dtype=jnp.float32))
-    return jax.tree.map(lambda leaf: at(leaf, position), sites)._replace(rank=rank)
+    site: Site = jax.tree.map(lambda leaf: at(leaf, position), sites)
+    tables = {name: _up_to(rank, getattr(site, name)) for name in names}
+    tail_energy = jax.vmap(lambda row: _up_to(rank, row))(site.tail_energy)
+    return site._replace(rank=rank, tail_energy=tail_energy, **tables)
+
+
+def _up_to(rank: Array, table: Array) -> Array:
+    """A table `[R + 1]` whose last row is that of `rank`, its rows above such that `at(table, rank)` is that row."""
+    low = jnp.floor(rank)
+    share, below = rank - low, at(table, low)
+    above = below + (table[-1] - below) / jnp.where(share > 1e-3, share, 1.0)
+    return jnp.where(jnp.arange(table.shape[0]) > low, above, table)
 
 
 def at(table: Array, position: Array) -> Array:

@@ -90,7 +90,8 @@ def solve(
       start_s: `[K]` when a client can begin, s.
       bandwidth_hz: scalar, the band, Hz.
       weights: `[K]` of the clients, >= 0.
-      tail_energy: `[K, R + 1]` cost of keeping 0 ... R ranks, non-increasing. `[[1, 0]]` for each is `1 - rho`.
+      tail_energy: `[K, R + 1]` cost of keeping 0 ... R ranks, non-increasing. `[[1, 0]]` for each is `1 - rho`, with a
+        `min_keep_ratio` of its own, since one rank is then all.
       queue: scalar, virtual queue of the latency, s.
       V: scalar, weight of the first term.
       min_keep_ratio: scalar or `[K]`, > 0, the least ratio; None is one rank.

@@ -38,8 +38,8 @@ def plan_table(plan: Plan) -> Table:
     for row in plan.rows:
         cells = [MISSING if row[key] is None else format(row[key], form) for key, (_, form) in _COLUMNS.items()]
         if plan.objective == "rollout":
-            deviation = row["score_deviation"]
-            cells.append(f"{row['score']:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else ""))
+            score, deviation = (MISSING if x is None else f"{x:.4f}" for x in (row["score"], row["score_deviation"]))
+            cells.append(score if deviation == MISSING else f"{score} ± {deviation}")
         notes = (["chosen"] if row["rank"] == plan.rank else []) + ([] if row["within_budget"] else ["over budget"])
         table.add_row(*cells, ", ".join(notes))
     return table

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -94,9 +96,21 @@ def server_optimizer(config: ServerConfig) -> Optimizer:
         "sgd": lambda: optax.sgd(rate),
         "momentum": lambda: optax.sgd(rate, config.momentum),
         "adam": lambda: optax.adam(rate, *decays),
-        "yogi": lambda: optax.yogi(rate, *decays),
+        "yogi": lambda: _yogi(rate, *decays),
     }[config.name]()
     return Optimizer(*made)
+
+
+def _yogi(rate: float, *decays: float) -> optax.GradientTransformation:
+    """Yogi whose first moment starts at 0 as in Reddi et al.: optax has it start where the second does."""
+    made = optax.yogi(rate, *decays)
+
+    def init(params: Any) -> Any:
+        state: Any = made.init(params)
+        first, *rest = state
+        return (first._replace(mu=jax.tree.map(jnp.zeros_like, params)), *rest)
+
+    return optax.GradientTransformation(init, made.update)
 
 
 def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from fedjax_lora.base import Adapters, Base, Dataset, FedState, LinkState, Scope
 from fedjax_lora.sim.local import Client, Train, Trained
@@ -27,7 +28,7 @@ class Parts(NamedTuple):
 
     train: local training of one client. optimizer: the server's.
     drift_bits: `scope -> uint32` bits of the drift correction of one client, on the uplink and on the downlink.
-    extra_downlink_bits: of each broadcast, for what the aggregator merges.
+    extra_downlink_bits: `rank -> uint32` bits of each broadcast but the first, for what the aggregator has merged.
     current_base: `(world, state) -> base`: the frozen weights with all that was merged into them.
     client_weight: examples `[C]` -> weights `[C]` in the average, not yet normalised.
     one_rank: whether all clients have the structural rank, in every round.
@@ -39,7 +40,7 @@ class Parts(NamedTuple):
     drift: Drift
     drift_bits: Callable[[Scope], Array]
     aggregator: Aggregator
-    extra_downlink_bits: int
+    extra_downlink_bits: Callable[[ArrayLike], Array]
     current_base: Callable[[World, FedState], Base]
     controller: Controller
     link: Link

@@ -234,7 +234,7 @@ def _payloads(parts: Parts, state: FedState) -> tuple[Array, Array]:
     drift_bits = parts.drift_bits(scope)
     bits = parts.sparsifier.payload_bits(kept / state.hyper.rank, scope) + drift_bits
     _, downlink_bits = parts.sparsifier.broadcast(state.adapters, received, ranks)
-    return bits.astype(jnp.float32), downlink_bits + drift_bits + jnp.uint32(parts.extra_downlink_bits)
+    return bits.astype(jnp.float32), downlink_bits + drift_bits + parts.extra_downlink_bits(state.hyper.rank)
 
 
 def _average_movement(cohort: Cohort, local: Local, weights: Array, mask: Array, scale: Array) -> Gradient:

@@ -69,7 +69,7 @@ def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) 
         return adapters, bits + parts.drift_bits(Scope(ranks, *map(jnp.float32, sends)))
 
     start, downlink_bits = jax.vmap(broadcast, out_axes=(None, 0))(ranks)
-    downlink_bits += jnp.uint32(parts.extra_downlink_bits)
+    downlink_bits += jnp.where(state.round > 0, parts.extra_downlink_bits(state.hyper.rank), 0)
     return Cohort(
         ids=ids,
         present=present,

@@ -68,7 +68,7 @@ def make(config: SoftRotatedConfig, like: Adapters, wire: Wire = FLOAT32) -> Spa
     ) -> tuple[Sent, Any]:
         head_key, key = jax.random.split(key)
         found, modules = _principal(start, trained, scope.ranks), {}
-        kept = _counts(config.budget, found, ranks.num_kept(keep_ratio, scope.ranks))
+        kept = _counts(config.budget, found, ranks.num_kept(keep_ratio, scope.ranks), scope.ranks)
         for (name, pair), part in zip(found.items(), jax.random.split(key, len(found)), strict=True):
             of_a, of_b = (
                 _best(*of, scope.ranks, wire, config.keep_norm)
@@ -117,14 +117,17 @@ def _bits(like: Factors, counts: tuple[Array, Array], scope: Scope, wire: Wire) 
     return bits
 
 
-def _counts(budget: Budget, found: dict[str, "_Pair"], kept: Array) -> dict[str, tuple[Array, Array]]:
-    """`[L]` components of either factor to keep, uint32, by module."""
+def _counts(budget: Budget, found: dict[str, "_Pair"], kept: Array, rank_mask: Array) -> dict[str, tuple[Array, Array]]:
+    """`[L]` components of either factor to keep, uint32, by module; never more than there are ranks in use."""
     if budget == "module":
         every = {name: jnp.full(pair[0].energies.shape[0], kept) for name, pair in found.items()}
         return {name: (count, count) for name, count in every.items()}
     num_matrices = sum(pair[0].energies.shape[0] for pair in found.values())
+    exists = jnp.arange(rank_mask.shape[0]) < jnp.sum(rank_mask)
     masks = [
-        ranks.largest_overall({name: pair[factor].energies for name, pair in found.items()}, kept * num_matrices)
+        ranks.largest_overall(
+            {name: jnp.where(exists, pair[factor].energies, -1.0) for name, pair in found.items()}, kept * num_matrices
+        )
         for factor in (0, 1)
     ]
     of_a, of_b = ({name: jnp.sum(m, -1).astype(jnp.uint32) for name, m in mask.items()} for mask in masks)

@@ -245,19 +245,16 @@ def test_gap_of_close_clients_is_not_lost_to_rounding():
 
 
 def test_downlink_of_the_stack_by_hand():
-    """Oracle: a count matrix by matrix."""
-    stacked = {"query": min(2 * 6, 12) * (12 + 20), "value": 5 * (13 + 5)}
+    """Oracle: a count matrix by matrix, of clients' components in use, however many are stored."""
     full = {"query": 12 * 20, "value": 13 * 5}
-    expected = sum(32 * LAYERS * min(stacked[name], full[name]) for name in WIDTHS)
-    assert flora.make(flora.FloraConfig()).extra_downlink_bits(BROADCAST, 2) == expected
-    thin = {name: min(MAX_RANK * (n_in + n_out), full[name]) for name, (n_in, n_out) in WIDTHS.items()}
-    assert product_bits(BROADCAST, 1) == 32 * LAYERS * sum(thin.values())
-    assert thin["query"] < full["query"]
-    assert METHODS["fedex"].extra_downlink_bits(BROADCAST, 0) == METHODS["flora"].extra_downlink_bits(BROADCAST, 1)
-    assert METHODS["fedex reinit"].extra_downlink_bits(BROADCAST, 1) == product_bits(BROADCAST, 1)
-    assert METHODS["flexlora"].extra_downlink_bits(BROADCAST, 9) == 0
+    for clients, rank in ((1, 1), (2, 1), (2, 3), (1, MAX_RANK)):
+        stacked = {"query": clients * rank * (12 + 20), "value": clients * rank * (13 + 5)}
+        expected = 32 * LAYERS * sum(min(stacked[name], full[name]) for name in WIDTHS)
+        for name in ("flora", "fedex", "fedex reinit"):
+            assert METHODS[name].extra_downlink_bits(BROADCAST, clients, jnp.float32(rank)) == expected
+    assert METHODS["flexlora"].extra_downlink_bits(BROADCAST, 9, 3) == 0
     for name in ("flora", "fedex", "fedex reinit"):  # a client that has missed merges is sent their sum
-        assert METHODS[name].extra_downlink_bits(BROADCAST, None) == 32 * LAYERS * sum(full.values())
+        assert METHODS[name].extra_downlink_bits(BROADCAST, None, 3) == 32 * LAYERS * sum(full.values())
 
 
 def test_downlink_beyond_uint32_is_refused_by_name():
@@ -265,7 +262,7 @@ def test_downlink_beyond_uint32_is_refused_by_name():
     wide = jax.ShapeDtypeStruct((24, 4096, 8), jnp.float32), jax.ShapeDtypeStruct((24, 8, 4096), jnp.float32)
     like = Adapters(modules={"query": Factors(*wide)}, head={})
     with pytest.raises(ValueError, match=r"downlink of merged products must be below 2\*\*32 bits, got 12884901888"):
-        product_bits(like, None)
+        product_bits(like, None, 8)
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,22 @@ def test_between_candidates_is_linear_and_at_one_it_is_that_one():
     np.testing.assert_allclose(halfway.measured.movement, 0.6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("rank", [1.5, 2.5, 3.01, 3.9])
+def test_at_a_rank_between_whole_ones_everything_can_be_sent(rank):
+    """By hand: with a V beyond measure all of 5e5 + 2e6 r bits are sent, so that nothing is left out."""
+
+    @jax.jit
+    def expected(rank):
+        own = tsfa_offline.between(sites(), rank)
+        return tsfa_offline.outlook(tsfa_offline.relaxed(CONFIG), setting(), own, jnp.float32(1e9))
+
+    found = expected(jnp.float32(rank))
+    np.testing.assert_allclose(found.keep_ratio, 1.0, rtol=1e-5)
+    np.testing.assert_allclose(found.kept_ranks, rank, rtol=1e-5)
+    np.testing.assert_allclose(found.uplink_bits, 5e5 + 2e6 * rank, rtol=1e-4)
+    np.testing.assert_allclose(found.terms.sparsification, 0.0, atol=1e-4)
+
+
 def test_rows_between_whole_positions_are_numpys_interpolation():
     table = np.random.default_rng(0).normal(size=(5, 2))
     positions = np.array([0.0, 0.3, 2.5, 4.0])

@@ -176,23 +176,33 @@ def test_traced_once_for_all_ratios_and_ranks(method):
 
 
 @pytest.mark.parametrize("ratio", [0.25, 1.0])
-def test_zero_update_stays_zero_change(row, compress, tail_energy, ratio):
-    """Invariance, to the bit unless the row says otherwise; also from a broadcast of zero, where every change ties."""
+def test_zero_update_stays_zero_change(row, method, compress, tail_energy, ratio):
+    """Invariance, to the bit unless the row says otherwise; also from a broadcast of zero, where every change ties.
+
+    Ties cost no more than was planned.
+    """
     for start in (START, jax.tree.map(jnp.zeros_like, START)):
         sent, _ = compress(start, start, (), jnp.float32(ratio), SCOPE, KEY)
         if row.keeps_broadcast or ratio == 1.0:
             jax.tree.map(lambda x, x0: np.testing.assert_allclose(x, x0, rtol=0, atol=row.error), sent.adapters, start)
         assert not any(np.any(np.isnan(leaf)) for leaf in jax.tree.leaves((sent, tail_energy(start, start, SCOPE))))
+        assert sent.bits <= method.payload_bits(jnp.float32(ratio), SCOPE)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 6])
 def test_keep_ratio_one_decodes_as_dense(row, compress, rank):
-    """Oracle: the dense sparsifier on this wire; nothing is dropped and everyone has a say in every rank in use."""
+    """Oracle: the dense sparsifier on this wire, to the bit but for what is factorised or rounded by chance.
+
+    Nothing is dropped and everyone has a say in every rank in use.
+    """
     used, trained = scope(rank), trained_from(START, 1, rank=rank)
     sent, _ = compress(START, trained, (), jnp.float32(1.0), used, KEY)
     reference = dense.make(dense.DenseConfig(), START, FLOAT32 if row.error else row.wire)
     expected, _ = reference.compress(START, trained, (), HALF, used, KEY)
-    assert_close(sent.adapters, expected.adapters, atol=max(row.error, 1e-5))
+    if row.error or row.module is soft_rotated:
+        assert_close(sent.adapters, expected.adapters, atol=max(row.error, 1e-5))
+    else:
+        jax.tree.map(np.testing.assert_array_equal, sent.adapters, expected.adapters)
     jax.tree.map(np.testing.assert_array_equal, sent.counted, expected.counted)
     assert sent.kept_ranks == rank
     assert sent.dropped_energy < 1e-6

@@ -107,15 +107,16 @@ def test_what_was_merged_survives_a_checkpoint(run, tmp_path):
 
 
 def test_downlink_is_charged_with_the_residual(run):
-    """Oracle: FedIT's broadcast and a count by hand: rank min((6 + 1) 4, widths), or the matrix in full."""
+    """Oracle: FedIT's broadcast and a count by hand: 6 clients' 3 components, or the matrix in full; not in round 1."""
     _, state, metrics = run
     plain = simulation("sparsifier.name=dense")
     _, alone = plain.run(plain.init(jax.random.key(3)), 1)
     values = 0
     for f in state.adapters.modules.values():
         layers, n_in, n_out = f.a.shape[0], f.a.shape[1], f.b.shape[2]
-        values += layers * min(28 * (n_in + n_out), n_in * n_out)
-    np.testing.assert_array_equal(metrics.client_downlink_bits[0] - alone.client_downlink_bits[0], 32 * values)
+        values += layers * min(18 * (n_in + n_out), n_in * n_out)
+    extra = metrics.client_downlink_bits - alone.client_downlink_bits
+    np.testing.assert_array_equal(extra, [[0] * 6, [32 * values] * 6, [32 * values] * 6])
 
 
 def test_export_refuses_adapters_that_are_not_the_model(tmp_path, monkeypatch):
@@ -157,12 +158,17 @@ def test_notes_name_the_memory_of_clients_and_of_the_base():
     assert not [note for note in runner._notes(few, build(few)) if "MB" in note]
 
 
+def test_notes_say_what_degenerates():
+    settings = config("sparsifier={name: soft, send: factors, missing: zero}")
+    assert any("fixed rank" in note for note in runner._notes(settings, build(settings)))
+
+
 def test_downlink_of_clients_that_sit_out_is_charged_with_whole_matrices():
     """Oracle: a count by hand of the broadcast and of n_in x n_out values a matrix, for whoever is in the cohort."""
     sim = simulation("aggregation.name=flora", "sparsifier.name=dense", "clients.per_round=2", "lora.targets=[up]")
-    _, metrics = sim.run(sim.init(jax.random.key(3)), 1)
-    values = 4 * (3 * (64 + 256) + 64 * 256) + 64 * 10 + 10
-    np.testing.assert_array_equal(metrics.client_downlink_bits, [[32 * values] * 2])
+    _, metrics = sim.run(sim.init(jax.random.key(3)), 2)
+    factors, merged = 4 * 3 * (64 + 256) + 64 * 10 + 10, 4 * 64 * 256
+    np.testing.assert_array_equal(metrics.client_downlink_bits, [[32 * factors] * 2, [32 * (factors + merged)] * 2])
 
 
 @pytest.mark.parametrize(

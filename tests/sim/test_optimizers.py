@@ -69,10 +69,10 @@ def fed_avg_m(rate, gradients):
 
 
 def fed_adaptive(second_moment, start):
-    """`x = x - rate m' / (sqrt(v') + epsilon)` with moments from `start`, divided by `1 - beta^t`."""
+    """`x = x - rate m' / (sqrt(v') + epsilon)` with moments from 0 and `start`, divided by `1 - beta^t`."""
 
     def steps(rate, gradients):
-        x, m, v = 0.0, start, start
+        x, m, v = 0.0, 0.0, start
         for t, g in enumerate(gradients, start=1):
             m = 0.7 * m + 0.3 * g
             v = second_moment(v, g)
@@ -101,6 +101,16 @@ def test_server_optimizers_against_their_formulas_by_hand(name):
         updates, state = optimizer.update(jnp.float32(g), state, x)
         x = optax.apply_updates(x, updates)
     np.testing.assert_allclose(x, FORMULAS[name](0.3, PSEUDO_GRADIENTS), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_server_that_is_told_nothing_stays(name):
+    """Invariance, to the bit: a pseudo-gradient of zero, over rounds."""
+    optimizer, x = server_optimizer(ServerConfig(name=name)), jnp.ones(3)
+    state = optimizer.init(x)
+    for _ in range(3):
+        updates, state = optimizer.update(jnp.zeros(3), state, x)
+        np.testing.assert_array_equal(updates, 0.0)
 
 
 @pytest.mark.parametrize(

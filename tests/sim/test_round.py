@@ -273,6 +273,22 @@ def test_cross_entropy_of_a_masked_batch_equals_that_of_the_true_examples():
     np.testing.assert_allclose(masked, alone, rtol=1e-6)
 
 
+def test_the_queues_of_a_run_are_the_sums_of_what_its_rounds_took():
+    """Oracle: both laws in float64 over the log; with lost uploads that are sent again, which take time and energy."""
+    sim = simulation(
+        "control={name: tsfa, latency_budget_s: 1.0, queue_s: 0.5, energy_budget_j: 0.01}",
+        "wireless={csi: mean, fade_margin_db: 3.0, retransmissions: 2}",
+    )
+    state, metrics = sim.run(sim.init(jax.random.key(3)), 4)
+    latency, energy = 0.5, 0.0
+    for spent_s, spent_j, found_s, found_j in zip(
+        metrics.latency_s, metrics.energy_j / 6, metrics.queue_s, metrics.energy_queue_j, strict=True
+    ):
+        latency, energy = max(latency + spent_s - 1.0, 0.0), max(energy + spent_j - 0.01, 0.0)
+        np.testing.assert_allclose([found_s, found_j], [latency, energy], rtol=1e-5)
+    assert state.queue_s > 0 and state.energy_queue_j > 0
+
+
 def test_rounds_below_one_are_refused(reference):
     sim, state, _ = reference
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):

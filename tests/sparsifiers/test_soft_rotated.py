@@ -7,7 +7,7 @@ import pytest
 
 from fedjax_lora.base import Adapters, Factors
 from fedjax_lora.sparsifiers.soft_rotated import SoftRotatedConfig, make
-from oracles.sparsifier_oracle import LAYERS, MAX_RANK, RANK, product, random_adapters, scope, trained_from
+from oracles.sparsifier_oracle import LAYERS, MAX_RANK, RANK, WIDTHS, product, random_adapters, scope, trained_from
 
 KEY = jax.random.key(0)
 START = random_adapters(0)
@@ -94,6 +94,31 @@ def test_rotation_does_not_depend_on_the_scale_of_a_change(scale):
         small.adapters.modules,
         large.adapters.modules,
     )
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("unchanged", ["", "a", "ab"])
+def test_bits_of_a_global_budget_are_those_of_what_arrives(ratio, unchanged):
+    """Oracle: NumPy's ranks of the decoded changes; where nothing changed, and all ties, no more than was planned."""
+    method = make(SoftRotatedConfig(budget="global"), jax.eval_shape(lambda: START))
+    trained = trained_from(START, 1)
+    for part in unchanged:
+        old = {name: getattr(f, part) for name, f in START.modules.items()}
+        modules = {name: f.replace(**{part: old[name]}) for name, f in trained.modules.items()}
+        trained = Adapters(modules=modules, head=trained.head)
+    sent, _ = jax.jit(method.compress)(START, trained, (), jnp.float32(ratio), SCOPE, KEY)
+    assert sent.bits <= method.payload_bits(jnp.float32(ratio), SCOPE)
+    if not unchanged:
+        values, counts = sum(leaf.size for leaf in jax.tree.leaves(START.head)), {"a": 0, "b": 0}
+        for name, f in sent.adapters.modules.items():
+            for part, width in zip("ab", WIDTHS[name], strict=True):
+                change = np.asarray(getattr(f, part)) - np.asarray(getattr(START.modules[name], part))
+                found = np.linalg.matrix_rank(change, tol=1e-5).sum()
+                counts[part] += found
+                values += found * (width + MAX_RANK)
+        matrices = LAYERS * len(WIDTHS)
+        assert counts["a"] == counts["b"] == round(ratio * RANK) * matrices
+        assert sent.bits == 32 * values + 2 * matrices * MAX_RANK.bit_length()
 
 
 def test_config_names_field_and_value():
