@@ -18,6 +18,9 @@ from fedjax_lora.sim.local import Broadcast, Client, Trained, max_rank
 from fedjax_lora.sim.parts import Cohort, Local, Parts, Uplink, World, scope_of
 from fedjax_lora.strategies import Aggregate, Decision, Delivery, Live, Observation, Sent
 
+SPARSIFIED_AT_ONCE = 32
+"""Clients on each device, or a whole chunk of training: few enough for memory, and one at a time is slow."""
+
 RoundFn = Callable[[World, FedState], tuple[FedState, Metrics]]
 
 
@@ -123,7 +126,7 @@ def importance(parts: Parts, cohort: Cohort, local: Local) -> Array:
         return parts.sparsifier.tail_energy(start, shown, scope_of(ranks, sends))
 
     shared, items = (cohort.start, cohort.sends), (local.shown, cohort.ranks)
-    return map_over_devices(tail_energy, shared, items, parts.chunk, parts.mesh)
+    return map_over_devices(tail_energy, shared, items, max(parts.chunk, SPARSIFIED_AT_ONCE), parts.mesh)
 
 
 def control(parts: Parts, state: FedState, cohort: Cohort, local: Local, tail_energy: Array) -> Decision:
@@ -152,7 +155,7 @@ def control(parts: Parts, state: FedState, cohort: Cohort, local: Local, tail_en
 def sparsify(parts: Parts, cohort: Cohort, local: Local, decision: Decision, key: Array) -> tuple[Sent, Any]:
     """Step 6: what each client sends, with the bits of all that it sends, and what its sparsifier remembers.
 
-    A chunk at a time, as training: what one client's choice takes beside its adapters is not held for all of them.
+    Some at a time: what one client's choice takes beside its adapters is not held for all of them.
     """
 
     def compress(shared: tuple[Adapters, Live], item: Any) -> tuple[Sent, Any]:
@@ -161,9 +164,9 @@ def sparsify(parts: Parts, cohort: Cohort, local: Local, decision: Decision, key
         sent, memory = parts.sparsifier.compress(start, shown, memory, keep_ratio, scope, key)
         return dataclasses.replace(sent, bits=sent.bits + parts.drift_bits(scope)), memory
 
-    keys = client_keys(key, cohort.ids)
+    keys, chunk = client_keys(key, cohort.ids), max(parts.chunk, SPARSIFIED_AT_ONCE)
     items = local.shown, cohort.clients.state.memory, decision.keep_ratio, cohort.ranks, keys
-    sent, memory = map_over_devices(compress, (cohort.start, cohort.sends), items, parts.chunk, parts.mesh)
+    sent, memory = map_over_devices(compress, (cohort.start, cohort.sends), items, chunk, parts.mesh)
     return dataclasses.replace(sent, bits=jnp.where(local.active, sent.bits, 0)), memory
 
 
