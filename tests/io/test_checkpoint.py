@@ -17,7 +17,9 @@ from fedjax_lora.io import checkpoint
 
 
 def make_state(round_number, memory=()):
-    draw = lambda i, *shape: jax.random.normal(jax.random.key(10 * round_number + i), shape)  # noqa: E731
+    def draw(i, *shape):
+        return jax.random.normal(jax.random.key(10 * round_number + i), shape)
+
     # NaN and a negative zero: equal bits, not equal values.
     query = Factors(a=draw(0, 2, 3, 4), b=draw(1, 2, 4, 5).at[0, 0, :2].set(jnp.array([jnp.nan, -0.0])))
     adapters = Adapters(modules={"query": query}, head={"bias": draw(2, 3)})
