@@ -62,7 +62,7 @@ def train_once(simulation: Simulation, state: FedState, cohort: int) -> Adapters
         return train_cohort(simulation.parts, world, state, state.adapters, clients).adapters
 
     trained = jax.jit(train)(simulation.world, state)
-    if not trees.all_finite(trained):
+    if not trees.fits_float32(trained):
         raise FloatingPointError(f"local training must stay finite, diverged after round {int(state.round)}")
     return trained
 

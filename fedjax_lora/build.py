@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from fedjax_lora import trees
@@ -13,7 +14,7 @@ from fedjax_lora.aggregation import fedex, fedit, fedsa, ffa, flexlora, flora, h
 from fedjax_lora.base import Adapters, Base, FedState, Hyper, Scope
 from fedjax_lora.config import ConfigError, ExperimentConfig
 from fedjax_lora.control import baselines, budgeted, tsfa_online
-from fedjax_lora.data import sources
+from fedjax_lora.data import sources, tokens
 from fedjax_lora.data.batches import federated_dataset
 from fedjax_lora.data.partition import partition
 from fedjax_lora.lora import adapters, targets
@@ -115,12 +116,19 @@ def _build(config: ExperimentConfig) -> Simulation:
         ),
         evaluate=make_evaluate(model, batch_size, parts.mesh),
         evaluate_personal=personal if aggregator.keeps else nothing_personal,
-        eval_every=config.engine.eval_every,
+        eval_every=min(config.engine.eval_every, config.rounds),  # a segment's metrics are held on the device
+        base_hash=_hash(base, head),
         examples_hash=examples.fingerprint,
         partition_hash=split.hash,
         truncated=examples.truncated,
         full_gradient=make_full_gradient(model, batch_size),
     )
+
+
+def _hash(base: Base, head: dict | None) -> str:
+    """SHA-256 of what a run starts from: the frozen weights, and the task head where there is one."""
+    leaves = jax.tree_util.tree_leaves_with_path((base, head))
+    return tokens.digest({jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
 
 
 def _parts(config: ExperimentConfig, model: Model, world: World, like: Adapters, hyper: Hyper) -> Parts:

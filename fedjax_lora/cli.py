@@ -7,6 +7,11 @@ from pathlib import Path
 
 from fedjax_lora import __version__
 
+_OUT_OF_MEMORY = (
+    "fedjax-lora: error: out of memory; lower engine.client_chunk, engine.eval_batch_size or local.batch_size, "
+    "or take fewer clients.per_round"
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
@@ -16,6 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.command(options)
     except (ValueError, OSError) as error:
         print(f"fedjax-lora: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print(_OUT_OF_MEMORY, file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # XLA's own, which says so in its first word alone
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        print(_OUT_OF_MEMORY, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fedjax-lora: interrupted", file=sys.stderr)

@@ -7,7 +7,6 @@ of its field's type, with two liberties: an integer stands for a float, and `1e-
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import cattrs
+import numpy as np
 import yaml
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
 from cattrs.gen import make_dict_structure_fn
@@ -149,6 +149,8 @@ class ExperimentConfig:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
         check(self)
         steps, warmup_steps = self.rounds * self.local.steps, self.local.optimizer.warmup_steps
+        if steps >= 2**31:
+            raise ValueError(f"rounds * local.steps must be below 2**31, got {self.rounds} * {self.local.steps}")
         if warmup_steps >= steps:
             raise ValueError(
                 f"local.optimizer.warmup_steps must be below rounds * local.steps = {steps}, got {warmup_steps}"
@@ -269,7 +271,10 @@ def _is(value: Any, member: Any) -> bool:
         return any(value == option and type(value) is type(option) for option in typing.get_args(member))
     if typing.get_origin(member) is tuple:
         return isinstance(value, tuple) and all(type(item) is typing.get_args(member)[0] for item in value)
-    return type(value) is member and not (member is float and not math.isfinite(value))
+    return type(value) is member and not (member is float and not abs(value) <= _LARGEST)
+
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def _words(member: Any) -> str:
@@ -285,7 +290,7 @@ def _words(member: Any) -> str:
 _WORDS = {
     "bool": "true or false",
     "int": "an integer",
-    "float": "a finite number",
+    "float": "a finite number",  # in float32
     "str": "a string",
     "NoneType": "null",
 }

@@ -33,7 +33,7 @@ def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) ->
       The summary, as in `summary.json`; that of a run that has ended already stays as it is.
 
     Raises:
-      ValueError: the folder is in use, or cannot be resumed with this configuration or these data.
+      ValueError: the folder is in use, or cannot be resumed with this configuration, these weights or these data.
     """
     started = time.perf_counter()
     if resume:
@@ -50,7 +50,7 @@ def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) ->
     with console.status("compiling a round"):
         state = simulation.init(jax.random.key(config.seed))
         _, initial_accuracy = simulation.evaluate(state)
-    data = {"examples_hash": simulation.examples_hash, "partition_hash": simulation.partition_hash}
+    data = {name: getattr(simulation, name) for name in ("examples_hash", "partition_hash", "base_hash")}
     folder = (RunFolder.resume if resume else RunFolder.create)(path, dump(config), data)
     if resume:
         state = checkpoint.restore(folder.checkpoints, state) or state

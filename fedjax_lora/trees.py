@@ -7,10 +7,13 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def all_finite(tree: Any) -> Array:
-    """Scalar bool: whether every element of every leaf is finite."""
-    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(leaves)) if leaves else jnp.bool_(True)
+def fits_float32(tree: Any) -> Array:
+    """Scalar bool: whether the fourth power of the tree's norm is finite, and so all that is made of its leaves.
+
+    Energies of products of two leaves, and Gram matrices of either, are no larger.
+    """
+    energy = sum((jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)), jnp.zeros(()))
+    return jnp.isfinite(energy * energy)
 
 
 def take(tree: Any, index: Array) -> Any:

@@ -100,7 +100,7 @@ def one_line(capsys, arguments: list[str]) -> str:
         ("lora.rank=5", ["lora.rank", "max_rank = 4", "got 5"]),
         ("clients.count=5000", ["clients.count", "1113", "5000"]),
         ("lora.targets=[queri]", ["lora.targets", "queri", "query"]),
-        ("lora.max_rank=65", ["max_rank", "64", "65"]),
+        ("lora.max_rank=65", ["lora.max_rank", "64", "65"]),
         ("server.learning_rate=0.0", ["server.learning_rate", "0.0", "above 0"]),
         ("sparsifier.name=sofd", ["sparsifier.name", "sofd", "soft"]),
     ],
@@ -122,8 +122,8 @@ def text_files(folder: Path, train: str = "good film\t1\nbad film\t0\n" * 4, tes
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({"train": "good\t1\nno label\nbad\t0\n"}, ["train.tsv", "2", "no label"]),
-        ({"test": "fine\t1\nodd\t7\n"}, ["'7'", "train"]),
+        ({"train": "good\t1\nno label\nbad\t0\n"}, ["data.train", "train.tsv", "2", "no label"]),
+        ({"test": "fine\t1\nodd\t7\n"}, ["data.test", "test.tsv, line 2", "'0, 1'", "'7'"]),
         ({"train": ""}, ["data.train must hold at least one", "train.tsv"]),
     ],
 )
@@ -225,6 +225,39 @@ def test_changed_data_are_not_resumed_and_nothing_is_touched(capsys, finished, t
     assert after == before
 
 
+def test_changed_weights_are_not_resumed(capsys, finished, tmp_path):
+    path = shutil.copytree(finished, tmp_path / "run")
+    (path / "summary.json").unlink()
+    held = json.loads((path / "data.json").read_text())
+    (path / "data.json").write_text(json.dumps({**held, "base_hash": "0" * 64}))
+    line = one_line(capsys, ["run", "--out", str(path), "--resume", "--set", *SETTINGS])
+    assert "data.base_hash" in line and held["base_hash"] in line
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")]
+)
+def test_too_little_memory_is_one_line(capsys, tmp_path, monkeypatch, error):
+    """What Python and XLA raise; any other error of a run is a defect, and shows itself whole."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("fedjax_lora.runner.run", fail)
+    line = one_line(capsys, ["run", "--out", str(tmp_path / "run")])
+    assert "out of memory" in line and "engine.client_chunk" in line and "local.batch_size" in line
+    error = RuntimeError("INTERNAL: a defect")
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main(["run", "--out", str(tmp_path / "run")])
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_at_once(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("fedjax_lora.runner.build", lambda config: pytest.fail("built before the folder was checked"))
+    line = one_line(capsys, ["run", "--out", str(tmp_path / "file" / "run")])
+    assert str(tmp_path / "file" / "run") in line and "cannot be written to" in line
+
+
 def test_an_empty_configuration_file_is_one_line(capsys, tmp_path):
     empty = tmp_path / "empty.yaml"
     empty.write_text("")
@@ -267,3 +300,5 @@ def test_reports_compare_runs_and_refuse_a_folder_that_is_none(finished, tmp_pat
     capsys.readouterr()
     line = one_line(capsys, ["report", str(tmp_path), "--out", str(out)])
     assert str(tmp_path) in line
+    line = one_line(capsys, ["report", str(finished), "--out", str(tmp_path)])
+    assert f"report {tmp_path} must be a path that can be written, got a folder" in line

@@ -71,6 +71,14 @@ MISTAKES = {
         ["local.optimizer.learning_rate ", "-1.0"],
     ),
     "two fields": ("lora: {rank: 99}", ["lora.rank ", "99", "max_rank"]),
+    "beyond float32": (
+        "local: {optimizer: {learning_rate: 1e39}}",
+        ["local.optimizer.learning_rate ", "1e+39", "a finite number"],
+    ),
+    "beyond int32": (
+        "{rounds: 100000, local: {steps: 100000}}",
+        ["rounds * local.steps must be below 2**31", "100000 * 100000"],
+    ),
     "seed": ("seed: -1", ["seed ", "-1", "from 0 to 2**32 - 1"]),
     # sections that do not fit together
     "text without model": (

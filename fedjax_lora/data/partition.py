@@ -106,6 +106,11 @@ def partition(config: PartitionConfig, labels: np.ndarray, num_clients: int, see
             f"clients.count must be at most {most} ({num_examples} examples, at least "
             f"{config.min_examples} for each client), got {num_clients}"
         )
+    if config.kind == "shards" and config.shards_per_client > num_examples:
+        raise ValueError(
+            f"clients.partition.shards_per_client must be at most {num_examples}, the examples, "
+            f"got {config.shards_per_client}"
+        )
     generator = np.random.default_rng(seed)
     if config.kind == "iid":
         owner = _deal(generator, num_examples, num_clients)

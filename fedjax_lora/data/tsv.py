@@ -10,13 +10,13 @@ _GLUE_HEADER = ("sentence", "label")
 class Table(NamedTuple):
     """A file's examples, in its order.
 
-    path: of the file, for messages.
+    name: field and path of the file, for messages.
     sentences, labels: text of each example.
     lines: line number of each example, counted from 1.
     sha256: of the file's bytes.
     """
 
-    path: str
+    name: str
     sentences: list[str]
     labels: list[str]
     lines: list[int]
@@ -39,17 +39,19 @@ def read(path: str, field: str) -> Table:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: must be UTF-8, got {error.object[error.start]:#04x}") from None
-    table = Table(path, [], [], [], hashlib.sha256(content).hexdigest())
+        raise ValueError(f"{field} {path}, line {line}: must be UTF-8, got {error.object[error.start]:#04x}") from None
+    table = Table(f"{field} {path}", [], [], [], hashlib.sha256(content).hexdigest())
     # not str.splitlines: it also breaks at characters that a sentence may hold
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         sentence, _, label = (part.strip() for part in line.rpartition("\t"))
         if not sentence or not label:
-            raise ValueError(f"{path}, line {number}: must be sentence<TAB>label, got {_shorten(line)}")
+            raise ValueError(f"{table.name}, line {number}: must be sentence<TAB>label, got {_shorten(line)}")
         if not table.sentences and (sentence, label) == _GLUE_HEADER:
-            raise ValueError(f"{path}, line {number}: must be sentence<TAB>label, got the header {_shorten(line)}")
+            raise ValueError(
+                f"{table.name}, line {number}: must be sentence<TAB>label, got the header {_shorten(line)}"
+            )
         table.sentences.append(sentence)
         table.labels.append(label)
         table.lines.append(number)
@@ -66,10 +68,11 @@ def class_names(train: Table, test: Table) -> tuple[str, ...]:
     """
     known = set(train.labels)
     if len(known) < 2:
-        raise ValueError(f"{train.path}: must hold at least 2 labels, got only {train.labels[0]!r}")
+        raise ValueError(f"{train.name}: must hold at least 2 labels, got only {train.labels[0]!r}")
     for label, number in zip(test.labels, test.lines, strict=True):
         if label not in known:
-            raise ValueError(f"{test.path}, line {number}: must be a label of the training file, got {label!r}")
+            allowed = _shorten(", ".join(sorted(known)))
+            raise ValueError(f"{test.name}, line {number}: must be a label of data.train, {allowed}, got {label!r}")
     by_text = sorted(known)
     try:
         return tuple(sorted(by_text, key=float))

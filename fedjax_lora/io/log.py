@@ -80,13 +80,16 @@ class RunFolder:
         """Refuse a place where no run can be created.
 
         Raises:
-          ValueError: `path` holds a run already, or is a file or a folder that is not empty.
+          ValueError: `path` holds a run already, is a file or a folder that is not empty, or cannot be made.
         """
         folder = Path(path)
         if (folder / _CONFIG).exists():
             raise ValueError(f"{path} already holds a run: continue it with --resume, or choose another --out")
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise ValueError(f"{path} must be a new or an empty folder to start a run in, got one in use")
+        above = next(parent for parent in folder.absolute().parents if parent.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise ValueError(f"{path} must be a folder that can be made, got {above}, which cannot be written to")
 
     @staticmethod
     def check_configuration(path: str | Path, config_text: str) -> None:

@@ -73,7 +73,7 @@ def init(
     """
     narrowest = min(n_in for n_in, _ in targets.values())
     if max_rank > narrowest:
-        raise ValueError(f"max_rank must be at most {narrowest}, the narrowest module's input, got {max_rank}")
+        raise ValueError(f"lora.max_rank must be at most {narrowest}, the narrowest module's input, got {max_rank}")
 
     def factors(name: str, n_in: int, n_out: int) -> Factors:
         module_key = jax.random.fold_in(key, zlib.crc32(name.encode()))

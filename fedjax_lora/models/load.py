@@ -1,7 +1,8 @@
 """From a model's configuration to the model, its pretrained weights and its tokenizer."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 
@@ -83,6 +84,7 @@ def load_tokenizer(pretrained: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer  # slow to import: not before it is needed
 
     folder = safetensors.resolve(pretrained)
+    _read_shape(folder)  # transformers would take what is wrong with it for a fault of the tokenizer
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         # transformers would make an empty tokenizer and say nothing
         raise ValueError(f"model.pretrained must hold tokenizer.json or vocab.txt, got {folder} without either")
@@ -95,12 +97,9 @@ def load_tokenizer(pretrained: str) -> "PreTrainedTokenizerBase":
 
 def _pretrained_bert(config: ModelConfig, pretrained: str, num_classes: int) -> tuple[Model, Base]:
     folder = safetensors.resolve(pretrained)
-    fields = safetensors.read_json(folder / "config.json")
-    if (model_type := fields.get("model_type")) != "bert":
-        raise ValueError(f"model.pretrained must have model_type bert in config.json, got {model_type!r}")
     has_pooler = any("pooler." in name for name in safetensors.tensor_files(folder))
-    shape = bert.read_config(
-        fields,
+    shape = _read_shape(
+        folder,
         pooling=config.pooling,
         pooler=has_pooler and config.pooling == "cls",
         dropout=config.dropout,
@@ -110,3 +109,18 @@ def _pretrained_bert(config: ModelConfig, pretrained: str, num_classes: int) -> 
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     base = safetensors.load(folder, bert.weight_map(shape), shapes, bert.PREFIXES, bert.IGNORED, bert.RENAMED)
     return model, base
+
+
+def _read_shape(folder: Path, **ours: Any) -> bert.BertConfig:
+    """The encoder that a folder's `config.json` describes, with our own options.
+
+    Raises:
+      ValueError: the file cannot be read, or describes another model than this encoder.
+    """
+    fields = safetensors.read_json(folder / "config.json")
+    if (model_type := fields.get("model_type")) != "bert":
+        raise ValueError(f"model.pretrained must have model_type bert in config.json, got {model_type!r}")
+    try:
+        return bert.read_config(fields, **ours)
+    except ValueError as error:
+        raise ValueError(f"model.pretrained must hold a config.json of BERT, got {folder} where {error}") from None

@@ -43,6 +43,8 @@ def write_report(run_folders: Iterable[str | Path], out_path: str | Path) -> Non
     Raises:
       ValueError: a folder is not a run's, or has no round in its log; or `out_path` cannot be written.
     """
+    if Path(out_path).is_dir():
+        raise ValueError(f"report {out_path} must be a path that can be written, got a folder")
     runs = load_runs(run_folders)
     text = _page(runs, all_plots(runs))
     try:

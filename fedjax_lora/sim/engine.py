@@ -104,6 +104,7 @@ class Simulation:
     Attributes:
       world: frozen base and data, on the device.
       parts: the functions that a round is made of.
+      base_hash: of the frozen weights, and of the task head where it is not drawn.
       examples_hash: of the examples, those for pre-training and testing included.
       partition_hash: of who holds which examples.
       truncated: sentences that were cut to the maximum length.
@@ -120,6 +121,7 @@ class Simulation:
         evaluate: Evaluate,
         evaluate_personal: EvaluatePersonal,
         eval_every: int,
+        base_hash: str,
         examples_hash: str,
         partition_hash: str,
         truncated: int,
@@ -127,6 +129,7 @@ class Simulation:
     ):
         self.parts = parts
         self.eval_every = eval_every
+        self.base_hash = base_hash
         self.examples_hash = examples_hash
         self.partition_hash = partition_hash
         self.truncated = truncated

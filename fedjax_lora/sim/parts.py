@@ -87,7 +87,7 @@ class Local(NamedTuple):
 
     trained: with the broadcast as the adapters of who is not active.
     shown: of the adapters what is sent, within the broadcast.
-    finite: bool, whether a client did not diverge. active: bool, finite and present.
+    finite: bool, whether a client did not diverge, see `trees.fits_float32`. active: bool, finite and present.
     weight: in the average, not yet normalised.
     """
 

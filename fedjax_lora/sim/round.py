@@ -89,7 +89,7 @@ def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) 
 def train_locally(parts: Parts, world: World, state: FedState, cohort: Cohort) -> Local:
     """Step 3: local training, with what diverged or is padding put back to the broadcast."""
     trained = train_cohort(parts, world, state, cohort.start, cohort.clients)
-    finite = jax.vmap(trees.all_finite)(trained.adapters)
+    finite = jax.vmap(trees.fits_float32)(trained.adapters)
     active = cohort.present & finite
     adapters = keep_where(active, trained.adapters, cohort.start)
     shown = adapters

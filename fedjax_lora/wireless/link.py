@@ -31,7 +31,8 @@ class WirelessConfig:
     shadowing_db: standard deviation, one for all, with or without line of sight.
     fading: `rician` has `rician_k_db` of steady over scattered power.
     fading_correlation: of one round's scattered coefficient with the next; 0 is i.i.d., 1 is frozen.
-    cycles_per_sample: processor cycles of one training example.
+    cycles_per_sample: processor cycles of one training example; or FLOPs, with FLOP/s as the frequency: the time is the
+      same, but the energy, `capacitance * cycles * frequency^2`, is then not meant.
     cpu_hz_min, cpu_hz_max: a client's frequency is uniform between.
     capacitance: joules a cycle over frequency squared.
     downlink: whether the broadcast takes time, at `downlink_power_dbm` and the worst client's rate.

@@ -135,6 +135,11 @@ def test_hash_is_the_same_in_another_process():
     assert printed.strip() == partition(PartitionConfig(), np.arange(40) % 3, 7, 5).hash
 
 
+def test_more_shards_a_client_than_examples_are_refused():
+    with pytest.raises(ValueError, match=r"^clients\.partition\.shards_per_client must be at most 31, .*, got 32$"):
+        partition(PartitionConfig(kind="shards", shards_per_client=32), np.arange(31) % 3, 10, seed=0)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -129,15 +129,35 @@ def test_sentence_may_hold_tabs_and_odd_line_breaks(files):
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        ("good film\tpos\nbad neg\n", TEST, r"train\.tsv, line 2: must be sentence<TAB>label, got 'bad neg'$"),
-        ("good film\tpos\n\nbad\t\n", TEST, r"train\.tsv, line 3: must be sentence<TAB>label, got 'bad\\t'$"),
-        ("sentence\tlabel\n" + TRAIN, TEST, r"train\.tsv, line 1: .* got the header 'sentence\\tlabel'$"),
-        (TRAIN, "\tneg\n", r"test\.tsv, line 1: must be sentence<TAB>label, got '\\tneg'$"),
+        (
+            "good film\tpos\nbad neg\n",
+            TEST,
+            r"^data\.train .*train\.tsv, line 2: must be sentence<TAB>label, got 'bad neg'$",
+        ),
+        (
+            "good film\tpos\n\nbad\t\n",
+            TEST,
+            r"^data\.train .*train\.tsv, line 3: must be sentence<TAB>label, got 'bad\\t'$",
+        ),
+        (
+            "sentence\tlabel\n" + TRAIN,
+            TEST,
+            r"^data\.train .*train\.tsv, line 1: .* got the header 'sentence\\tlabel'$",
+        ),
+        (TRAIN, "\tneg\n", r"^data\.test .*test\.tsv, line 1: must be sentence<TAB>label, got '\\tneg'$"),
         ("", TEST, r"^data\.train must hold at least one sentence<TAB>label line, got none in .*train\.tsv$"),
         (TRAIN, "\n \n", r"^data\.test must hold at least one sentence<TAB>label line, got none in .*test\.tsv$"),
-        ("good\tpos\nfilm\tpos\n", "bad\tpos\n", r"train\.tsv: must hold at least 2 labels, got only 'pos'$"),
-        (TRAIN, "bad\tneg\nso\tmeh\n", r"test\.tsv, line 2: must be a label of the training file, got 'meh'$"),
-        (b"good\tpos\nb\xffd\tneg\n", TEST, r"train\.tsv, line 2: must be UTF-8, got 0xff$"),
+        (
+            "good\tpos\nfilm\tpos\n",
+            "bad\tpos\n",
+            r"^data\.train .*train\.tsv: must hold at least 2 labels, got only 'pos'$",
+        ),
+        (
+            TRAIN,
+            "bad\tneg\nso\tmeh\n",
+            r"^data\.test .*, line 2: must be a label of data\.train, 'neg, pos', got 'meh'$",
+        ),
+        (b"good\tpos\nb\xffd\tneg\n", TEST, r"^data\.train .*train\.tsv, line 2: must be UTF-8, got 0xff$"),
     ],
 )
 def test_a_bad_file_is_one_line_that_says_where(files, train, test, message):

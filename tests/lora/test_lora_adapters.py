@@ -45,7 +45,7 @@ def test_init_differs_between_layers_modules_and_keys():
 
 
 def test_init_refuses_a_rank_wider_than_a_module():
-    with pytest.raises(ValueError, match=r"max_rank must be at most 12, .*, got 13"):
+    with pytest.raises(ValueError, match=r"^lora.max_rank must be at most 12, .*, got 13"):
         lora.init(jax.random.key(0), TARGETS, 1, 13)
 
 

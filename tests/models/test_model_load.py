@@ -161,13 +161,22 @@ def test_index_cannot_point_outside_the_folder(folder):
         ("{}", "must have model_type bert in config.json, got None"),
         ("{", "must hold a readable config.json"),
         ("[]", "must hold a JSON object in config.json"),
+        (
+            '{"model_type": "bert", "num_attention_heads": 7}',
+            "^model.pretrained must hold a config.json of BERT, got .* where num_heads must divide width = 768, got 7",
+        ),
+        (
+            '{"model_type": "bert", "num_hidden_layers": "six"}',
+            "^model.pretrained must .* where num_layers must be an integer of at least 1, got 'six'",
+        ),
     ],
 )
 def test_bad_config_is_refused_in_one_line(folder, content, message):
     (folder / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=message) as error:
-        build(folder)
-    assert "\n" not in str(error.value)
+    for load_part in (build, lambda folder: load.load_tokenizer(str(folder))):
+        with pytest.raises(ValueError, match=message) as error:
+            load_part(folder)
+        assert "\n" not in str(error.value)
 
 
 def test_neither_folder_nor_hub_id_is_refused_in_one_line(tmp_path):
