@@ -15,47 +15,10 @@ from fedjax_lora.control.tsfa_online import solve
 from fedjax_lora.strategies import Observation
 from fedjax_lora.wireless import min_max_latency, uplink_rate
 from oracles import tsfa_oracle, wireless_oracle
+from oracles.tsfa_cases import BAND, CLIENTS, RANKS, able, random_case, steps, tails
 
-CLIENTS, RANKS = 6, 8
-BAND = 2e7
 solve_client = jax.jit(solve)
 solve_common = jax.jit(functools.partial(solve, ratio="common"))
-
-
-def tails(energies):
-    """Tail energies `[K, R + 1]` of energies `[K, R]`, sorted."""
-    ordered = np.sort(energies, -1)
-    return np.concatenate([np.cumsum(ordered, -1)[:, ::-1], np.zeros((len(energies), 1))], -1)
-
-
-def random_case(seed, left_out=True):
-    """A cohort of six: payloads over two decades, gains over five (some at their ceiling), late starts, and V over
-    five decades; in most, some clients are absent, have nothing to send, or cannot be heard."""
-    rng = np.random.default_rng(seed)
-    bits, snr = 10 ** rng.uniform(5, 7, CLIENTS), 10 ** rng.uniform(5.5, 11, CLIENTS)
-    start = rng.uniform(0, 10 ** rng.uniform(-1, 0.5), CLIENTS)
-    weights = rng.dirichlet(np.ones(CLIENTS))
-    if left_out:
-        for column in (bits, snr, weights):
-            column[rng.random(CLIENTS) < 0.1] = 0.0
-    energies = rng.exponential(1, (CLIENTS, RANKS)) ** rng.uniform(0.3, 3)
-    queue, V = 10 ** rng.uniform(-1, 1), 10 ** rng.uniform(-2, 3)
-    args = bits, snr, start, BAND, weights, tails(energies), queue, V
-    return tuple(np.float32(x) for x in args)
-
-
-def able(case):
-    bits, snr, _, _, weights, *_ = case
-    return (bits > 0) & (snr > 0) & (weights > 0)
-
-
-def steps(case, least=1):
-    """What the oracle takes, of those who can send: seconds of latency are the unit."""
-    bits, snr, start, _, weights, tail, queue, V = (np.float64(x) for x in case)
-    who = able(case)
-    step = np.repeat(bits[:, None] / RANKS, RANKS - least, 1)
-    gain = V / queue * weights[:, None] * -np.diff(tail)[:, least:]
-    return bits[who] * least / RANKS, step[who], gain[who], snr[who], start[who], BAND
 
 
 def check_feasible(case, decision):
@@ -361,6 +324,65 @@ def test_gradient_of_a_common_ratio_matches_float64_finite_differences():
     slope = [jax.jacfwd(lambda r: min_max_latency(r * bits, snr, start, band).latency_s)]
     curvature = (float(slope[0](float(value) + 0.02)) - float(slope[0](float(value) - 0.02))) / 0.04
     np.testing.assert_allclose(gradient, 1 / curvature, rtol=2e-2)
+
+
+RANKED = {  # payloads in ranks, tail energies, ranks at ratio 1, starts, and the V to try
+    "inside": (np.arange(2.0), np.float64([1, 0]), [0.7, 0.9, 0.95, 0.8], [0.0, 0.5, 0.1, 0.3], (0.05, 5.0)),
+    "on an end": (
+        np.arange(5.0) + 0.4,
+        np.float64([10, 5.5, 2.5, 0.8, 0]),
+        [2.6, 3.3, 3.7, 2.9],
+        [0.2] * 4,
+        (0.03, 0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RANKED)
+def test_gradient_of_a_common_ratio_by_ranks_matches_float64_finite_differences(kind):
+    """Oracle: a bounded search in float64 with each client's rank moved; optima inside of all steps, and on an end."""
+    bits, snr, _, band, weights, *_ = (np.float64(x) for x in smooth_case(2))
+    payload, tail, rank, start, ends = RANKED[kind]
+    rank, start, table = np.array(rank), np.array(start), np.outer(bits, payload / payload[-1])
+    tails, whole = np.outer([1.0, 2.0, 0.5, 1.5], tail), np.arange(len(tail))
+
+    def best(rank, V, near):
+        def cost(ratio):
+            kept = np.clip(ratio * rank, 0, rank)
+            sent, lost = (
+                np.array([np.interp(*x) for x in zip(kept, [whole] * 4, t, strict=True)]) for t in (table, tails)
+            )
+            latency = wireless_oracle.min_max_latency(sent, snr, start, band)[0]
+            return V * weights @ lost + latency, latency
+
+        found = optimize.minimize_scalar(
+            lambda ratio: cost(ratio)[0], bounds=(near - 0.01, near + 0.01), method="bounded", options={"xatol": 1e-12}
+        )
+        assert all(cost(ratio)[0] >= found.fun for ratio in np.linspace(0.1, 1, 31))
+        return np.array([found.x, cost(found.x)[1]])
+
+    @jax.jit
+    @functools.partial(jax.jacfwd, has_aux=True)
+    def jacobian(rank, V):
+        found = solve(
+            table, snr, start, band, weights, tails, 1.0, V, rank=rank, min_keep_ratio=0.1 * np.ones(4), ratio="common"
+        )
+        both = jnp.stack([found.keep_ratio[0], found.latency_s])
+        return both, both
+
+    tried = 0
+    for V in np.geomspace(*ends, 24):
+        slopes, found = jacobian(jnp.float32(rank), np.float32(V))
+        if not 0.13 < found[0] < 0.97:
+            continue
+        at = np.float64(found[0])
+        assert (np.abs(at * rank - np.round(at * rank)).min() < 1e-4) == (kind == "on an end")
+        np.testing.assert_allclose(found, best(rank, V, at), rtol=1e-3)
+        moved = ((best(rank + step, V, at) - best(rank - step, V, at)) / 2e-3 for step in 1e-3 * np.eye(4))
+        expected = np.stack(list(moved), 1)
+        np.testing.assert_allclose(slopes, expected, atol=1e-2 * np.abs(expected).max(), err_msg=str(V))
+        tried += 1
+    assert tried >= 3
 
 
 def observation(case, rank=None):
