@@ -145,19 +145,12 @@ def test_each_error_has_the_slope_of_its_own_matrix(toy, trained, round_at_three
         assert error.slope[3] == error.energy[3] == 0  # beyond the rank
 
 
-PILOT_ROUNDS = 2
-
-
 @pytest.fixture(scope="module")
 def decaying():
-    """Pilots of two rounds, of one small step each by three of six clients, under a linear and a constant rate.
-
-    Also the first with twice the factors.
-    """
-    small = ("local.steps=1", "local.optimizer.learning_rate=1e-4", "clients.per_round=3")
-    factors = 1 - jnp.arange(1 + PILOT_ROUNDS) / 6
+    """Pilots of one small step, under a linear and a constant rate, and the first with twice the factors."""
+    small, factors = ("local.steps=1", "local.optimizer.learning_rate=1e-4"), 1 - jnp.arange(2) / 6
     found = []
-    for schedule, seen in (("linear", factors), ("constant", jnp.ones(1 + PILOT_ROUNDS)), ("linear", 2 * factors)):
+    for schedule, seen in (("linear", factors), ("constant", jnp.ones(2)), ("linear", 2 * factors)):
         sim, state, sample = started(*small, f"local.optimizer.schedule={schedule}")
         run = jax.jit(pilot.make_pilot(sim.parts, sim.full_gradient, seen))
         found.append(jax.device_get(run(sim.world, sample, state, jnp.float32(3))))
@@ -165,14 +158,17 @@ def decaying():
 
 
 def test_a_pilot_under_a_schedule_measures_what_one_at_the_peak_rate_does(decaying):
-    """Invariance to first order in the rate: the same batches at a smaller rate move less, in proportion."""
+    """Invariance to first order in the rate: the same batches at 5/6 of the rate move less, in proportion.
+
+    A factor left out would be seen: it makes 1/6 of a movement, a third of an energy and half of that of Cov.
+    """
     scheduled, constant, _ = decaying
     for name in ("gap", "share", "step", "movement"):
         np.testing.assert_allclose(
             getattr(scheduled.measured, name), getattr(constant.measured, name), rtol=0.03, err_msg=name
         )
-    np.testing.assert_allclose(scheduled.sparsification, constant.sparsification, rtol=0.05, atol=1e-12)
-    np.testing.assert_allclose(scheduled.covariance, constant.covariance, rtol=0.05, atol=1e-12)
+    np.testing.assert_allclose(scheduled.sparsification, constant.sparsification, rtol=0.1, atol=1e-9)
+    np.testing.assert_allclose(scheduled.covariance, constant.covariance, rtol=0.1)
 
 
 def test_what_is_measured_is_per_factor_of_the_rate(decaying):
@@ -184,17 +180,18 @@ def test_what_is_measured_is_per_factor_of_the_rate(decaying):
     np.testing.assert_allclose(doubled.covariance, scheduled.covariance / 16, rtol=1e-5)
 
 
-def test_weights_are_the_mean_over_the_cohorts(decaying):
+def test_weights_are_the_mean_over_the_cohorts():
     """Oracle: NumPy over the cohorts that the keys of the counted rounds choose."""
-    sim, state, _ = started("local.steps=1", "clients.per_round=3")
-    rows = []
-    for number in range(1, 1 + PILOT_ROUNDS):
+    sim, state, sample = started("local.steps=1", "clients.per_round=3")
+    run = jax.jit(pilot.make_pilot(sim.parts, sim.full_gradient, jnp.ones(3)))
+    found, rows = run(sim.world, sample, state, jnp.float32(3)), []
+    for number in (1, 2):
         keys = round_keys(state.key, jnp.int32(number))
         cohort = choose_cohort(sim.parts, sim.world, state, keys)
         count = np.asarray(cohort.clients.examples, np.float64) * np.asarray(cohort.present)
         rows.append(count / count.sum())
     assert np.ptp(rows, axis=0).max() > 0.01
-    np.testing.assert_allclose(decaying[0].weights, np.mean(rows, 0), rtol=1e-5)
+    np.testing.assert_allclose(found.weights, np.mean(rows, 0), rtol=1e-5)
 
 
 def test_a_pilot_measures_in_the_range_of_each_number(measured):
