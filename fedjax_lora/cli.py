@@ -116,7 +116,7 @@ def _run(options: argparse.Namespace) -> int:
 
     from fedjax_lora.config import load_config
     from fedjax_lora.io.log import read_metrics
-    from fedjax_lora.io.plan import apply_plan, read_plan, terms_of_run
+    from fedjax_lora.io.plan import apply_plan, effects_of_run, read_plan
     from fedjax_lora.presets import preset
     from fedjax_lora.report.plan import binding
     from fedjax_lora.report.tables import summary_lines
@@ -134,7 +134,7 @@ def _run(options: argparse.Namespace) -> int:
     summary = run(config, path, options.resume, console)
     console.print(summary_lines(summary))
     if plan:
-        console.print(binding(terms_of_run(plan, read_metrics(path))))
+        console.print(binding(effects_of_run(plan, read_metrics(path))))
     console.print(f"report: {path / 'report.html'}")
     return 0
 

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from rich.console import Console
 
@@ -31,14 +30,14 @@ class Survey(NamedTuple):
     """What is known before a choice, at each candidate rank; a latency budget and `PlanConfig`'s choices do not enter.
 
     world: with examples held out as its test pool. state: at the start. sites: leading axis of candidates.
-    rounds: that the bound counts.
+    factors: `[T]` of the learning rate.
     """
 
     simulation: Simulation
     world: World
     state: FedState
     sites: Site
-    rounds: float
+    factors: Array
 
 
 def plan(config: ExperimentConfig, console: Console) -> Plan:
@@ -63,10 +62,11 @@ def survey(config: ExperimentConfig, console: Console) -> Survey:
     pilot_key, channel_key, rollout_key = jax.random.split(jax.random.fold_in(state.key, config.rounds), 3)
     console.print(f"pilot: {config.plan.pilot_rounds} rounds at rank {', '.join(map(str, candidates))}")
     at_pilot, ranks = dataclasses.replace(state, key=pilot_key), jnp.array(candidates, jnp.float32)
-    pilots = run_pilots(simulation, world, at_pilot, ranks, config.plan.pilot_rounds)
+    factors = round_factors(config)
+    pilots = run_pilots(simulation, world, at_pilot, ranks, factors[: 1 + config.plan.pilot_rounds])
     sites = sites_of(simulation, world, state, channel_key, pilots, config)
     state = dataclasses.replace(state, key=rollout_key)
-    return Survey(simulation, world, state, sites, effective_rounds(config))
+    return Survey(simulation, world, state, sites, factors)
 
 
 def _check(config: ExperimentConfig) -> None:
@@ -91,7 +91,7 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
     control, options, sites = config.control, config.plan, known.sites
     assert isinstance(control, TsfaConfig)  # else there would be no survey
     bandwidth_hz = known.simulation.parts.link.bandwidth_hz
-    setting = Setting(control.latency_budget_s, control.queue_s, known.rounds, bandwidth_hz, known.state.hyper)
+    setting = Setting(control.latency_budget_s, control.queue_s, known.factors, bandwidth_hz, known.state.hyper)
     most_s = control.latency_budget_s * (1.0 + options.tolerance)
     console.print(f"control: {config.rounds} rounds, {options.paths} draws of the channel")
     rows = tsfa_offline.best_V(tsfa_offline.grid(control, setting, sites), most_s)
@@ -114,17 +114,17 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
         chosen, rows = _descended(control, setting, sites, rows, most_s)
     else:
         chosen = tsfa_offline.best_rank(rows.latency_s, rows.score, most_s)
-    found = jax.device_get((rows, sites.measured, rollout))
-    return described(config, chosen, known.rounds, most_s, *found)
+    found = jax.device_get((known.factors, rows, sites.measured, rollout))
+    return described(config, chosen, most_s, *found)
 
 
-def run_pilots(simulation: Simulation, world: World, state: FedState, ranks: Array, rounds: int) -> Pilot:
-    """A pilot at each of the ranks `[n]`, in one program."""
-    pilot = make_pilot(simulation.parts, simulation.full_gradient, rounds)
+def run_pilots(simulation: Simulation, world: World, state: FedState, ranks: Array, factors: Array) -> Pilot:
+    """A pilot at each of the ranks `[n]`, in one program; `factors` as in `make_pilot`."""
+    pilot = make_pilot(simulation.parts, simulation.full_gradient, factors)
 
     @jax.jit
     def every(world: World, state: FedState, ranks: Array) -> Pilot:
-        sample = sample_of(world, simulation.parts, jax.random.fold_in(state.key, rounds))
+        sample = sample_of(world, simulation.parts, jax.random.fold_in(state.key, len(factors)))
         return lax.map(lambda rank: pilot(world, sample, state, rank), ranks)
 
     return every(world, state, ranks)
@@ -146,11 +146,11 @@ def sites_of(
     return Site(**shared, snr_hz=weather.snr_hz, start_s=weather.start_s)
 
 
-def effective_rounds(config: ExperimentConfig) -> float:
-    """The sum over the rounds of the schedule's mean factor."""
+def round_factors(config: ExperimentConfig) -> Array:
+    """`[T]` the schedule's mean factor in each round."""
     optimizer, steps = config.local.optimizer, config.rounds * config.local.steps
-    factors = np.broadcast_to(schedule(optimizer, steps)(jnp.arange(steps)), steps)
-    return float(factors.mean()) * config.rounds
+    factors = jnp.broadcast_to(schedule(optimizer, steps)(jnp.arange(steps)), steps)
+    return jnp.mean(factors.reshape(config.rounds, config.local.steps), 1)
 
 
 def _descended(control: TsfaConfig, setting: Setting, sites: Site, rows: Outlook, most_s: float) -> tuple[int, Outlook]:

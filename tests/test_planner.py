@@ -9,8 +9,8 @@ from fedjax_lora import cli
 from fedjax_lora.config import ConfigError, load_config
 from fedjax_lora.control import bound
 from fedjax_lora.control.tsfa_online import TsfaConfig
-from fedjax_lora.io.plan import apply_plan, read_plan, terms_of_run, write_plan
-from fedjax_lora.planner import effective_rounds
+from fedjax_lora.io.plan import apply_plan, effects_of_run, read_plan, write_plan
+from fedjax_lora.planner import round_factors
 from fedjax_lora.presets import preset
 from toy import SETTINGS
 
@@ -43,10 +43,11 @@ def test_a_plan_holds_a_row_for_each_candidate_and_chooses_the_least_loss(planne
     for row in plan.rows:
         # Oracle: the terms again, from what the row itself says was measured; without the errors, which are no field.
         measured = bound.Measured(**{name: row[name] for name in bound.Measured._fields})
-        terms = bound.terms(measured, 0.0, 0.0, plan.rounds)
+        terms = bound.terms(measured, 0.0, 0.0, np.array(plan.factors))
         np.testing.assert_allclose([terms.descent, terms.noise], [row["descent"], row["noise"]], rtol=1e-5)
         total = row["descent"] + row["noise"] + row["sparsification"] + row["covariance"]
         np.testing.assert_allclose(row["bound"], total, rtol=1e-5)
+        np.testing.assert_allclose(row["rank_cost"], (1 - row["share"]) * (row["descent"] + row["noise"]), rtol=1e-5)
         assert row["score_deviation"] > 0
     allowed = [row for row in plan.rows if row["within_budget"]] or plan.rows
     key = "score" if plan.within_budget else "latency_s"
@@ -67,13 +68,18 @@ def test_a_run_takes_rank_and_V_of_a_plan_and_says_what_binds(planned, tmp_path,
     assert isinstance(config.control, TsfaConfig)
     assert (config.lora.rank, config.control.V) == (plan.rank, plan.V)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    found = terms_of_run(plan, lines)
-    # Oracle: the mean square of the log, by hand.
+    found = effects_of_run(plan, lines)
+    # Oracle: the squares of the log; the rank's effect is what is saved at `kappa = 1`.
     measured = bound.Measured(**{name: plan.chosen[name] for name in bound.Measured._fields})
-    energies = [np.mean([line[name] ** 2 for line in lines]) for name in ("sparsification_error", "covariance_error")]
-    np.testing.assert_allclose(found, bound.terms(measured, energies[0], energies[1], plan.rounds), rtol=1e-4)
-    effects = {"rank": found.descent + found.noise, **found._asdict()}
-    del effects["descent"], effects["noise"]
+    energies = [np.array([line[n] ** 2 for line in lines]) for n in ("sparsification_error", "covariance_error")]
+    terms, best = (bound.terms(m, *energies, np.array(plan.factors)) for m in (measured, measured._replace(share=1.0)))
+    effects = {
+        "rank": terms.descent + terms.noise - best.descent - best.noise,
+        "sparsification": terms.sparsification,
+        "covariance": terms.covariance,
+    }
+    np.testing.assert_allclose(found[1:], list(effects.values()), rtol=1e-3)
+    np.testing.assert_allclose(sum(found), terms.total, rtol=1e-4)
     assert f"binding: {max(effects, key=lambda name: effects[name])}" in capsys.readouterr().out
 
 
@@ -141,10 +147,11 @@ def test_what_cannot_be_planned_is_one_line_and_leaves_nothing(capsys, tmp_path,
 
 
 def test_rounds_are_counted_by_the_schedule():
-    """Oracle: the sum of a line that falls to 0."""
+    """Oracle: a line that falls to 0 over the steps, and its mean in each round."""
     config = load_config(None, ["rounds=10", "local.steps=4", "local.optimizer.schedule=linear"])
-    np.testing.assert_allclose(effective_rounds(config), sum(1 - i / 40 for i in range(40)) / 4, rtol=1e-5)
-    assert effective_rounds(load_config(None, ["rounds=10"])) == 10.0
+    expected = np.reshape([1 - i / 40 for i in range(40)], (10, 4)).mean(1)
+    np.testing.assert_allclose(round_factors(config), expected, rtol=1e-5)
+    np.testing.assert_array_equal(round_factors(load_config(None, ["rounds=10"])), np.ones(10))
 
 
 def test_a_missing_plan_is_one_line():

@@ -6,6 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array
 
+from fedjax_lora.control import planning
 from fedjax_lora.options import Options
 from fedjax_lora.strategies import Controller, Decision, Observation
 from fedjax_lora.wireless.allocation import min_max_latency
@@ -35,7 +36,7 @@ class IdealConfig(CommonRatio):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UniformConfig(CommonRatio):
-    """The same bandwidth for every present client."""
+    """The same bandwidth for every client that is present and can be heard."""
 
     name: Literal["uniform"] = "uniform"
 
@@ -54,7 +55,7 @@ def ideal(config: IdealConfig) -> Controller:
 
 
 def uniform(config: UniformConfig) -> Controller:
-    """Equal shares of the band for the present clients."""
+    """Equal shares of the band for the clients that are present and can be heard."""
     del config
     return Controller(decide=_equal_shares, update_queue=_keep_queue)
 
@@ -73,9 +74,9 @@ def fixed(config: FixedConfig) -> Controller:
 
 
 def _equal_shares(observation: Observation) -> Decision:
-    present = observation.weights > 0
-    share_hz = observation.bandwidth_hz / jnp.maximum(present.sum(), 1)
-    return Decision(_common_ratio(observation), jnp.where(present, share_hz, 0.0))
+    heard = planning.able(observation)
+    share_hz = observation.bandwidth_hz / jnp.maximum(heard.sum(), 1)
+    return Decision(_common_ratio(observation), jnp.where(heard, share_hz, 0.0))
 
 
 def _common_ratio(observation: Observation) -> Array:

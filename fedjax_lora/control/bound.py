@@ -2,11 +2,12 @@
 
 Ours, after the three effects that B. Kim and W. Choi (arXiv 2505.00333v2, known by its abstract) name: structural rank,
 sparsification, and the covariance that averaging the two factors apart leaves out. With `d_t` the average movement of
-the weights without compression, `e_t` what sparsification and averaging apart change of it, and T rounds,
+the weights without compression, `e_t` what sparsification and averaging apart change of it, phi_t the learning rate's
+factor in round t, and F the sum of phi_t,
 
-    mean ||grad f||^2 <= 2 gap / (h kappa T) + 2 L mean ||d||^2 / (h kappa)
-                         + 2 (theta_s / (h kappa)^2 + 2 L / (h kappa)) mean ||s E_s||^2
-                         + 2 (theta_c / (h kappa)^2 + 2 L / (h kappa)) mean ||s Cov||^2.
+    sum phi_t ||grad f_t||^2 / F <= 2 gap / (h kappa F) + 2 L M / (h kappa) sum phi_t^2 / F
+                                    + 2 / F sum (theta_s / (phi_t (h kappa)^2) + 2 L / (h kappa)) ||s E_s,t||^2
+                                    + 2 / F sum (theta_c / (phi_t (h kappa)^2) + 2 L / (h kappa)) ||s Cov_t||^2.
 """
 
 from typing import NamedTuple
@@ -23,13 +24,13 @@ _RANK_TOLERANCE = 1e-6  # of a Gram matrix's largest eigenvalue: directions belo
 
 
 class Measured(NamedTuple):
-    """What a pilot measures at one structural rank; any leading axes.
+    """What a pilot measures at one structural rank; any leading axes. Step and movement are those at the peak rate.
 
     gap: the loss at the start, an upper bound of what there is to gain, nats.
     smoothness: L, the least for which the descent lemma holds, summed over the rounds of the pilot.
     share: kappa, the share of the gradient's energy that the adapters and the head can follow, in (0, 1].
-    step: h, how far a round moves along what can be followed: `-<grad f, d> / ||followed part||^2`.
-    movement: mean `||d||^2`, signal and noise of a round's average movement without compression.
+    step: h, how far a round moves along what can be followed: `-<grad f, d> / ||followed part||^2` over its factor.
+    movement: M, `||d||^2` over the factor's square: signal and noise of a round's average movement, uncompressed.
     against_sparsification, against_covariance: theta, the share of an error's energy that lies against the descent,
       in [0, 1]; 1 is the worst case.
     """
@@ -44,7 +45,7 @@ class Measured(NamedTuple):
 
 
 class BoundTerms(NamedTuple):
-    """The terms of the bound, any leading axes; the effect of the rank is `descent + noise`."""
+    """The terms of the bound, any leading axes."""
 
     descent: Array
     noise: Array
@@ -53,41 +54,60 @@ class BoundTerms(NamedTuple):
 
     @property
     def total(self) -> Array:
-        """The bound itself: what `mean ||grad f||^2` cannot exceed."""
+        """The bound itself: what the mean `||grad f||^2`, weighted by the factors, cannot exceed."""
         return self.descent + self.noise + self.sparsification + self.covariance
 
 
-def terms(measured: Measured, sparsification: ArrayLike, covariance: ArrayLike, rounds: ArrayLike) -> BoundTerms:
+class Effects(NamedTuple):
+    """The bound by cause, any leading axes: three effects, and what training itself would leave without them."""
+
+    training: Array
+    rank: Array
+    sparsification: Array
+    covariance: Array
+
+
+def terms(measured: Measured, sparsification: ArrayLike, covariance: ArrayLike, factors: ArrayLike) -> BoundTerms:
     """The terms where the two error energies are known; infinite where training makes no progress.
 
     Args:
       measured: of the pilot.
-      sparsification: mean `||s E_s||_F^2` of a round.
-      covariance: mean `||s Cov||_F^2` of a round.
-      rounds: T, or the sum of the learning rates' factors over the rounds where they decay.
+      sparsification: `[T]` `||s E_s||_F^2` of each round, or one number for all; NaN is left out.
+      covariance: `||s Cov||_F^2` likewise.
+      factors: `[T]` phi_t, the learning rate of each round over its peak.
     """
-    progress = measured.step * measured.share
+    factors = jnp.asarray(factors, jnp.float32)
+    progress, total = measured.step * measured.share, jnp.sum(factors)
     moves = progress > 0
     inverse = 1.0 / jnp.where(moves, progress, 1.0)
 
-    def weight(against: Array) -> Array:
-        return 2.0 * (against * inverse**2 + 2.0 * measured.smoothness * inverse)
+    def errors(against: Array, energy: ArrayLike) -> Array:
+        known = ~jnp.isnan(energy) & (factors > 0)
+        energy, phi = jnp.where(known, energy, 0.0), jnp.where(known, factors, 1.0)
+        weight = against * inverse**2 / phi + 2.0 * measured.smoothness * inverse
+        return 2.0 * jnp.sum(weight * energy) / jnp.maximum(jnp.sum(phi, where=known), 1e-30)
 
     found = BoundTerms(
-        descent=2.0 * measured.gap * inverse / rounds,
-        noise=2.0 * measured.smoothness * measured.movement * inverse,
-        sparsification=weight(measured.against_sparsification) * sparsification,
-        covariance=weight(measured.against_covariance) * covariance,
+        descent=2.0 * measured.gap * inverse / total,
+        noise=2.0 * measured.smoothness * measured.movement * inverse * jnp.sum(factors**2) / total,
+        sparsification=errors(measured.against_sparsification, sparsification),
+        covariance=errors(measured.against_covariance, covariance),
     )
     return BoundTerms(*(jnp.where(moves, term, jnp.inf) for term in found))
 
 
 def of_log(
-    measured: Measured, sparsification_error: ArrayLike, covariance_error: ArrayLike, rounds: ArrayLike
+    measured: Measured, sparsification_error: ArrayLike, covariance_error: ArrayLike, factors: ArrayLike
 ) -> BoundTerms:
     """The terms of a run that was logged: errors `[T]` are norms, as in `Metrics`; NaN is left out."""
-    sparsification, covariance = (jnp.nanmean(jnp.square(x)) for x in (sparsification_error, covariance_error))
-    return terms(measured, sparsification, covariance, rounds)
+    return terms(measured, jnp.square(sparsification_error), jnp.square(covariance_error), factors)
+
+
+def effects(measured: Measured, found: BoundTerms) -> Effects:
+    """The terms by cause. Rank costs what `descent + noise` are above their value at `kappa = 1`, all else the same."""
+    whole = found.descent + found.noise
+    rank = jnp.where(measured.share < 1.0, (1.0 - measured.share) * whole, 0.0)
+    return Effects(measured.share * whole, rank, found.sparsification, found.covariance)
 
 
 def followed_energy(left: ArrayLike, right: ArrayLike, gradient: ArrayLike) -> Array:

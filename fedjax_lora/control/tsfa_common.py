@@ -8,6 +8,7 @@ from fedjax_lora.control.tsfa_solver import Offer, objective
 
 _HALVINGS = 22
 _KINK = 1e-2  # of the slopes' scale: a slope this far from 0 changes its sign by a jump
+_AT = 1e-4  # ranks: so near to where a step begins an optimum is held there
 
 
 @jax.custom_jvp
@@ -66,12 +67,20 @@ def _best_ratio(offer: Offer, begin: Array, length: Array, rank: Array) -> Array
 def _common_share_jvp(
     primals: tuple[Offer, Array, Array, Array], tangents: tuple[Offer, Array, Array, Array]
 ) -> tuple[Array, Array]:
-    """Implicit in `slope = 0`; no change where the optimum sits on a kink or a bound. Ranks are taken as constants."""
-    offer, *ranks = primals
-    ratio = _best_ratio(offer, *ranks)
-    share, by_ratio = jax.jvp(lambda ratio: _share(ratio, *ranks), (ratio,), (jnp.ones_like(ratio),))
-    slope, d_slope = jax.jvp(lambda offer: _slope(ratio, offer, *ranks), (offer,), (tangents[0],))
-    curvature = jax.jvp(lambda ratio: _slope(ratio, offer, *ranks), (ratio,), (jnp.ones_like(ratio),))[1]
-    smooth = (jnp.abs(slope) < _KINK * jnp.sum(by_ratio * offer.step_bits * offer.worth)) & (curvature > 0)
-    d_ratio = jnp.where(smooth, -d_slope / jnp.where(smooth, curvature, 1.0), 0.0)
-    return share, by_ratio * d_ratio
+    """Implicit in `slope = 0`. An optimum on a kink goes with the rank at which that step begins; ratio 1 stays 1."""
+    offer, begin, length, rank = primals
+    _, d_begin, d_length, d_rank = tangents
+    ratio = _best_ratio(*primals)
+    by_ratio = jax.jvp(lambda ratio: _share(ratio, begin, length, rank), (ratio,), (jnp.ones_like(ratio),))[1]
+    slope, d_slope = jax.jvp(lambda *moved: _slope(ratio, *moved), primals, tangents)
+    curvature = jax.jvp(lambda ratio: _slope(ratio, *primals), (ratio,), (jnp.ones_like(ratio),))[1]
+    held = (jnp.abs(ratio * rank[:, None] - begin) < _AT) & (offer.step_bits > 0)
+    flat = jnp.abs(slope) < _KINK * jnp.sum(by_ratio * offer.step_bits * offer.worth)
+    smooth = flat & (curvature > 0) & ~held.any()
+    with_step = (d_begin - ratio * d_rank[:, None]) / rank[:, None]
+    d_ratio = jnp.where(
+        smooth,
+        -d_slope / jnp.where(smooth, curvature, 1.0),
+        jnp.sum(jnp.where(held, with_step, 0.0)) / jnp.maximum(jnp.sum(held), 1),
+    )
+    return jax.jvp(_share, (ratio, begin, length, rank), (d_ratio, d_begin, d_length, d_rank))

@@ -91,13 +91,13 @@ class Setting(NamedTuple):
     """What is the same for all ranks: traced numbers, so that one program serves every budget.
 
     budget_s: what the latency of a round may be on average; it stands in for the controller's own.
-    queue_s: that the run starts with. rounds: that the bound counts, see `bound.terms`. bandwidth_hz: the band.
+    queue_s: that the run starts with. factors: `[T]` of the learning rate, see `bound.terms`. bandwidth_hz: the band.
     hyper: passed on to the controller.
     """
 
     budget_s: float
     queue_s: float
-    rounds: float
+    factors: Array
     bandwidth_hz: float
     hyper: Hyper
 
@@ -157,7 +157,10 @@ def relaxed(config: TsfaConfig) -> Decide:
 
 
 def outlook(decide: Decide, setting: Setting, site: Site, V: Array) -> Outlook:
-    """The online stage without training, for T rounds; mean over rounds and draws."""
+    """The online stage without training, for T rounds; mean over rounds and draws.
+
+    A client that cannot be heard in a round has no part in it.
+    """
     rank = jnp.broadcast_to(site.rank, site.weights.shape)
     update_queue = planning.queue_law(setting.budget_s)
 
@@ -180,7 +183,8 @@ def outlook(decide: Decide, setting: Setting, site: Site, V: Array) -> Outlook:
         kept = decision.keep_ratio * rank
         tables = (site.payload_bits, site.sparsification, site.covariance)
         seen = (decision.keep_ratio, kept, *(at(table, kept) for table in tables))
-        means = tuple(jnp.sum(site.weights * x) for x in seen)
+        heard = site.weights * (snr_hz > 0)
+        means = tuple(jnp.sum(heard * x) / jnp.maximum(jnp.sum(heard), 1e-30) for x in seen)
         latency_s = jnp.asarray(decision.latency_s)
         return update_queue(queue_s, latency_s), (latency_s, *means)
 
@@ -188,8 +192,11 @@ def outlook(decide: Decide, setting: Setting, site: Site, V: Array) -> Outlook:
         return lax.scan(step, jnp.float32(setting.queue_s), (snr_hz, start_s))
 
     queue_s, rounds = jax.vmap(path)(site.snr_hz, site.start_s)
-    latency_s, keep_ratio, kept_ranks, bits, sparsification, covariance = (jnp.mean(x) for x in rounds)
-    found = bound.terms(site.measured, sparsification, covariance, setting.rounds)
+    *expected, sparsification, covariance = (jnp.mean(x, 0) for x in rounds)
+    latency_s, keep_ratio, kept_ranks, bits = (jnp.mean(x) for x in expected)
+    # What is left out is of first order in the learning rate, what averaging apart misses of second.
+    of_first, of_second = (sparsification * setting.factors**2, covariance * setting.factors**4)
+    found = bound.terms(site.measured, of_first, of_second, setting.factors)
     return Outlook(site.rank, V, latency_s, keep_ratio, kept_ranks, bits, jnp.mean(queue_s), found, found.total)
 
 

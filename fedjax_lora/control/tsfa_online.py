@@ -81,7 +81,7 @@ def solve(
     everything, costs nothing and gets no band. With queue 0 everything is kept.
 
     The tail should be convex in the bits, as sums of sorted energies are: where a rank is worth more a bit than one
-    before it, it counts as the earlier one. The ratios have implicit gradients; a ratio of whole ranks stays there.
+    before it, it counts as the earlier one. The ratios have implicit gradients; who keeps whole ranks goes on to.
 
     Args:
       bits_full: `[K]` payload at ratio 1, in proportion to the ratio; or `[K, R + 1]`, the payloads of 0 ... R whole

@@ -26,9 +26,10 @@ class Plan(NamedTuple):
     config: the configuration with dotted keys, without what a plan sets or does not depend on.
     objective, search: of `PlanConfig`.
     rank, V: chosen. within_budget: whether the latency budget is met by them.
-    rounds: that the bound counts.
+    factors: of the learning rate in each round, see `bound.terms`.
     rows: one dict a candidate rank: `rank, V, keep_ratio, kept_ranks, latency_s, uplink_bits, final_queue_s`, each term
-      of the bound, `bound`, `score` and `score_deviation` (of a rollout, else None), and what the pilot measured.
+      of the bound, `rank_cost` (the effect of the rank on it), `bound`, `score` and `score_deviation` (of a rollout,
+      else None), and what the pilot measured.
     """
 
     config: dict[str, Any]
@@ -37,7 +38,7 @@ class Plan(NamedTuple):
     rank: int
     V: float
     within_budget: bool
-    rounds: float
+    factors: list[float]
     rows: list[dict[str, Any]]
 
     @property
@@ -63,6 +64,8 @@ def read_plan(path: str | Path) -> Plan:
         if type(plan.rank) is not int or not math.isfinite(plan.V) or not isinstance(plan.config, dict):
             raise ValueError(f"rank {plan.rank!r} and V {plan.V!r}")
         _measured(plan)
+        if not np.isfinite(np.array(plan.factors, float)).all():
+            raise ValueError(f"factors {plan.factors!r}")
     except OSError as error:
         raise ConfigError(f"plan {path} must be a readable file, got {error.strerror}") from error
     except (ValueError, TypeError, KeyError, StopIteration) as error:
@@ -89,13 +92,14 @@ def apply_plan(plan: Plan, config: ExperimentConfig, path: str | Path) -> Experi
     return dataclasses.replace(config, lora=lora, control=control)
 
 
-def terms_of_run(plan: Plan, lines: list[dict[str, Any]]) -> bound.BoundTerms:
-    """The bound's terms with the errors that a run logged, by what the plan's pilot measured at its rank."""
+def effects_of_run(plan: Plan, lines: list[dict[str, Any]]) -> bound.Effects:
+    """The bound with the errors that a run logged, by what the plan's pilot measured at its rank."""
     sparsification, covariance = (
         np.array([math.nan if line[name] is None else line[name] for line in lines])
         for name in ("sparsification_error", "covariance_error")
     )
-    return bound.of_log(_measured(plan), sparsification, covariance, plan.rounds)
+    measured = _measured(plan)
+    return bound.effects(measured, bound.of_log(measured, sparsification, covariance, np.array(plan.factors)))
 
 
 def _measured(plan: Plan) -> bound.Measured:
@@ -112,18 +116,19 @@ def _planned_for(config: ExperimentConfig) -> dict[str, Any]:
 def described(
     config: ExperimentConfig,
     chosen: int,
-    rounds: float,
     most_latency_s: float,
+    factors: Any,
     outlook: Any,
     measured: Any,
     rollout: Any,
 ) -> Plan:
-    """The plan from arrays `[candidates]` on the host: an `Outlook`, a `Measured`, and a `Rollout` or None."""
-    rows = []
+    """The plan from arrays on the host: factors `[T]`; by candidate an `Outlook`, a `Measured`, a `Rollout` or None."""
+    rows, effects = [], bound.effects(measured, outlook.terms)
     for i, rank in enumerate(outlook.rank):
         row: dict[str, Any] = {"rank": int(rank)}
         row |= {name: float(getattr(outlook, name)[i]) for name in _EXPECTED}
         row |= {name: float(term[i]) for name, term in outlook.terms._asdict().items()}
+        row |= {"rank_cost": float(effects.rank[i])}
         row |= {"bound": float(outlook.score[i]), "score": float(outlook.score[i]), "score_deviation": None}
         if rollout is not None:
             row["score"] = float(rollout.loss[i].mean())
@@ -140,7 +145,7 @@ def described(
         rank=best["rank"],
         V=best["V"],
         within_budget=best["within_budget"],
-        rounds=rounds,
+        factors=factors.tolist(),
         rows=rows,
     )
 

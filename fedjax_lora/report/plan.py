@@ -8,7 +8,7 @@ from matplotlib.ticker import ScalarFormatter
 from rich import box
 from rich.table import Table
 
-from fedjax_lora.control.bound import BoundTerms
+from fedjax_lora.control.bound import BoundTerms, Effects
 from fedjax_lora.io.plan import Plan
 from fedjax_lora.report.tables import MISSING
 
@@ -20,6 +20,7 @@ _COLUMNS = {
     "V": ("V", ".4g"),
     "descent": ("descent", ".4g"),
     "noise": ("noise", ".4g"),
+    "rank_cost": ("of both, rank", ".4g"),
     "sparsification": ("sparsification", ".4g"),
     "covariance": ("covariance", ".4g"),
     "bound": ("bound", ".4g"),
@@ -45,15 +46,12 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def binding(terms: BoundTerms) -> str:
-    """One line: what each of the three effects adds to the bound, and which binds."""
-    effects = {
-        "rank": float(terms.descent + terms.noise),
-        "sparsification": float(terms.sparsification),
-        "covariance": float(terms.covariance),
-    }
-    parts = ", ".join(f"{name} {value:.4g}" for name, value in effects.items())
-    return f"bound: {parts}; binding: {max(effects, key=lambda name: effects[name])}"
+def binding(found: Effects) -> str:
+    """One line: what training itself leaves of the bound, what each of the three effects adds, and which binds."""
+    parts = {name: float(value) for name, value in found._asdict().items()}
+    three = [name for name in parts if name != "training"]
+    listed = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
+    return f"bound: {listed}; binding: {max(three, key=lambda name: parts[name])}"
 
 
 def plot_plan(plan: Plan, path: Path) -> None:

@@ -27,11 +27,12 @@ class Pilot(NamedTuple):
 
     measured: what the bound needs.
     rank: r.
-    weights: `[C]` of the clients, which sum to 1.
+    weights: `[C]` of the clients, mean over the rounds, which sum to 1.
     tail_energy: `[C, R + 1]` of `Sparsifier.tail_energy`, mean over the rounds.
     payload_bits: `[R + 1]` uplink bits of a client that keeps 0 ... R ranks; 0 cost what 1 does.
     downlink_bits: of the broadcast.
-    sparsification, covariance: `[R + 1]` mean squares of the two errors where each client keeps 0 ... R ranks.
+    sparsification, covariance: `[R + 1]` mean squares of the two errors where each client keeps 0 ... R ranks, at the
+      peak of the learning rate: that of E_s falls with its factor's square, that of Cov with the fourth power.
     loss: `[rounds + 2]` of the sample, before each round and at the end.
     """
 
@@ -100,6 +101,18 @@ def at_rank(state: FedState, rank: Array) -> FedState:
     return dataclasses.replace(state, hyper=hyper, clients=clients)
 
 
+class _Error(NamedTuple):
+    """One of the two errors where each client keeps 1 ... R ranks, `[R]`.
+
+    norm_sq: as the aggregator reports it. slope: of the loss along the error. energy: of the error that the slope is
+    of; it is `norm_sq` up to rounding where the factors are averaged apart. Both are 0 beyond the structural rank.
+    """
+
+    norm_sq: Array
+    slope: Array
+    energy: Array
+
+
 class _Step(NamedTuple):
     """What one round of a pilot shows."""
 
@@ -110,54 +123,57 @@ class _Step(NamedTuple):
     movement: Array
     slope: Array
     distance_sq: Array
-    sparsification_slope: Array
-    covariance_slope: Array
     weights: Array
     tail_energy: Array
-    sparsification: Array
-    covariance: Array
+    sparsification: _Error
+    covariance: _Error
 
 
-def make_pilot(parts: Parts, full_gradient: FullGradient, rounds: int):
+def make_pilot(parts: Parts, full_gradient: FullGradient, factors: Array):
     """`(world, sample, state, rank) -> Pilot`: the rounds of a run in which everything is sent and arrives.
 
-    One round more than `rounds` goes before, of which only the loss at the start is used: with b still 0, half of
-    what the adapters can follow is missing, and a first step from there is like no other.
+    factors: `[1 + rounds]`, the learning rate of each round over its peak. Of the first round only the loss at the
+    start is used: with b still 0, half of what the adapters can follow is missing, and a first step from there is
+    like no other.
     """
+    phi = factors[1:]
 
     def pilot(world: World, sample: Mapping[str, Array], state: FedState, rank: Array) -> Pilot:
         def step(state: FedState, _: None) -> tuple[FedState, _Step]:
             return _measure(parts, full_gradient, world, sample, state)
 
         start = at_rank(state, rank)
-        end, every = lax.scan(step, start, length=1 + rounds)
+        end, every = lax.scan(step, start, length=len(factors))
         steps = jax.tree.map(lambda x: x[1:], every)
         last, _ = full_gradient(parts.current_base(world, end), sample, end.adapters, end.hyper)
         loss = jnp.append(every.loss, last)
-        progress, followed_sq, gradient_sq = (
-            jnp.sum(x) for x in (steps.progress, steps.followed_sq, steps.gradient_sq)
-        )
         bits, downlink_bits = _payloads(parts, start)
+
+        def against(error: _Error) -> Array:
+            return bound.share_against(error.slope, steps.gradient_sq[:, None], error.energy)
+
+        def at_peak(energy: Array, order: int) -> Array:
+            """Mean energy of something of this order in the learning rate."""
+            return jnp.sum(energy, 0) / jnp.sum(phi ** (2 * order))
+
         return Pilot(
             measured=bound.Measured(
                 gap=loss[0],
                 smoothness=bound.smoothness(loss[1:], steps.slope, steps.distance_sq),
-                share=followed_sq / gradient_sq,
-                step=progress / followed_sq,
-                movement=jnp.mean(steps.movement),
-                against_sparsification=bound.share_against(
-                    steps.sparsification_slope, steps.gradient_sq[:, None], steps.sparsification
-                ),
-                against_covariance=bound.share_against(
-                    steps.covariance_slope, steps.gradient_sq, steps.covariance[:, -1]
-                ),
+                share=jnp.sum(steps.followed_sq) / jnp.sum(steps.gradient_sq),
+                step=jnp.sum(steps.progress) / jnp.sum(phi * steps.followed_sq),
+                movement=at_peak(steps.movement, 1),
+                against_sparsification=against(steps.sparsification),
+                against_covariance=against(steps.covariance),
             ),
             rank=rank,
-            weights=steps.weights[-1],
+            weights=jnp.mean(steps.weights, 0),
+            tail_energy=jnp.mean(steps.tail_energy, 0),
             payload_bits=bits,
             downlink_bits=downlink_bits,
+            sparsification=_from_zero(at_peak(steps.sparsification.norm_sq, 1)),
+            covariance=_from_zero(at_peak(steps.covariance.norm_sq, 2)),
             loss=loss,
-            **{name: getattr(steps, name).mean(0) for name in ("tail_energy", "sparsification", "covariance")},
         )
 
     return pilot
@@ -182,19 +198,23 @@ def _measure(
     def tail_energy(shown: Adapters, ranks: Array) -> Array:
         return parts.sparsifier.tail_energy(cohort.start, shown, cohort.scope(ranks))
 
-    def moved_by(adapters: Adapters, merged: dict[str, Array]) -> Gradient:
-        return _movement(cohort.start, adapters, merged, mask, scale)
+    def errors_at(kept: Array) -> tuple[_Error, _Error]:
+        uplink, found = at(kept)
+        decoded = _average_movement(cohort.start, uplink.sent.adapters, weights, uplink.sent.counted, mask, scale)
+        server = _movement(cohort.start, found.adapters, found.merged, mask, scale)
+        here = kept <= hyper.rank
 
-    def errors_at(kept: Array) -> tuple[Array, Array, Array]:
-        _, found = at(kept)
-        slope = _dot(gradient, moved_by(found.adapters, found.merged))
-        return jnp.square(found.sparsification_error), jnp.square(found.covariance_error), slope
+        def error(norm: Array, of: Gradient, instead: Gradient) -> _Error:
+            missed = jax.tree.map(jnp.subtract, of, instead)
+            return _Error(jnp.square(norm), here * _dot(gradient, missed), here * _dot(missed, missed))
 
+        return error(found.sparsification_error, decoded, ideal), error(found.covariance_error, server, decoded)
+
+    everything = {name: jnp.ones((*f.a.shape[:2], num_ranks)) for name, f in local.shown.modules.items()}
+    ideal = _average_movement(cohort.start, local.shown, weights, everything, mask, scale)
     uplink, whole = at(jnp.float32(num_ranks))
-    *energies, slopes = lax.map(errors_at, jnp.arange(1.0, num_ranks + 1.0))
-    sparsification, covariance, slopes = (jnp.append(x[:1], x) for x in (*energies, slopes))  # 0 ranks are 1
+    sparsification, covariance = lax.map(errors_at, jnp.arange(1.0, num_ranks + 1.0))
     new_state = advance(parts, state, cohort, local, uplink, whole)
-    ideal = _average_movement(cohort, local, weights, mask, scale)
     merged = jax.tree.map(jnp.subtract, new_state.merged, state.merged)
     moved = _movement(state.adapters, new_state.adapters, merged, mask, scale)
     live = Live(*map(jnp.float32, parts.aggregator.trains(state.round)))
@@ -205,8 +225,6 @@ def _measure(
         progress=-_dot(gradient, ideal),
         movement=_dot(ideal, ideal),
         slope=_dot(gradient, moved),
-        sparsification_slope=slopes - slopes[-1],
-        covariance_slope=slopes[-1] - _dot(gradient, ideal),
         distance_sq=_dot(moved, moved),
         weights=weights,
         tail_energy=jax.vmap(tail_energy)(local.shown, cohort.ranks),
@@ -237,17 +255,30 @@ def _payloads(parts: Parts, state: FedState) -> tuple[Array, Array]:
     return bits.astype(jnp.float32), downlink_bits + drift_bits + parts.extra_downlink_bits(state.hyper.rank)
 
 
-def _average_movement(cohort: Cohort, local: Local, weights: Array, mask: Array, scale: Array) -> Gradient:
-    """`sum_k p_k s (a_k b_k - a b)`, and the heads' average change: what an ideal server would do."""
-    p, start, modules = weights, cohort.start, {}
+def _average_movement(
+    start: Adapters, held: Adapters, weights: Array, counted: dict[str, Array], mask: Array, scale: Array
+) -> Gradient:
+    """`s sum_ki w_ki (a_ki b_ki - a_i b_i)`, and the heads' average change: what averaging products would do.
+
+    held: `[C, ...]`, what the clients have or what is decoded of it. counted: module -> `[C, L, R]`, whose say there is
+    in a component; w is p among them, as in `aggregation.errors`, and nothing moves where there is none.
+    """
+    modules = {}
     for name, old in start.modules.items():
-        new = local.shown.modules[name]
-        b = new.b * mask[:, None]
-        by_a = jnp.einsum("c,clir,clro->lio", p, (new.a - old.a) * mask, b, precision="highest")
-        by_b = jnp.einsum("lir,lro->lio", old.a * mask, jnp.einsum("c,clro->lro", p, b - old.b), precision="highest")
+        new = held.modules[name]
+        say = jnp.where(weights[:, None, None] > 0, counted[name], 0.0) * weights[:, None, None] * mask
+        total = jnp.sum(say, 0)
+        w = say / jnp.where(total > 0, total, 1.0)
+        by_a = jnp.einsum("clir,clro->lio", w[:, :, None] * (new.a - old.a), new.b, precision="highest")
+        by_b = jnp.einsum("lir,lro->lio", old.a, jnp.sum(w[..., None] * (new.b - old.b), 0), precision="highest")
         modules[name] = scale * (by_a + by_b)
-    head = jax.tree.map(lambda new, old: jnp.einsum("c,c...->...", p, new - old), local.shown.head, start.head)
+    head = jax.tree.map(lambda new, old: jnp.einsum("c,c...->...", weights, new - old), held.head, start.head)
     return Gradient(modules, head)
+
+
+def _from_zero(table: Array) -> Array:
+    """`[R + 1]` of a table at 1 ... R kept ranks: 0 ranks are 1."""
+    return jnp.append(table[:1], table)
 
 
 def _movement(old: Adapters, new: Adapters, merged: dict[str, Array], mask: Array, scale: Array) -> Gradient:

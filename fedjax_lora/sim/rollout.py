@@ -40,13 +40,16 @@ def roll_out(
 ) -> Rollout:
     """Runs of so many rounds from `state`, at each `rank` `[n]` with its `V` `[n]`; each seed has its own keys.
 
-    Seeds are shared by the ranks: what differs between two ranks is not their luck.
+    As a run does, they begin with the first queue of their controller. Seeds are shared by the ranks: what differs
+    between two ranks is not their luck.
     """
 
     def one(world: World, state: FedState, setting: tuple[Array, Array, Array]):
         rank, V, seed = setting
-        round_fn = make_round(parts._replace(controller=controller(V)))
-        start = at_rank(dataclasses.replace(state, key=jax.random.fold_in(state.key, seed)), rank)
+        control = controller(V)
+        round_fn = make_round(parts._replace(controller=control))
+        key, queue_s = jax.random.fold_in(state.key, seed), jnp.float32(control.queue_s)
+        start = at_rank(dataclasses.replace(state, key=key, queue_s=queue_s), rank)
         end, metrics = lax.scan(lambda s, _: round_fn(world, s), start, length=rounds)
         loss, accuracy = evaluate(parts.current_base(world, end), world.data.test, end.adapters, end.hyper)
         return Rollout(loss, accuracy, jnp.mean(metrics.latency_s))

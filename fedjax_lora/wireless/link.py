@@ -41,6 +41,9 @@ class WirelessConfig:
       the true gain is less than planned.
     csi_error: share e of the scattered part's variance that the estimate misses: `h = sqrt(1 - e) estimate +
       sqrt(e) CN(0, 1)`; 0 is `perfect` and 1 is `mean`, but for the margin.
+    fade_threshold: truncated channel inversion. A client whose power gain |h|^2 of fading, as control knows it and
+      before any margin, is below this is let go for the round: it gets no band, nobody waits for it, and it is an
+      outage. The mean of |h|^2 is 1; 0 lets nobody go.
     retransmissions: how often an upload that failed is sent again at the same rate, each time under fading of its own
       (same law, independent); time and energy add up.
     """
@@ -65,6 +68,7 @@ class WirelessConfig:
     csi: Csi = "perfect"
     csi_error: float = 0.1
     fade_margin_db: float = 10.0
+    fade_threshold: float = 0.0
     retransmissions: int = 0
 
     def __post_init__(self):
@@ -80,6 +84,7 @@ class WirelessConfig:
         self._require("carrier_ghz", 0.5 <= self.carrier_ghz <= 100, "between 0.5 and 100")
         for name in ("fading_correlation", "csi_error"):
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        self._require("fade_threshold", 0 <= self.fade_threshold < 1, "at least 0 and below 1")
         self._require("retransmissions", 0 <= self.retransmissions <= 100, "between 0 and 100")
         for name, least in (("cell_radius_m", "min_distance_m"), ("cpu_hz_max", "cpu_hz_min")):
             bound = getattr(self, least)
@@ -113,7 +118,8 @@ def make_link(config: WirelessConfig, samples_per_round: int) -> Link:
         ready_s = latency.compute_time_s(cycles, state.cpu_hz)
         if config.downlink:
             server_snr_hz = downlink_gain * snr_hz(state)
-            ready_s += latency.broadcast_time_s(downlink_bits, config.bandwidth_hz, server_snr_hz, present)
+            waited_for = (present > 0) & cell.is_kept(state)
+            ready_s += latency.broadcast_time_s(downlink_bits, config.bandwidth_hz, server_snr_hz, waited_for)
         return jnp.where(present > 0, ready_s, 0.0)
 
     def deliver(state: LinkState, bits: Array, decision: Decision, start_s: Array, present: Array) -> Delivery:
@@ -175,15 +181,23 @@ class _Cell(NamedTuple):
             state = dataclasses.replace(state, retries=channel.power(fades))
         return state
 
-    def planned_power(self, state: LinkState) -> Array:
-        """`[C]` power gain of the fading that control counts on."""
+    def known_power(self, state: LinkState) -> Array:
+        """`[C]` power gain of the fading, as control knows it."""
         if self.config.csi == "perfect":
             return channel.power(state.fading)
-        margin = db_to_linear(-self.config.fade_margin_db)
         if self.config.csi == "mean":
-            return jnp.full_like(state.mean_gain, margin)
+            return jnp.ones_like(state.mean_gain)
         assert state.estimate is not None  # `_observe` makes it
-        return margin * channel.expected_power(state.estimate, self.law, self.config.csi_error)
+        return channel.expected_power(state.estimate, self.law, self.config.csi_error)
+
+    def is_kept(self, state: LinkState) -> Array:
+        """`[C]` bool: who is not let go for the depth of its fade."""
+        return self.known_power(state) >= self.config.fade_threshold
+
+    def planned_power(self, state: LinkState) -> Array:
+        """`[C]` power gain of the fading that control counts on; 0 for who is let go."""
+        margin = 1.0 if self.config.csi == "perfect" else db_to_linear(-self.config.fade_margin_db)
+        return jnp.where(self.is_kept(state), margin * self.known_power(state), 0.0)
 
     def carried(self, state: LinkState) -> Array:
         """`[C, 1 + retransmissions]`: whether the channel of each attempt carries the planned rate.

@@ -49,6 +49,13 @@ def test_equal_shares_go_to_the_present(name):
     np.testing.assert_allclose(shares, np.array([2, 0, 2, 2, 0]) * 1e6 / 3, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["ideal", "uniform"])
+def test_who_cannot_be_heard_takes_no_share(name):
+    """Closed form: a quarter of the band for each of the four who can."""
+    shares = decide(name, snr_hz=SNR_HZ.at[1].set(0.0)).bandwidth_hz
+    np.testing.assert_allclose(shares, np.array([1, 0, 1, 1, 1]) * 2e6 / 4, rtol=1e-6)
+
+
 def test_fixed_shares_are_those_of_min_max_latency_at_the_traced_ratio():
     expected = min_max_latency(0.25 * FULL_BITS, SNR_HZ, START_S, 2e6).bandwidth_hz
     np.testing.assert_allclose(decide("fixed").bandwidth_hz, expected, rtol=1e-6)

@@ -16,10 +16,9 @@ from fedjax_lora.strategies import Decision
 from toy import simulation
 
 
-@pytest.fixture(scope="module")
-def toy():
+def started(*overrides):
     """A simulation, a state with b not 0, as after a few rounds, and a sample."""
-    sim = simulation()
+    sim = simulation(*overrides)
     state = sim.init(jax.random.key(0))
     keys = jax.random.split(jax.random.key(2), len(state.adapters.modules))
     modules = {
@@ -31,10 +30,15 @@ def toy():
 
 
 @pytest.fixture(scope="module")
+def toy():
+    return started()
+
+
+@pytest.fixture(scope="module")
 def measured(toy):
     """Pilots of one round at ranks 1 and 3."""
     sim, state, sample = toy
-    run = jax.jit(pilot.make_pilot(sim.parts, sim.full_gradient, 1))
+    run = jax.jit(pilot.make_pilot(sim.parts, sim.full_gradient, jnp.ones(2)))
     return {rank: jax.device_get(run(sim.world, sample, state, jnp.float32(rank))) for rank in (1, 3)}
 
 
@@ -49,7 +53,7 @@ def trained(toy):
         local = train_locally(sim.parts, world, state, cohort)
         decision = Decision(jnp.full(local.active.shape, 2 / 3), jnp.zeros(local.active.shape))
         sent, _ = sparsify(sim.parts, cohort, local, decision, keys.sparsify)
-        return cohort, local, normalised(local.weight * local.active), sent.bits
+        return cohort, local, normalised(local.weight * local.active), sent
 
     return jax.jit(train)(sim.world, pilot.at_rank(state, jnp.float32(3)))
 
@@ -78,7 +82,8 @@ def test_the_ideal_movement_is_the_average_of_the_clients_products(toy, trained)
     state = toy[1]
     cohort, local, weights, _ = trained
     mask, scale = np.asarray(rank_mask(3, 4)), 16 / 3
-    found = pilot._average_movement(cohort, local, weights, jnp.asarray(mask), jnp.float32(scale))
+    everything = {name: jnp.ones((4, 4)) for name in state.adapters.modules}
+    found = pilot._average_movement(cohort.start, local.shown, weights, everything, jnp.asarray(mask), scale)
     for name, old in state.adapters.modules.items():
         new = local.trained.adapters.modules[name]
         before = (np.float64(old.a) * mask) @ np.float64(old.b)
@@ -87,18 +92,106 @@ def test_the_ideal_movement_is_the_average_of_the_clients_products(toy, trained)
         np.testing.assert_allclose(found.modules[name], expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_with_everything_sent_what_the_server_misses_is_the_covariance(toy, trained):
-    """Oracle: the identity `ideal - server = s Cov`; the aggregator reports its norm, from Gram matrices."""
+@pytest.fixture(scope="module")
+def round_at_three(toy):
+    """One measured round at rank 3."""
     sim, state, sample = toy
-    state = pilot.at_rank(state, jnp.float32(3))
-    after, step = jax.jit(lambda s: pilot._measure(sim.parts, sim.full_gradient, sim.world, sample, s))(state)
+    measure = jax.jit(lambda s: pilot._measure(sim.parts, sim.full_gradient, sim.world, sample, s))
+    return jax.device_get(measure(pilot.at_rank(state, jnp.float32(3))))
+
+
+def test_with_everything_sent_what_the_server_misses_is_the_covariance(toy, trained, round_at_three):
+    """Oracle: the identity `ideal - server = s Cov`; the aggregator reports its norm, from Gram matrices."""
+    state, (after, step) = toy[1], round_at_three
     cohort, local, weights, _ = trained
     mask, scale = rank_mask(3, 4), 16 / 3
-    ideal = pilot._average_movement(cohort, local, weights, mask, jnp.float32(scale))
+    everything = {name: jnp.ones((4, 4)) for name in state.adapters.modules}
+    ideal = pilot._average_movement(cohort.start, local.shown, weights, everything, mask, scale)
     server = pilot._movement(state.adapters, after.adapters, {}, mask, jnp.float32(scale))
     missed = sum(np.sum((np.float64(ideal.modules[n]) - np.float64(server.modules[n])) ** 2) for n in ideal.modules)
-    np.testing.assert_allclose(step.covariance[-1], missed, rtol=1e-3)
-    assert step.sparsification[-1] < 1e-4 * step.sparsification[1]
+    np.testing.assert_allclose(step.covariance.norm_sq[2], missed, rtol=1e-3)
+    assert step.sparsification.norm_sq[2] < 1e-4 * step.sparsification.norm_sq[1]
+
+
+def test_each_error_has_the_slope_of_its_own_matrix(toy, trained, round_at_three):
+    """Oracle: NumPy in float64, where two of three ranks are sent: E_s and Cov as matrices, from their definitions."""
+    sim, state, sample = toy
+    _, gradient = jax.jit(sim.full_gradient)(
+        sim.world.base, sample, state.adapters, pilot.at_rank(state, jnp.float32(3)).hyper
+    )
+    p, shown, sent = jax.tree.map(np.asarray, (trained[2], trained[1].shown, trained[3]))
+    scale, slopes, energies = 16 / 3, np.zeros(2), np.zeros(2)
+    for name, g in gradient.modules.items():
+        for layer in range(g.shape[0]):
+            mine, got = (
+                [np.float64(x[:, layer]) for x in (f.a[..., :3], f.b[:, :, :3])]
+                for f in (shown.modules[name], sent.adapters.modules[name])
+            )
+            say = p[:, None] * sent.counted[name][:, layer, :3]
+            w = np.where(say.sum(0) > 0, say / np.maximum(say.sum(0), 1e-30), p[:, None])
+            a, b = np.einsum("ki,kni->ni", w, got[0]), np.einsum("ki,kio->io", w, got[1])
+            decoded = np.einsum("ki,kni,kio->no", w, *got)
+            e_s = np.einsum("k,kni,kio->no", np.float64(p), *mine) - decoded
+            cov = np.einsum("ki,kni,kio->no", w, got[0] - a, got[1] - b)
+            np.testing.assert_allclose(cov, decoded - a @ b, atol=1e-6)
+            for i, error in enumerate((e_s, cov)):
+                slopes[i] -= scale * np.sum(np.float64(g[layer]) * error)
+                energies[i] += scale**2 * np.sum(error**2)
+    step = round_at_three[1]
+    for error, slope, energy in zip((step.sparsification, step.covariance), slopes, energies, strict=True):
+        np.testing.assert_allclose(error.norm_sq[1], energy, rtol=1e-3)
+        np.testing.assert_allclose(error.energy[1], energy, rtol=1e-3)
+        np.testing.assert_allclose(error.slope[1], slope, rtol=1e-2, atol=1e-4 * np.sqrt(energy))
+        assert error.slope[3] == error.energy[3] == 0  # beyond the rank
+
+
+@pytest.fixture(scope="module")
+def decaying():
+    """Pilots of one small step, under a linear and a constant rate, and the first with twice the factors."""
+    small, factors = ("local.steps=1", "local.optimizer.learning_rate=1e-4"), 1 - jnp.arange(2) / 6
+    found = []
+    for schedule, seen in (("linear", factors), ("constant", jnp.ones(2)), ("linear", 2 * factors)):
+        sim, state, sample = started(*small, f"local.optimizer.schedule={schedule}")
+        run = jax.jit(pilot.make_pilot(sim.parts, sim.full_gradient, seen))
+        found.append(jax.device_get(run(sim.world, sample, state, jnp.float32(3))))
+    return found
+
+
+def test_a_pilot_under_a_schedule_measures_what_one_at_the_peak_rate_does(decaying):
+    """Invariance to first order in the rate: the same batches at 5/6 of the rate move less, in proportion.
+
+    A factor left out would be seen: it makes 1/6 of a movement, a third of an energy and half of that of Cov.
+    """
+    scheduled, constant, _ = decaying
+    for name in ("gap", "share", "step", "movement"):
+        np.testing.assert_allclose(
+            getattr(scheduled.measured, name), getattr(constant.measured, name), rtol=0.03, err_msg=name
+        )
+    np.testing.assert_allclose(scheduled.sparsification, constant.sparsification, rtol=0.1, atol=1e-9)
+    np.testing.assert_allclose(scheduled.covariance, constant.covariance, rtol=0.1)
+
+
+def test_what_is_measured_is_per_factor_of_the_rate(decaying):
+    """Closed form: twice the factors halve the step, quarter movement and E_s, and leave a sixteenth of Cov."""
+    scheduled, _, doubled = decaying
+    np.testing.assert_allclose(doubled.measured.step, scheduled.measured.step / 2, rtol=1e-5)
+    np.testing.assert_allclose(doubled.measured.movement, scheduled.measured.movement / 4, rtol=1e-5)
+    np.testing.assert_allclose(doubled.sparsification, scheduled.sparsification / 4, rtol=1e-5)
+    np.testing.assert_allclose(doubled.covariance, scheduled.covariance / 16, rtol=1e-5)
+
+
+def test_weights_are_the_mean_over_the_cohorts():
+    """Oracle: NumPy over the cohorts that the keys of the counted rounds choose."""
+    sim, state, sample = started("local.steps=1", "clients.per_round=3")
+    run = jax.jit(pilot.make_pilot(sim.parts, sim.full_gradient, jnp.ones(3)))
+    found, rows = run(sim.world, sample, state, jnp.float32(3)), []
+    for number in (1, 2):
+        keys = round_keys(state.key, jnp.int32(number))
+        cohort = choose_cohort(sim.parts, sim.world, state, keys)
+        count = np.asarray(cohort.clients.examples, np.float64) * np.asarray(cohort.present)
+        rows.append(count / count.sum())
+    assert np.ptp(rows, axis=0).max() > 0.01
+    np.testing.assert_allclose(found.weights, np.mean(rows, 0), rtol=1e-5)
 
 
 def test_a_pilot_measures_in_the_range_of_each_number(measured):
@@ -116,8 +209,8 @@ def test_a_pilot_measures_in_the_range_of_each_number(measured):
 
 def test_payloads_are_what_the_sparsifier_sends(trained, measured):
     """Oracle: the bits counted of a cohort's uploads, of whose three ranks two are kept."""
-    cohort, _, _, bits = trained
-    np.testing.assert_array_equal(bits, measured[3].payload_bits[2])
+    cohort, _, _, sent = trained
+    np.testing.assert_array_equal(sent.bits, measured[3].payload_bits[2])
     np.testing.assert_array_equal(cohort.downlink_bits, measured[3].downlink_bits)
 
 

@@ -1,10 +1,12 @@
 """The link against closed forms and NumPy, and its invariance to order and padding."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from fedjax_lora.base import LinkState
 from fedjax_lora.strategies import Decision
@@ -228,6 +230,52 @@ def test_attempts_are_geometric_and_their_time_and_energy_add_up():
     np.testing.assert_allclose(delivery.energy_j, compute_j + 0.01 * np.asarray(delivery.latency_s), rtol=1e-5)
 
 
+def test_truncated_inversion_lets_go_of_a_share_and_makes_the_inverse_gain_finite():
+    """Closed form under Rayleigh: outages with 1 - exp(-t); the others' mean inverse gain is exp(t) E1(t)."""
+    threshold, clients = 0.05, 200_000
+    link = make_link(WirelessConfig(fade_threshold=threshold, shadowing_db=0), 8)
+    state = jax.jit(link.init)(KEY, jnp.arange(clients))
+    decision = Decision(jnp.ones(clients), jnp.full(clients, BAND_HZ))
+    bits, start_s, present = jnp.full(clients, 10, jnp.uint32), jnp.zeros(clients), jnp.ones(clients)
+    delivery = delivered(link, state, bits, decision, start_s, present)
+    heard = np.asarray(delivery.delivered)
+    assert_share(~heard, -np.expm1(-threshold))
+    np.testing.assert_array_equal(heard, np.isfinite(delivery.latency_s))
+    np.testing.assert_array_equal(heard, np.asarray(link.snr_hz(state)) > 0)
+    inverse = SNR_PER_GAIN_HZ * np.float64(state.mean_gain)[heard] / np.float64(link.snr_hz(state))[heard]
+    expected = np.exp(threshold) * special.exp1(threshold)
+    assert abs(inverse.mean() - expected) < 5 * inverse.std() / np.sqrt(heard.sum())
+    assert inverse.max() <= 1 / threshold * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("csi", ["perfect", "mean", "estimated"])
+def test_a_threshold_changes_nothing_for_who_is_above_it(csi):
+    """Invariance, bit for bit: who is heard with a threshold is planned and delivered as without one.
+
+    With mean knowledge nobody is known to be in a fade; with an estimate the known gain counts, without its margin.
+    """
+    config = WirelessConfig(csi=csi, csi_error=0.3)
+    link, plain = make_link(dataclasses.replace(config, fade_threshold=0.5), 8), make_link(config, 8)
+    state = jax.jit(link.init)(KEY, jnp.arange(500))
+    kept = np.asarray(link.snr_hz(state)) > 0
+    known = np.asarray(plain.snr_hz(state)) / (SNR_PER_GAIN_HZ * np.asarray(state.mean_gain))
+    margin = 1.0 if csi == "perfect" else 0.1
+    np.testing.assert_array_equal(kept, known >= 0.5 * margin)
+    assert kept.all() == (csi == "mean")
+    decision = Decision(jnp.ones(500), jnp.full(500, BAND_HZ))
+    rest = jnp.full(500, 10, jnp.uint32), decision, jnp.zeros(500), jnp.ones(500)
+    found, expected = delivered(link, state, *rest), delivered(plain, state, *rest)
+    assert_same(*(jax.tree.map(lambda leaf: leaf[kept], x) for x in (found, expected)))
+    assert not np.asarray(found.delivered)[~kept].any()
+
+
+def test_the_broadcast_does_not_wait_for_who_is_let_go():
+    """Invariance: the start is that of a cohort without the third client, whose power gain is 0.05."""
+    link = make_link(WirelessConfig(downlink=True, fade_threshold=0.1), 80)
+    everyone, two = (link.start_s(STATE, jnp.uint32(10**8), jnp.array(here)) for here in ([1, 1, 1], [1, 1, 0]))
+    np.testing.assert_array_equal(everyone[:2], two[:2])
+
+
 def test_the_first_attempt_does_not_depend_on_further_ones():
     """Invariance: same fading; who arrives at once takes the same time."""
     _, alone, first = many("mean", 3.0)
@@ -254,6 +302,7 @@ def test_the_first_attempt_does_not_depend_on_further_ones():
         ("fading_correlation", 1.1, "between 0 and 1"),
         ("csi_error", -0.1, "between 0 and 1"),
         ("retransmissions", 101, "between 0 and 100"),
+        ("fade_threshold", 1.0, "at least 0 and below 1"),
         ("cell_radius_m", 20.0, "at least min_distance_m = 35.0 and finite"),
         ("cpu_hz_max", 1e8, "at least cpu_hz_min = 1000000000.0 and finite"),
     ],
