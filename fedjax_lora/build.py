@@ -139,7 +139,7 @@ def _parts(config: ExperimentConfig, model: Model, world: World, like: Adapters,
     _check_fits(like, sparsifier, drift_bits, int(extra_downlink_bits(max_rank(like))))
     rates = schedule(local.optimizer, config.rounds * local.steps)
     return Parts(
-        train=make_train(model, sparsifier, correction, direction(local.optimizer), rates, local),
+        train=make_train(model, sparsifier, aggregator, correction, direction(local.optimizer), rates, local),
         sparsifier=sparsifier,
         drift=correction,
         drift_bits=drift_bits,
@@ -152,7 +152,7 @@ def _parts(config: ExperimentConfig, model: Model, world: World, like: Adapters,
         client_weight=CLIENT_WEIGHTS[config.clients.weighting],
         one_rank=not config.lora.client_ranks and aggregator.next_rank is None,
         cohort_size=cohort_size,
-        chunk=_chunk(config, model, sparsifier, world, like, hyper, -(-cohort_size // mesh.size)),
+        chunk=_chunk(config, model, sparsifier, aggregator, world, like, hyper, -(-cohort_size // mesh.size)),
         mesh=mesh,
     )
 
@@ -251,6 +251,7 @@ def _chunk(
     config: ExperimentConfig,
     model: Model,
     sparsifier: Sparsifier,
+    aggregator: Aggregator,
     world: World,
     like: Adapters,
     hyper: Hyper,
@@ -258,5 +259,5 @@ def _chunk(
 ) -> int:
     if config.engine.client_chunk != "auto":
         return min(config.engine.client_chunk, cohort_per_device)
-    needed = activation_bytes(model, sparsifier, world, like, hyper, config.local.batch_size)
+    needed = activation_bytes(model, sparsifier, aggregator, world, like, hyper, config.local.batch_size)
     return choose_chunk(cohort_per_device, needed, activation_budget_bytes())

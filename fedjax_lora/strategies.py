@@ -136,7 +136,8 @@ class Aggregator(NamedTuple):
     alternates: whether `trains` differs between rounds.
     extra_downlink_bits: `(adapters or their shapes, C, rank) -> uint32 bits` of each broadcast but the first, beside
       the adapters; for C it is told None where clients sit out rounds, and may have missed any number of them.
-    next_rank: `(trained of one client, its rank) -> rank` of its next round; None where ranks stay.
+    penalty: `(adapters, rank_mask [R]) -> scalar` added to a client's local loss.
+    next_rank: `(broadcast, trained of one client, its rank) -> rank` of its next round; None where ranks stay.
     """
 
     aggregate: Callable[[Adapters, Adapters, Sent, Array, Array, Array], Aggregate]
@@ -145,7 +146,8 @@ class Aggregator(NamedTuple):
     merges: bool = False
     alternates: bool = False
     extra_downlink_bits: Callable[[Adapters, int | None, ArrayLike], Array] = lambda like, clients, rank: jnp.uint32(0)
-    next_rank: Callable[[Adapters, Array], Array] | None = None
+    penalty: Callable[[Adapters, Array], Array] = lambda adapters, rank_mask: jnp.zeros(())
+    next_rank: Callable[[Adapters, Adapters, Array], Array] | None = None
 
     def sends(self, round_number: Array) -> Live:
         """What the clients send: all that they train and do not keep."""

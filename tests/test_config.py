@@ -116,9 +116,9 @@ MISTAKES = {
         ["sparsifier.send must be change ", "aggregation.name is hetlora", "'factors'"],
     ),
     "scaffold with pruned ranks": (
-        "{drift: {name: scaffold}, local: {optimizer: {name: sgd}}, aggregation: {name: hetlora, prune: 0.5}, "
+        "{drift: {name: scaffold}, local: {optimizer: {name: sgd}}, aggregation: {name: hetlora}, "
         "sparsifier: {name: dense}}",
-        ["aggregation.prune must be 1.0 ", "drift.name is scaffold", "got 0.5"],
+        ["aggregation.prune must be 1.0 ", "drift.name is scaffold", "got 0.99"],
     ),
     "moments of a factor at rest": (
         "{aggregation: {name: rolora}, server: {name: momentum}}",
@@ -174,7 +174,7 @@ def test_a_mistake_in_a_file_is_one_line_as_specified(load, text, fragments):
         "{aggregation: {name: flora}}",
         "sparsifier: {form: none, orthogonality: 0}",
         "local: {optimizer: {weight_decay: 0.1}}",
-        "{drift: {name: scaffold}, local: {optimizer: {name: sgd}}, aggregation: {name: hetlora}, "
+        "{drift: {name: scaffold}, local: {optimizer: {name: sgd}}, aggregation: {name: hetlora, prune: 1}, "
         "sparsifier: {name: dense}}",
     ],
 )

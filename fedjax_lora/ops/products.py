@@ -1,4 +1,4 @@
-"""Norms of products of thin matrices, without the product where that is the larger thing to form."""
+"""Norms, also of products of thin matrices, without the product where that is the larger thing to form."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,12 @@ def gram(x: Array) -> Array:
     """`[..., m, m]` inner products of the columns of x `[..., n, m]`, in full float32."""
     # Accelerators shorten float32 products by default; differences of Gram entries would not survive that.
     return jnp.einsum("...ni,...nj->...ij", x, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def safe_sqrt(x: Array) -> Array:
+    """Square root of x >= 0 whose gradient at 0 is 0, not infinite."""
+    positive = x > jnp.finfo(x.dtype).tiny
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
 def product_energy(u: Array, v: Array) -> Array:

@@ -15,7 +15,7 @@ from fedjax_lora.lora.adapters import effective, rank_mask
 from fedjax_lora.sim.kept import compose
 from fedjax_lora.sim.optimizers import Optimizer, OptimizerConfig
 from fedjax_lora.sparsifiers.diagnostics import orthogonality
-from fedjax_lora.strategies import Drift, Live, Model, Sparsifier
+from fedjax_lora.strategies import Aggregator, Drift, Live, Model, Sparsifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def cross_entropy(logits: Array, label: Array, weight: Array) -> Array:
     return jnp.sum(each * weight) / jnp.maximum(jnp.sum(weight), 1.0)
 
 
-def local_loss(model: Model, sparsifier: Sparsifier) -> Callable[..., tuple[Array, Array]]:
+def local_loss(model: Model, sparsifier: Sparsifier, aggregator: Aggregator) -> Callable[..., tuple[Array, Array]]:
     """`(adapters, base, hyper, mask, batch, weight, key) -> (objective, cross-entropy)` of one batch.
 
     mask: `[R]`, the client's ranks in use.
@@ -95,7 +95,8 @@ def local_loss(model: Model, sparsifier: Sparsifier) -> Callable[..., tuple[Arra
     ) -> tuple[Array, Array]:
         used = effective(adapters, mask, hyper.alpha / hyper.rank)
         data_loss = cross_entropy(model.apply(base, used, batch, key), batch["label"], weight)
-        return data_loss + hyper.orthogonality * sparsifier.penalty(adapters, mask), data_loss
+        penalty = hyper.orthogonality * sparsifier.penalty(adapters, mask) + aggregator.penalty(adapters, mask)
+        return data_loss + penalty, data_loss
 
     return loss
 
@@ -108,6 +109,7 @@ def max_rank(adapters: Adapters) -> int:
 def make_train(
     model: Model,
     sparsifier: Sparsifier,
+    aggregator: Aggregator,
     drift: Drift,
     direction: Optimizer,
     schedule: optax.Schedule,
@@ -117,7 +119,7 @@ def make_train(
 
     The frozen base is closed over by the loss and never differentiated. What is not live neither moves nor drifts.
     """
-    loss = local_loss(model, sparsifier)
+    loss = local_loss(model, sparsifier, aggregator)
 
     def train(given: Broadcast, client: Client) -> Trained:
         order_key, dropout_key = jax.random.split(client.key)

@@ -235,7 +235,7 @@ def remember(parts: Parts, state: FedState, cohort: Cohort, local: Local, uplink
     """What all clients carry on; only for those of the cohort who were heard it is new."""
     old, trained, next_rank = cohort.clients.state, local.trained, parts.aggregator.next_rank
     new = ClientState(
-        rank=jax.vmap(next_rank)(trained.adapters, old.rank) if next_rank else old.rank,
+        rank=jax.vmap(next_rank, (None, 0, 0))(cohort.start, trained.adapters, old.rank) if next_rank else old.rank,
         kept=extract(trained.adapters, parts.aggregator.keeps),
         memory=uplink.memory,
         drift=trained.drift,

@@ -8,7 +8,7 @@ import pytest
 from fedjax_lora import trees
 from fedjax_lora.lora.adapters import effective, rank_mask
 from fedjax_lora.models.load import ModelConfig, build_model
-from fedjax_lora.prng import round_keys
+from fedjax_lora.prng import client_keys, round_keys
 from fedjax_lora.sim.cohort import choose
 from fedjax_lora.sim.evaluate import label_weights
 from fedjax_lora.sim.kept import compose
@@ -117,17 +117,46 @@ def test_a_round_of_clients_of_different_ranks_equals_a_numpy_loop():
 
 
 def test_hetlora_prunes_the_ranks_of_those_who_took_part():
-    """Closed form: at a tolerance of 1 every rank above 1 falls to floor(r / 2), that of the cohort alone."""
+    """Oracle: a loop over modules and layers of what each client trained.
+
+    The first round, in which the trailing norms rise from 0, prunes nobody; in the second a strong penalty has all who
+    take part fall to floor(r / 2).
+    """
     sim = simulation(
-        "aggregation={name: hetlora, prune: 0.5, tolerance: 1.0}",
+        "aggregation={name: hetlora, prune: 0.5, regularisation: 10}",
         "sparsifier.name=dense",
         "control.name=ideal",
         "clients.per_round=4",
+        "local.optimizer.learning_rate=1e-2",
         "lora={max_rank: 6, rank: 6, client_ranks: [6, 3, 1], targets: [up]}",
     )
+    ranks = np.array([6, 3, 1, 6, 3, 1])
     state = sim.init(jax.random.key(1))
-    after, _ = sim.run(state, 1)
-    cohort, _ = choose(round_keys(state.key, state.round).cohort, 6, 4, 4)
-    expected = np.array([6, 3, 1, 6, 3, 1])
-    expected[cohort] = np.maximum(expected[cohort] // 2, 1)
-    np.testing.assert_array_equal(after.clients.rank, expected)
+    first, _ = sim.run(state, 1)
+    np.testing.assert_array_equal(first.clients.rank, ranks)
+    second, _ = sim.run(first, 1)
+    cohort, _ = choose(round_keys(first.key, first.round).cohort, 6, 4, 4)
+    trained = jax.jit(lambda *given: train_cohort(sim.parts, *given).adapters)(
+        sim.world,
+        first,
+        first.adapters,
+        Client(
+            sim.world.data.index[cohort],
+            sim.world.data.count[cohort],
+            client_keys(round_keys(first.key, first.round).local, cohort),
+            trees.take(first.clients, cohort),
+        ),
+    )
+
+    def tail(f, rank):
+        at = slice(rank // 2, rank)
+        return sum(np.linalg.norm(f.a[i, :, at]) * np.linalg.norm(f.b[i, at]) for i in range(4))
+
+    expected, falls = ranks.copy(), []
+    for place, k in enumerate(np.asarray(cohort)):
+        if ranks[k] > 1:
+            own = trees.take(trained.modules["up"], place)
+            falls.append(tail(own, ranks[k]) < tail(first.adapters.modules["up"], ranks[k]))
+            expected[k] = ranks[k] // 2 if falls[-1] else ranks[k]
+    np.testing.assert_array_equal(second.clients.rank, expected)
+    assert any(falls)
