@@ -32,7 +32,7 @@ from fedjax_lora.sparsifiers import dense, flasc, lora_a2, random_rank, soft, so
 from fedjax_lora.sparsifiers.payload import dense_bits
 from fedjax_lora.sparsifiers.ranks import max_rank
 from fedjax_lora.sparsifiers.wire import Wire, make_wire
-from fedjax_lora.strategies import Aggregator, Controller, Drift, Link, Model, Sparsifier
+from fedjax_lora.strategies import Aggregator, Controller, Drift, Link, Live, Model, Sparsifier
 from fedjax_lora.wireless.link import make_link, perfect_link
 
 SPARSIFIERS: dict[str, Callable[[Any, Adapters, Wire], Sparsifier]] = {
@@ -131,10 +131,13 @@ def _parts(config: ExperimentConfig, model: Model, world: World, like: Adapters,
     aggregator = AGGREGATORS[config.aggregation.name](config.aggregation)
     correction = DRIFTS[config.drift.name](config.drift)
     drift_bits = _drift_bits(correction, like)
-    everyone = cohort_size if cohort_size == config.clients.count else None
+    everyone = cohort_size == config.clients.count
+
+    def receives(round_number: jax.Array) -> Live:
+        return aggregator.receives(round_number, everyone and sparsifier.whole_broadcast)
 
     def extra_downlink_bits(rank: ArrayLike) -> jax.Array:
-        return aggregator.extra_downlink_bits(like, everyone, rank)
+        return aggregator.extra_downlink_bits(like, cohort_size if everyone else None, rank)
 
     _check_fits(like, sparsifier, drift_bits, int(extra_downlink_bits(max_rank(like))))
     rates = schedule(local.optimizer, config.rounds * local.steps)
@@ -144,6 +147,7 @@ def _parts(config: ExperimentConfig, model: Model, world: World, like: Adapters,
         drift=correction,
         drift_bits=drift_bits,
         aggregator=aggregator,
+        receives=receives,
         extra_downlink_bits=extra_downlink_bits,
         current_base=_current_base(model),
         controller=CONTROLLERS[config.control.name](config.control),

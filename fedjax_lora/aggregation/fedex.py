@@ -33,14 +33,11 @@ def make(config: FedExConfig) -> Aggregator:
 
     The residual `sum_k p_k a_k b_k - abar bbar` has rank C r at most, at which it is charged: the clients' factors span
     their average's too. Where clients sit out rounds, the sum of those that one has missed is charged as matrices in
-    full.
+    full. Factors drawn anew over a base that holds the whole mean product are FLoRA.
     """
-    average = config.start == "average"
-    return Aggregator(
-        aggregate=by_layer(_residual if average else flora.merge_all),
-        merges=True,
-        extra_downlink_bits=product_bits,
-    )
+    if config.start == "reinit":
+        return flora.make(flora.FloraConfig())
+    return Aggregator(aggregate=by_layer(_residual), merges=True, extra_downlink_bits=product_bits)
 
 
 def _residual(layer: Layer) -> Outcome:

@@ -63,7 +63,7 @@ def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) 
     ids, present = choose(keys.cohort, num_clients, parts.cohort_size, size)
     own, link = trees.take((state.clients, state.link), ids)
     ranks = jax.vmap(rank_mask, (0, None))(own.rank, max_rank(state.adapters))
-    sends, receives = parts.aggregator.sends(state.round), parts.aggregator.receives(state.round)
+    sends, receives = parts.aggregator.sends(state.round), parts.receives(state.round)
 
     scope = Scope(rank_mask(state.hyper.rank, max_rank(state.adapters)), *map(jnp.float32, receives))
 

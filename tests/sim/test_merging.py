@@ -164,11 +164,26 @@ def test_notes_say_what_degenerates():
 
 
 def test_downlink_of_clients_that_sit_out_is_charged_with_whole_matrices():
-    """Oracle: a count by hand of the broadcast and of n_in x n_out values a matrix, for whoever is in the cohort."""
+    """Oracle: a count by hand of the broadcast, then of n_in x n_out values a matrix, and a seed for the factors."""
     sim = simulation("aggregation.name=flora", "sparsifier.name=dense", "clients.per_round=2", "lora.targets=[up]")
     _, metrics = sim.run(sim.init(jax.random.key(3)), 2)
-    factors, merged = 4 * 3 * (64 + 256) + 64 * 10 + 10, 4 * 64 * 256
-    np.testing.assert_array_equal(metrics.client_downlink_bits, [[32 * factors] * 2, [32 * (factors + merged)] * 2])
+    factors, head, merged = 4 * 3 * (64 + 256), 64 * 10 + 10, 4 * 64 * 256
+    bits = [[32 * (factors + head)] * 2, [32 * (head + merged) + 32] * 2]
+    np.testing.assert_array_equal(metrics.client_downlink_bits, bits)
+
+
+@pytest.mark.parametrize("method", ["{name: flora}", "{name: fedex, start: reinit}"])
+def test_factors_drawn_anew_are_sent_as_a_seed(method):
+    """Oracle: a count by hand: factors and head in round 1, then head, seed, and the shorter of stack and matrix."""
+    sim = simulation(f"aggregation={method}", "sparsifier.name=dense", "lora.rank=2")
+    _, metrics = sim.run(sim.init(jax.random.key(3)), 3)
+    head, factors, merged = 64 * 10 + 10, 0, 0
+    for n_in, n_out in ((64, 64), (64, 256)):
+        factors += 4 * 2 * (n_in + n_out)
+        merged += 4 * min(6 * 2 * (n_in + n_out), n_in * n_out)
+    later = 32 * (head + merged) + 32
+    bits = [[32 * (factors + head)] * 6, [later] * 6, [later] * 6]
+    np.testing.assert_array_equal(metrics.client_downlink_bits, bits)
 
 
 @pytest.mark.parametrize(

@@ -88,10 +88,22 @@ def test_the_factor_at_rest_stays_whatever_the_server_optimizer(name, server):
         assert not equal(factor(state.adapters, live), factor(before.adapters, live))
         values = 4 * 3 * WIDTH["up"]["ab".index(live)] + 64 * 10 + 10
         np.testing.assert_array_equal(metrics.client_uplink_bits, 32 * values)
-        down = values + (4 * 3 * WIDTH["up"]["ab".index(at_rest)] if name == "rolora" else 0)  # both may be out of date
+        down = 64 * 10 + 10
+        for factor_sent in {"rolora": ("ab", "b")[number], "ffa": "b"}[name]:  # of RoLoRA: both, then what has moved
+            down += 4 * 3 * WIDTH["up"]["ab".index(factor_sent)]
         np.testing.assert_array_equal(metrics.client_downlink_bits, 32 * down)
         assert metrics.covariance_error[0] == 0.0
         assert np.isnan(metrics.personal_accuracy).all()  # nothing is kept, so nothing is measured
+
+
+def test_rolora_sends_what_a_client_may_not_know():
+    """Oracle: the factor trained in the round before, in the order b, a, b; both where one may have missed it."""
+    everyone = simulation("aggregation.name=rolora", "sparsifier.name=dense").parts.receives
+    sent = [tuple(map(float, everyone(jnp.int32(number)))) for number in range(4)]
+    assert sent == [(1, 1, 1), (0, 1, 1), (1, 0, 1), (0, 1, 1)]
+    for missed in (("sparsifier.name=dense", "clients.per_round=5"), ("sparsifier.name=flasc",)):
+        some = simulation("aggregation.name=rolora", *missed).parts.receives
+        assert [tuple(map(float, some(jnp.int32(number)))) for number in range(3)] == [(1, 1, 1)] * 3
 
 
 def test_a_round_of_clients_of_different_ranks_equals_a_numpy_loop():
