@@ -13,6 +13,7 @@ from fedjax_lora.base import FedState, LinkState
 from fedjax_lora.prng import round_keys
 from fedjax_lora.sim.cohort import choose, padded_size
 from fedjax_lora.sim.evaluate import Evaluate
+from fedjax_lora.sim.kept import deployed
 from fedjax_lora.sim.parts import Parts, World
 from fedjax_lora.sim.pilot import at_rank
 from fedjax_lora.sim.round import make_round
@@ -48,7 +49,8 @@ def roll_out(
         round_fn = make_round(parts._replace(controller=controller(V)))
         start = at_rank(dataclasses.replace(state, key=jax.random.fold_in(state.key, seed)), rank)
         end, metrics = lax.scan(lambda s, _: round_fn(world, s), start, length=rounds)
-        loss, accuracy = evaluate(parts.current_base(world, end), world.data.test, end.adapters, end.hyper)
+        adapters = deployed(end.adapters, end.clients.kept)
+        loss, accuracy = evaluate(parts.current_base(world, end), world.data.test, adapters, end.hyper)
         return Rollout(loss, accuracy, jnp.mean(metrics.latency_s))
 
     @jax.jit

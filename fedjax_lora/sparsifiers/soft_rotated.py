@@ -46,8 +46,8 @@ def make(config: SoftRotatedConfig, like: Adapters, wire: Wire = FLOAT32) -> Spa
 
     A component of a factor costs its own width and r values for its row of the rotation, which is zero in ranks that
     are not in use. Beside them each factor of each matrix is sent with its number of components where the budget is
-    global, and with a scale to keep its norm. Tail energy: what is left out of `||da||_F^2 + ||db||_F^2`, so in units of
-    a factor squared, while that of `soft` is in units of the factors' product squared.
+    global, and with a scale to keep its norm. Tail energy: what is left out of `||da||_F^2 + ||db||_F^2`, so in units
+    of a factor squared, while that of `soft` is in units of the factors' product squared.
 
     Args:
       config: its options.

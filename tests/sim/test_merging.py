@@ -158,11 +158,6 @@ def test_notes_name_the_memory_of_clients_and_of_the_base():
     assert not [note for note in runner._notes(few, build(few)) if "MB" in note]
 
 
-def test_notes_say_what_degenerates():
-    settings = config("sparsifier={name: soft, send: factors, missing: zero}")
-    assert any("fixed rank" in note for note in runner._notes(settings, build(settings)))
-
-
 def test_downlink_of_clients_that_sit_out_is_charged_with_whole_matrices():
     """Oracle: a count by hand of the broadcast, then of n_in x n_out values a matrix, and a seed for the factors."""
     sim = simulation("aggregation.name=flora", "sparsifier.name=dense", "clients.per_round=2", "lora.targets=[up]")

@@ -70,6 +70,23 @@ def test_personal_accuracy_equals_a_loop_over_clients_and_examples(fedsa):
     np.testing.assert_allclose(rows[-1].personal_accuracy[-1], np.mean(accuracies), rtol=1e-5)
 
 
+def test_global_accuracy_is_of_the_mean_of_what_the_clients_keep(fedsa):
+    """Oracle: NumPy's mean of b and head over all clients, those that never took part too, under the shared a."""
+    sim, states, rows = fedsa
+    model, _ = build_model(ModelConfig(), 10, (8, 8, 1))
+    label, losses = np.asarray(sim.world.data.test["label"]), []
+    for state, metrics in zip(states[1:], rows, strict=True):
+        mean = jax.tree.map(lambda leaf: jnp.float32(np.mean(np.float64(leaf), axis=0)), state.clients.kept)
+        b, head = mean["b"], mean["head"]
+        modules = {name: f.replace(b=b[name]) for name, f in state.adapters.modules.items()}
+        used = effective(state.adapters.replace(modules=modules, head=head), rank_mask(3, 4), 16.0 / 3)
+        logits = np.asarray(model.apply(sim.world.base, used, sim.world.data.test), np.float64)
+        losses.append((np.log(np.exp(logits).sum(1)) - logits[np.arange(len(label)), label]).mean())
+        np.testing.assert_allclose(metrics.eval_loss[-1], losses[-1], rtol=1e-5)
+        np.testing.assert_allclose(metrics.eval_accuracy[-1], (logits.argmax(1) == label).mean(), rtol=1e-6)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)  # it moves
+
+
 def test_label_weights_by_hand():
     """Closed form: shares 2/3 and 1/3 of the client over 1/4, 1/4 and 1/2 of the pool; padding does not count."""
     found = label_weights(jnp.array([0, 0, 1, 2, 2]), jnp.int32(3), jnp.array([2, 0, 1, 2]), 4)
