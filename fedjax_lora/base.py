@@ -148,12 +148,14 @@ class ClientState:
     rank: its structural rank, float32.
     kept: the parts of the adapters that stay with it: part ("a", "b", "head") -> leaves; `{}` for none.
     memory: of the sparsifier. drift: of the correction.
+    own: module name -> Factors that it goes on from; `{}` where it starts from the broadcast.
     """
 
     rank: Array
     kept: dict[str, Any]
     memory: Any
     drift: Any
+    own: dict[str, Factors] = struct.field(default_factory=dict)
 
 
 @struct.dataclass

@@ -135,6 +135,8 @@ class Aggregator(NamedTuple):
     trains: `round -> Live` that the clients train; what they hold beyond it is the broadcast.
     keeps: the parts ("a", "b", "head") that stay with each client from round to round, and are never sent.
     merges: whether `Aggregate.merged` is used.
+    resumes: whether clients go on from the factors that they ended their last round with, and count by their change:
+      they compute with `a b - a0 b0`, and `aggregate` is given it, in the factors of `ops.products.differences`.
     moved: `(round, everyone) -> Live`: what of the adapters a client cannot know before the broadcast of the round,
       where `everyone` says that all clients are sent every broadcast, whole; None for what they train.
     extra_downlink_bits: `(adapters or their shapes, C, rank) -> uint32 bits` of each broadcast but the first, beside
@@ -147,6 +149,7 @@ class Aggregator(NamedTuple):
     trains: Callable[[Array], Live] = lambda round_number: Live()
     keeps: tuple[str, ...] = ()
     merges: bool = False
+    resumes: bool = False
     moved: Callable[[Array, bool], Live] | None = None
     extra_downlink_bits: Callable[[Adapters, int | None, ArrayLike], Array] = lambda like, clients, rank: jnp.uint32(0)
     penalty: Callable[[Adapters, Array], Array] = lambda adapters, rank_mask: jnp.zeros(())

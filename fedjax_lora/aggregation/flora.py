@@ -38,15 +38,19 @@ def make(config: FloraConfig) -> Aggregator:
     """
     del config  # it has no option yet, but every method is made in the same way
 
-    def moved(round_number: Array, everyone: bool) -> Live:
-        del everyone
-        first = jnp.where(round_number > 0, 0.0, 1.0)
-        return Live(a=first, b=first)
-
     def extra_downlink_bits(like: Adapters, clients: int | None, rank: ArrayLike) -> Array:
         return product_bits(like, clients, rank) + SEED_BITS
 
-    return Aggregator(aggregate=by_layer(merge_all), merges=True, moved=moved, extra_downlink_bits=extra_downlink_bits)
+    return Aggregator(
+        aggregate=by_layer(merge_all), merges=True, moved=factors_once, extra_downlink_bits=extra_downlink_bits
+    )
+
+
+def factors_once(round_number: Array, everyone: bool) -> Live:
+    """The `Aggregator.moved` of factors that clients have or draw themselves after the first round."""
+    del everyone
+    first = jnp.where(round_number > 0, 0.0, 1.0)
+    return Live(a=first, b=first)
 
 
 def merge_all(layer: Layer) -> Outcome:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fedjax_lora.base import Factors
+
 
 def gram(x: Array) -> Array:
     """`[..., m, m]` inner products of the columns of x `[..., n, m]`, in full float32."""
@@ -35,3 +37,17 @@ def product_energy(u: Array, v: Array) -> Array:
         return jnp.maximum(jnp.sum(gram(u) * gram(jnp.swapaxes(v, -1, -2)), axis=(-2, -1)), 0.0)
     product = jnp.matmul(u, v, precision=jax.lax.Precision.HIGHEST)
     return jnp.sum(product * product, axis=(-2, -1))
+
+
+def differences(factors: dict[str, Factors], others: dict[str, Factors]) -> dict[str, Factors]:
+    """`a b - a' b'` of every module as one product, of twice the components: `[a - a' | a']` and `[b ; b - b']`.
+
+    It vanishes exactly where the factors agree, and a small one is not lost between two large products.
+    """
+    found = {}
+    for name, f in factors.items():
+        other = others[name]
+        found[name] = Factors(
+            a=jnp.concatenate([f.a - other.a, other.a], axis=-1), b=jnp.concatenate([f.b, f.b - other.b], axis=-2)
+        )
+    return found

@@ -37,7 +37,7 @@ def activation_bytes(
             batch = gather(pool, jnp.zeros(size, jnp.int32))
             key, weight = jax.random.key(0), jnp.ones(size)
             mask = rank_mask(hyper.rank, max_rank(adapters))
-            return jax.vjp(lambda x: loss(x, base, hyper, mask, batch, weight, key)[0], adapters)[1]
+            return jax.vjp(lambda x: loss(x, adapters, base, hyper, mask, batch, weight, key)[0], adapters)[1]
 
         return trees.num_bytes(jax.eval_shape(residuals, like, world.base, world.data.train))
 

@@ -153,6 +153,7 @@ class Simulation:
                 kept=extract(adapters, self.parts.aggregator.keeps),
                 memory=initial.memory(adapters),
                 drift=self.parts.drift.init_client(adapters),
+                own=adapters.modules if self.parts.aggregator.resumes else {},
             )
             clients = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)), one)
             return FedState(

@@ -12,6 +12,7 @@ from jax import Array, lax
 from fedjax_lora.base import Adapters, Base, Batch, ClientState, Hyper, Scope
 from fedjax_lora.data.batches import gather, local_batches
 from fedjax_lora.lora.adapters import effective, rank_mask
+from fedjax_lora.ops.products import differences
 from fedjax_lora.sim.kept import compose
 from fedjax_lora.sim.optimizers import Optimizer, OptimizerConfig
 from fedjax_lora.sparsifiers.diagnostics import orthogonality
@@ -85,15 +86,25 @@ def cross_entropy(logits: Array, label: Array, weight: Array) -> Array:
 
 
 def local_loss(model: Model, sparsifier: Sparsifier, aggregator: Aggregator) -> Callable[..., tuple[Array, Array]]:
-    """`(adapters, base, hyper, mask, batch, weight, key) -> (objective, cross-entropy)` of one batch.
+    """`(adapters, start, base, hyper, mask, batch, weight, key) -> (objective, cross-entropy)` of one batch.
 
-    mask: `[R]`, the client's ranks in use.
+    start: the adapters that the client began with. mask: `[R]`, its ranks in use.
     """
 
     def loss(
-        adapters: Adapters, base: Base, hyper: Hyper, mask: Array, batch: Batch, weight: Array, key: Array
+        adapters: Adapters,
+        start: Adapters,
+        base: Base,
+        hyper: Hyper,
+        mask: Array,
+        batch: Batch,
+        weight: Array,
+        key: Array,
     ) -> tuple[Array, Array]:
         used = effective(adapters, mask, hyper.alpha / hyper.rank)
+        if aggregator.resumes:
+            began = effective(start, mask, hyper.alpha / hyper.rank)
+            used = dataclasses.replace(used, modules=differences(used.modules, began.modules))
         data_loss = cross_entropy(model.apply(base, used, batch, key), batch["label"], weight)
         penalty = hyper.orthogonality * sparsifier.penalty(adapters, mask) + aggregator.penalty(adapters, mask)
         return data_loss + penalty, data_loss
@@ -125,6 +136,8 @@ def make_train(
         order_key, dropout_key = jax.random.split(client.key)
         rows, weight = local_batches(order_key, client.rows, client.examples, config.steps, config.batch_size)
         start, hyper = compose(given.adapters, client.state.kept), given.hyper
+        if aggregator.resumes:
+            start = dataclasses.replace(start, modules=client.state.own)
         mask = rank_mask(client.state.rank, max_rank(start))
         scope = Scope(mask, *map(jnp.float32, given.live))
         zero = jax.tree.map(jnp.zeros_like, start)
@@ -134,7 +147,8 @@ def make_train(
             number, rows, weight = inputs
             key = jax.random.fold_in(dropout_key, number)
             batch = gather(given.pool, rows)
-            gradient, data_loss = jax.grad(loss, has_aux=True)(adapters, given.base, hyper, mask, batch, weight, key)
+            inputs = given.base, hyper, mask, batch, weight, key
+            gradient, data_loss = jax.grad(loss, has_aux=True)(adapters, start, *inputs)
             gradient = drift.gradient(gradient, adapters, start, given.drift, client.state.drift)
             updates, optimizer_state = direction.update(scope.select(gradient, zero), optimizer_state, adapters)
             updates = scope.select(updates, zero)

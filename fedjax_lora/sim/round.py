@@ -11,6 +11,7 @@ from jax import Array
 from fedjax_lora import trees
 from fedjax_lora.base import Adapters, ClientState, Factors, FedState, Metrics, Scope
 from fedjax_lora.lora.adapters import rank_mask
+from fedjax_lora.ops.products import differences
 from fedjax_lora.prng import RoundKeys, client_keys, round_keys
 from fedjax_lora.sim.cohort import choose, map_over_devices, padded_size
 from fedjax_lora.sim.kept import extract
@@ -188,10 +189,13 @@ def average(parts: Parts, state: FedState, cohort: Cohort, local: Local, uplink:
     held, received = local.shown, uplink.sent.adapters
     if not parts.one_rank:  # else b is zero beyond the ranks in use, and two copies are saved
         held, received = (jax.vmap(own_product)(adapters, cohort.ranks) for adapters in (held, received))
+    sent = dataclasses.replace(uplink.sent, adapters=received)
+    if parts.aggregator.resumes:
+        held, sent = as_changes(cohort.clients.state.own, held, sent)
     return parts.aggregator.aggregate(
         cohort.start,
         held,
-        dataclasses.replace(uplink.sent, adapters=received),
+        sent,
         normalised(local.weight * uplink.arrived),
         state.hyper.alpha / state.hyper.rank,
         key,
@@ -239,6 +243,7 @@ def remember(parts: Parts, state: FedState, cohort: Cohort, local: Local, uplink
         kept=extract(trained.adapters, parts.aggregator.keeps),
         memory=uplink.memory,
         drift=trained.drift,
+        own=trained.adapters.modules if parts.aggregator.resumes else {},
     )
     return scatter(state.clients, cohort.ids, uplink.arrived, new, old)
 
@@ -295,6 +300,15 @@ def own_product(adapters: Adapters, ranks: Array) -> Adapters:
     """One client's adapters with b zero where `ranks` `[R]` is: there it holds the broadcast, nothing of its own."""
     modules = {name: Factors(a=f.a, b=f.b * ranks[:, None]) for name, f in adapters.modules.items()}
     return Adapters(modules=modules, head=adapters.head)
+
+
+def as_changes(own: dict[str, Factors], held: Adapters, sent: Sent) -> tuple[Adapters, Sent]:
+    """What the clients hold and what arrived, `[C, ...]`, as the changes of their products since they began."""
+    held, received = (
+        dataclasses.replace(adapters, modules=differences(adapters.modules, own)) for adapters in (held, sent.adapters)
+    )
+    counted = {name: jnp.concatenate([mask, mask], axis=-1) for name, mask in sent.counted.items()}
+    return held, dataclasses.replace(sent, adapters=received, counted=counted)
 
 
 def mean_over(included: Array) -> Callable[[Array], Array]:
