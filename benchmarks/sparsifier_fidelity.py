@@ -44,6 +44,7 @@ METHODS = {
     "dense": (dense, dense.DenseConfig()),
     "soft, factors": (soft, soft.SoftConfig(send="factors")),
     "soft, change": (soft, soft.SoftConfig(send="change")),
+    "soft, change, zero": (soft, soft.SoftConfig(send="change", missing="zero")),
     "soft_rotated": (soft_rotated, soft_rotated.SoftRotatedConfig()),
     "soft_rotated, global": (soft_rotated, soft_rotated.SoftRotatedConfig(budget="global")),
     "top_k": (top_k, top_k.TopKConfig()),
