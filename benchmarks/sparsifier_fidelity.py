@@ -2,11 +2,13 @@
 
 Federated training with the dense uplink is stopped early and late; then every client of a cohort trains once more, and
 its change of the product, `a b - a0 b0`, is sent by each method. Reported is the share
-`1 - ||change - what arrived||^2 / ||change||^2`, mean over the clients, and the same for the plain mean over clients of
-the factors, in which a component that a client did not send stays as it was (`missing: zero` of changes; with
-`senders`, FedIT averages it over those who sent it). Each method is measured at the keep ratio itself, and again at the
+`1 - ||change - what arrived||^2 / ||change||^2`: of `clients`, the mean over their own changes, and of the `average`,
+where the change is the mean of the clients' products less the broadcast's, and what arrived is what FedIT's server
+makes of the uploads: factors averaged apart, a component over those who sent it, all clients alike. `dense` loses of
+the average what averaging the factors apart does. Each method is measured at the keep ratio itself, and again at the
 largest ratio whose bits are no more than those of `soft` (absent where even one component is too dear). `svd` is the
-best approximation of the change by as many rank-1 products as `soft` keeps, whatever its factors were.
+best approximation of each client's change by as many rank-1 products as `soft` keeps, whatever its factors were, and
+the exact mean of these.
 """
 
 import argparse
@@ -21,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lora import trees, use_cpu_cores
+from fedjax_lora.aggregation import fedit
+from fedjax_lora.aggregation.errors import averaging_energy
 from fedjax_lora.base import Adapters, FedState, Scope
 from fedjax_lora.build import build
 from fedjax_lora.config import load_config
@@ -30,15 +34,17 @@ from fedjax_lora.prng import client_keys, round_keys
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.local import Client
 from fedjax_lora.sim.round import train_cohort
-from fedjax_lora.sparsifiers import random_rank, soft, soft_rotated, top_k
+from fedjax_lora.sparsifiers import dense, random_rank, soft, soft_rotated, top_k
 from fedjax_lora.sparsifiers.diagnostics import difference_energy
 from fedjax_lora.sparsifiers.wire import FLOAT32
 from fedjax_lora.strategies import Sparsifier
 
 RATIOS = (0.125, 0.25, 0.5, 0.75, 1.0)
 METHODS = {
+    "dense": (dense, dense.DenseConfig()),
     "soft, factors": (soft, soft.SoftConfig(send="factors")),
     "soft, change": (soft, soft.SoftConfig(send="change")),
+    "soft, change, zero": (soft, soft.SoftConfig(send="change", missing="zero")),
     "soft_rotated": (soft_rotated, soft_rotated.SoftRotatedConfig()),
     "soft_rotated, global": (soft_rotated, soft_rotated.SoftRotatedConfig(budget="global")),
     "top_k": (top_k, top_k.TopKConfig()),
@@ -74,26 +80,28 @@ def ratio_within(method: Sparsifier, scope: Scope, budget_bits: float) -> float 
     return float(ratios[fitting[-1]]) if fitting.size else None
 
 
-def mean_adapters(cohort: Adapters) -> Adapters:
-    """The mean over the leading client axis."""
-    return jax.tree.map(lambda leaf: jnp.mean(leaf, 0), cohort)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def kept_shares(
     method: Sparsifier, start: Adapters, trained: Adapters, ratio: jax.Array, scope: Scope, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Shares of energy that arrive, of the clients' changes (mean) and of their average's, and a client's mean bits."""
     everywhere = {name: jnp.ones((f.a.shape[0], f.a.shape[-1])) for name, f in start.modules.items()}
-    keys = jax.random.split(key, jax.tree.leaves(trained)[0].shape[0])
+    number = jax.tree.leaves(trained)[0].shape[0]
+    keys, weights = jax.random.split(key, number), jnp.full(number, 1 / number)
     sent, _ = jax.vmap(method.compress, (None, 0, None, None, None, 0))(start, trained, (), ratio, scope, keys)
-    arrived = sent.adapters
+    server = fedit.make(fedit.FedItConfig()).aggregate(start, trained, sent, weights, jnp.ones(()), key).adapters
 
     def lost(x: Adapters, y: Adapters) -> jax.Array:
         return difference_energy(x, y, everywhere) / difference_energy(x, start, everywhere)
 
-    of_clients = jnp.mean(jax.vmap(lost)(trained, arrived))
-    return 1 - of_clients, 1 - lost(mean_adapters(trained), mean_adapters(arrived)), jnp.mean(sent.bits)
+    def off(adapters: Adapters) -> jax.Array:
+        """Energy of the clients' mean product less this one."""
+        by_layer = jax.vmap(averaging_energy, (1, 0, None, None))
+        each = [by_layer(f, adapters.modules[name], None, weights) for name, f in trained.modules.items()]
+        return jnp.sum(jnp.stack(each))
+
+    of_clients = jnp.mean(jax.vmap(lost)(trained, sent.adapters))
+    return 1 - of_clients, 1 - off(server) / off(start), jnp.mean(sent.bits)
 
 
 def make_methods(like: Adapters) -> dict[str, Sparsifier]:
@@ -117,31 +125,29 @@ def shares(
                     clients, average, bits = kept_shares(method, start, trained, jnp.float32(used), scope, key)
                     row = {"keep_ratio": used, "clients": float(clients), "average": float(average)}
                     found[name][str(ratio)][kind] = {**row, "bits_over_soft": float(bits) / budget}
-    averaged = jax.tree.map(lambda leaf: leaf[None], mean_adapters(trained))
     found["svd"] = {
-        str(ratio): {
-            "clients": best_share(start, trained, int(ratio * rank)),
-            "average": best_share(start, averaged, int(ratio * rank)),
-        }
+        str(ratio): dict(zip(("clients", "average"), best_shares(start, trained, int(ratio * rank)), strict=True))
         for ratio in RATIOS
     }
     return found
 
 
-def best_share(start: Adapters, trained: Adapters, kept: int) -> float:
-    """Mean share of energy in the `kept` largest singular values of each matrix's change, NumPy in float64."""
-    per_client = []
-    for client in range(jax.tree.leaves(trained)[0].shape[0]):
-        best = total = 0.0
-        for name, old in start.modules.items():
-            new = jax.tree.map(lambda leaf, k=client: np.asarray(leaf[k], np.float64), trained.modules[name])
-            left = np.concatenate([new.a, -np.asarray(old.a, np.float64)], -1)
-            right = np.concatenate([new.b, np.asarray(old.b, np.float64)], -2)
-            core = np.linalg.qr(left)[1] @ np.swapaxes(np.linalg.qr(np.swapaxes(right, -1, -2))[1], -1, -2)
-            energies = np.linalg.svd(core, compute_uv=False) ** 2
-            best, total = best + energies[:, :kept].sum(), total + energies.sum()
-        per_client.append(best / total)
-    return float(np.mean(per_client))
+def best_shares(start: Adapters, trained: Adapters, kept: int) -> tuple[float, float]:
+    """Shares of energy in the `kept` largest singular triples of each matrix's change, NumPy in float64.
+
+    Of the clients' changes, the mean; and of their mean, where each is cut.
+    """
+    left, whole = np.zeros(jax.tree.leaves(trained)[0].shape[0]), 0.0
+    left_of_mean = whole_of_mean = 0.0
+    for name, old in start.modules.items():
+        before, new = (jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), f) for f in (old, trained.modules[name]))
+        change = new.a @ new.b - before.a @ before.b
+        u, values, vt = np.linalg.svd(change, full_matrices=False)
+        cut = (u[..., kept:] * values[..., None, kept:]) @ vt[..., kept:, :]
+        left, whole = left + np.sum(cut**2, (1, 2, 3)), whole + np.sum(change**2, (1, 2, 3))
+        left_of_mean += np.sum(cut.mean(0) ** 2)
+        whole_of_mean += np.sum(change.mean(0) ** 2)
+    return float(np.mean(1 - left / whole)), float(1 - left_of_mean / whole_of_mean)
 
 
 def main() -> None:

@@ -148,12 +148,14 @@ class ClientState:
     rank: its structural rank, float32.
     kept: the parts of the adapters that stay with it: part ("a", "b", "head") -> leaves; `{}` for none.
     memory: of the sparsifier. drift: of the correction.
+    own: module name -> Factors that it goes on from; `{}` where it starts from the broadcast.
     """
 
     rank: Array
     kept: dict[str, Any]
     memory: Any
     drift: Any
+    own: dict[str, Factors] = struct.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -193,7 +195,8 @@ class Metrics:
 
     round: int32, counted from 1.
     train_loss: mean over the participants of their mean local cross-entropy.
-    eval_loss, eval_accuracy: of the global adapters on the held-out pool, after the round.
+    eval_loss, eval_accuracy: of the global adapters on the held-out pool, after the round. Where clients keep parts,
+      these are the mean over all clients: what one would give to a newcomer, see `sim.kept.deployed`.
     personal_accuracy: of the clients' own adapters where they keep some, see `sim.evaluate.make_evaluate_personal`.
     latency_s: seconds until the last upload ended; a client that can never be heard is not waited for.
     elapsed_s: the sum of latency_s so far.

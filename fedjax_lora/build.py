@@ -1,6 +1,7 @@
 """From a configuration to a simulation: the only place where a name becomes a function."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,20 +13,20 @@ from jax.typing import ArrayLike
 from fedjax_lora import trees
 from fedjax_lora.aggregation import fedex, fedit, fedsa, ffa, flexlora, flora, hetlora, lora_fair, rolora
 from fedjax_lora.base import Adapters, Base, FedState, Hyper, Scope
-from fedjax_lora.config import ConfigError, ExperimentConfig
+from fedjax_lora.config import ConfigError, ConfigWarning, ExperimentConfig
 from fedjax_lora.control import baselines, budgeted, tsfa_online
 from fedjax_lora.data import sources, tokens
 from fedjax_lora.data.batches import federated_dataset
 from fedjax_lora.data.partition import partition
 from fedjax_lora.lora import adapters, targets
 from fedjax_lora.models import load
-from fedjax_lora.sim import drift
+from fedjax_lora.sim import drift, optimizers
 from fedjax_lora.sim.chunk import activation_budget_bytes, activation_bytes, choose_chunk
 from fedjax_lora.sim.cohort import client_mesh
 from fedjax_lora.sim.engine import Initial, Simulation
 from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal, nothing_personal
 from fedjax_lora.sim.local import make_train
-from fedjax_lora.sim.optimizers import direction, schedule, server_optimizer
+from fedjax_lora.sim.optimizers import Optimizer, direction, schedule
 from fedjax_lora.sim.parts import Parts, World
 from fedjax_lora.sim.pilot import make_full_gradient
 from fedjax_lora.sim.pretrain import pretrained
@@ -33,7 +34,7 @@ from fedjax_lora.sparsifiers import dense, flasc, lora_a2, random_rank, soft, so
 from fedjax_lora.sparsifiers.payload import dense_bits
 from fedjax_lora.sparsifiers.ranks import max_rank
 from fedjax_lora.sparsifiers.wire import Wire, make_wire
-from fedjax_lora.strategies import Aggregator, Controller, Drift, Link, Model, Sparsifier
+from fedjax_lora.strategies import Aggregator, Controller, Drift, Link, Live, Model, Sparsifier
 from fedjax_lora.wireless.link import make_link, perfect_link
 
 SPARSIFIERS: dict[str, Callable[[Any, Adapters, Wire], Sparsifier]] = {
@@ -62,6 +63,12 @@ DRIFTS: dict[str, Callable[[Any], Drift]] = {
     "fedprox": drift.fedprox,
     "scaffold": drift.scaffold,
 }
+SERVERS: dict[str, Callable[[Any], Optimizer]] = {
+    "sgd": optimizers.fed_avg,
+    "momentum": optimizers.fed_avg_m,
+    "adam": optimizers.fed_adam,
+    "yogi": optimizers.fed_yogi,
+}
 CONTROLLERS: dict[str, Callable[[Any], Controller]] = {
     "ideal": baselines.ideal,
     "uniform": baselines.uniform,
@@ -79,16 +86,21 @@ CLIENT_WEIGHTS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def build(config: ExperimentConfig) -> Simulation:
     """A simulation with its data and weights on the device.
 
+    Warns with a ConfigWarning where options are known to degenerate.
+
     Raises:
       ConfigError: the parts of the configuration do not fit together, or a file that it names is missing or
         damaged; one line.
     """
     try:
-        return _build(config)
+        simulation = _build(config)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if isinstance(config.sparsifier, soft.SoftConfig) and (note := soft.degeneracy(config.sparsifier)):
+        warnings.warn(note, ConfigWarning, stacklevel=2)
+    return simulation
 
 
 def _build(config: ExperimentConfig) -> Simulation:
@@ -139,28 +151,32 @@ def _parts(config: ExperimentConfig, model: Model, world: World, like: Adapters,
     aggregator = AGGREGATORS[config.aggregation.name](config.aggregation)
     correction = DRIFTS[config.drift.name](config.drift)
     drift_bits = _drift_bits(correction, like)
-    everyone = cohort_size if cohort_size == config.clients.count else None
+    everyone = cohort_size == config.clients.count
+
+    def receives(round_number: jax.Array) -> Live:
+        return aggregator.receives(round_number, everyone and sparsifier.whole_broadcast)
 
     def extra_downlink_bits(rank: ArrayLike) -> jax.Array:
-        return aggregator.extra_downlink_bits(like, everyone, rank)
+        return aggregator.extra_downlink_bits(like, cohort_size if everyone else None, rank)
 
     _check_fits(like, sparsifier, drift_bits, int(extra_downlink_bits(max_rank(like))))
     rates = schedule(local.optimizer, config.rounds * local.steps)
     return Parts(
-        train=make_train(model, sparsifier, correction, direction(local.optimizer), rates, local),
+        train=make_train(model, sparsifier, aggregator, correction, direction(local.optimizer), rates, local),
         sparsifier=sparsifier,
         drift=correction,
         drift_bits=drift_bits,
         aggregator=aggregator,
+        receives=receives,
         extra_downlink_bits=extra_downlink_bits,
         current_base=_current_base(model),
         controller=CONTROLLERS[config.control.name](config.control),
         link=_link(config),
-        optimizer=server_optimizer(config.server),
+        optimizer=SERVERS[config.server.name](config.server),
         client_weight=CLIENT_WEIGHTS[config.clients.weighting],
         one_rank=not config.lora.client_ranks and aggregator.next_rank is None,
         cohort_size=cohort_size,
-        chunk=_chunk(config, model, sparsifier, world, like, hyper, -(-cohort_size // mesh.size)),
+        chunk=_chunk(config, model, sparsifier, aggregator, world, like, hyper, -(-cohort_size // mesh.size)),
         mesh=mesh,
     )
 
@@ -259,6 +275,7 @@ def _chunk(
     config: ExperimentConfig,
     model: Model,
     sparsifier: Sparsifier,
+    aggregator: Aggregator,
     world: World,
     like: Adapters,
     hyper: Hyper,
@@ -266,5 +283,5 @@ def _chunk(
 ) -> int:
     if config.engine.client_chunk != "auto":
         return min(config.engine.client_chunk, cohort_per_device)
-    needed = activation_bytes(model, sparsifier, world, like, hyper, config.local.batch_size)
+    needed = activation_bytes(model, sparsifier, aggregator, world, like, hyper, config.local.batch_size)
     return choose_chunk(cohort_per_device, needed, activation_budget_bytes())

@@ -1,11 +1,15 @@
 """The command line. A user's mistake ends in one line on stderr and exit code 2."""
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from fedjax_lora import __version__
+from fedjax_lora.reading import ConfigWarning
 
 _OUT_OF_MEMORY = (
     "fedjax-lora: error: out of memory; lower engine.client_chunk, engine.eval_batch_size or local.batch_size, "
@@ -18,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        return options.command(options)
+        with _warnings_in_one_line():
+            return options.command(options)
     except (ValueError, OSError) as error:
         print(f"fedjax-lora: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -33,6 +38,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fedjax-lora: interrupted", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """A ConfigWarning is a line on stderr, each time, without the line of code that Python would name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ConfigWarning)
+        show = warnings.showwarning
+
+        def show_line(message: Warning | str, category: type[Warning], *where: Any, **to: Any) -> None:
+            if issubclass(category, ConfigWarning):
+                print(f"fedjax-lora: warning: {message}", file=sys.stderr)
+            else:
+                show(message, category, *where, **to)
+
+        warnings.showwarning = show_line
+        yield
 
 
 class _Parser(argparse.ArgumentParser):

@@ -88,7 +88,8 @@ def _products(config: Any) -> None:
     """What goes with a method that merges into the base, or that gives the factors another basis."""
     name, server = config.aggregation.name, config.server
     merges = name in ("fedex", "flora")
-    rebases = name in ("flora", "flexlora") or getattr(config.aggregation, "start", None) == "reinit"
+    start = getattr(config.aggregation, "start", None)
+    rebases = name in ("flora", "flexlora") or start in ("reinit", "keep")
     where = f"where aggregation.name is {name}"
     if merges and config.model.compute_dtype != "float32":
         raise ValueError(f"model.compute_dtype must be float32 {where}, got {config.model.compute_dtype!r}")
@@ -100,6 +101,13 @@ def _products(config: Any) -> None:
         raise ValueError(f"sparsifier.name must be another than flasc {where}, got 'flasc'")
     if rebases and config.drift.name == "scaffold":
         raise ValueError(f"drift.name must be none or fedprox {where}, got 'scaffold'")
+    for key, holds, allowed, got in (
+        ("sparsifier.name", config.sparsifier.name == "dense", "dense", config.sparsifier.name),
+        ("wire.bits", config.wire.bits == 32, "32", config.wire.bits),
+        ("lora.client_ranks", not config.lora.client_ranks, "absent", config.lora.client_ranks),
+    ):
+        if start == "keep" and not holds:
+            raise ValueError(f"{key} must be {allowed} where aggregation.start is keep, got {got!r}")
     if rebases and getattr(config.sparsifier, "error_feedback", False):
         raise ValueError(f"sparsifier.error_feedback must be false {where}, got True")
 

@@ -38,11 +38,12 @@ from fedjax_lora.data.sources import DataConfig
 from fedjax_lora.lora.adapters import LoraConfig
 from fedjax_lora.models.load import ModelConfig
 from fedjax_lora.reading import ConfigError as ConfigError
+from fedjax_lora.reading import ConfigWarning as ConfigWarning
 from fedjax_lora.reading import put, read
 from fedjax_lora.sim.drift import FedProxConfig, NoDriftConfig, ScaffoldConfig
 from fedjax_lora.sim.engine import EngineConfig
 from fedjax_lora.sim.local import LocalConfig
-from fedjax_lora.sim.optimizers import ServerConfig
+from fedjax_lora.sim.optimizers import FedAdamConfig, FedAvgConfig, FedAvgMConfig, FedYogiConfig
 from fedjax_lora.sim.pretrain import PretrainConfig
 from fedjax_lora.sparsifiers.dense import DenseConfig
 from fedjax_lora.sparsifiers.flasc import FlascConfig
@@ -77,6 +78,7 @@ AggregationConfig = (
     | LoraFairConfig
 )
 DriftConfig = NoDriftConfig | FedProxConfig | ScaffoldConfig
+ServerConfig = FedAvgConfig | FedAvgMConfig | FedAdamConfig | FedYogiConfig
 ControlConfig = IdealConfig | UniformConfig | FixedConfig | TsfaConfig | GreedyConfig | ProportionalConfig
 
 VARIANTS: dict[str, dict[str, type]] = {
@@ -102,6 +104,7 @@ VARIANTS: dict[str, dict[str, type]] = {
         "lora_fair": LoraFairConfig,
     },
     "drift": {"none": NoDriftConfig, "fedprox": FedProxConfig, "scaffold": ScaffoldConfig},
+    "server": {"sgd": FedAvgConfig, "momentum": FedAvgMConfig, "adam": FedAdamConfig, "yogi": FedYogiConfig},
     "control": {
         "fixed": FixedConfig,
         "uniform": UniformConfig,
@@ -133,7 +136,7 @@ class ExperimentConfig:
     clients: ClientsConfig = dataclasses.field(default_factory=ClientsConfig)
     local: LocalConfig = dataclasses.field(default_factory=LocalConfig)
     drift: DriftConfig = dataclasses.field(default_factory=NoDriftConfig)
-    server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
+    server: ServerConfig = dataclasses.field(default_factory=FedAvgConfig)
     sparsifier: SparsifierConfig = dataclasses.field(default_factory=SoftConfig)
     aggregation: AggregationConfig = dataclasses.field(default_factory=FedItConfig)
     wire: WireConfig = dataclasses.field(default_factory=WireConfig)

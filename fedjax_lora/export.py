@@ -9,10 +9,11 @@ from fedjax_lora.config import load_config
 from fedjax_lora.io import checkpoint, peft
 from fedjax_lora.io.log import RunFolder
 from fedjax_lora.models.bert import MODULE_NAMES
+from fedjax_lora.sim.kept import deployed
 
 
 def export_run(run: str | Path, folder: str | Path) -> None:
-    """Write the adapters of a run's last checkpoint as a PEFT folder.
+    """Write the adapters of a run's last checkpoint, those that its global accuracy is of, as a PEFT folder.
 
     Raises:
       ValueError: the run has no checkpoint, its model is none that PEFT knows, or it merged products into the base.
@@ -30,5 +31,5 @@ def export_run(run: str | Path, folder: str | Path) -> None:
     state = checkpoint.restore(RunFolder(run).checkpoints, like)
     if state is None:
         raise ValueError(f"{run} must hold a checkpoint to export, got none")
-    lora = config.lora
-    peft.export(folder, state.adapters, MODULE_NAMES, lora.rank, lora.alpha, config.model.pretrained)
+    lora, adapters = config.lora, deployed(state.adapters, state.clients.kept)
+    peft.export(folder, adapters, MODULE_NAMES, lora.rank, lora.alpha, config.model.pretrained)

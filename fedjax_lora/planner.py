@@ -72,10 +72,13 @@ def survey(config: ExperimentConfig, console: Console) -> Survey:
 def _check(config: ExperimentConfig) -> None:
     """Refuse what a plan would leave out of account."""
     control, server, wireless = config.control, config.server, config.wireless
+    prune, start = (getattr(config.aggregation, name, default) for name, default in (("prune", 1.0), ("start", None)))
     if not isinstance(control, TsfaConfig):
         raise ConfigError(f"control.name must be tsfa, for a plan, got {control.name!r}")
     for key, holds, allowed, got in (
         ("lora.client_ranks", not config.lora.client_ranks, "absent", config.lora.client_ranks),
+        ("aggregation.start", start != "keep", "average or reinit", start),
+        ("aggregation.prune", prune == 1.0, "1.0", prune),
         ("control.energy_budget_j", control.energy_budget_j is None, "null", control.energy_budget_j),
         ("wireless.retransmissions", wireless.retransmissions == 0, "0", wireless.retransmissions),
         ("server.name", server.name == "sgd", "sgd", server.name),

@@ -12,6 +12,10 @@ class ConfigError(ValueError):
     """A user's mistake in a configuration, in one line."""
 
 
+class ConfigWarning(UserWarning):
+    """What a configuration turns into without saying so, in one line."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader with YAML 1.2's floats, and without its silence on a key that is there twice."""
 

@@ -20,7 +20,6 @@ from fedjax_lora.io import checkpoint
 from fedjax_lora.io.log import RunFolder, read_summary
 from fedjax_lora.report.html import write_report
 from fedjax_lora.sim.engine import Simulation
-from fedjax_lora.sparsifiers.soft import SoftConfig, degeneracy
 
 
 def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) -> dict[str, Any]:
@@ -94,8 +93,6 @@ def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) ->
 def _notes(config: ExperimentConfig, simulation: Simulation) -> list[str]:
     """What a user should know of this run beforehand."""
     notes = []
-    if isinstance(config.sparsifier, SoftConfig) and (note := degeneracy(config.sparsifier)):
-        notes.append(note)
     if simulation.truncated:
         notes.append(f"{simulation.truncated} sentences were cut to data.max_length = {config.data.max_length} tokens")
     state = jax.eval_shape(simulation.init, jax.random.key(config.seed))

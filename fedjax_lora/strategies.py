@@ -88,6 +88,7 @@ class Sparsifier(NamedTuple):
       `trained` is equal to it outside of the scope.
     init: `adapters -> memory`: what a client carries from one of its rounds to the next; `()` for nothing.
     penalty: `(adapters, rank_mask [R]) -> scalar` added to the local loss, times `Hyper.orthogonality`.
+    whole_broadcast: whether `broadcast` returns the adapters as they are.
     """
 
     broadcast: Callable[[Adapters, Scope, Array], tuple[Adapters, Array]]
@@ -96,6 +97,7 @@ class Sparsifier(NamedTuple):
     compress: Callable[[Adapters, Adapters, Any, Array, Scope, Array], tuple[Sent, Any]]
     init: Callable[[Adapters], Any] = lambda adapters: ()
     penalty: Callable[[Adapters, Array], Array] = lambda adapters, rank_mask: jnp.zeros(())
+    whole_broadcast: bool = True
 
 
 class Aggregate(NamedTuple):
@@ -133,27 +135,33 @@ class Aggregator(NamedTuple):
     trains: `round -> Live` that the clients train; what they hold beyond it is the broadcast.
     keeps: the parts ("a", "b", "head") that stay with each client from round to round, and are never sent.
     merges: whether `Aggregate.merged` is used.
-    alternates: whether `trains` differs between rounds.
+    resumes: whether clients go on from the factors that they ended their last round with, and count by their change:
+      they compute with `a b - a0 b0`, and `aggregate` is given it, in the factors of `ops.products.differences`.
+    moved: `(round, everyone) -> Live`: what of the adapters a client cannot know before the broadcast of the round,
+      where `everyone` says that all clients are sent every broadcast, whole; None for what they train.
     extra_downlink_bits: `(adapters or their shapes, C, rank) -> uint32 bits` of each broadcast but the first, beside
       the adapters; for C it is told None where clients sit out rounds, and may have missed any number of them.
-    next_rank: `(trained of one client, its rank) -> rank` of its next round; None where ranks stay.
+    penalty: `(adapters, rank_mask [R]) -> scalar` added to a client's local loss.
+    next_rank: `(broadcast, trained of one client, its rank) -> rank` of its next round; None where ranks stay.
     """
 
     aggregate: Callable[[Adapters, Adapters, Sent, Array, Array, Array], Aggregate]
     trains: Callable[[Array], Live] = lambda round_number: Live()
     keeps: tuple[str, ...] = ()
     merges: bool = False
-    alternates: bool = False
+    resumes: bool = False
+    moved: Callable[[Array, bool], Live] | None = None
     extra_downlink_bits: Callable[[Adapters, int | None, ArrayLike], Array] = lambda like, clients, rank: jnp.uint32(0)
-    next_rank: Callable[[Adapters, Array], Array] | None = None
+    penalty: Callable[[Adapters, Array], Array] = lambda adapters, rank_mask: jnp.zeros(())
+    next_rank: Callable[[Adapters, Adapters, Array], Array] | None = None
 
     def sends(self, round_number: Array) -> Live:
         """What the clients send: all that they train and do not keep."""
         return self.trains(round_number)._replace(**dict.fromkeys(self.keeps, 0.0))
 
-    def receives(self, round_number: Array) -> Live:
-        """What the clients are sent: what they will send, or all that is shared where another part may have moved."""
-        live = Live() if self.alternates else self.trains(round_number)
+    def receives(self, round_number: Array, everyone: bool) -> Live:
+        """What the clients are sent: what has moved, see `moved`, and is shared."""
+        live = self.moved(round_number, everyone) if self.moved else self.trains(round_number)
         return live._replace(**dict.fromkeys(self.keeps, 0.0))
 
 

@@ -17,11 +17,11 @@ import yaml
 
 from fedjax_lora import cli
 from fedjax_lora.build import build
-from fedjax_lora.config import load_config
+from fedjax_lora.config import ConfigWarning, load_config
 from fedjax_lora.data import sources
 from fedjax_lora.io import checkpoint
 from fedjax_lora.presets import preset
-from toy import SETTINGS
+from toy import SETTINGS, config
 
 
 def minilm() -> Path:
@@ -80,6 +80,26 @@ def test_a_killed_run_resumes_bit_for_bit_as_if_it_had_not_been(finished, tmp_pa
     assert one is not None and other is not None
     for x, y in zip(jax.tree.leaves(one.adapters), jax.tree.leaves(other.adapters), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+DEGENERATE = "sparsifier={name: soft, send: factors, missing: zero}"
+
+
+def test_what_degenerates_is_said_once_in_one_line(capsys, tmp_path):
+    """Counting the lines of both streams that speak of it."""
+    assert cli.main(["run", "--out", str(tmp_path / "run"), "--set", *SETTINGS, "rounds=1", DEGENERATE]) == 0
+    captured = capsys.readouterr()
+    found = [line for line in (captured.out + captured.err).splitlines() if "fixed rank" in line]
+    assert len(found) == 1 and found[0].startswith("fedjax-lora: warning: sparsifier: send: factors with missing: zero")
+    assert "ConfigWarning" not in captured.out + captured.err and "warnings.warn" not in captured.err
+
+
+def test_what_degenerates_is_a_warning_that_names_the_line_of_the_caller():
+    """The message and the place; a configuration that does not degenerate warns of nothing, or this would raise."""
+    with pytest.warns(ConfigWarning, match="becomes a LoRA of fixed rank") as caught:
+        build(config(DEGENERATE))
+    assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
+    build(config())
 
 
 def one_line(capsys, arguments: list[str]) -> str:

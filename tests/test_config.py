@@ -124,9 +124,9 @@ MISTAKES = {
         ["sparsifier.send must be change ", "aggregation.name is hetlora", "'factors'"],
     ),
     "scaffold with pruned ranks": (
-        "{drift: {name: scaffold}, local: {optimizer: {name: sgd}}, aggregation: {name: hetlora, prune: 0.5}, "
+        "{drift: {name: scaffold}, local: {optimizer: {name: sgd}}, aggregation: {name: hetlora}, "
         "sparsifier: {name: dense}}",
-        ["aggregation.prune must be 1.0 ", "drift.name is scaffold", "got 0.5"],
+        ["aggregation.prune must be 1.0 ", "drift.name is scaffold", "got 0.99"],
     ),
     "moments of a factor at rest": (
         "{aggregation: {name: rolora}, server: {name: momentum}}",
@@ -143,6 +143,18 @@ MISTAKES = {
     "decay of no optimizer": (
         "local: {optimizer: {name: sgd, weight_decay: 0.1}}",
         ["local.optimizer.weight_decay must be 0 ", "name is sgd", "got 0.1"],
+    ),
+    "momentum of another server": (
+        "server: {name: adam, momentum: 0.5}",
+        ["server.momentum is not a known key", "0.5", "mean local.optimizer.momentum?"],
+    ),
+    "moments of another server": (
+        "server: {beta2: 0.9}",
+        ["server.beta2 is not a known key", "0.9", "valid keys are name, learning_rate"],
+    ),
+    "momentum of no optimizer": (
+        "local: {optimizer: {name: sgd, momentum: 0.9}}",
+        ["local.optimizer.momentum must be null ", "name is sgd", "got 0.9"],
     ),
     "start of another aggregation": (
         "aggregation: {name: fedit, start: reinit}",
@@ -180,9 +192,11 @@ def test_a_mistake_in_a_file_is_one_line_as_specified(load, text, fragments):
         "{aggregation: {name: rolora}, server: {learning_rate: 0.5}, sparsifier: {name: lora_a2}}",
         "{aggregation: {name: lora_fair}, sparsifier: {name: top_k}}",
         "{aggregation: {name: flora}}",
+        "{server: {name: momentum, momentum: 0.5}, local: {optimizer: {name: momentum, momentum: 0.5}}}",
+        "server: {name: yogi, beta2: 0.9}",
         "sparsifier: {form: none, orthogonality: 0}",
         "local: {optimizer: {weight_decay: 0.1}}",
-        "{drift: {name: scaffold}, local: {optimizer: {name: sgd}}, aggregation: {name: hetlora}, "
+        "{drift: {name: scaffold}, local: {optimizer: {name: sgd}}, aggregation: {name: hetlora, prune: 1}, "
         "sparsifier: {name: dense}}",
     ],
 )

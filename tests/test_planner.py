@@ -135,6 +135,11 @@ def test_a_plan_with_a_number_missing_is_one_line(planned, capsys, tmp_path):
         (["control.energy_budget_j=1.0"], ["control.energy_budget_j must be null", "1.0"]),
         (["wireless.retransmissions=2"], ["wireless.retransmissions must be 0", "2"]),
         (["server.name=momentum"], ["server.name must be sgd", "'momentum'"]),
+        (["aggregation.name=hetlora"], ["aggregation.prune must be 1.0", "0.99"]),
+        (
+            ["aggregation={name: fedex, start: keep}", "sparsifier={name: dense}"],
+            ["aggregation.start must be average or reinit", "'keep'"],
+        ),
         (["server.learning_rate=0.5"], ["server.learning_rate must be 1.0", "0.5"]),
         (["plan.pilot_rounds=3"], ["plan.pilot_rounds must be below rounds", "3"]),
     ],

@@ -7,21 +7,25 @@ Foundation Models", arXiv 2410.09432.
 import dataclasses
 from typing import Literal
 
+from jax import Array
+
 from fedjax_lora.aggregation import errors, flora
 from fedjax_lora.aggregation.fedit import average_factors
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, product_bits
+from fedjax_lora.base import Adapters
+from fedjax_lora.ops.products import differences
 from fedjax_lora.options import Options
-from fedjax_lora.strategies import Aggregator
+from fedjax_lora.strategies import Aggregate, Aggregator, Sent
 
-Start = Literal["average", "reinit"]
+Start = Literal["average", "reinit", "keep"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FedExConfig(Options):
     """Merge what the average of the factors misses.
 
-    start: what the clients start from: the `average` of the factors, or factors drawn anew (`reinit`), with the whole
-      mean product merged. That they keep their own is left out: it needs frozen weights for each client.
+    start: what the clients start from: the `average` of the factors; factors drawn anew (`reinit`), with the whole
+      mean product merged; or what they had themselves (`keep`), with the mean change of the products merged.
     """
 
     name: Literal["fedex"] = "fedex"
@@ -33,16 +37,36 @@ def make(config: FedExConfig) -> Aggregator:
 
     The residual `sum_k p_k a_k b_k - abar bbar` has rank C r at most, at which it is charged: the clients' factors span
     their average's too. Where clients sit out rounds, the sum of those that one has missed is charged as matrices in
-    full.
+    full. Factors drawn anew over a base that holds the whole mean product are FLoRA.
+
+    Who keeps its factors a0, b0 computes with `base + s (a b - a0 b0)`, so that one base serves all. The mean of these
+    changes has rank 2 C r at most, and the server, whose b stays 0, has no product of its own.
     """
-    average = config.start == "average"
-    return Aggregator(
-        aggregate=by_layer(_residual if average else flora.merge_all),
-        merges=True,
-        extra_downlink_bits=product_bits,
-    )
+    if config.start == "reinit":
+        return flora.make(flora.FloraConfig())
+    if config.start == "keep":
+        return Aggregator(
+            aggregate=_merge_changes,
+            merges=True,
+            resumes=True,
+            moved=flora.factors_once,
+            extra_downlink_bits=lambda like, clients, rank: product_bits(like, clients and 2 * clients, rank),
+        )
+    return Aggregator(aggregate=by_layer(_residual), merges=True, extra_downlink_bits=product_bits)
 
 
 def _residual(layer: Layer) -> Outcome:
     mean = average_factors(layer.old, layer.received, layer.counted, layer.weights)
     return Outcome(mean, errors.product_gap(layer.received, mean, layer.weights))
+
+
+def _merge_changes(
+    broadcast: Adapters, trained: Adapters, sent: Sent, weights: Array, scale: Array, key: Array
+) -> Aggregate:
+    """The mean change of the clients' products merged, of factors of 2 R components; the broadcast's stay."""
+    # A product of 0 in as many components, for who is absent.
+    start = dataclasses.replace(broadcast, modules=differences(broadcast.modules, broadcast.modules))
+    found = by_layer(lambda layer: flora.merge_all(layer)._replace(factors=layer.old))(
+        start, trained, sent, weights, scale, key
+    )
+    return found._replace(adapters=dataclasses.replace(found.adapters, modules=broadcast.modules))

@@ -22,8 +22,9 @@ class FedSaConfig(Options):
 def make(config: FedSaConfig) -> Aggregator:
     """The aggregator of a shared a under the clients' own b and heads.
 
-    The server's b and head stay as they were at the start, b = 0: the global accuracy remains the one before the run,
-    the clients' own is `Metrics.personal_accuracy`, and both error norms are 0, since what is shared has no product.
+    The server's b and head stay as they were at the start, b = 0. The global accuracy is that of the shared a with the
+    mean of the clients' b and heads, which is never sent; the clients' own is `Metrics.personal_accuracy`. Both error
+    norms are 0, since what is shared has no product.
     """
     del config  # it has no option yet, but every method is made in the same way
     return fedit.make(fedit.FedItConfig())._replace(keeps=("b", "head"))

@@ -9,11 +9,17 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
 
 from fedjax_lora.aggregation import errors
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, fresh, product_bits
+from fedjax_lora.base import Adapters
 from fedjax_lora.options import Options
-from fedjax_lora.strategies import Aggregator
+from fedjax_lora.strategies import Aggregator, Live
+
+SEED_BITS = 32
+"""What a new a costs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,11 +33,24 @@ def make(config: FloraConfig) -> Aggregator:
     """The aggregator that merges `s sum_k p_k a_k b_k` and draws new factors: orthogonal a, zero b.
 
     The broadcast is charged with the stack of C r components or, where that is shorter or clients sit out rounds and
-    have missed some, with the matrix in full.
+    have missed some, with the matrix in full. After the first round it holds no factors: clients draw a from the seed
+    that comes with it, and b is zero.
     """
     del config  # it has no option yet, but every method is made in the same way
 
-    return Aggregator(aggregate=by_layer(merge_all), merges=True, extra_downlink_bits=product_bits)
+    def extra_downlink_bits(like: Adapters, clients: int | None, rank: ArrayLike) -> Array:
+        return product_bits(like, clients, rank) + SEED_BITS
+
+    return Aggregator(
+        aggregate=by_layer(merge_all), merges=True, moved=factors_once, extra_downlink_bits=extra_downlink_bits
+    )
+
+
+def factors_once(round_number: Array, everyone: bool) -> Live:
+    """The `Aggregator.moved` of factors that clients have or draw themselves after the first round."""
+    del everyone
+    first = jnp.where(round_number > 0, 0.0, 1.0)
+    return Live(a=first, b=first)
 
 
 def merge_all(layer: Layer) -> Outcome:

@@ -1,8 +1,9 @@
-"""HetLoRA: clients of different ranks, padded with zeros and weighted by what they have learned.
+"""HetLoRA: clients of different ranks that prune themselves, padded with zeros and weighted by what they have learned.
 
 Y. J. Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", EMNLP 2024, arXiv
-2401.06432. Ours: the weights also count the clients' own p_k, and each layer of each module has weights of its own;
-ranks are pruned by a threshold on energy, where the paper regularises the trailing ranks and compares their norms.
+2401.06432. Ours: the defaults of gamma and lambda; that norms are taken of each layer of each module and summed, so
+that a client prunes all of its modules or none; that the weights also count the clients' own p_k, and each layer of
+each module has weights of its own.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from jax import Array
 
 from fedjax_lora.aggregation import fedit
 from fedjax_lora.base import Adapters, Factors
-from fedjax_lora.ops.products import product_energy
+from fedjax_lora.ops.products import product_energy, safe_sqrt
 from fedjax_lora.options import Options
 from fedjax_lora.strategies import Aggregator
 
@@ -25,31 +26,45 @@ FLOOR_SLACK = 1e-4
 class HetLoraConfig(Options):
     """How clients lower their own ranks.
 
-    prune: gamma in (0, 1]: a client of rank r falls to `max(1, floor(gamma r))`; 1 leaves the ranks as they are.
-    tolerance: it does so where the ranks it would lose hold less than this share of its energy.
+    prune: gamma in (0, 1]: a client of rank r falls to `max(1, floor(gamma r))` where its trailing ranks have shrunk; 1
+      leaves all ranks as they are. By default one rank at a time.
+    regularisation: lambda >= 0, weight of the norms of the trailing ranks in the local loss.
     """
 
     name: Literal["hetlora"] = "hetlora"
-    prune: float = 1.0
-    tolerance: float = 0.01
+    prune: float = 0.99
+    regularisation: float = 1e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 < self.prune <= 1.0:
             raise ValueError(f"prune must be in (0, 1], got {self.prune}")
-        if not 0.0 <= self.tolerance <= 1.0:
-            raise ValueError(f"tolerance must be in [0, 1], got {self.tolerance}")
+        if not 0.0 <= self.regularisation < float("inf"):
+            raise ValueError(f"regularisation must be finite and at least 0, got {self.regularisation}")
 
 
 def make(config: HetLoraConfig) -> Aggregator:
-    """The aggregator of zero-padded factors, with pruning of the clients' ranks."""
+    """The aggregator of zero-padded factors, whose clients prune themselves.
 
-    def next_rank(trained: Adapters, rank: Array) -> Array:
-        shorter = jnp.maximum(jnp.floor(config.prune * rank + FLOOR_SLACK), 1.0)
-        tail, whole = _energy(trained, shorter, rank), _energy(trained, 0.0, rank)
-        return jnp.where(tail < config.tolerance * whole, shorter, rank)
+    With `t = sum ||a_{gamma r:r}||_F ||b_{gamma r:r}||_F` over modules and layers, a client adds `lambda t` to its
+    local loss, and falls to the shorter rank where local training ended with a smaller t than it began with.
+    """
+    average = fedit.averaging(zero_padded)
+    if config.prune == 1.0:
+        return Aggregator(aggregate=average)
 
-    return Aggregator(aggregate=fedit.averaging(zero_padded), next_rank=next_rank)
+    def shorter(rank: Array) -> Array:
+        return jnp.maximum(jnp.floor(config.prune * rank + FLOOR_SLACK), 1.0)
+
+    def penalty(adapters: Adapters, rank_mask: Array) -> Array:
+        rank = jnp.sum(rank_mask)
+        return config.regularisation * trailing_norm(adapters, shorter(rank), rank)
+
+    def next_rank(broadcast: Adapters, trained: Adapters, rank: Array) -> Array:
+        began, ended = (trailing_norm(adapters, shorter(rank), rank) for adapters in (broadcast, trained))
+        return jnp.where(ended < began, shorter(rank), rank)
+
+    return Aggregator(aggregate=average, penalty=penalty, next_rank=next_rank)
 
 
 def zero_padded(old: Factors, received: Factors, counted: Array, weights: Array) -> tuple[Factors, Array]:
@@ -67,10 +82,13 @@ def zero_padded(old: Factors, received: Factors, counted: Array, weights: Array)
     return entering, jnp.broadcast_to(w[:, None], counted.shape)
 
 
-def _energy(adapters: Adapters, first: Array | float, stop: Array) -> Array:
-    """Squared norm of the product of the components `first <= i < stop`, summed over modules and layers."""
-    energies = []
+def trailing_norm(adapters: Adapters, first: Array, stop: Array) -> Array:
+    """`sum ||a_{first:stop}||_F ||b_{first:stop}||_F` over modules and layers; its gradient is finite where b = 0."""
+    total = jnp.zeros(())
     for factors in adapters.modules.values():
         rank = jnp.arange(factors.a.shape[-1])
-        energies.append(jnp.sum(product_energy(factors.a * ((rank >= first) & (rank < stop)), factors.b)))
-    return jnp.sum(jnp.stack(energies))
+        tail = ((rank >= first) & (rank < stop)).astype(factors.a.dtype)
+        of_a = jnp.sum((factors.a * tail) ** 2, axis=(-2, -1))
+        of_b = jnp.sum((factors.b * tail[:, None]) ** 2, axis=(-2, -1))
+        total += jnp.sum(safe_sqrt(of_a) * safe_sqrt(of_b))
+    return total

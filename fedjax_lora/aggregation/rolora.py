@@ -26,8 +26,8 @@ def make(config: RoLoraConfig) -> Aggregator:
     """The aggregator that alternates: b in even rounds, a in odd ones, counted from 0; the head in all.
 
     The other factor is one for all clients, so that the covariance error is 0. The first round is b's: as long as b
-    is 0, the gradient to a is 0. Clients are sent both factors in every round: the one at rest has moved in the round
-    before, and a client that sat out knows neither.
+    is 0, the gradient to a is 0. Clients are sent the factor that moved in the round before, or both in the first round
+    and where clients sit out rounds: who did so knows neither.
     """
     del config  # it has no option yet, but every method is made in the same way
 
@@ -35,4 +35,9 @@ def make(config: RoLoraConfig) -> Aggregator:
         of_a = jnp.asarray(round_number % 2, jnp.float32)
         return Live(a=of_a, b=1.0 - of_a)
 
-    return fedit.make(fedit.FedItConfig())._replace(trains=live, alternates=True)
+    def moved(round_number: Array, everyone: bool) -> Live:
+        if not everyone:
+            return Live()
+        return Live(*(jnp.where(round_number > 0, part, 1.0) for part in live(round_number - 1)))
+
+    return fedit.make(fedit.FedItConfig())._replace(trains=live, moved=moved)

@@ -10,7 +10,7 @@ from fedjax_lora.lora.adapters import rank_mask
 from fedjax_lora.sim.cohort import padded_size
 from fedjax_lora.sim.local import local_loss, max_rank
 from fedjax_lora.sim.parts import World
-from fedjax_lora.strategies import Model, Sparsifier
+from fedjax_lora.strategies import Aggregator, Model, Sparsifier
 
 CPU_CACHE_BYTES = 32 * 2**20
 """A last-level cache of common size: once the activations spill from it, more clients at once gain nothing. The
@@ -21,17 +21,23 @@ ACCELERATOR_SHARE = 0.5
 
 
 def activation_bytes(
-    model: Model, sparsifier: Sparsifier, world: World, like: Adapters, hyper: Hyper, batch_size: int
+    model: Model,
+    sparsifier: Sparsifier,
+    aggregator: Aggregator,
+    world: World,
+    like: Adapters,
+    hyper: Hyper,
+    batch_size: int,
 ) -> int:
     """Bytes that one client's backward pass keeps for its batch, from shapes alone."""
-    loss = local_loss(model, sparsifier)
+    loss = local_loss(model, sparsifier, aggregator)
 
     def kept_bytes(size: int) -> int:
         def residuals(adapters: Adapters, base: Base, pool: dict[str, jax.Array]):
             batch = gather(pool, jnp.zeros(size, jnp.int32))
             key, weight = jax.random.key(0), jnp.ones(size)
             mask = rank_mask(hyper.rank, max_rank(adapters))
-            return jax.vjp(lambda x: loss(x, base, hyper, mask, batch, weight, key)[0], adapters)[1]
+            return jax.vjp(lambda x: loss(x, adapters, base, hyper, mask, batch, weight, key)[0], adapters)[1]
 
         return trees.num_bytes(jax.eval_shape(residuals, like, world.base, world.data.train))
 

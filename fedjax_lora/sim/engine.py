@@ -13,7 +13,7 @@ from jax import Array, lax
 from fedjax_lora.base import Adapters, Base, ClientState, FedState, Hyper, Metrics
 from fedjax_lora.sim.cohort import replicated
 from fedjax_lora.sim.evaluate import Evaluate, EvaluatePersonal
-from fedjax_lora.sim.kept import extract
+from fedjax_lora.sim.kept import deployed, extract
 from fedjax_lora.sim.parts import Parts, World
 from fedjax_lora.sim.pilot import FullGradient
 from fedjax_lora.sim.round import RoundFn, make_round
@@ -91,7 +91,7 @@ def make_segment(
 
         state, rows = lax.fori_loop(0, rounds, body, (state, rows))
         base = base_of(world, state)
-        loss, accuracy = evaluate(base, world.data.test, state.adapters, state.hyper)
+        loss, accuracy = evaluate(base, world.data.test, deployed(state.adapters, state.clients.kept), state.hyper)
         personal = evaluate_personal(base, world.data, state.adapters, state.clients, state.hyper)
         return state, rows, Scores(loss, accuracy, personal)
 
@@ -156,6 +156,7 @@ class Simulation:
                 kept=extract(adapters, self.parts.aggregator.keeps),
                 memory=initial.memory(adapters),
                 drift=self.parts.drift.init_client(adapters),
+                own=adapters.modules if self.parts.aggregator.resumes else {},
             )
             clients = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)), one)
             return FedState(
@@ -207,7 +208,7 @@ class Simulation:
         return segments[-1][0], metrics
 
     def evaluate(self, state: FedState) -> tuple[float, float]:
-        """Mean cross-entropy (nats) and accuracy of the state's adapters on the held-out pool."""
+        """Mean cross-entropy (nats) and accuracy on the held-out pool, `eval_loss` and `eval_accuracy` of Metrics."""
         state = jax.tree.map(jnp.copy, jax.device_put(state, self._everywhere))
         self.compile(state)
         scores = self._call(state, 0)[2]

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from fedjax_lora.base import Adapters, Factors
 
 
@@ -21,3 +24,11 @@ def compose(adapters: Adapters, kept: dict[str, Any]) -> Adapters:
         for name, f in adapters.modules.items()
     }
     return Adapters(modules=modules, head=kept.get("head", adapters.head))
+
+
+def deployed(adapters: Adapters, kept: dict[str, Any]) -> Adapters:
+    """The adapters that a newcomer would be given: the shared parts with the mean over all clients of the kept ones.
+
+    kept: part -> leaves `[K, ...]`; `{}` where nothing is kept.
+    """
+    return compose(adapters, jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), kept))

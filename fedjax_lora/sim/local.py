@@ -12,10 +12,11 @@ from jax import Array, lax
 from fedjax_lora.base import Adapters, Base, Batch, ClientState, Hyper, Scope
 from fedjax_lora.data.batches import gather, local_batches
 from fedjax_lora.lora.adapters import effective, rank_mask
+from fedjax_lora.ops.products import differences
 from fedjax_lora.sim.kept import compose
 from fedjax_lora.sim.optimizers import Optimizer, OptimizerConfig
 from fedjax_lora.sparsifiers.diagnostics import orthogonality
-from fedjax_lora.strategies import Drift, Live, Model, Sparsifier
+from fedjax_lora.strategies import Aggregator, Drift, Live, Model, Sparsifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,18 +85,29 @@ def cross_entropy(logits: Array, label: Array, weight: Array) -> Array:
     return jnp.sum(each * weight) / jnp.maximum(jnp.sum(weight), 1.0)
 
 
-def local_loss(model: Model, sparsifier: Sparsifier) -> Callable[..., tuple[Array, Array]]:
-    """`(adapters, base, hyper, mask, batch, weight, key) -> (objective, cross-entropy)` of one batch.
+def local_loss(model: Model, sparsifier: Sparsifier, aggregator: Aggregator) -> Callable[..., tuple[Array, Array]]:
+    """`(adapters, start, base, hyper, mask, batch, weight, key) -> (objective, cross-entropy)` of one batch.
 
-    mask: `[R]`, the client's ranks in use.
+    start: the adapters that the client began with. mask: `[R]`, its ranks in use.
     """
 
     def loss(
-        adapters: Adapters, base: Base, hyper: Hyper, mask: Array, batch: Batch, weight: Array, key: Array
+        adapters: Adapters,
+        start: Adapters,
+        base: Base,
+        hyper: Hyper,
+        mask: Array,
+        batch: Batch,
+        weight: Array,
+        key: Array,
     ) -> tuple[Array, Array]:
         used = effective(adapters, mask, hyper.alpha / hyper.rank)
+        if aggregator.resumes:
+            began = effective(start, mask, hyper.alpha / hyper.rank)
+            used = dataclasses.replace(used, modules=differences(used.modules, began.modules))
         data_loss = cross_entropy(model.apply(base, used, batch, key), batch["label"], weight)
-        return data_loss + hyper.orthogonality * sparsifier.penalty(adapters, mask), data_loss
+        penalty = hyper.orthogonality * sparsifier.penalty(adapters, mask) + aggregator.penalty(adapters, mask)
+        return data_loss + penalty, data_loss
 
     return loss
 
@@ -108,6 +120,7 @@ def max_rank(adapters: Adapters) -> int:
 def make_train(
     model: Model,
     sparsifier: Sparsifier,
+    aggregator: Aggregator,
     drift: Drift,
     direction: Optimizer,
     schedule: optax.Schedule,
@@ -117,12 +130,14 @@ def make_train(
 
     The frozen base is closed over by the loss and never differentiated. What is not live neither moves nor drifts.
     """
-    loss = local_loss(model, sparsifier)
+    loss = local_loss(model, sparsifier, aggregator)
 
     def train(given: Broadcast, client: Client) -> Trained:
         order_key, dropout_key = jax.random.split(client.key)
         rows, weight = local_batches(order_key, client.rows, client.examples, config.steps, config.batch_size)
         start, hyper = compose(given.adapters, client.state.kept), given.hyper
+        if aggregator.resumes:
+            start = dataclasses.replace(start, modules=client.state.own)
         mask = rank_mask(client.state.rank, max_rank(start))
         scope = Scope(mask, *map(jnp.float32, given.live))
         zero = jax.tree.map(jnp.zeros_like, start)
@@ -132,7 +147,8 @@ def make_train(
             number, rows, weight = inputs
             key = jax.random.fold_in(dropout_key, number)
             batch = gather(given.pool, rows)
-            gradient, data_loss = jax.grad(loss, has_aux=True)(adapters, given.base, hyper, mask, batch, weight, key)
+            inputs = given.base, hyper, mask, batch, weight, key
+            gradient, data_loss = jax.grad(loss, has_aux=True)(adapters, start, *inputs)
             gradient = drift.gradient(gradient, adapters, start, given.drift, client.state.drift)
             updates, optimizer_state = direction.update(scope.select(gradient, zero), optimizer_state, adapters)
             updates = scope.select(updates, zero)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjax_lora.options import Options
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -15,14 +17,15 @@ class OptimizerConfig:
 
     learning_rate: peak rate.
     schedule: decay to 0 over all local steps of all rounds, after `warmup_steps` of linear rise.
-    momentum: of `momentum`. weight_decay: of `adamw`. clip_norm: global gradient norm; None leaves it free.
+    momentum: of `momentum`, where None stands for 0.9. weight_decay: of `adamw`.
+    clip_norm: global gradient norm; None leaves it free.
     """
 
     name: Literal["sgd", "momentum", "adamw"] = "adamw"
     learning_rate: float = 1e-3
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
-    momentum: float = 0.9
+    momentum: float | None = None
     weight_decay: float = 0.0
     clip_norm: float | None = None
 
@@ -31,8 +34,10 @@ class OptimizerConfig:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if self.momentum is not None and self.name != "momentum":
+            raise ValueError(f"momentum must be null where name is {self.name}, got {self.momentum}")
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1) or null, got {self.momentum}")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
         if self.weight_decay > 0 and self.name != "adamw":
@@ -42,30 +47,66 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """The server's optimizer on the pseudo-gradient `broadcast - average`; `sgd` at 1.0 is plain averaging (FedAvg).
+class _ServerOptions(Options):
+    """What the server's optimizers on the pseudo-gradient `broadcast - average` have in common."""
 
-    `momentum` is FedAvgM (T.-M. H. Hsu et al., arXiv 1909.06335); `adam` and `yogi` are FedAdam and FedYogi (S. Reddi
-    et al., "Adaptive Federated Optimization", ICLR 2021), with optax's start and correction of the moments' bias.
-
-    momentum: of `momentum`. beta1, beta2, epsilon: of `adam` and `yogi`.
-    """
-
-    name: Literal["sgd", "momentum", "adam", "yogi"] = "sgd"
     learning_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FedAvgConfig(_ServerOptions):
+    """Plain steps; a learning rate of 1.0 is plain averaging."""
+
+    name: Literal["sgd"] = "sgd"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FedAvgMConfig(_ServerOptions):
+    """Momentum: T.-M. H. Hsu et al., arXiv 1909.06335."""
+
+    name: Literal["momentum"] = "momentum"
     momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _AdaptiveOptions(_ServerOptions):
+    """Decays of both moments, and what is added to the root of the second."""
+
     beta1: float = 0.9
     beta2: float = 0.99
     epsilon: float = 1e-3
 
-    def __post_init__(self):
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        for name in ("momentum", "beta1", "beta2"):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.epsilon <= 0:
             raise ValueError(f"epsilon must be above 0, got {self.epsilon}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FedAdamConfig(_AdaptiveOptions):
+    """Adam: S. Reddi et al., "Adaptive Federated Optimization", ICLR 2021, with optax's correction of the bias."""
+
+    name: Literal["adam"] = "adam"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FedYogiConfig(_AdaptiveOptions):
+    """Yogi: S. Reddi et al. as for `adam`, with optax's start of the second moment."""
+
+    name: Literal["yogi"] = "yogi"
 
 
 class Optimizer(NamedTuple):
@@ -83,34 +124,40 @@ def direction(config: OptimizerConfig) -> Optimizer:
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     step = {
         "sgd": optax.identity,
-        "momentum": lambda: optax.trace(config.momentum),
+        "momentum": lambda: optax.trace(0.9 if config.momentum is None else config.momentum),
         "adamw": lambda: optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(config.weight_decay)),
     }[config.name]()
     return Optimizer(*optax.chain(clip, step))
 
 
-def server_optimizer(config: ServerConfig) -> Optimizer:
-    """The server's whole step, learning rate included."""
-    rate, decays = config.learning_rate, (config.beta1, config.beta2, config.epsilon)
-    made = {
-        "sgd": lambda: optax.sgd(rate),
-        "momentum": lambda: optax.sgd(rate, config.momentum),
-        "adam": lambda: optax.adam(rate, *decays),
-        "yogi": lambda: _yogi(rate, *decays),
-    }[config.name]()
-    return Optimizer(*made)
+def fed_avg(config: FedAvgConfig) -> Optimizer:
+    """The server's whole step, learning rate included, as of all that follow."""
+    return Optimizer(*optax.sgd(config.learning_rate))
 
 
-def _yogi(rate: float, *decays: float) -> optax.GradientTransformation:
-    """Yogi whose first moment starts at 0 as in Reddi et al.: optax has it start where the second does."""
-    made = optax.yogi(rate, *decays)
+def fed_avg_m(config: FedAvgMConfig) -> Optimizer:
+    """Steps along a decaying sum of the pseudo-gradients."""
+    return Optimizer(*optax.sgd(config.learning_rate, config.momentum))
+
+
+def fed_adam(config: FedAdamConfig) -> Optimizer:
+    """Steps by the ratio of the moments."""
+    return Optimizer(*optax.adam(config.learning_rate, config.beta1, config.beta2, config.epsilon))
+
+
+def fed_yogi(config: FedYogiConfig) -> Optimizer:
+    """As `fed_adam`, with Yogi's second moment.
+
+    The first starts at 0 as in Reddi et al., where optax has it start where the second does.
+    """
+    made = optax.yogi(config.learning_rate, config.beta1, config.beta2, config.epsilon)
 
     def init(params: Any) -> Any:
         state: Any = made.init(params)
         first, *rest = state
         return (first._replace(mu=jax.tree.map(jnp.zeros_like, params)), *rest)
 
-    return optax.GradientTransformation(init, made.update)
+    return Optimizer(init, made.update)
 
 
 def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

@@ -28,6 +28,7 @@ class Parts(NamedTuple):
 
     train: local training of one client. optimizer: the server's.
     drift_bits: `scope -> uint32` bits of the drift correction of one client, on the uplink and on the downlink.
+    receives: `round -> Live` that the clients are sent.
     extra_downlink_bits: `rank -> uint32` bits of each broadcast but the first, for what the aggregator has merged.
     current_base: `(world, state) -> base`: the frozen weights with all that was merged into them.
     client_weight: examples `[C]` -> weights `[C]` in the average, not yet normalised.
@@ -40,6 +41,7 @@ class Parts(NamedTuple):
     drift: Drift
     drift_bits: Callable[[Scope], Array]
     aggregator: Aggregator
+    receives: Callable[[Array], Live]
     extra_downlink_bits: Callable[[ArrayLike], Array]
     current_base: Callable[[World, FedState], Base]
     controller: Controller

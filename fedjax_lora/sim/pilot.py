@@ -247,7 +247,8 @@ def _payloads(parts: Parts, state: FedState) -> tuple[Array, Array]:
     num_ranks = max_rank(state.adapters)
     ranks = rank_mask(state.hyper.rank, num_ranks)
     scope = Scope(ranks, *map(jnp.float32, parts.aggregator.sends(state.round)))
-    received = Scope(ranks, *map(jnp.float32, parts.aggregator.receives(state.round)))
+    later = parts.receives(state.round + 1)  # the first broadcast is not like the others
+    received = Scope(ranks, *map(jnp.float32, later))
     kept = jnp.clip(jnp.arange(num_ranks + 1.0), 1.0, state.hyper.rank)
     drift_bits = parts.drift_bits(scope)
     bits = parts.sparsifier.payload_bits(kept / state.hyper.rank, scope) + drift_bits

@@ -13,6 +13,7 @@ from fedjax_lora.base import FedState, LinkState
 from fedjax_lora.prng import round_keys
 from fedjax_lora.sim.cohort import choose, padded_size
 from fedjax_lora.sim.evaluate import Evaluate
+from fedjax_lora.sim.kept import deployed
 from fedjax_lora.sim.parts import Parts, World
 from fedjax_lora.sim.pilot import at_rank
 from fedjax_lora.sim.round import make_round
@@ -51,7 +52,8 @@ def roll_out(
         key, queue_s = jax.random.fold_in(state.key, seed), jnp.float32(control.queue_s)
         start = at_rank(dataclasses.replace(state, key=key, queue_s=queue_s), rank)
         end, metrics = lax.scan(lambda s, _: round_fn(world, s), start, length=rounds)
-        loss, accuracy = evaluate(parts.current_base(world, end), world.data.test, end.adapters, end.hyper)
+        adapters = deployed(end.adapters, end.clients.kept)
+        loss, accuracy = evaluate(parts.current_base(world, end), world.data.test, adapters, end.hyper)
         return Rollout(loss, accuracy, jnp.mean(metrics.latency_s))
 
     @jax.jit

@@ -11,6 +11,7 @@ from jax import Array
 from fedjax_lora import trees
 from fedjax_lora.base import Adapters, ClientState, Factors, FedState, Metrics, Scope
 from fedjax_lora.lora.adapters import rank_mask
+from fedjax_lora.ops.products import differences
 from fedjax_lora.prng import RoundKeys, client_keys, round_keys
 from fedjax_lora.sim.cohort import choose, map_over_devices, padded_size
 from fedjax_lora.sim.kept import extract
@@ -63,7 +64,7 @@ def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) 
     ids, present = choose(keys.cohort, num_clients, parts.cohort_size, size)
     own, link = trees.take((state.clients, state.link), ids)
     ranks = jax.vmap(rank_mask, (0, None))(own.rank, max_rank(state.adapters))
-    sends, receives = parts.aggregator.sends(state.round), parts.aggregator.receives(state.round)
+    sends, receives = parts.aggregator.sends(state.round), parts.receives(state.round)
 
     scope = Scope(rank_mask(state.hyper.rank, max_rank(state.adapters)), *map(jnp.float32, receives))
 
@@ -188,10 +189,13 @@ def average(parts: Parts, state: FedState, cohort: Cohort, local: Local, uplink:
     held, received = local.shown, uplink.sent.adapters
     if not parts.one_rank:  # else b is zero beyond the ranks in use, and two copies are saved
         held, received = (jax.vmap(own_product)(adapters, cohort.ranks) for adapters in (held, received))
+    sent = dataclasses.replace(uplink.sent, adapters=received)
+    if parts.aggregator.resumes:
+        held, sent = as_changes(cohort.clients.state.own, held, sent)
     return parts.aggregator.aggregate(
         cohort.start,
         held,
-        dataclasses.replace(uplink.sent, adapters=received),
+        sent,
         normalised(local.weight * uplink.arrived),
         state.hyper.alpha / state.hyper.rank,
         key,
@@ -235,10 +239,11 @@ def remember(parts: Parts, state: FedState, cohort: Cohort, local: Local, uplink
     """What all clients carry on; only for those of the cohort who were heard it is new."""
     old, trained, next_rank = cohort.clients.state, local.trained, parts.aggregator.next_rank
     new = ClientState(
-        rank=jax.vmap(next_rank)(trained.adapters, old.rank) if next_rank else old.rank,
+        rank=jax.vmap(next_rank, (None, 0, 0))(cohort.start, trained.adapters, old.rank) if next_rank else old.rank,
         kept=extract(trained.adapters, parts.aggregator.keeps),
         memory=uplink.memory,
         drift=trained.drift,
+        own=trained.adapters.modules if parts.aggregator.resumes else {},
     )
     return scatter(state.clients, cohort.ids, uplink.arrived, new, old)
 
@@ -295,6 +300,15 @@ def own_product(adapters: Adapters, ranks: Array) -> Adapters:
     """One client's adapters with b zero where `ranks` `[R]` is: there it holds the broadcast, nothing of its own."""
     modules = {name: Factors(a=f.a, b=f.b * ranks[:, None]) for name, f in adapters.modules.items()}
     return Adapters(modules=modules, head=adapters.head)
+
+
+def as_changes(own: dict[str, Factors], held: Adapters, sent: Sent) -> tuple[Adapters, Sent]:
+    """What the clients hold and what arrived, `[C, ...]`, as the changes of their products since they began."""
+    held, received = (
+        dataclasses.replace(adapters, modules=differences(adapters.modules, own)) for adapters in (held, sent.adapters)
+    )
+    counted = {name: jnp.concatenate([mask, mask], axis=-1) for name, mask in sent.counted.items()}
+    return held, dataclasses.replace(sent, adapters=received, counted=counted)
 
 
 def mean_over(included: Array) -> Callable[[Array], Array]:

@@ -20,14 +20,16 @@ def width(factors: Factors) -> int:
     return factors.a.shape[-2] + factors.b.shape[-1]
 
 
-def component_bits(count: Array, factors: Factors, scope: Scope, wire: Wire = FLOAT32, exact_values: int = 0) -> Array:
+def component_bits(
+    count: Array, factors: Factors, scope: Scope, wire: Wire = FLOAT32, exact_values: Array | int = 0
+) -> Array:
     """Bits of `count` (uint32) components of a module: of the factors that are in scope.
 
-    exact_values: sent in float32 with each factor's part of a component, whatever the wire.
+    exact_values: sent in float32 with each factor's part of a component, whatever the wire; uint32.
     """
+    exact_bits = jnp.uint32(FLOAT32.bits_per_value) * jnp.asarray(exact_values, jnp.uint32)
     of_a, of_b = (
-        jnp.uint32(width * wire.bits_per_value + exact_values * FLOAT32.bits_per_value)
-        for width in (factors.a.shape[-2], factors.b.shape[-1])
+        jnp.uint32(width * wire.bits_per_value) + exact_bits for width in (factors.a.shape[-2], factors.b.shape[-1])
     )
     return count * (of_a * scope.a.astype(jnp.uint32) + of_b * scope.b.astype(jnp.uint32))
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_lora.base import Adapters, Scope
-from fedjax_lora.ops.products import gram
+from fedjax_lora.ops.products import gram, safe_sqrt
 from fedjax_lora.ops.rank_energy import rank_energy
 from fedjax_lora.options import Options
 from fedjax_lora.sparsifiers import diagnostics, payload, ranks
@@ -97,16 +97,10 @@ def importance(a: Array, b: Array, a0: Array | None = None, b0: Array | None = N
     if (a0 is None) != (b0 is None):
         raise ValueError(f"a0 and b0 must be given together, got only {'b0' if a0 is None else 'a0'}")
     if a0 is None or b0 is None:
-        return _sqrt(jnp.sum(a * a, axis=-2)) * _sqrt(jnp.sum(b * b, axis=-1))
+        return safe_sqrt(jnp.sum(a * a, axis=-2)) * safe_sqrt(jnp.sum(b * b, axis=-1))
     of_a, of_b = rank_energy(a, a0, axis=-2), rank_energy(b, b0, axis=-1)
     energy = of_a.change * of_b.mean + of_a.mean * of_b.change + 2.0 * of_a.cross * of_b.cross
-    return _sqrt(jnp.maximum(energy, 0.0))
-
-
-def _sqrt(x: Array) -> Array:
-    """Square root of x >= 0 whose gradient at 0 is 0, not infinite."""
-    positive = x > jnp.finfo(x.dtype).tiny
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+    return safe_sqrt(jnp.maximum(energy, 0.0))
 
 
 def orthogonality_penalty(a: Array, b: Array, form: Form = "offdiag", rank_mask: Array | None = None) -> Array:

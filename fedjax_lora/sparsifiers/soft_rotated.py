@@ -44,10 +44,10 @@ class SoftRotatedConfig(Options):
 def make(config: SoftRotatedConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
     """The sparsifier of rotated changes.
 
-    A component of a factor costs its own width and R values for its row of the rotation. Beside them each factor of
-    each matrix is sent with its number of components where the budget is global, and with a scale to keep its norm.
-    Tail energy: what is left out of `||da||_F^2 + ||db||_F^2`, so in units of a factor squared, while that of `soft`
-    is in units of the factors' product squared.
+    A component of a factor costs its own width and r values for its row of the rotation, which is zero in ranks that
+    are not in use. Beside them each factor of each matrix is sent with its number of components where the budget is
+    global, and with a scale to keep its norm. Tail energy: what is left out of `||da||_F^2 + ||db||_F^2`, so in units
+    of a factor squared, while that of `soft` is in units of the factors' product squared.
 
     Args:
       config: its options.
@@ -111,9 +111,9 @@ def make(config: SoftRotatedConfig, like: Adapters, wire: Wire = FLOAT32) -> Spa
 
 def _bits(like: Factors, counts: tuple[Array, Array], scope: Scope, wire: Wire) -> Array:
     """uint32 bits of so many components (uint32, over all layers) of either factor of a module."""
-    bits, rotation_bits = jnp.uint32(0), FLOAT32.bits_per_value * like.a.shape[-1]
+    bits, rotation_bits = jnp.uint32(0), FLOAT32.bits_per_value * jnp.sum(scope.ranks).astype(jnp.uint32)
     for count, width, part in zip(counts, (like.a.shape[-2], like.b.shape[-1]), (scope.a, scope.b), strict=True):
-        bits += part.astype(jnp.uint32) * count * jnp.uint32(wire.bits_per_value * width + rotation_bits)
+        bits += part.astype(jnp.uint32) * count * (jnp.uint32(wire.bits_per_value * width) + rotation_bits)
     return bits
 
 

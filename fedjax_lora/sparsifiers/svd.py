@@ -84,8 +84,8 @@ def thin_svd(a: Array, b: Array, rank_mask: Array | None = None) -> Svd:
 def make(config: SvdConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
     """The sparsifier of truncated products.
 
-    A component costs its `n_in + n_out` values, and for each factor R more: its row of `U_k^T a` or of `(b V_k)^T`. Its
-    tail energy is the sum of squared singular values left out.
+    A component costs its `n_in + n_out` values, and for each factor r more: its row of `U_k^T a` or of `(b V_k)^T`, in
+    the ranks in use. Its tail energy is the sum of squared singular values left out.
 
     Args:
       config: its options.
@@ -97,8 +97,9 @@ def make(config: SvdConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
     payload.check_fits(like, 2 * max_rank)
 
     def bits(kept: Array, scope: Scope) -> Array:
+        rank = jnp.sum(scope.ranks).astype(jnp.uint32)
         parts = [
-            payload.component_bits(kept * f.a.shape[0], f, scope, wire, exact_values=max_rank)
+            payload.component_bits(kept * f.a.shape[0], f, scope, wire, exact_values=rank)
             for f in like.modules.values()
         ]
         return sum(parts, payload.common_bits(like, scope, wire))

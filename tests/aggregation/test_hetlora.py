@@ -93,26 +93,65 @@ def test_where_all_products_are_zero_clients_weigh_p():
         np.testing.assert_allclose(found.modules[name].a[:, :, 0], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("rank", "shorter"), [(6, 4), (5, 3), (3, 2), (2, 1), (1, 1)])
-def test_a_rank_falls_exactly_where_its_tail_is_below_the_tolerance(rank, shorter):
-    """Oracle: energies of explicit products; gamma = 0.7, and what lies beyond the rank has no say."""
-    trained = trained_from(START, 1, rank=MAX_RANK)
-    energy = [
-        sum(np.sum(product(f, layer, part) ** 2) for f in trained.modules.values() for layer in range(LAYERS))
-        for part in (range(shorter, rank), range(rank))
-    ]
-    share = energy[0] / energy[1]
-    for tolerance, expected in ((share * 1.01, shorter), (share * 0.99, rank)):
-        next_rank = jax.jit(make(HetLoraConfig(prune=0.7, tolerance=min(tolerance, 1.0))).next_rank)
-        assert next_rank(trained, jnp.float32(rank)) == expected
+def trailing(adapters, shorter, rank):
+    """`||a tail|| ||b tail||` of the components from `shorter` to `rank`, summed, entry by entry."""
+    total = 0.0
+    for name, (n_in, n_out) in WIDTHS.items():
+        a, b = (np.asarray(x, np.float64) for x in (adapters.modules[name].a, adapters.modules[name].b))
+        for layer in range(LAYERS):
+            of_a = of_b = 0.0
+            for i in range(shorter, rank):
+                of_a += sum(a[layer, row, i] ** 2 for row in range(n_in))
+                of_b += sum(b[layer, i, column] ** 2 for column in range(n_out))
+            total += np.sqrt(of_a) * np.sqrt(of_b)
+    return total
 
 
-def test_ranks_stay_without_pruning_and_where_nothing_was_learned():
-    """Closed form: gamma = 1; and a product of 0, of which every share is undefined."""
-    trained, zero = trained_from(START, 1), jax.tree.map(jnp.zeros_like, START)
-    for rank in range(1, MAX_RANK + 1):
-        assert make(HetLoraConfig(tolerance=1.0)).next_rank(trained, jnp.float32(rank)) == rank
-        assert make(HetLoraConfig(prune=0.5, tolerance=1.0)).next_rank(zero, jnp.float32(rank)) == rank
+FALLS = [(0.7, 6, 4), (0.7, 5, 3), (0.7, 3, 2), (0.7, 2, 1), (0.7, 1, 1), (0.99, 6, 5), (0.99, 2, 1), (0.1, 6, 1)]
+
+
+@pytest.mark.parametrize(("prune", "rank", "shorter"), FALLS)
+def test_the_penalty_is_that_of_a_loop(prune, rank, shorter):
+    """Oracle: the loop of `trailing`; ranks that stay and ranks beyond the client's own have no say."""
+    penalty = jax.jit(make(HetLoraConfig(prune=prune, regularisation=0.3)).penalty)
+    found = penalty(START, jnp.asarray(rank_mask(rank)))
+    np.testing.assert_allclose(found, 0.3 * trailing(START, shorter, rank), rtol=1e-5)
+    assert (found > 0) == (rank > 1)
+
+
+@pytest.mark.parametrize(("prune", "rank", "shorter"), FALLS)
+@pytest.mark.parametrize("shrink", [0.99, 1.0, 1.01])
+def test_a_rank_falls_exactly_where_its_trailing_norms_ended_smaller(prune, rank, shorter, shrink):
+    """Oracle: the loop of `trailing` before and after; the ranks that stay, and those beyond, move the other way."""
+    factor = np.where((np.arange(MAX_RANK) >= shorter) & (np.arange(MAX_RANK) < rank), shrink, 2.0 - shrink)
+    modules = {name: f.replace(b=f.b * jnp.float32(factor)[:, None]) for name, f in START.modules.items()}
+    trained = START.replace(modules=modules)
+    falls = trailing(trained, shorter, rank) < trailing(START, shorter, rank)
+    assert falls == (shrink < 1 and rank > 1)
+    next_rank = jax.jit(make(HetLoraConfig(prune=prune)).next_rank)
+    assert next_rank(START, trained, jnp.float32(rank)) == (shorter if falls else rank)
+
+
+def test_gradients_of_the_penalty_are_finite_at_the_start_and_else_autodiff_of_the_formula():
+    """Closed form: 0 at b = 0; elsewhere d/db of ||a|| ||b|| is ||a|| b / ||b||, on the trailing ranks alone."""
+    penalty, mask = make(HetLoraConfig(prune=0.5, regularisation=1.0)).penalty, jnp.asarray(rank_mask(4))
+    fresh = START.replace(modules={n: f.replace(b=jnp.zeros_like(f.b)) for n, f in START.modules.items()})
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(jax.grad(penalty)(fresh, mask)))
+    found = jax.grad(penalty)(START, mask).modules
+    for name, f in START.modules.items():
+        a, b = np.float64(f.a[:, :, 2:4]), np.float64(f.b[:, 2:4])
+        of_a, of_b = (np.linalg.norm(x, axis=(1, 2), keepdims=True) for x in (a, b))
+        expected_a, expected_b = np.zeros(f.a.shape), np.zeros(f.b.shape)
+        expected_a[:, :, 2:4], expected_b[:, 2:4] = of_b * a / of_a, of_a * b / of_b
+        np.testing.assert_allclose(found[name].a, expected_a, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found[name].b, expected_b, rtol=1e-5, atol=1e-6)
+
+
+def test_without_pruning_no_rank_falls_and_nothing_is_penalised():
+    """Closed form: gamma = 1."""
+    method = make(HetLoraConfig(prune=1.0))
+    assert method.next_rank is None
+    assert method.penalty(START, jnp.asarray(rank_mask())) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -120,7 +159,8 @@ def test_ranks_stay_without_pruning_and_where_nothing_was_learned():
     [
         ({"prune": 0.0}, r"prune must be in \(0, 1\], got 0.0"),
         ({"prune": 1.5}, r"prune must be in \(0, 1\], got 1.5"),
-        ({"tolerance": -0.1}, r"tolerance must be in \[0, 1\], got -0.1"),
+        ({"regularisation": -0.1}, "regularisation must be finite and at least 0, got -0.1"),
+        ({"regularisation": float("inf")}, "regularisation must be finite and at least 0, got inf"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(values, message):

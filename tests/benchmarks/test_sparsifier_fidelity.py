@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fedjax_lora.base import Adapters, Dataset, Factors
-from fedjax_lora.sparsifiers import dense, soft, svd
+from fedjax_lora.sparsifiers import dense, soft
+from oracles import sparsifier_oracle as oracle
 from oracles.sparsifier_oracle import random_adapters, scope, trained_from
 
 START = random_adapters(0)
@@ -40,12 +41,22 @@ def changes(cohort):
 
 
 @pytest.mark.parametrize("kept", [1, 3, 6])
-def test_best_share_is_that_of_the_full_products(fidelity, kept):
-    """NumPy's SVD of every client's full change."""
-    energies = [np.linalg.svd(change, compute_uv=False) ** 2 for change in changes(COHORT).values()]
-    best = sum(e[..., :kept].sum((-2, -1)) for e in energies)
-    expected = np.mean(best / sum(e.sum((-2, -1)) for e in energies))
-    assert fidelity.best_share(START, COHORT, kept) == pytest.approx(expected, rel=1e-6)
+def test_best_shares_are_those_of_the_full_products(fidelity, kept):
+    """The eigenvalues of every client's Gram matrix, and projections on its eigenvectors, client by client."""
+    of_clients, cut_off, whole = [], {}, {}
+    for k in range(3):
+        best = total = 0.0
+        for name, change in changes(COHORT).items():
+            for layer, matrix in enumerate(change[k]):
+                energies, vectors = np.linalg.eigh(matrix.T @ matrix)
+                small = vectors[:, : max(vectors.shape[1] - kept, 0)]
+                best, total = best + energies[-kept:].sum(), total + energies.sum()
+                cut_off[name, layer] = cut_off.get((name, layer), 0.0) + matrix @ small @ small.T / 3
+                whole[name, layer] = whole.get((name, layer), 0.0) + matrix / 3
+        of_clients.append(best / total)
+    lost = sum(np.sum(x**2) for x in cut_off.values()) / sum(np.sum(x**2) for x in whole.values())
+    found = fidelity.best_shares(START, COHORT, kept)
+    assert found == pytest.approx((np.mean(of_clients), 1 - lost), rel=1e-6, abs=1e-9)
 
 
 def test_ratio_within_is_the_last_that_fits(fidelity):
@@ -58,25 +69,43 @@ def test_ratio_within_is_the_last_that_fits(fidelity):
     assert fidelity.ratio_within(method, used, price[1] - 1) is None
 
 
-def test_kept_shares_are_those_of_the_full_products(fidelity):
-    """NumPy, from the products before and after; everything arrives by the dense method."""
-    key, used = jax.random.key(0), scope()
-    method = svd.make(svd.SvdConfig(), START)
-    found = fidelity.kept_shares(method, START, COHORT, jnp.float32(0.5), used, key)
-    sent, _ = jax.vmap(method.compress, (None, 0, None, None, None, None))(
-        START, COHORT, (), jnp.float32(0.5), used, key
-    )
+@pytest.mark.parametrize("send", ["change", "factors"])
+def test_kept_shares_are_those_of_the_full_products(fidelity, send):
+    """NumPy, from products before and after and a loop that averages each component over those who sent it."""
+    key, used, ratio = jax.random.key(0), scope(), jnp.float32(0.5)
+    method = soft.make(soft.SoftConfig(send=send), START)
+    found = fidelity.kept_shares(method, START, COHORT, ratio, used, key)
+    sent, _ = jax.vmap(method.compress, (None, 0, None, None, None, None))(START, COHORT, (), ratio, used, key)
     arrived, change = products(sent.adapters), changes(COHORT)
     after = products(COHORT)
     lost = sum(((after[n] - arrived[n]) ** 2).sum((1, 2, 3)) for n in after)
     whole = sum((change[n] ** 2).sum((1, 2, 3)) for n in after)
     assert float(found[0]) == pytest.approx(1 - np.mean(lost / whole), abs=1e-5)
-    averages = [products(jax.tree.map(lambda leaf: leaf.mean(0), x)) for x in (COHORT, sent.adapters)]
-    lost = sum(((averages[0][n] - averages[1][n]) ** 2).sum() for n in after)
-    whole = sum(((averages[0][n] - before) ** 2).sum() for n, before in products(START).items())
-    assert float(found[1]) == pytest.approx(1 - lost / whole, abs=1e-5)
-    everything = fidelity.kept_shares(dense.make(dense.DenseConfig(), START), START, COHORT, jnp.float32(1), used, key)
-    assert [float(share) for share in everything[:2]] == [1.0, 1.0]
+    assert float(found[1]) == pytest.approx(_average_share(sent), abs=1e-5)
+    if send == "change":  # senders differ, so that it matters who counts
+        assert len({mask.tobytes() for mask in np.asarray(sent.counted["query"])}) > 1
+
+
+def _average_share(sent):
+    """Share of the mean change of the products that the averages of the factors have."""
+    counted = {name: np.asarray(mask) for name, mask in sent.counted.items()}
+    averages, _ = oracle.fedit(START, sent.adapters, counted, np.full(3, 1 / 3))
+    before, lost, whole = products(START), 0.0, 0.0
+    for name, (a, b) in averages.items():
+        ideal = products(COHORT)[name].mean(0)
+        lost, whole = lost + np.sum((ideal - a @ b) ** 2), whole + np.sum((ideal - before[name]) ** 2)
+    return 1 - lost / whole
+
+
+def test_dense_loses_of_the_average_alone(fidelity):
+    """Closed form: all of each client's change arrives, and of the average what the loop's averages have."""
+    method = dense.make(dense.DenseConfig(), START)
+    key, ratio = jax.random.key(0), jnp.float32(1)
+    clients, average, _ = fidelity.kept_shares(method, START, COHORT, ratio, scope(), key)
+    sent, _ = jax.vmap(method.compress, (None, 0, None, None, None, None))(START, COHORT, (), ratio, scope(), key)
+    assert clients == 1.0
+    assert float(average) == pytest.approx(_average_share(sent), abs=1e-5)
+    assert average < 0.99
 
 
 def test_held_out_examples_are_a_fifth_that_nobody_trains_on(premise):

@@ -10,6 +10,7 @@ import pytest
 from fedjax_lora import trees
 from fedjax_lora.aggregation import fedex, fedit, fedsa, ffa, flexlora, flora, hetlora, lora_fair, rolora
 from fedjax_lora.base import Adapters, Scope
+from fedjax_lora.sim.round import as_changes
 from fedjax_lora.sparsifiers import soft
 from fedjax_lora.strategies import Sent
 from oracles.sparsifier_oracle import LAYERS, WIDTHS, random_adapters, rank_mask, stack, trained_from
@@ -43,6 +44,7 @@ TABLE = {
     "hetlora": Row(hetlora, hetlora.HetLoraConfig(), sparsifier=ZERO),
     "fedex": Row(fedex, fedex.FedExConfig(), exact=True),
     "fedex reinit": Row(fedex, fedex.FedExConfig(start="reinit"), exact=True, new_basis=True),
+    "fedex keep": Row(fedex, fedex.FedExConfig(start="keep"), exact=True),
     "flora": Row(flora, flora.FloraConfig(), exact=True, new_basis=True),
     "flexlora": Row(flexlora, flexlora.FlexLoraConfig(), new_basis=True, signs=True),
     "lora_fair": Row(lora_fair, lora_fair.LoraFairConfig()),
@@ -65,13 +67,21 @@ class Cohort(NamedTuple):
     sent: Sent
 
 
-def upload(row: Row, clients: list[Adapters]) -> Cohort:
+def decoded(row: Row, clients: list[Adapters]) -> Cohort:
     """The clients' adapters, equal to the broadcast outside of the method's scope, half of their ranks sent."""
     sends = row.module.make(row.config).sends(jnp.int32(row.round))
     scope = Scope(jnp.asarray(rank_mask()), *map(jnp.float32, sends))
     trained = stack([scope.select(client, START) for client in clients])
     compress = COMPRESS[row.sparsifier]
     return Cohort(trained, compress(START, trained, (), jnp.float32(0.5), scope, jax.random.key(0))[0])
+
+
+def upload(row: Row, clients: list[Adapters]) -> Cohort:
+    """What the method is given of them: their changes since the broadcast, where it asks for these."""
+    cohort = decoded(row, clients)
+    if row.module.make(row.config).resumes:
+        return Cohort(*as_changes(stack([START] * len(clients)).modules, *cohort))
+    return cohort
 
 
 @pytest.fixture(scope="module", params=TABLE, ids=list(TABLE))
@@ -207,10 +217,10 @@ def test_scale_multiplies_both_errors(row, jitted, cohort):
 
 
 def test_identical_clients_give_the_product_of_fedit(row, jitted):
-    """Oracle: FedIT, of the same uploads; there is no covariance among equals."""
-    uploads = upload(row, [trained_from(START, 1)] * 4)
-    found = jitted(START, *uploads, WEIGHTS, SCALE, KEY)
-    expected = FEDIT(START, *uploads, WEIGHTS, SCALE, KEY)
+    """Oracle: FedIT, of the same clients; there is no covariance among equals."""
+    clients = [trained_from(START, 1)] * 4
+    found = jitted(START, *upload(row, clients), WEIGHTS, SCALE, KEY)
+    expected = FEDIT(START, *decoded(row, clients), WEIGHTS, SCALE, KEY)
     for name, after in server_products(found).items():
         np.testing.assert_allclose(after, server_products(expected)[name], rtol=1e-4, atol=2e-5)
     jax.tree.map(

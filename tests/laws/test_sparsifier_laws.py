@@ -59,9 +59,18 @@ class Row(NamedTuple):
             + len(factors) * self.factor_bits
         )
 
+    def bits_of_all(self, rank):
+        """The independent count of everything at a structural rank."""
+        if self.elements:
+            return element_bits(1.0, self.wire.bits_per_value, rank=rank)
+        extra = rank if self.extra else 0
+        counts = {name: [rank] * LAYERS for name in WIDTHS}
+        bits = payload_bits(counts, self.index, extra, self.wire.bits_per_value)
+        return bits + self.seed_bits + 2 * self.factor_bits
+
 
 WIRE8, WIRE4 = make_wire(WireConfig(bits=8)), make_wire(WireConfig(bits=4))
-SVD = Row(svd, svd.SvdConfig(), index=False, extra=MAX_RANK, keeps_broadcast=False, error=1e-5)
+SVD = Row(svd, svd.SvdConfig(), index=False, extra=RANK, keeps_broadcast=False, error=1e-5)
 TABLE = {
     "dense": Row(dense, dense.DenseConfig(), index=False, everything=True),
     "dense 8 bits": Row(dense, dense.DenseConfig(), WIRE8, index=False, everything=True),
@@ -75,12 +84,12 @@ TABLE = {
         soft, soft.SoftConfig(budget="global", send="factors", form="a_only"), global_budget=True
     ),
     "soft global": Row(soft, soft.SoftConfig(budget="global", form="none", orthogonality=0.0), global_budget=True),
-    "soft_rotated": Row(soft_rotated, soft_rotated.SoftRotatedConfig(), index=False, extra=MAX_RANK),
+    "soft_rotated": Row(soft_rotated, soft_rotated.SoftRotatedConfig(), index=False, extra=RANK),
     "soft_rotated norm": Row(
         soft_rotated,
         soft_rotated.SoftRotatedConfig(keep_norm=True),
         index=False,
-        extra=MAX_RANK,
+        extra=RANK,
         factor_bits=32 * LAYERS * len(WIDTHS),
     ),
     "top_k": Row(top_k, top_k.TopKConfig(), elements=True),
@@ -228,6 +237,13 @@ def test_bits_equal_independent_count(row, method, compress, kept):
     sent, _ = compress(START, TRAINED, (), ratio, SCOPE, KEY)
     assert sent.bits == row.bits(kept, components_sent(row, kept, sent))
     assert method.payload_bits(ratio, SCOPE) >= sent.bits
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_bits_are_those_of_the_ranks_in_use(row, method, compress, rank):
+    """Oracle: the count value by value at another structural rank, of all that it has; as planned."""
+    sent, _ = compress(START, trained_from(START, 1, rank=rank), (), jnp.float32(1), scope(rank), KEY)
+    assert sent.bits == method.payload_bits(jnp.float32(1), scope(rank)) == row.bits_of_all(rank)
 
 
 @pytest.mark.parametrize(("sent_factor", "frozen"), ["ab", "ba"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from fedjax_lora.aggregation import fedit
 from fedjax_lora.base import Adapters, ClientState, Factors, Hyper
 from fedjax_lora.lora import adapters as lora
 from fedjax_lora.models import bert, load
@@ -120,6 +121,7 @@ def train(setting, sparsifier_config, optimizer, steps, round_number=0):
     work = make_train(
         model,
         sparsifier,
+        fedit.make(fedit.FedItConfig()),
         no_drift(NoDriftConfig()),
         direction(optimizer),
         schedule(optimizer, 2 * steps),

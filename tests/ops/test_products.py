@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.ops.products import gram, product_energy
+from fedjax_lora.base import Factors
+from fedjax_lora.ops.products import differences, gram, product_energy
 
 
 def draw(*shape):
@@ -45,3 +46,14 @@ def test_cancelling_components_are_not_negative():
 def test_gram_equals_numpy():
     x = draw(2, 7, 3)
     np.testing.assert_allclose(gram(x), np.swapaxes(np.float64(x), 1, 2) @ np.float64(x), rtol=1e-5, atol=1e-5)
+
+
+def test_differences_are_those_of_the_explicit_products():
+    """NumPy in float64; and to the bit nothing where nothing differs."""
+    x, y = ({"w": Factors(a=draw(2, 6, 3) + by, b=draw(2, 3, 11) - by)} for by in (0.0, 0.5))
+    found = differences(x, y)["w"]
+    expected = np.float64(x["w"].a) @ np.float64(x["w"].b) - np.float64(y["w"].a) @ np.float64(y["w"].b)
+    np.testing.assert_allclose(found.a @ found.b, expected, rtol=1e-4, atol=1e-5)
+    same = differences(x, x)["w"]
+    assert not np.any(same.a @ same.b)
+    assert found.a.shape == (2, 6, 6) and found.b.shape == (2, 6, 11)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from fedjax_lora.aggregation import fedit
 from fedjax_lora.base import Adapters, Dataset, Factors, Hyper
 from fedjax_lora.sim import chunk
 from fedjax_lora.sim.parts import World
@@ -44,7 +45,8 @@ def activation_bytes(depth: int, batch_size: int) -> int:
     data = Dataset(train=pool, index=jnp.zeros((1, 7), jnp.int32), count=jnp.full(1, 7), test=pool)
     model = perceptron(depth)
     world = World(base=model.init(jax.random.key(0)), data=data)
-    return chunk.activation_bytes(model, dense.make(dense.DenseConfig(), LIKE), world, LIKE, HYPER, batch_size)
+    methods = dense.make(dense.DenseConfig(), LIKE), fedit.make(fedit.FedItConfig())
+    return chunk.activation_bytes(model, *methods, world, LIKE, HYPER, batch_size)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from fedjax_lora import runner
-from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.base import Adapters, ClientState, Factors
 from fedjax_lora.build import build
 from fedjax_lora.config import ConfigError, load_config
 from fedjax_lora.export import export_run
 from fedjax_lora.io import checkpoint
-from fedjax_lora.lora.adapters import effective, merge, rank_mask
+from fedjax_lora.lora.adapters import add_to_base, effective, merge, rank_mask
 from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.prng import round_keys
+from fedjax_lora.sim.cohort import choose
 from fedjax_lora.sim.local import Broadcast, Client
 from fedjax_lora.strategies import Live
 from toy import config, simulation
@@ -92,6 +93,58 @@ def test_a_round_of_clients_of_their_own_ranks_gives_the_mean_of_their_products(
     assert metrics.covariance_error[0] < 1e-4
 
 
+def test_clients_that_keep_their_factors_compute_and_count_by_their_changes():
+    """Oracle: a loop over rounds and clients, each with frozen weights of its own, from which its product is taken.
+
+    That is FedEx-LoRA's "keep" as it is meant: `W_k = W + merged - s a0 b0` under factors a0, b0 that go on.
+    """
+    sim = simulation("aggregation={name: fedex, start: keep}", "sparsifier.name=dense", "clients.per_round=4")
+    plain = simulation("aggregation.name=fedex", "sparsifier.name=dense", "clients.per_round=4")
+    model, _ = build_model(ModelConfig(), 10, (8, 8, 1))
+    scale, data = 16.0 / 3, sim.world.data
+    state, train = sim.init(jax.random.key(5)), jax.jit(plain.parts.train)
+    own = [state.adapters.modules] * 6
+    head, merged = state.adapters.head, {name: np.zeros(leaf.shape) for name, leaf in state.merged.items()}
+    for number in range(3):
+        keys = round_keys(state.key, state.round)
+        cohort, _ = choose(keys.cohort, 6, 4, 4)
+        weight = np.asarray(data.count)[cohort] / np.asarray(data.count)[cohort].sum()
+        heads, change = [], dict.fromkeys(merged, 0.0)
+        for p, k in zip(weight, map(int, cohort), strict=True):
+            before = {name: scale * np.float64(f.a) @ np.float64(f.b) for name, f in own[k].items()}
+            weights = {name: jnp.float32(merged[name] - before[name]) for name in merged}
+            given = Broadcast(
+                add_to_base(sim.world.base, weights, model.targets),
+                data.train,
+                Adapters(own[k], head),
+                Live(*map(jnp.float32, Live())),
+                (),
+                state.hyper,
+                state.round,
+            )
+            rest = ClientState(rank=jnp.float32(3), kept={}, memory=(), drift=())
+            found = train(given, Client(data.index[k], data.count[k], jax.random.fold_in(keys.local, k), rest)).adapters
+            for name, f in found.modules.items():
+                change[name] = change[name] + p * (scale * np.float64(f.a) @ np.float64(f.b) - before[name])
+            heads.append(jax.tree.map(lambda leaf, p=p: p * leaf, found.head))
+            own[k] = found.modules
+        merged = {name: merged[name] + change[name] for name in merged}
+        head = jax.tree.map(lambda *leaves: sum(leaves), *heads)
+        state, metrics = sim.run(state, 1)
+        for name, expected in merged.items():
+            np.testing.assert_allclose(state.merged[name], expected, atol=2e-4 * np.abs(expected).max())
+            for part in ("a", "b"):
+                held = np.stack([np.asarray(getattr(f[name], part)) for f in own])
+                np.testing.assert_allclose(getattr(state.clients.own[name], part), held, rtol=1e-3, atol=2e-5)
+            assert not np.any(state.adapters.modules[name].b)
+        assert metrics.covariance_error[0] < 1e-4 and metrics.sparsification_error[0] < 1e-4
+        head_values, factors = 64 * 10 + 10, 4 * 3 * (64 + 64 + 64 + 256)
+        values = 4 * 64 * 64 + 4 * 64 * 256 if number else factors
+        np.testing.assert_array_equal(metrics.client_downlink_bits, 32 * (values + head_values))
+        np.testing.assert_array_equal(metrics.client_uplink_bits, 32 * (factors + head_values))
+    assert max(np.abs(leaf).max() for leaf in merged.values()) > 1e-4
+
+
 def test_what_was_merged_survives_a_checkpoint(run, tmp_path):
     """Oracle: the run that was never interrupted, to the bit."""
     sim, state, _ = run
@@ -158,17 +211,27 @@ def test_notes_name_the_memory_of_clients_and_of_the_base():
     assert not [note for note in runner._notes(few, build(few)) if "MB" in note]
 
 
-def test_notes_say_what_degenerates():
-    settings = config("sparsifier={name: soft, send: factors, missing: zero}")
-    assert any("fixed rank" in note for note in runner._notes(settings, build(settings)))
-
-
 def test_downlink_of_clients_that_sit_out_is_charged_with_whole_matrices():
-    """Oracle: a count by hand of the broadcast and of n_in x n_out values a matrix, for whoever is in the cohort."""
+    """Oracle: a count by hand of the broadcast, then of n_in x n_out values a matrix, and a seed for the factors."""
     sim = simulation("aggregation.name=flora", "sparsifier.name=dense", "clients.per_round=2", "lora.targets=[up]")
     _, metrics = sim.run(sim.init(jax.random.key(3)), 2)
-    factors, merged = 4 * 3 * (64 + 256) + 64 * 10 + 10, 4 * 64 * 256
-    np.testing.assert_array_equal(metrics.client_downlink_bits, [[32 * factors] * 2, [32 * (factors + merged)] * 2])
+    factors, head, merged = 4 * 3 * (64 + 256), 64 * 10 + 10, 4 * 64 * 256
+    bits = [[32 * (factors + head)] * 2, [32 * (head + merged) + 32] * 2]
+    np.testing.assert_array_equal(metrics.client_downlink_bits, bits)
+
+
+@pytest.mark.parametrize("method", ["{name: flora}", "{name: fedex, start: reinit}"])
+def test_factors_drawn_anew_are_sent_as_a_seed(method):
+    """Oracle: a count by hand: factors and head in round 1, then head, seed, and the shorter of stack and matrix."""
+    sim = simulation(f"aggregation={method}", "sparsifier.name=dense", "lora.rank=2")
+    _, metrics = sim.run(sim.init(jax.random.key(3)), 3)
+    head, factors, merged = 64 * 10 + 10, 0, 0
+    for n_in, n_out in ((64, 64), (64, 256)):
+        factors += 4 * 2 * (n_in + n_out)
+        merged += 4 * min(6 * 2 * (n_in + n_out), n_in * n_out)
+    later = 32 * (head + merged) + 32
+    bits = [[32 * (factors + head)] * 6, [later] * 6, [later] * 6]
+    np.testing.assert_array_equal(metrics.client_downlink_bits, bits)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +245,22 @@ def test_downlink_of_clients_that_sit_out_is_charged_with_whole_matrices():
             ["aggregation.name=flora", "model.compute_dtype=bfloat16"],
             "model.compute_dtype must be float32 where aggregation.name is flora, got 'bfloat16'",
         ),
-        (["aggregation.name=fedex", "aggregation.start=keep"], "aggregation.start must be .*average.* got 'keep'"),
+        (
+            ["aggregation={name: fedex, start: old}"],
+            "aggregation.start must be one of average, reinit, keep, got 'old'",
+        ),
+        (
+            ["aggregation={name: fedex, start: keep}"],
+            "sparsifier.name must be dense where aggregation.start is keep, got 'soft'",
+        ),
+        (
+            ["aggregation={name: fedex, start: keep}", "sparsifier.name=dense", "wire.bits=8"],
+            "wire.bits must be 32 where aggregation.start is keep, got 8",
+        ),
+        (
+            ["aggregation={name: fedex, start: keep}", "sparsifier.name=dense", "lora.client_ranks=[2, 4]"],
+            r"lora.client_ranks must be absent where aggregation.start is keep, got \(2, 4\)",
+        ),
         (["aggregation.name=flexlora", "server.name=adam"], "server.name must be sgd where .* flexlora, got 'adam'"),
         (
             ["aggregation.name=flora", "server.learning_rate=0.5"],

@@ -8,7 +8,7 @@ import pytest
 from fedjax_lora import trees
 from fedjax_lora.lora.adapters import effective, rank_mask
 from fedjax_lora.models.load import ModelConfig, build_model
-from fedjax_lora.prng import round_keys
+from fedjax_lora.prng import client_keys, round_keys
 from fedjax_lora.sim.cohort import choose
 from fedjax_lora.sim.evaluate import label_weights
 from fedjax_lora.sim.kept import compose
@@ -70,6 +70,23 @@ def test_personal_accuracy_equals_a_loop_over_clients_and_examples(fedsa):
     np.testing.assert_allclose(rows[-1].personal_accuracy[-1], np.mean(accuracies), rtol=1e-5)
 
 
+def test_global_accuracy_is_of_the_mean_of_what_the_clients_keep(fedsa):
+    """Oracle: NumPy's mean of b and head over all clients, those that never took part too, under the shared a."""
+    sim, states, rows = fedsa
+    model, _ = build_model(ModelConfig(), 10, (8, 8, 1))
+    label, losses = np.asarray(sim.world.data.test["label"]), []
+    for state, metrics in zip(states[1:], rows, strict=True):
+        mean = jax.tree.map(lambda leaf: jnp.float32(np.mean(np.float64(leaf), axis=0)), state.clients.kept)
+        b, head = mean["b"], mean["head"]
+        modules = {name: f.replace(b=b[name]) for name, f in state.adapters.modules.items()}
+        used = effective(state.adapters.replace(modules=modules, head=head), rank_mask(3, 4), 16.0 / 3)
+        logits = np.asarray(model.apply(sim.world.base, used, sim.world.data.test), np.float64)
+        losses.append((np.log(np.exp(logits).sum(1)) - logits[np.arange(len(label)), label]).mean())
+        np.testing.assert_allclose(metrics.eval_loss[-1], losses[-1], rtol=1e-5)
+        np.testing.assert_allclose(metrics.eval_accuracy[-1], (logits.argmax(1) == label).mean(), rtol=1e-6)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)  # it moves
+
+
 def test_label_weights_by_hand():
     """Closed form: shares 2/3 and 1/3 of the client over 1/4, 1/4 and 1/2 of the pool; padding does not count."""
     found = label_weights(jnp.array([0, 0, 1, 2, 2]), jnp.int32(3), jnp.array([2, 0, 1, 2]), 4)
@@ -88,10 +105,22 @@ def test_the_factor_at_rest_stays_whatever_the_server_optimizer(name, server):
         assert not equal(factor(state.adapters, live), factor(before.adapters, live))
         values = 4 * 3 * WIDTH["up"]["ab".index(live)] + 64 * 10 + 10
         np.testing.assert_array_equal(metrics.client_uplink_bits, 32 * values)
-        down = values + (4 * 3 * WIDTH["up"]["ab".index(at_rest)] if name == "rolora" else 0)  # both may be out of date
+        down = 64 * 10 + 10
+        for factor_sent in {"rolora": ("ab", "b")[number], "ffa": "b"}[name]:  # of RoLoRA: both, then what has moved
+            down += 4 * 3 * WIDTH["up"]["ab".index(factor_sent)]
         np.testing.assert_array_equal(metrics.client_downlink_bits, 32 * down)
         assert metrics.covariance_error[0] == 0.0
         assert np.isnan(metrics.personal_accuracy).all()  # nothing is kept, so nothing is measured
+
+
+def test_rolora_sends_what_a_client_may_not_know():
+    """Oracle: the factor trained in the round before, in the order b, a, b; both where one may have missed it."""
+    everyone = simulation("aggregation.name=rolora", "sparsifier.name=dense").parts.receives
+    sent = [tuple(map(float, everyone(jnp.int32(number)))) for number in range(4)]
+    assert sent == [(1, 1, 1), (0, 1, 1), (1, 0, 1), (0, 1, 1)]
+    for missed in (("sparsifier.name=dense", "clients.per_round=5"), ("sparsifier.name=flasc",)):
+        some = simulation("aggregation.name=rolora", *missed).parts.receives
+        assert [tuple(map(float, some(jnp.int32(number)))) for number in range(3)] == [(1, 1, 1)] * 3
 
 
 def test_a_round_of_clients_of_different_ranks_equals_a_numpy_loop():
@@ -117,17 +146,46 @@ def test_a_round_of_clients_of_different_ranks_equals_a_numpy_loop():
 
 
 def test_hetlora_prunes_the_ranks_of_those_who_took_part():
-    """Closed form: at a tolerance of 1 every rank above 1 falls to floor(r / 2), that of the cohort alone."""
+    """Oracle: a loop over modules and layers of what each client trained.
+
+    The first round, in which the trailing norms rise from 0, prunes nobody; in the second a strong penalty has all who
+    take part fall to floor(r / 2).
+    """
     sim = simulation(
-        "aggregation={name: hetlora, prune: 0.5, tolerance: 1.0}",
+        "aggregation={name: hetlora, prune: 0.5, regularisation: 10}",
         "sparsifier.name=dense",
         "control.name=ideal",
         "clients.per_round=4",
+        "local.optimizer.learning_rate=1e-2",
         "lora={max_rank: 6, rank: 6, client_ranks: [6, 3, 1], targets: [up]}",
     )
+    ranks = np.array([6, 3, 1, 6, 3, 1])
     state = sim.init(jax.random.key(1))
-    after, _ = sim.run(state, 1)
-    cohort, _ = choose(round_keys(state.key, state.round).cohort, 6, 4, 4)
-    expected = np.array([6, 3, 1, 6, 3, 1])
-    expected[cohort] = np.maximum(expected[cohort] // 2, 1)
-    np.testing.assert_array_equal(after.clients.rank, expected)
+    first, _ = sim.run(state, 1)
+    np.testing.assert_array_equal(first.clients.rank, ranks)
+    second, _ = sim.run(first, 1)
+    cohort, _ = choose(round_keys(first.key, first.round).cohort, 6, 4, 4)
+    trained = jax.jit(lambda *given: train_cohort(sim.parts, *given).adapters)(
+        sim.world,
+        first,
+        first.adapters,
+        Client(
+            sim.world.data.index[cohort],
+            sim.world.data.count[cohort],
+            client_keys(round_keys(first.key, first.round).local, cohort),
+            trees.take(first.clients, cohort),
+        ),
+    )
+
+    def tail(f, rank):
+        at = slice(rank // 2, rank)
+        return sum(np.linalg.norm(f.a[i, :, at]) * np.linalg.norm(f.b[i, at]) for i in range(4))
+
+    expected, falls = ranks.copy(), []
+    for place, k in enumerate(np.asarray(cohort)):
+        if ranks[k] > 1:
+            own = trees.take(trained.modules["up"], place)
+            falls.append(tail(own, ranks[k]) < tail(first.adapters.modules["up"], ranks[k]))
+            expected[k] = ranks[k] // 2 if falls[-1] else ranks[k]
+    np.testing.assert_array_equal(second.clients.rank, expected)
+    assert any(falls)

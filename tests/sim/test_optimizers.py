@@ -4,7 +4,9 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_lora.sim.optimizers import OptimizerConfig, ServerConfig, direction, schedule, server_optimizer
+from fedjax_lora.build import SERVERS
+from fedjax_lora.config import VARIANTS
+from fedjax_lora.sim.optimizers import OptimizerConfig, direction, schedule
 
 OPTAX = {
     "sgd": lambda rate: optax.sgd(rate),
@@ -17,7 +19,8 @@ OPTAX = {
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 def test_direction_times_rate_equals_optax_own_optimizer(name, clip_norm):
     weight_decay = 0.1 if name == "adamw" else 0.0
-    config = OptimizerConfig(name=name, momentum=0.8, weight_decay=weight_decay, clip_norm=clip_norm)
+    momentum = 0.8 if name == "momentum" else None
+    config = OptimizerConfig(name=name, momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm)
     ours = direction(config)
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
     oracle = optax.chain(clip, OPTAX[name](0.02))
@@ -31,6 +34,13 @@ def test_direction_times_rate_equals_optax_own_optimizer(name, clip_norm):
         updates, oracle_state = oracle.update(oracle_gradient, oracle_state, expected)
         expected = optax.apply_updates(expected, updates)
     np.testing.assert_allclose(params["x"], expected["x"], rtol=1e-6)
+
+
+def test_momentum_of_null_is_that_of_a_tenth_forgotten():
+    """Closed form: the second direction of a constant gradient."""
+    ours, x = direction(OptimizerConfig(name="momentum")), jnp.ones(3)
+    updates, state = ours.update(x, ours.init(x), x)
+    np.testing.assert_allclose(ours.update(x, state, x)[0], 1.9 * updates, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -49,8 +59,12 @@ def test_schedule_against_closed_form_after_a_linear_rise(name, closed_form):
     np.testing.assert_allclose(decay, [closed_form((step - 4) / 16) for step in range(4, 20)], atol=1e-6)
 
 
+def server_optimizer(name, **options):
+    return SERVERS[name](VARIANTS["server"][name](**options))
+
+
 def test_server_sgd_at_rate_one_is_the_average_by_closed_form():
-    optimizer = server_optimizer(ServerConfig())
+    optimizer = server_optimizer("sgd")
     broadcast, average = jnp.array([1.0, 2.0]), jnp.array([0.5, 3.0])
     updates, _ = optimizer.update(broadcast - average, optimizer.init(broadcast), broadcast)
     np.testing.assert_allclose(optax.apply_updates(broadcast, updates), average)
@@ -93,8 +107,9 @@ FORMULAS = {
 @pytest.mark.parametrize("name", FORMULAS)
 def test_server_optimizers_against_their_formulas_by_hand(name):
     """Hsu et al. for FedAvgM; Reddi et al. for FedAdam and FedYogi, with moments that are corrected for their start."""
-    settings = {"momentum": 0.8, "beta1": 0.7, "beta2": 0.95, "epsilon": 0.01}
-    optimizer = server_optimizer(ServerConfig(name=name, learning_rate=0.3, **settings))
+    adaptive = {"beta1": 0.7, "beta2": 0.95, "epsilon": 0.01}
+    settings = {"sgd": {}, "momentum": {"momentum": 0.8}, "adam": adaptive, "yogi": adaptive}[name]
+    optimizer = server_optimizer(name, learning_rate=0.3, **settings)
     x = jnp.zeros(3)
     state = optimizer.init(x)
     for g in PSEUDO_GRADIENTS:
@@ -106,7 +121,7 @@ def test_server_optimizers_against_their_formulas_by_hand(name):
 @pytest.mark.parametrize("name", FORMULAS)
 def test_a_server_that_is_told_nothing_stays(name):
     """Invariance, to the bit: a pseudo-gradient of zero, over rounds."""
-    optimizer, x = server_optimizer(ServerConfig(name=name)), jnp.ones(3)
+    optimizer, x = server_optimizer(name), jnp.ones(3)
     state = optimizer.init(x)
     for _ in range(3):
         updates, state = optimizer.update(jnp.zeros(3), state, x)
@@ -114,17 +129,20 @@ def test_a_server_that_is_told_nothing_stays(name):
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("name", "values", "message"),
     [
-        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
-        ({"beta2": -0.1}, r"beta2 must be in \[0, 1\), got -0.1"),
-        ({"epsilon": 0.0}, "epsilon must be above 0, got 0.0"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ("momentum", {"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ("adam", {"beta1": 1.0}, r"beta1 must be in \[0, 1\), got 1.0"),
+        ("yogi", {"beta2": -0.1}, r"beta2 must be in \[0, 1\), got -0.1"),
+        ("adam", {"epsilon": 0.0}, "epsilon must be above 0, got 0.0"),
+        ("sgd", {"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ("yogi", {"name": "adam"}, "name must be 'yogi', got 'adam'"),
     ],
 )
-def test_a_server_value_out_of_range_is_refused_by_name(values, message):
+def test_a_server_value_out_of_range_is_refused_by_name(name, values, message):
+    """The message itself."""
     with pytest.raises(ValueError, match=message):
-        ServerConfig(**values)
+        VARIANTS["server"][name](**values)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +150,9 @@ def test_a_server_value_out_of_range_is_refused_by_name(values, message):
     [
         ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
-        ({"momentum": 1.0}, "momentum must be in"),
+        ({"name": "momentum", "momentum": 1.0}, r"momentum must be in \[0, 1\) or null, got 1.0"),
+        ({"name": "sgd", "momentum": 0.9}, "momentum must be null where name is sgd, got 0.9"),
+        ({"momentum": 0.9}, "momentum must be null where name is adamw, got 0.9"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
         ({"name": "sgd", "weight_decay": 0.1}, "weight_decay must be 0 where name is sgd, got 0.1"),
         ({"name": "momentum", "weight_decay": 0.1}, "weight_decay must be 0 where name is momentum, got 0.1"),

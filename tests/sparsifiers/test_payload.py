@@ -60,7 +60,7 @@ def test_rotated_equals_count_with_rotations(rank):
         ratio = jnp.float32(kept / rank)
         sent, _ = compress(START, trained, (), ratio, used, jax.random.key(0))
         counts = {name: [kept] * LAYERS for name in WIDTHS}
-        assert sent.bits == payload_bits(counts, index=False, extra=MAX_RANK)
+        assert sent.bits == payload_bits(counts, index=False, extra=rank)
         assert method.payload_bits(ratio, used) == sent.bits
 
 

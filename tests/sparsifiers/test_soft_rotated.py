@@ -115,7 +115,7 @@ def test_bits_of_a_global_budget_are_those_of_what_arrives(ratio, unchanged):
                 change = np.asarray(getattr(f, part)) - np.asarray(getattr(START.modules[name], part))
                 found = np.linalg.matrix_rank(change, tol=1e-5).sum()
                 counts[part] += found
-                values += found * (width + MAX_RANK)
+                values += found * (width + RANK)
         matrices = LAYERS * len(WIDTHS)
         assert counts["a"] == counts["b"] == round(ratio * RANK) * matrices
         assert sent.bits == 32 * values + 2 * matrices * MAX_RANK.bit_length()
