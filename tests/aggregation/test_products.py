@@ -291,7 +291,7 @@ def test_downlink_beyond_uint32_is_refused_by_name():
     ("config", "options", "message"),
     [
         (fedex.FedExConfig, {"name": "x"}, "name must be 'fedex', got 'x'"),
-        (fedex.FedExConfig, {"start": "keep"}, "start must be one of average, reinit, got 'keep'"),
+        (fedex.FedExConfig, {"start": "old"}, "start must be one of average, reinit, keep, got 'old'"),
         (flora.FloraConfig, {"name": "x"}, "name must be 'flora', got 'x'"),
         (flexlora.FlexLoraConfig, {"name": "x"}, "name must be 'flexlora', got 'x'"),
         (lora_fair.LoraFairConfig, {"name": "x"}, "name must be 'lora_fair', got 'x'"),
