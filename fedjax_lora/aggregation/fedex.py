@@ -66,7 +66,6 @@ def _merge_changes(
     """The mean change of the clients' products merged, of factors of 2 R components; the broadcast's stay."""
     # A product of 0 in as many components, for who is absent.
     start = dataclasses.replace(broadcast, modules=differences(broadcast.modules, broadcast.modules))
-    found = by_layer(lambda layer: flora.merge_all(layer)._replace(factors=layer.old))(
-        start, trained, sent, weights, scale, key
-    )
+    merge = by_layer(lambda layer: Outcome(layer.old, flora.mean_product(layer)))
+    found = merge(start, trained, sent, weights, scale, key)
     return found._replace(adapters=dataclasses.replace(found.adapters, modules=broadcast.modules))

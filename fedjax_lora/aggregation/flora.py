@@ -55,5 +55,10 @@ def factors_once(round_number: Array, everyone: bool) -> Live:
 
 def merge_all(layer: Layer) -> Outcome:
     """The whole mean product merged, and new factors."""
+    return Outcome(fresh(layer), mean_product(layer))
+
+
+def mean_product(layer: Layer) -> Array:
+    """`sum_k p_k a_k b_k`, `[n_in, n_out]`."""
     nothing = jax.tree.map(jnp.zeros_like, layer.old)
-    return Outcome(fresh(layer), errors.product_gap(layer.received, nothing, layer.weights))
+    return errors.product_gap(layer.received, nothing, layer.weights)

@@ -9,6 +9,7 @@ from fedjax_lora.aggregation import errors, fedex, fedit, flexlora, flora, lora_
 from fedjax_lora.aggregation.products import product_bits
 from fedjax_lora.base import Adapters, Factors
 from fedjax_lora.ops.factorise import orthonormal
+from fedjax_lora.ops.products import differences
 from fedjax_lora.strategies import Sent
 from oracles import sparsifier_oracle as oracle
 from oracles.sparsifier_oracle import LAYERS, MAX_RANK, WIDTHS, product, random_adapters, stack
@@ -244,6 +245,26 @@ def test_gap_of_close_clients_is_not_lost_to_rounding():
     np.testing.assert_allclose(energy, 240.0, rtol=1e-5)
 
 
+def test_changes_may_have_more_components_than_a_module_has_inputs():
+    """Explicit matrices: two clients of R = 4 on a module of 5 inputs, so that 2 R columns cannot be orthogonal."""
+    generator = np.random.default_rng(3)
+    before, after = (
+        {"w": Factors(*(jnp.float32(generator.standard_normal((2, 1, *shape))) for shape in ((5, 4), (4, 7))))}
+        for _ in range(2)
+    )
+    changes = Adapters(differences(after, before), {})
+    sent = Sent(changes, {"w": jnp.ones((2, 1, 8))}, jnp.zeros(2), jnp.zeros(2), jnp.zeros(2))
+    start = Adapters({"w": Factors(a=jnp.ones((1, 5, 4)), b=jnp.zeros((1, 4, 7)))}, {})
+    weights = jnp.array([0.25, 0.75])
+    found = fedex.make(fedex.FedExConfig(start="keep")).aggregate(
+        start, changes, sent, weights, jnp.float32(SCALE), KEY
+    )
+    product_of = [np.float64(x["w"].a)[:, 0] @ np.float64(x["w"].b)[:, 0] for x in (before, after)]
+    expected = SCALE * np.einsum("c,cio->io", np.float64(weights), product_of[1] - product_of[0])
+    np.testing.assert_allclose(found.merged["w"][0], expected, rtol=1e-5, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, found.adapters, start)
+
+
 def test_downlink_of_the_stack_by_hand():
     """Oracle: a count matrix by matrix, of clients' components in use, however many are stored; a seed for a new a."""
     seed = {"flora": 32, "fedex": 0, "fedex reinit": 32}
@@ -270,7 +291,7 @@ def test_downlink_beyond_uint32_is_refused_by_name():
     ("config", "options", "message"),
     [
         (fedex.FedExConfig, {"name": "x"}, "name must be 'fedex', got 'x'"),
-        (fedex.FedExConfig, {"start": "keep"}, "start must be one of average, reinit, got 'keep'"),
+        (fedex.FedExConfig, {"start": "old"}, "start must be one of average, reinit, keep, got 'old'"),
         (flora.FloraConfig, {"name": "x"}, "name must be 'flora', got 'x'"),
         (flexlora.FlexLoraConfig, {"name": "x"}, "name must be 'flexlora', got 'x'"),
         (lora_fair.LoraFairConfig, {"name": "x"}, "name must be 'lora_fair', got 'x'"),
