@@ -16,6 +16,7 @@ from fedjax_lora.prng import RoundKeys, client_keys, round_keys
 from fedjax_lora.sim.cohort import choose, map_over_devices, padded_size
 from fedjax_lora.sim.kept import extract
 from fedjax_lora.sim.local import Broadcast, Client, Trained, max_rank
+from fedjax_lora.sim.observe import observe
 from fedjax_lora.sim.parts import Cohort, Local, Parts, Uplink, World, scope_of
 from fedjax_lora.strategies import Aggregate, Decision, Delivery, Live, Observation, Sent
 
@@ -248,38 +249,6 @@ def remember(parts: Parts, state: FedState, cohort: Cohort, local: Local, uplink
     return scatter(state.clients, cohort.ids, uplink.arrived, new, old)
 
 
-def observe(
-    after: FedState, cohort: Cohort, local: Local, tail_energy: Array, uplink: Uplink, aggregate: Aggregate
-) -> Metrics:
-    """The metrics of the round; evaluation, which is not of every round, adds its own."""
-    sent, delivery, arrived, trained = uplink.sent, uplink.delivery, uplink.arrived, local.trained
-    over_arrived, not_measured = mean_over(arrived), jnp.float32(jnp.nan)
-    return Metrics(
-        round=after.round,
-        train_loss=over_arrived(trained.loss),
-        eval_loss=not_measured,
-        eval_accuracy=not_measured,
-        personal_accuracy=not_measured,
-        latency_s=uplink.latency_s,
-        elapsed_s=after.elapsed_s,
-        client_uplink_bits=jnp.where(jnp.isfinite(delivery.latency_s), sent.bits, 0),
-        client_downlink_bits=jnp.where(cohort.present, cohort.downlink_bits, 0),
-        energy_j=jnp.sum(delivery.energy_j),
-        queue_s=after.queue_s,
-        energy_queue_j=after.energy_queue_j,
-        keep_ratio_mean=over_arrived(uplink.decision.keep_ratio),
-        kept_ranks_mean=over_arrived(sent.kept_ranks),
-        participants=jnp.sum(arrived),
-        outages=jnp.sum(local.active & ~delivery.delivered),
-        nonfinite_clients=jnp.sum(cohort.present & ~local.finite),
-        sparsification_error=aggregate.sparsification_error,
-        covariance_error=aggregate.covariance_error,
-        dropped_energy=over_arrived(sent.dropped_energy),
-        tail_energy=jax.vmap(over_arrived, in_axes=1)(tail_energy),
-        orthogonality=over_arrived(trained.orthogonality),
-    )
-
-
 def mean_change(new: Any, old: Any) -> Any:
     """The mean over all K clients of how their states changed."""
     return jax.tree.map(lambda x, y: jnp.mean(x - y, axis=0), new, old)
@@ -309,17 +278,6 @@ def as_changes(own: dict[str, Factors], held: Adapters, sent: Sent) -> tuple[Ada
     )
     counted = {name: jnp.concatenate([mask, mask], axis=-1) for name, mask in sent.counted.items()}
     return held, dataclasses.replace(sent, adapters=received, counted=counted)
-
-
-def mean_over(included: Array) -> Callable[[Array], Array]:
-    """A mean over the included clients; NaN ("not measured") where there are none."""
-    number = jnp.sum(included)
-
-    def mean(value: Array) -> Array:
-        total = jnp.sum(jnp.where(included, value, 0.0))
-        return jnp.where(number > 0, total / jnp.maximum(number, 1), jnp.nan)
-
-    return mean
 
 
 def round_latency(delivery: Delivery, active: Array) -> Array:
