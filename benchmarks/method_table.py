@@ -128,14 +128,15 @@ def summarize(runs: dict[str, dict]) -> dict[str, dict]:
     table = {}
     for name, rows in groups.items():
         table[name] = {"seeds": len(rows), "rounds": rows[0]["rounds"], "local_steps": rows[0]["local_steps"]}
-        for field in ("final_accuracy", "best_accuracy"):
+        accuracies = ["final_accuracy", "best_accuracy"]
+        if rows[0]["final_personal_accuracy"] is not None:
+            accuracies.append("final_personal_accuracy")
+        for field in accuracies:
             values = [row[field] for row in rows]
             table[name][field] = statistics.mean(values)
             table[name][f"{field}_deviation"] = statistics.stdev(values) if len(values) > 1 else None
         for field in ("uplink_bits", "share_of_budget", "downlink_bits", "sparsification_error", "covariance_error"):
             table[name][field] = statistics.mean(row[field] for row in rows)
-        if rows[0]["final_personal_accuracy"] is not None:
-            table[name]["final_personal_accuracy"] = statistics.mean(row["final_personal_accuracy"] for row in rows)
 
     def accuracy(row: dict) -> float:
         return row.get("final_personal_accuracy", row["final_accuracy"])
