@@ -161,7 +161,9 @@ def main() -> None:
     options = parser.parse_args()
     use_cpu_cores()
     environment = common.environment()  # before the output, which git may know, is written
-    kept = json.loads(options.out.read_text())["results"] if options.out.exists() else {}
+    made_with = {"early": options.early, "late": options.late, "cohort": options.cohort, "methods": list(METHODS)}
+    held = json.loads(options.out.read_text()) if options.out.exists() else {}
+    kept = held["results"] if held.get("made_with") == made_with else {}
     for optimizer, overrides in SETTINGS.items():
         for regulariser in (0.0, 0.1):
             for rank in options.ranks:
@@ -171,7 +173,7 @@ def main() -> None:
                 kept[name] = _measure(options, rank, regulariser, overrides)
                 common.note(f"{name}: {json.dumps(kept[name]['late']['accuracy'])}")
                 options.out.parent.mkdir(parents=True, exist_ok=True)
-                written = {"environment": environment, "results": kept}
+                written = {"environment": environment, "made_with": made_with, "results": kept}
                 options.out.write_text(json.dumps(written, indent=2) + "\n")
     print(json.dumps(kept, indent=2))
 

@@ -98,9 +98,17 @@ def build(config: ExperimentConfig) -> Simulation:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if isinstance(config.sparsifier, soft.SoftConfig) and (note := soft.degeneracy(config.sparsifier)):
+    if note := _degeneracy(config):
         warnings.warn(note, ConfigWarning, stacklevel=2)
     return simulation
+
+
+def _degeneracy(config: ExperimentConfig) -> str | None:
+    if not isinstance(config.sparsifier, soft.SoftConfig):
+        return None
+    redrawn = config.aggregation.name == "flora" or getattr(config.aggregation, "start", None) == "reinit"
+    sit_out = (config.clients.per_round or config.clients.count) < config.clients.count
+    return soft.degeneracy(config.sparsifier, redrawn, sit_out)
 
 
 def _build(config: ExperimentConfig) -> Simulation:

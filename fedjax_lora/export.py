@@ -31,5 +31,5 @@ def export_run(run: str | Path, folder: str | Path) -> None:
     state = checkpoint.restore(RunFolder(run).checkpoints, like)
     if state is None:
         raise ValueError(f"{run} must hold a checkpoint to export, got none")
-    lora, adapters = config.lora, deployed(state.adapters, state.clients.kept)
+    lora, adapters = config.lora, deployed(state.adapters, state.clients)
     peft.export(folder, adapters, MODULE_NAMES, lora.rank, lora.alpha, config.model.pretrained)

@@ -81,6 +81,8 @@ def _check(config: ExperimentConfig) -> None:
         ("aggregation.prune", prune == 1.0, "1.0", prune),
         ("control.energy_budget_j", control.energy_budget_j is None, "null", control.energy_budget_j),
         ("wireless.retransmissions", wireless.retransmissions == 0, "0", wireless.retransmissions),
+        ("aggregation.name", config.aggregation.name != "fedsa", "another", config.aggregation.name),
+        ("sparsifier.error_feedback", not getattr(config.sparsifier, "error_feedback", False), "false", True),
         ("server.name", server.name == "sgd", "sgd", server.name),
         ("server.learning_rate", server.learning_rate == 1.0, "1.0", server.learning_rate),
         ("plan.pilot_rounds", config.plan.pilot_rounds < config.rounds, "below rounds", config.plan.pilot_rounds),

@@ -97,8 +97,8 @@ def _notes(config: ExperimentConfig, simulation: Simulation) -> list[str]:
         notes.append(f"{simulation.truncated} sentences were cut to data.max_length = {config.data.max_length} tokens")
     state = jax.eval_shape(simulation.init, jax.random.key(config.seed))
     for what, tree in (("what the clients keep", state.clients), ("what is merged into the base", state.merged)):
-        if (size := trees.num_bytes(tree)) > 1e6:
-            notes.append(f"{what} takes {size / 1e6:.1f} MB of memory")
+        if (size := trees.num_bytes(tree)) > 8 * config.clients.count:  # more than a rank each
+            notes.append(f"{what} takes {size / 1e6:,.2f} MB of memory")
     return notes
 
 

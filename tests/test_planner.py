@@ -135,6 +135,8 @@ def test_a_plan_with_a_number_missing_is_one_line(planned, capsys, tmp_path):
         (["control.energy_budget_j=1.0"], ["control.energy_budget_j must be null", "1.0"]),
         (["wireless.retransmissions=2"], ["wireless.retransmissions must be 0", "2"]),
         (["server.name=momentum"], ["server.name must be sgd", "'momentum'"]),
+        (["aggregation.name=fedsa", "sparsifier={name: dense}"], ["aggregation.name must be another", "'fedsa'"]),
+        (["sparsifier={name: soft, error_feedback: true}"], ["sparsifier.error_feedback must be false", "True"]),
         (["aggregation.name=hetlora"], ["aggregation.prune must be 1.0", "0.99"]),
         (
             ["aggregation={name: fedex, start: keep}", "sparsifier={name: dense}"],

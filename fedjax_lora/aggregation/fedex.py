@@ -8,6 +8,7 @@ import dataclasses
 from typing import Literal
 
 from jax import Array
+from jax.typing import ArrayLike
 
 from fedjax_lora.aggregation import errors, flora
 from fedjax_lora.aggregation.fedit import average_factors
@@ -45,12 +46,19 @@ def make(config: FedExConfig) -> Aggregator:
     if config.start == "reinit":
         return flora.make(flora.FloraConfig())
     if config.start == "keep":
+
+        def extra_downlink_bits(like: Adapters, clients: int | None, rank: ArrayLike) -> Array:
+            # Who sits out may not have its first factors yet: it draws them from a seed.
+            return (
+                product_bits(like, 2 * clients, rank) if clients else product_bits(like, None, rank) + flora.SEED_BITS
+            )
+
         return Aggregator(
             aggregate=_merge_changes,
             merges=True,
             resumes=True,
             moved=flora.factors_once,
-            extra_downlink_bits=lambda like, clients, rank: product_bits(like, clients and 2 * clients, rank),
+            extra_downlink_bits=extra_downlink_bits,
         )
     return Aggregator(aggregate=by_layer(_residual), merges=True, extra_downlink_bits=product_bits)
 

@@ -215,16 +215,17 @@ def best_V(found: Outlook, most_latency_s: float) -> Outlook:
     """`[candidates]`: of each, the V of least score within the latency; where none is within, that of least latency."""
     within = found.latency_s <= most_latency_s
     among = jnp.where(within, found.score, jnp.inf)
-    column = jnp.where(within.any(1), jnp.argmin(among, 1), jnp.argmin(found.latency_s, 1))
+    known = jnp.isfinite(among).any(1)  # where no score is, the least latency is what there is to go by
+    column = jnp.where(known, jnp.argmin(among, 1), jnp.argmin(found.latency_s, 1))
     return jax.tree.map(lambda x: jnp.take_along_axis(x, column[:, None], 1)[:, 0], found)
 
 
 def best_rank(latency_s: Array, score: Array, most_latency_s: float) -> int:
     """Position of the least score `[candidates]` within the latency, the first of equals; else of the least latency.
 
-    A score that is not a number, of a rollout that diverged, is never the least.
+    A score that is not finite, of a pilot without progress or a rollout that diverged, is never the least.
     """
-    within = (latency_s <= most_latency_s) & ~jnp.isnan(score)
+    within = (latency_s <= most_latency_s) & jnp.isfinite(score)
     return int(jnp.argmin(jnp.where(within, score, jnp.inf)) if within.any() else jnp.argmin(latency_s))
 
 

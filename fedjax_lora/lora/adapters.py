@@ -83,6 +83,11 @@ def init(
     return {name: factors(name, *shape) for name, shape in targets.items()}
 
 
+def max_rank(adapters: Adapters) -> int:
+    """R, the static rank that the factors are stored at."""
+    return next(iter(adapters.modules.values())).a.shape[-1]
+
+
 def rank_mask(rank: Array | float, max_rank: int) -> Array:
     """`[R]` float32: 1 for the first `rank` components, 0 for the others; `rank` may be traced."""
     return (jnp.arange(max_rank) < rank).astype(jnp.float32)

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from fedjax_lora import trees
 from fedjax_lora.base import Adapters, Base, Hyper
 from fedjax_lora.data.batches import gather
-from fedjax_lora.lora.adapters import rank_mask
+from fedjax_lora.lora.adapters import max_rank, rank_mask
 from fedjax_lora.sim.cohort import padded_size
-from fedjax_lora.sim.local import local_loss, max_rank
+from fedjax_lora.sim.local import local_loss
 from fedjax_lora.sim.parts import World
 from fedjax_lora.strategies import Aggregator, Model, Sparsifier
 

@@ -91,7 +91,7 @@ def make_segment(
 
         state, rows = lax.fori_loop(0, rounds, body, (state, rows))
         base = base_of(world, state)
-        loss, accuracy = evaluate(base, world.data.test, deployed(state.adapters, state.clients.kept), state.hyper)
+        loss, accuracy = evaluate(base, world.data.test, deployed(state.adapters, state.clients), state.hyper)
         personal = evaluate_personal(base, world.data, state.adapters, state.clients, state.hyper)
         return state, rows, Scores(loss, accuracy, personal)
 

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.base import Adapters, ClientState, Factors
+from fedjax_lora.lora.adapters import max_rank, rank_mask
 
 
 def extract(adapters: Adapters, parts: Sequence[str]) -> dict[str, Any]:
@@ -26,9 +27,12 @@ def compose(adapters: Adapters, kept: dict[str, Any]) -> Adapters:
     return Adapters(modules=modules, head=kept.get("head", adapters.head))
 
 
-def deployed(adapters: Adapters, kept: dict[str, Any]) -> Adapters:
-    """The adapters that a newcomer would be given: the shared parts with the mean over all clients of the kept ones.
+def deployed(adapters: Adapters, clients: ClientState) -> Adapters:
+    """The adapters that a newcomer would be given, of the global ones and the state of all K clients.
 
-    kept: part -> leaves `[K, ...]`; `{}` where nothing is kept.
+    The parts that clients keep are their mean. A rank that all have pruned away is no part of any client's model.
     """
-    return compose(adapters, jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), kept))
+    whole = compose(adapters, jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), clients.kept))
+    in_use = rank_mask(jnp.max(clients.rank), max_rank(whole))
+    modules = {name: Factors(a=f.a, b=f.b * in_use[:, None]) for name, f in whole.modules.items()}
+    return Adapters(modules=modules, head=whole.head)

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from fedjax_lora.base import Adapters, Base, Batch, ClientState, Hyper, Scope
 from fedjax_lora.data.batches import gather, local_batches
-from fedjax_lora.lora.adapters import effective, rank_mask
+from fedjax_lora.lora.adapters import effective, max_rank, rank_mask
 from fedjax_lora.ops.products import differences
 from fedjax_lora.sim.kept import compose
 from fedjax_lora.sim.optimizers import Optimizer, OptimizerConfig
@@ -110,11 +110,6 @@ def local_loss(model: Model, sparsifier: Sparsifier, aggregator: Aggregator) -> 
         return data_loss + penalty, data_loss
 
     return loss
-
-
-def max_rank(adapters: Adapters) -> int:
-    """R, the static rank that the factors are stored at."""
-    return next(iter(adapters.modules.values())).a.shape[-1]
 
 
 def make_train(

@@ -80,8 +80,12 @@ class FedAvgMConfig(_ServerOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _AdaptiveOptions(_ServerOptions):
-    """Decays of both moments, and what is added to the root of the second."""
+    """Decays of both moments, and what is added to the root of the second.
 
+    At first a step moves every entry by about the learning rate, whatever the pseudo-gradient is: 1.0 is far too much.
+    """
+
+    learning_rate: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.99
     epsilon: float = 1e-3

@@ -11,9 +11,9 @@ from jax import Array, lax
 from fedjax_lora.base import Adapters, Base, Factors, FedState, Hyper, Scope
 from fedjax_lora.control import bound
 from fedjax_lora.data.batches import evaluation_batches, gather
-from fedjax_lora.lora.adapters import add_to_base, effective, rank_mask
+from fedjax_lora.lora.adapters import add_to_base, effective, max_rank, rank_mask
 from fedjax_lora.prng import round_keys
-from fedjax_lora.sim.local import cross_entropy, max_rank
+from fedjax_lora.sim.local import cross_entropy
 from fedjax_lora.sim.parts import Cohort, Local, Parts, Uplink, World
 from fedjax_lora.sim.round import advance, average, choose_cohort, normalised, sparsify, train_locally
 from fedjax_lora.strategies import Aggregate, Decision, Delivery, Live, Model

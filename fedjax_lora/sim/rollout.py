@@ -52,7 +52,7 @@ def roll_out(
         key, queue_s = jax.random.fold_in(state.key, seed), jnp.float32(control.queue_s)
         start = at_rank(dataclasses.replace(state, key=key, queue_s=queue_s), rank)
         end, metrics = lax.scan(lambda s, _: round_fn(world, s), start, length=rounds)
-        adapters = deployed(end.adapters, end.clients.kept)
+        adapters = deployed(end.adapters, end.clients)
         loss, accuracy = evaluate(parts.current_base(world, end), world.data.test, adapters, end.hyper)
         return Rollout(loss, accuracy, jnp.mean(metrics.latency_s))
 

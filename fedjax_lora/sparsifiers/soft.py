@@ -64,9 +64,20 @@ class SoftConfig(Options):
             raise ValueError(f"error_feedback must be false where send is {self.send}, got True")
 
 
-def degeneracy(config: SoftConfig) -> str | None:
-    """One line on what these options silently turn into, or None."""
-    if config.send == "factors" and config.missing == "zero":
+def degeneracy(config: SoftConfig, redrawn: bool = False, sit_out: bool = False) -> str | None:
+    """One line on what these options silently turn into, or None.
+
+    Args:
+      config: its options.
+      redrawn: whether factors are drawn anew every round.
+      sit_out: whether clients sit out rounds.
+    """
+    if config.error_feedback and sit_out:
+        return (
+            "sparsifier: error_feedback adds what a client left out many rounds ago, where clients sit out rounds: "
+            "it is known to harm"
+        )
+    if config.send == "factors" and config.missing == "zero" and not redrawn:
         return (
             "sparsifier: send: factors with missing: zero pulls unsent ranks to zero, where they stay: "
             "it becomes a LoRA of fixed rank keep_ratio * rank"

@@ -274,6 +274,11 @@ def test_downlink_of_the_stack_by_hand():
         expected = 32 * LAYERS * sum(min(stacked[name], full[name]) for name in WIDTHS)
         for name in seed:
             assert METHODS[name].extra_downlink_bits(BROADCAST, clients, jnp.float32(rank)) == expected + seed[name]
+        kept = fedex.make(fedex.FedExConfig(start="keep"))  # changes of products, of twice the rank
+        stacked = {name: 2 * value for name, value in stacked.items()}
+        expected = 32 * LAYERS * sum(min(stacked[name], full[name]) for name in WIDTHS)
+        assert kept.extra_downlink_bits(BROADCAST, clients, jnp.float32(rank)) == expected
+        assert kept.extra_downlink_bits(BROADCAST, None, 3) == 32 * LAYERS * sum(full.values()) + 32
     assert METHODS["flexlora"].extra_downlink_bits(BROADCAST, 9, 3) == 0
     for name in seed:  # a client that has missed merges is sent their sum
         assert METHODS[name].extra_downlink_bits(BROADCAST, None, 3) == 32 * LAYERS * sum(full.values()) + seed[name]

@@ -130,6 +130,17 @@ def test_the_grid_is_brute_force(searched, one):
     assert tsfa_offline.best_rank(best.latency_s, best.score, 1.05) == np.argmin(allowed.min(1))
 
 
+def test_where_no_score_is_finite_the_least_latency_is_taken(searched):
+    """By hand: a pilot without progress gives infinite scores, of which none may be chosen for being the first."""
+    found = searched[1.0]
+    nothing = found._replace(score=jnp.full_like(found.score, jnp.inf))
+    best = tsfa_offline.best_V(nothing, 1.05)
+    np.testing.assert_array_equal(best.latency_s, np.asarray(found.latency_s).min(1))
+    latency_s = jnp.array([3.0, 1.0, 2.0])
+    assert tsfa_offline.best_rank(latency_s, jnp.full(3, jnp.inf), 2.5) == 1
+    assert tsfa_offline.best_rank(latency_s, jnp.array([0.0, jnp.inf, 5.0]), 2.5) == 2
+
+
 def test_a_tighter_budget_never_chooses_a_higher_rank(searched):
     """Monotone comparative statics: of a nested spectrum, fewer bits cost a higher rank at least as much."""
     chosen = []

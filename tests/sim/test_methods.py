@@ -1,5 +1,7 @@
 """Rounds of the aggregators that choose what is trained, sent and kept, and of clients of different ranks."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.prng import client_keys, round_keys
 from fedjax_lora.sim.cohort import choose
 from fedjax_lora.sim.evaluate import label_weights
-from fedjax_lora.sim.kept import compose
+from fedjax_lora.sim.kept import compose, deployed
 from fedjax_lora.sim.local import Client
 from fedjax_lora.sim.round import train_cohort
 from toy import simulation
@@ -189,3 +191,18 @@ def test_hetlora_prunes_the_ranks_of_those_who_took_part():
             expected[k] = ranks[k] // 2 if falls[-1] else ranks[k]
     np.testing.assert_array_equal(second.clients.rank, expected)
     assert any(falls)
+
+
+def test_a_rank_that_all_have_pruned_is_no_part_of_the_evaluated_model():
+    """Oracle: by hand, on a run's adapters: b is cut beyond the largest rank that a client has, and nothing else is."""
+    sim = simulation("sparsifier.name=dense", "control.name=ideal", "lora={max_rank: 6, rank: 6, targets: [up]}")
+    state, _ = sim.run(sim.init(jax.random.key(1)), 1)
+    for ranks, left in ((np.array([6, 3, 1, 6, 3, 1]), 6), (np.array([2, 3, 1, 2, 3, 1]), 3)):
+        found = deployed(state.adapters, dataclasses.replace(state.clients, rank=jnp.float32(ranks)))
+        b = np.array(state.adapters.modules["up"].b)
+        assert np.any(b[:, 3:])
+        b[:, left:] = 0
+        np.testing.assert_array_equal(found.modules["up"].b, b)
+        np.testing.assert_array_equal(found.modules["up"].a, state.adapters.modules["up"].a)
+    loss = [sim.score(sim.world.base, sim.world.data.test, a, state.hyper)[0] for a in (state.adapters, found)]
+    assert loss[0] != loss[1]

@@ -290,6 +290,10 @@ def test_degeneracy_is_named():
     """The one combination that turns into a fixed rank."""
     assert degeneracy(SoftConfig()) is None
     assert degeneracy(SoftConfig(missing="zero")) is None
+    assert degeneracy(SoftConfig(send="factors", missing="zero"), redrawn=True) is None
+    feedback = SoftConfig(error_feedback=True)
+    assert degeneracy(feedback) is None
+    assert "error_feedback" in str(degeneracy(feedback, sit_out=True))
     note = degeneracy(SoftConfig(send="factors", missing="zero"))
     assert note is not None and "fixed rank" in note
 
