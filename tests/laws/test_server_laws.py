@@ -58,7 +58,10 @@ def test_dtypes_and_shapes_are_kept(optimizer):
     """Structure: updates are like the adapters, the state after a round like the one before."""
     state = optimizer.init(START)
     updates, after = jax.eval_shape(optimizer.update, GRADIENTS[0], state, START)
-    same = lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype))  # noqa: E731
+
+    def same(x, y):
+        np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype))
+
     jax.tree.map(same, updates, START)
     jax.tree.map(same, after, state)
 
