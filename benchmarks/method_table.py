@@ -3,7 +3,7 @@
 A method runs until its next evaluation would exceed the bits that `dense` with `fedit` sends in `--dense-rounds`
 rounds, or for at most MOST_ROUNDS times as many rounds: who sends less a round is allowed more rounds, hence more
 local steps, which the table states. 10 of 50 clients a round, 10 local steps on batches of 8; sparsifiers keep a
-quarter.
+quarter. Text is computed in bfloat16, at nearly twice the speed of float32 on processors that have units for it.
 """
 
 import argparse
@@ -75,6 +75,7 @@ SHARED = [
     f"engine.eval_every={EVAL_EVERY}",
 ]
 TEXT = [
+    "model.compute_dtype=bfloat16",
     "lora.targets=[query, value]",
     "data.source=tsv",
     "data.max_length=48",
