@@ -3,7 +3,8 @@
 A method runs until its next evaluation would exceed the bits that `dense` with `fedit` sends in `--dense-rounds`
 rounds, or for at most MOST_ROUNDS times as many rounds: who sends less a round is allowed more rounds, hence more
 local steps, which the table states. 10 of 50 clients a round, 10 local steps on batches of 8; sparsifiers keep a
-quarter. Text is computed in bfloat16, at nearly twice the speed of float32 on processors that have units for it.
+quarter. Text is computed in bfloat16, at nearly twice the speed of float32 on processors that have units for it; only
+what merges into the frozen weights is computed in float32, as it must be.
 """
 
 import argparse
@@ -64,6 +65,7 @@ METHODS = {
 }
 MATTER_MOST = ("dense", "soft", "soft_rotated", "top_k", "ffa", "rolora", "fedex", "flasc")
 """The eight that are run on text unless `--methods` says otherwise."""
+MERGE_INTO_BASE = ("fedex", "fedex keep", "flora")
 
 SHARED = [
     "clients.count=50",
@@ -175,7 +177,8 @@ def main() -> None:
         return load_config(None, [*files, *setting, *overrides], base=base)
 
     def overrides(method: str, alpha: float, seed: int) -> list[str]:
-        return [*METHODS[method], f"clients.partition.alpha={alpha}", f"seed={seed}"]
+        whole = ["model.compute_dtype=float32"] if options.train and method in MERGE_INTO_BASE else []
+        return [*METHODS[method], *whole, f"clients.partition.alpha={alpha}", f"seed={seed}"]
 
     runs = {
         f"{method}, alpha {alpha} seed {seed}": overrides(method, alpha, seed)
