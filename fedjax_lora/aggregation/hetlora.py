@@ -28,7 +28,8 @@ class HetLoraConfig(Options):
 
     prune: gamma in (0, 1]: a client of rank r falls to `max(1, floor(gamma r))` where its trailing ranks have shrunk; 1
       leaves all ranks as they are. By default one rank at a time.
-    regularisation: lambda >= 0, weight of the norms of the trailing ranks in the local loss.
+    regularisation: lambda >= 0, weight of the norms of the trailing ranks in the local loss; there are none where prune
+      is 1.
     """
 
     name: Literal["hetlora"] = "hetlora"

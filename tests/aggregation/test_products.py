@@ -265,25 +265,6 @@ def test_changes_may_have_more_components_than_a_module_has_inputs():
     jax.tree.map(np.testing.assert_array_equal, found.adapters, start)
 
 
-def test_downlink_of_the_stack_by_hand():
-    """Oracle: a count matrix by matrix, of clients' components in use, however many are stored; a seed for a new a."""
-    seed = {"flora": 32, "fedex": 0, "fedex reinit": 32}
-    full = {"query": 12 * 20, "value": 13 * 5}
-    for clients, rank in ((1, 1), (2, 1), (2, 3), (1, MAX_RANK)):
-        stacked = {"query": clients * rank * (12 + 20), "value": clients * rank * (13 + 5)}
-        expected = 32 * LAYERS * sum(min(stacked[name], full[name]) for name in WIDTHS)
-        for name in seed:
-            assert METHODS[name].extra_downlink_bits(BROADCAST, clients, jnp.float32(rank)) == expected + seed[name]
-        kept = fedex.make(fedex.FedExConfig(start="keep"))  # changes of products, of twice the rank
-        stacked = {name: 2 * value for name, value in stacked.items()}
-        expected = 32 * LAYERS * sum(min(stacked[name], full[name]) for name in WIDTHS)
-        assert kept.extra_downlink_bits(BROADCAST, clients, jnp.float32(rank)) == expected
-        assert kept.extra_downlink_bits(BROADCAST, None, 3) == 32 * LAYERS * sum(full.values()) + 32
-    assert METHODS["flexlora"].extra_downlink_bits(BROADCAST, 9, 3) == 0
-    for name in seed:  # a client that has missed merges is sent their sum
-        assert METHODS[name].extra_downlink_bits(BROADCAST, None, 3) == 32 * LAYERS * sum(full.values()) + seed[name]
-
-
 def test_downlink_beyond_uint32_is_refused_by_name():
     """The message itself."""
     wide = jax.ShapeDtypeStruct((24, 4096, 8), jnp.float32), jax.ShapeDtypeStruct((24, 8, 4096), jnp.float32)

@@ -23,7 +23,10 @@ class Row(NamedTuple):
 
     round: decides about what is trained and sent. sparsifier: one that goes with the method.
     exact: whether averaging is free of error. new_basis: whether equal clients' product comes back in other factors.
-    signs: whether the factors are unique up to signs alone.
+    signs: whether the factors are unique up to signs alone. received: the factors that clients are sent in rounds 0, 1
+    and 2 where all take part in each. received_away: the same where clients sit out rounds. stacks: at how many times
+    C r components what was merged is charged. seed_bits: what comes with it. seed_bits_away: the same where clients sit
+    out rounds. has_head: whether the head is sent.
     """
 
     module: Any
@@ -33,19 +36,45 @@ class Row(NamedTuple):
     exact: bool = False
     new_basis: bool = False
     signs: bool = False
+    received: tuple[str, str, str] = ("ab", "ab", "ab")
+    received_away: tuple[str, str, str] | None = None
+    stacks: int = 0
+    seed_bits: int = 0
+    seed_bits_away: int = 0
+    has_head: bool = True
 
 
+ROLORA = Row(rolora, rolora.RoLoraConfig(), exact=True, received=("ab", "b", "a"), received_away=("ab", "ab", "ab"))
+ONCE = ("ab", "", "")
 TABLE = {
     "fedit": Row(fedit, fedit.FedItConfig()),
-    "ffa": Row(ffa, ffa.FfaConfig(), exact=True),
-    "rolora even": Row(rolora, rolora.RoLoraConfig(), round=0, exact=True),
-    "rolora odd": Row(rolora, rolora.RoLoraConfig(), round=1, exact=True),
-    "fedsa": Row(fedsa, fedsa.FedSaConfig(), exact=True),
+    "ffa": Row(ffa, ffa.FfaConfig(), exact=True, received=("b", "b", "b")),
+    "rolora even": ROLORA,
+    "rolora odd": ROLORA._replace(round=1),
+    "fedsa": Row(fedsa, fedsa.FedSaConfig(), exact=True, received=("a", "a", "a"), has_head=False),
     "hetlora": Row(hetlora, hetlora.HetLoraConfig(), sparsifier=ZERO),
-    "fedex": Row(fedex, fedex.FedExConfig(), exact=True),
-    "fedex reinit": Row(fedex, fedex.FedExConfig(start="reinit"), exact=True, new_basis=True),
-    "fedex keep": Row(fedex, fedex.FedExConfig(start="keep"), exact=True),
-    "flora": Row(flora, flora.FloraConfig(), exact=True, new_basis=True),
+    "fedex": Row(fedex, fedex.FedExConfig(), exact=True, stacks=1),
+    "fedex reinit": Row(
+        fedex,
+        fedex.FedExConfig(start="reinit"),
+        exact=True,
+        new_basis=True,
+        received=ONCE,
+        stacks=1,
+        seed_bits=32,
+        seed_bits_away=32,
+    ),
+    "fedex keep": Row(fedex, fedex.FedExConfig(start="keep"), exact=True, received=ONCE, stacks=2, seed_bits_away=32),
+    "flora": Row(
+        flora,
+        flora.FloraConfig(),
+        exact=True,
+        new_basis=True,
+        received=ONCE,
+        stacks=1,
+        seed_bits=32,
+        seed_bits_away=32,
+    ),
     "flexlora": Row(flexlora, flexlora.FlexLoraConfig(), new_basis=True, signs=True),
     "lora_fair": Row(lora_fair, lora_fair.LoraFairConfig()),
 }
@@ -227,3 +256,29 @@ def test_identical_clients_give_the_product_of_fedit(row, jitted):
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found.adapters.head, expected.adapters.head
     )
     np.testing.assert_allclose(found.covariance_error, 0.0, atol=1e-3)
+
+
+@pytest.mark.parametrize("everyone", [True, False])
+def test_clients_are_sent_what_they_cannot_know(row, everyone):
+    """Oracle: the factors that the row names, round by round, and the head."""
+    method = row.module.make(row.config)
+    expected = row.received if everyone else row.received_away or row.received
+    for number, factors in enumerate(expected):
+        live = method.receives(jnp.int32(number), everyone)
+        assert tuple(map(float, live)) == ("a" in factors, "b" in factors, row.has_head)
+
+
+@pytest.mark.parametrize(("clients", "rank"), [(1, 1), (2, 1), (2, 3), (1, 6), (9, 3)])
+def test_downlink_of_what_was_merged_equals_an_independent_count(row, clients, rank):
+    """Oracle: a count matrix by matrix, of clients' components in use, however many are stored.
+
+    A matrix is sent in full where that is shorter; a client that has missed merges is sent their sum in full.
+    """
+    method = row.module.make(row.config)
+    bits = bits_away = 0
+    for n_in, n_out in WIDTHS.values():
+        for _ in range(LAYERS):
+            bits += 32 * min(row.stacks * clients * rank * (n_in + n_out), n_in * n_out)
+            bits_away += 32 * n_in * n_out * (row.stacks > 0)
+    assert method.extra_downlink_bits(START, clients, jnp.float32(rank)) == bits + row.seed_bits
+    assert method.extra_downlink_bits(START, None, jnp.float32(rank)) == bits_away + row.seed_bits_away

@@ -14,6 +14,7 @@ from oracles.sparsifier_oracle import (
     MAX_RANK,
     RANK,
     WIDTHS,
+    common_bits,
     element_bits,
     payload_bits,
     random_adapters,
@@ -31,8 +32,9 @@ class Row(NamedTuple):
     factor's part of a component comes with. seed_bits: sent once. factor_bits: sent once for each factor.
     elements: whether single values are sent, not
     components. everything: whether all ranks are sent at any ratio. global_budget: whether components are chosen over
-    the whole adapter. keeps_broadcast: whether what is not sent stays as it was. error: how far from the trained
-    values those that are sent may arrive; 0 to the bit where nothing changed.
+    the whole adapter. factors_apart: whether they are chosen for each factor by itself. keeps_broadcast: whether what
+    is not sent stays as it was. download: the share of values that is broadcast. error: how far from the trained values
+    those that are sent may arrive; 0 to the bit where nothing changed.
     """
 
     module: Any
@@ -45,19 +47,21 @@ class Row(NamedTuple):
     elements: bool = False
     everything: bool = False
     global_budget: bool = False
+    factors_apart: bool = False
     keeps_broadcast: bool = True
+    download: float = 1.0
     error: float = 0.0
 
     def bits(self, kept, counts, factors="ab"):
-        """The independent count, for k of r ranks and the components sent of each matrix."""
+        """The independent count, for k of r ranks and the components sent of each matrix, by factor."""
         value_bits = self.wire.bits_per_value
         if self.elements:
             return element_bits(kept / RANK, value_bits, factors)
-        return (
-            payload_bits(counts, self.index, self.extra, value_bits, factors)
-            + self.seed_bits
-            + len(factors) * self.factor_bits
-        )
+        bits = self.seed_bits + len(factors) * self.factor_bits
+        if self.factors_apart:
+            parts = [payload_bits(counts[f], self.index, self.extra, value_bits, f) for f in factors]
+            return bits + sum(parts) - (len(factors) - 1) * common_bits(value_bits, "")  # one head goes with both
+        return bits + payload_bits(counts[factors[0]], self.index, self.extra, value_bits, factors)
 
     def bits_of_all(self, rank):
         """The independent count of everything at a structural rank."""
@@ -84,6 +88,7 @@ TABLE = {
         soft, soft.SoftConfig(budget="global", send="factors", form="a_only"), global_budget=True
     ),
     "soft global": Row(soft, soft.SoftConfig(budget="global", form="none", orthogonality=0.0), global_budget=True),
+    "soft feedback": Row(soft, soft.SoftConfig(error_feedback=True)),
     "soft_rotated": Row(soft_rotated, soft_rotated.SoftRotatedConfig(), index=False, extra=RANK),
     "soft_rotated norm": Row(
         soft_rotated,
@@ -92,6 +97,15 @@ TABLE = {
         extra=RANK,
         factor_bits=32 * LAYERS * len(WIDTHS),
     ),
+    "soft_rotated global": Row(
+        soft_rotated,
+        soft_rotated.SoftRotatedConfig(budget="global"),
+        index=False,
+        extra=RANK,
+        factor_bits=3 * LAYERS * len(WIDTHS),  # each matrix says how many of 6
+        global_budget=True,
+        factors_apart=True,
+    ),
     "top_k": Row(top_k, top_k.TopKConfig(), elements=True),
     "top_k 4 bits": Row(top_k, top_k.TopKConfig(), WIRE4, elements=True),
     "random_rank": Row(random_rank, random_rank.RandomRankConfig(), index=False, seed_bits=32),
@@ -99,7 +113,8 @@ TABLE = {
     "svd": SVD,
     "svd 8 bits": SVD._replace(wire=WIRE8, error=0.1),
     "lora_a2": Row(lora_a2, lora_a2.LoraA2Config(), global_budget=True),
-    "flasc": Row(flasc, flasc.FlascConfig(download_ratio=1.0), elements=True),
+    "flasc": Row(flasc, flasc.FlascConfig(download_ratio=0.25), elements=True, download=0.25),
+    "flasc whole": Row(flasc, flasc.FlascConfig(download_ratio=1.0), elements=True),
 }
 START = random_adapters(0)
 TRAINED = trained_from(START, 1)
@@ -120,8 +135,18 @@ def method(row):
 
 
 @pytest.fixture(scope="module")
-def compress(method):
-    return jax.jit(method.compress)
+def eager(method):
+    """What a client sends in its first round, and what it remembers from then on."""
+
+    def compress(start, trained, keep_ratio, scope, key):
+        return method.compress(start, trained, method.init(start), keep_ratio, scope, key)
+
+    return compress
+
+
+@pytest.fixture(scope="module")
+def compress(eager):
+    return jax.jit(eager)
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +158,8 @@ def assert_close(x, y, atol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=atol), x, y)
 
 
-def test_jit_equals_eager(method, compress, tail_energy):
-    assert_close(compress(START, TRAINED, (), HALF, SCOPE, KEY), method.compress(START, TRAINED, (), HALF, SCOPE, KEY))
+def test_jit_equals_eager(method, eager, compress, tail_energy):
+    assert_close(compress(START, TRAINED, HALF, SCOPE, KEY), eager(START, TRAINED, HALF, SCOPE, KEY))
     assert_close(tail_energy(START, TRAINED, SCOPE), method.tail_energy(START, TRAINED, SCOPE), atol=1e-3)
     assert_close(jax.jit(method.penalty)(TRAINED, MASK), method.penalty(TRAINED, MASK))
     assert_close(jax.jit(method.payload_bits)(HALF, SCOPE), method.payload_bits(HALF, SCOPE))
@@ -146,8 +171,8 @@ def test_vmap_equals_loop(compress):
     ratios = jnp.array([0.25, 0.5, 1.0])
     scopes = stack([scope(rank) for rank in (4, 5, 6)])
     keys = jax.random.split(KEY, 3)
-    mapped, _ = jax.vmap(compress, in_axes=(None, 0, None, 0, 0, 0))(START, stack(cohort), (), ratios, scopes, keys)
-    looped = [compress(START, cohort[k], (), ratios[k], scope(4 + k), keys[k])[0] for k in range(3)]
+    mapped, _ = jax.vmap(compress, in_axes=(None, 0, 0, 0, 0))(START, stack(cohort), ratios, scopes, keys)
+    looped = [compress(START, cohort[k], ratios[k], scope(4 + k), keys[k])[0] for k in range(3)]
     assert_close(mapped, stack(looped))
 
 
@@ -169,14 +194,14 @@ def test_dtypes_and_shapes_are_kept(method):
     assert (planned.shape, planned.dtype) == ((3, 2), jnp.float32)
 
 
-def test_traced_once_for_all_ratios_and_ranks(method):
+def test_traced_once_for_all_ratios_and_ranks(method, eager):
     """Structure: masks and ratios are data."""
     traces = []
 
     @jax.jit
     def counted(trained, ratio, mask):
         traces.append(1)
-        sent, _ = method.compress(START, trained, (), ratio, mask, KEY)
+        sent, _ = eager(START, trained, ratio, mask, KEY)
         return sent.bits, method.tail_energy(START, trained, mask), method.payload_bits(ratio, mask)
 
     for ratio, rank in ((0.25, 2), (0.5, 4), (1.0, 6)):
@@ -191,7 +216,7 @@ def test_zero_update_stays_zero_change(row, method, compress, tail_energy, ratio
     Ties cost no more than was planned.
     """
     for start in (START, jax.tree.map(jnp.zeros_like, START)):
-        sent, _ = compress(start, start, (), jnp.float32(ratio), SCOPE, KEY)
+        sent, _ = compress(start, start, jnp.float32(ratio), SCOPE, KEY)
         if row.keeps_broadcast or ratio == 1.0:
             jax.tree.map(lambda x, x0: np.testing.assert_allclose(x, x0, rtol=0, atol=row.error), sent.adapters, start)
         assert not any(np.any(np.isnan(leaf)) for leaf in jax.tree.leaves((sent, tail_energy(start, start, SCOPE))))
@@ -205,7 +230,7 @@ def test_keep_ratio_one_decodes_as_dense(row, compress, rank):
     Nothing is dropped and everyone has a say in every rank in use.
     """
     used, trained = scope(rank), trained_from(START, 1, rank=rank)
-    sent, _ = compress(START, trained, (), jnp.float32(1.0), used, KEY)
+    sent, _ = compress(START, trained, jnp.float32(1.0), used, KEY)
     reference = dense.make(dense.DenseConfig(), START, FLOAT32 if row.error else row.wire)
     expected, _ = reference.compress(START, trained, (), HALF, used, KEY)
     if row.error or row.module is soft_rotated:
@@ -217,16 +242,19 @@ def test_keep_ratio_one_decodes_as_dense(row, compress, rank):
     assert sent.dropped_energy < 1e-6
 
 
-def components_sent(row, kept, sent):
-    """Module -> components of each layer: told by what changed where the method chooses how many."""
+def components_sent(row, kept, sent, factors="ab"):
+    """Factor -> module -> components of each layer: told by what changed where the method chooses how many."""
     if not row.global_budget:
-        return {name: [RANK if row.everything else kept] * LAYERS for name in WIDTHS}
-    changed = {}
+        return {side: {name: [RANK if row.everything else kept] * LAYERS for name in WIDTHS} for side in factors}
+    changed = {factor: {} for factor in factors}
     for name, f in sent.adapters.modules.items():
-        f0 = START.modules[name]
-        moved = np.any(f.a != f0.a, axis=1) | np.any(f.b != f0.b, axis=2)
-        changed[name] = moved.sum(-1).tolist()
-    assert sum(map(sum, changed.values())) == kept * LAYERS * len(WIDTHS)
+        changes = {factor: np.asarray(getattr(f, factor) - getattr(START.modules[name], factor)) for factor in "ab"}
+        moved = np.any(changes["a"], axis=1) | np.any(changes["b"], axis=2)
+        for factor in factors:
+            ranks = np.linalg.matrix_rank(changes[factor], tol=1e-3) if row.factors_apart else moved.sum(-1)
+            changed[factor][name] = ranks.tolist()
+    for counts in changed.values():
+        assert sum(map(sum, counts.values())) == kept * LAYERS * len(WIDTHS)
     return changed
 
 
@@ -234,7 +262,7 @@ def components_sent(row, kept, sent):
 def test_bits_equal_independent_count(row, method, compress, kept):
     """Oracle: a count value by value; a plan never falls short of what is sent."""
     ratio = jnp.float32(kept / RANK)
-    sent, _ = compress(START, TRAINED, (), ratio, SCOPE, KEY)
+    sent, _ = compress(START, TRAINED, ratio, SCOPE, KEY)
     assert sent.bits == row.bits(kept, components_sent(row, kept, sent))
     assert method.payload_bits(ratio, SCOPE) >= sent.bits
 
@@ -242,7 +270,7 @@ def test_bits_equal_independent_count(row, method, compress, kept):
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_bits_are_those_of_the_ranks_in_use(row, method, compress, rank):
     """Oracle: the count value by value at another structural rank, of all that it has; as planned."""
-    sent, _ = compress(START, trained_from(START, 1, rank=rank), (), jnp.float32(1), scope(rank), KEY)
+    sent, _ = compress(START, trained_from(START, 1, rank=rank), jnp.float32(1), scope(rank), KEY)
     assert sent.bits == method.payload_bits(jnp.float32(1), scope(rank)) == row.bits_of_all(rank)
 
 
@@ -251,25 +279,37 @@ def test_a_frozen_factor_is_neither_charged_nor_changed(row, method, compress, s
     """Oracle: the count value by value without it; the other factor and the head are still sent."""
     used = scope(factors=sent_factor)
     trained = used.select(TRAINED, START)
-    sent, _ = compress(START, trained, (), HALF, used, KEY)
+    sent, _ = compress(START, trained, HALF, used, KEY)
     changed = []
     for name, f in sent.adapters.modules.items():
         np.testing.assert_array_equal(getattr(f, frozen), getattr(START.modules[name], frozen))
         changed.append(np.any(getattr(f, sent_factor) != getattr(START.modules[name], sent_factor)))
     assert any(changed)
-    assert sent.bits == row.bits(RANK // 2, components_sent(row, RANK // 2, sent), sent_factor)
+    assert sent.bits == row.bits(RANK // 2, components_sent(row, RANK // 2, sent, sent_factor), sent_factor)
     assert method.payload_bits(HALF, used) >= sent.bits
     assert np.any(sent.adapters.head["kernel"] != START.head["kernel"])
 
 
 @pytest.mark.parametrize("factors", ["ab", "a", "b"])
-def test_broadcast_is_whole(row, method, factors):
-    """Oracle: the adapters themselves, and the count of all that is in scope; elements come with their positions."""
+def test_broadcast_is_what_is_charged(row, method, factors):
+    """Oracle: the adapters themselves or NumPy's count of their values, and the count of bits value by value."""
     adapters, bits = jax.jit(method.broadcast)(START, scope(factors=factors), MASK)
-    jax.tree.map(np.testing.assert_array_equal, adapters, START)
     whole = {name: [RANK] * LAYERS for name in WIDTHS}
     is_sparse = row.module is flasc
-    assert bits == (element_bits(1.0, factors=factors) if is_sparse else payload_bits(whole, False, factors=factors))
+    expected = element_bits(row.download, factors=factors) if is_sparse else payload_bits(whole, False, factors=factors)
+    assert bits == expected
+    assert method.whole_broadcast == (not is_sparse)
+    if row.download == 1.0:
+        jax.tree.map(np.testing.assert_array_equal, adapters, START)
+        return
+    values = [
+        (getattr(f, side) * (MASK if side == "a" else MASK[:, None]))
+        for f in adapters.modules.values()
+        for side in factors
+    ]
+    pool = sum(RANK * LAYERS * WIDTHS[name]["ab".index(side)] for name in WIDTHS for side in factors)
+    assert sum(map(np.count_nonzero, values)) == int(row.download * pool)
+    jax.tree.map(np.testing.assert_array_equal, adapters.head, START.head)
 
 
 def test_payload_bits_maps_over_ratios(method):
@@ -301,6 +341,6 @@ def test_ranks_not_in_use_change_nothing(compress, tail_energy, method):
         for name, f in TRAINED.modules.items()
     }
     noisy = TRAINED.replace(modules=modules)
-    assert_close(compress(START, noisy, (), HALF, SCOPE, KEY), compress(START, TRAINED, (), HALF, SCOPE, KEY))
+    assert_close(compress(START, noisy, HALF, SCOPE, KEY), compress(START, TRAINED, HALF, SCOPE, KEY))
     assert_close(tail_energy(START, noisy, SCOPE), tail_energy(START, TRAINED, SCOPE))
     assert_close(method.penalty(noisy, MASK), method.penalty(TRAINED, MASK))
