@@ -12,7 +12,7 @@ from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
-from fedjax_lora.base import Adapters, Base, Batch, Hyper, LinkState, Scope
+from fedjax_lora.base import Adapters, Base, Batch, Factors, Hyper, LinkState, Scope
 
 
 class Hidden(NamedTuple):
@@ -125,6 +125,14 @@ class Live(NamedTuple):
     head: Array | float = 1.0
 
 
+Enter = Callable[[Factors, Factors, Array, Array], tuple[Factors, Array]]
+"""What of one layer enters the average, and how much it weighs.
+
+`(broadcast, received [C, ...], counted [C, R], p [C]) -> (factors [C, ...], w [C, R])`; the weights of each component
+sum to 1 over the clients, or are 0 where p is.
+"""
+
+
 class Aggregator(NamedTuple):
     """How the server averages, and what the clients train for it.
 
@@ -132,6 +140,8 @@ class Aggregator(NamedTuple):
       non-negative, sum to 1, and are 0 for a client that is absent; all-zero weights leave the broadcast as it
       is. `trained` is what the clients hold of what they send (for the error norms); `scale` is s = alpha / r.
       In `trained` and `sent`, b is zero in the components that are not a client's own.
+    enter: with whose say the mean of what has arrived is `sum_ki w_ki a_ki b_ki`: `sparsification_error` is the
+      distance of the ideal mean from it, and `covariance_error` its distance from the server's product.
     trains: `round -> Live` that the clients train; what they hold beyond it is the broadcast.
     keeps: the parts ("a", "b", "head") that stay with each client from round to round, and are never sent.
     merges: whether `Aggregate.merged` is used.
@@ -146,6 +156,7 @@ class Aggregator(NamedTuple):
     """
 
     aggregate: Callable[[Adapters, Adapters, Sent, Array, Array, Array], Aggregate]
+    enter: Enter
     trains: Callable[[Array], Live] = lambda round_number: Live()
     keeps: tuple[str, ...] = ()
     merges: bool = False

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from fedjax_lora.aggregation import errors, flora
 from fedjax_lora.aggregation.fedit import average_factors
-from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, product_bits
+from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, by_products, product_bits
 from fedjax_lora.base import Adapters
 from fedjax_lora.ops.products import differences
 from fedjax_lora.options import Options
@@ -55,12 +55,13 @@ def make(config: FedExConfig) -> Aggregator:
 
         return Aggregator(
             aggregate=_merge_changes,
+            enter=by_products,
             merges=True,
             resumes=True,
             moved=flora.factors_once,
             extra_downlink_bits=extra_downlink_bits,
         )
-    return Aggregator(aggregate=by_layer(_residual), merges=True, extra_downlink_bits=product_bits)
+    return by_layer(_residual)._replace(merges=True, extra_downlink_bits=product_bits)
 
 
 def _residual(layer: Layer) -> Outcome:
@@ -74,6 +75,6 @@ def _merge_changes(
     """The mean change of the clients' products merged, of factors of 2 R components; the broadcast's stay."""
     # A product of 0 in as many components, for who is absent.
     start = dataclasses.replace(broadcast, modules=differences(broadcast.modules, broadcast.modules))
-    merge = by_layer(lambda layer: Outcome(layer.old, flora.mean_product(layer)))
+    merge = by_layer(lambda layer: Outcome(layer.old, flora.mean_product(layer))).aggregate
     found = merge(start, trained, sent, weights, scale, key)
     return found._replace(adapters=dataclasses.replace(found.adapters, modules=broadcast.modules))

@@ -5,7 +5,6 @@ weights for each rank component, so that a client which did not send one may hav
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -16,7 +15,7 @@ from fedjax_lora import trees
 from fedjax_lora.aggregation import errors
 from fedjax_lora.base import Adapters, Factors
 from fedjax_lora.options import Options
-from fedjax_lora.strategies import Aggregate, Aggregator, Sent
+from fedjax_lora.strategies import Aggregate, Aggregator, Enter, Sent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,14 +25,6 @@ class FedItConfig(Options):
     name: Literal["fedit"] = "fedit"
 
 
-Enter = Callable[[Factors, Factors, Array, Array], tuple[Factors, Array]]
-"""What enters the average of a layer, and how much it weighs.
-
-`(broadcast, received [C, ...], counted [C, R], p [C]) -> (factors [C, ...], w [C, R])`; the weights of each component
-sum to 1 over the clients, or are 0 where p is.
-"""
-
-
 def make(config: FedItConfig) -> Aggregator:
     """The aggregator that averages the factors apart, heads too; a component is averaged over those who sent it.
 
@@ -41,11 +32,11 @@ def make(config: FedItConfig) -> Aggregator:
     ranks that it does not have.
     """
     del config  # it has no option yet, but every method is made in the same way
-    return Aggregator(aggregate=averaging(by_senders))
+    return averaging(by_senders)
 
 
-def averaging(enter: Enter) -> Callable[..., Aggregate]:
-    """`Aggregator.aggregate` of the weighted averages of each factor, and of the heads by p."""
+def averaging(enter: Enter) -> Aggregator:
+    """The aggregator of the weighted averages of each factor, and of the heads by p."""
 
     def aggregate(
         broadcast: Adapters, trained: Adapters, sent: Sent, weights: Array, scale: Array, key: Array
@@ -64,7 +55,7 @@ def averaging(enter: Enter) -> Callable[..., Aggregate]:
             covariance_error=scale * jnp.sqrt(covariance),
         )
 
-    return aggregate
+    return Aggregator(aggregate=aggregate, enter=enter)
 
 
 def by_senders(old: Factors, received: Factors, counted: Array, weights: Array) -> tuple[Factors, Array]:

@@ -33,7 +33,7 @@ def make(config: FlexLoraConfig) -> Aggregator:
     zero b: it can be trained again.
     """
     del config  # it has no option yet, but every method is made in the same way
-    return Aggregator(aggregate=by_layer(_truncate))
+    return by_layer(_truncate)
 
 
 def _truncate(layer: Layer) -> Outcome:

@@ -41,9 +41,7 @@ def make(config: FloraConfig) -> Aggregator:
     def extra_downlink_bits(like: Adapters, clients: int | None, rank: ArrayLike) -> Array:
         return product_bits(like, clients, rank) + SEED_BITS
 
-    return Aggregator(
-        aggregate=by_layer(merge_all), merges=True, moved=factors_once, extra_downlink_bits=extra_downlink_bits
-    )
+    return by_layer(merge_all)._replace(merges=True, moved=factors_once, extra_downlink_bits=extra_downlink_bits)
 
 
 def factors_once(round_number: Array, everyone: bool) -> Live:

@@ -52,7 +52,7 @@ def make(config: HetLoraConfig) -> Aggregator:
     """
     average = fedit.averaging(zero_padded)
     if config.prune == 1.0:
-        return Aggregator(aggregate=average)
+        return average
 
     def shorter(rank: Array) -> Array:
         return jnp.maximum(jnp.floor(config.prune * rank + FLOOR_SLACK), 1.0)
@@ -65,11 +65,11 @@ def make(config: HetLoraConfig) -> Aggregator:
         began, ended = (trailing_norm(adapters, shorter(rank), rank) for adapters in (broadcast, trained))
         return jnp.where(ended < began, shorter(rank), rank)
 
-    return Aggregator(aggregate=average, penalty=penalty, next_rank=next_rank)
+    return average._replace(penalty=penalty, next_rank=next_rank)
 
 
 def zero_padded(old: Factors, received: Factors, counted: Array, weights: Array) -> tuple[Factors, Array]:
-    """The `fedit.Enter` in which client k weighs `p_k ||a_k b_k||_F`, normalised, and is zero where it does not count.
+    """The `Enter` in which client k weighs `p_k ||a_k b_k||_F`, normalised, and is zero where it does not count.
 
     Where nobody counts, all enter with the broadcast; where all products are zero, all weigh p.
     """

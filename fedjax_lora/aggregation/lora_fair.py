@@ -53,7 +53,7 @@ def make(config: LoraFairConfig) -> Aggregator:
         correction = jnp.where(used[:, None], _matmul(basis, shrunk), 0.0)
         return Outcome(Factors(a=mean.a, b=mean.b + correction))
 
-    return Aggregator(aggregate=by_layer(correct))
+    return by_layer(correct)
 
 
 def _projected_gap(a: Array, received: Factors, server: Factors, weights: Array) -> Array:

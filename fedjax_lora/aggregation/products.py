@@ -18,7 +18,7 @@ from fedjax_lora.aggregation import errors
 from fedjax_lora.aggregation.fedit import average_head
 from fedjax_lora.base import Adapters, Factors
 from fedjax_lora.ops.factorise import orthonormal
-from fedjax_lora.strategies import Aggregate, Sent
+from fedjax_lora.strategies import Aggregate, Aggregator, Sent
 
 
 class Layer(NamedTuple):
@@ -44,10 +44,14 @@ class Outcome(NamedTuple):
     merged: Array | None = None
 
 
-def by_layer(
-    method: Callable[[Layer], Outcome],
-) -> Callable[[Adapters, Adapters, Sent, Array, Array, Array], Aggregate]:
-    """`Aggregator.aggregate` of a method that treats each layer of each module alike; heads are averaged by p.
+def by_products(old: Factors, received: Factors, counted: Array, weights: Array) -> tuple[Factors, Array]:
+    """The `Enter` of clients that weigh p whatever they count in."""
+    del old
+    return received, jnp.broadcast_to(weights[:, None], counted.shape)
+
+
+def by_layer(method: Callable[[Layer], Outcome]) -> Aggregator:
+    """The aggregator of a method that treats each layer of each module alike; heads are averaged by p.
 
     Where all weights are zero the broadcast stays, whatever the method says. Layers go one after the other: what is
     formed beside the cohort's adapters is a layer's worth, and no two factorisations run side by side.
@@ -73,7 +77,7 @@ def by_layer(
             covariance_error=scale * jnp.sqrt(covariance),
         )
 
-    return aggregate
+    return Aggregator(aggregate=aggregate, enter=by_products)
 
 
 def _module(
@@ -98,7 +102,7 @@ def _module(
         found = trees.where(jnp.any(present), found, nothing)
         return (
             found,
-            errors.sparsification_energy(mine, received, weights, jnp.broadcast_to(weights[:, None], m.shape)),
+            errors.sparsification_energy(mine, received, weights, by_products(before, received, m, weights)[1]),
             errors.averaging_energy(received, found.factors, found.merged, weights),
         )
 

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from fedjax_lora import trees
+from fedjax_lora.aggregation.fedit import average_head
+from fedjax_lora.aggregation.products import by_products
 from fedjax_lora.base import Adapters, Base, Factors, FedState, Hyper, Scope
 from fedjax_lora.control import bound
 from fedjax_lora.data.batches import evaluation_batches, gather
@@ -16,7 +19,7 @@ from fedjax_lora.prng import round_keys
 from fedjax_lora.sim.local import cross_entropy
 from fedjax_lora.sim.parts import Cohort, Local, Parts, Uplink, World
 from fedjax_lora.sim.round import advance, average, choose_cohort, normalised, sparsify, train_locally
-from fedjax_lora.strategies import Aggregate, Decision, Delivery, Live, Model
+from fedjax_lora.strategies import Aggregate, Decision, Delivery, Enter, Live, Model
 
 SAMPLE = 512
 """Training examples that the loss and its gradient are measured on: the same ones in every round, at every rank."""
@@ -200,7 +203,10 @@ def _measure(
 
     def errors_at(kept: Array) -> tuple[_Error, _Error]:
         uplink, found = at(kept)
-        decoded = _average_movement(cohort.start, uplink.sent.adapters, weights, uplink.sent.counted, mask, scale)
+        sent = uplink.sent
+        decoded = _mean_movement(
+            parts.aggregator.enter, cohort.start, sent.adapters, sent.counted, weights, mask, scale
+        )
         server = _movement(cohort.start, found.adapters, found.merged, mask, scale)
         here = kept <= hyper.rank
 
@@ -211,7 +217,7 @@ def _measure(
         return error(found.sparsification_error, decoded, ideal), error(found.covariance_error, server, decoded)
 
     everything = {name: jnp.ones((*f.a.shape[:2], num_ranks)) for name, f in local.shown.modules.items()}
-    ideal = _average_movement(cohort.start, local.shown, weights, everything, mask, scale)
+    ideal = _mean_movement(by_products, cohort.start, local.shown, everything, weights, mask, scale)
     uplink, whole = at(jnp.float32(num_ranks))
     sparsification, covariance = lax.map(errors_at, jnp.arange(1.0, num_ranks + 1.0))
     new_state = advance(parts, state, cohort, local, uplink, whole)
@@ -256,25 +262,25 @@ def _payloads(parts: Parts, state: FedState) -> tuple[Array, Array]:
     return bits.astype(jnp.float32), downlink_bits + drift_bits + parts.extra_downlink_bits(state.hyper.rank)
 
 
-def _average_movement(
-    start: Adapters, held: Adapters, weights: Array, counted: dict[str, Array], mask: Array, scale: Array
+def _mean_movement(
+    enter: Enter, start: Adapters, held: Adapters, counted: dict[str, Array], weights: Array, mask: Array, scale: Array
 ) -> Gradient:
     """`s sum_ki w_ki (a_ki b_ki - a_i b_i)`, and the heads' average change: what averaging products would do.
 
-    held: `[C, ...]`, what the clients have or what is decoded of it. counted: module -> `[C, L, R]`, whose say there is
-    in a component; w is p among them, as in `aggregation.errors`, and nothing moves where there is none.
+    held: `[C, ...]`, what the clients have or what is decoded of it. counted: module -> `[C, L, R]`, see `Sent`.
     """
     modules = {}
     for name, old in start.modules.items():
-        new = held.modules[name]
-        say = jnp.where(weights[:, None, None] > 0, counted[name], 0.0) * weights[:, None, None] * mask
-        total = jnp.sum(say, 0)
-        w = say / jnp.where(total > 0, total, 1.0)
-        by_a = jnp.einsum("clir,clro->lio", w[:, :, None] * (new.a - old.a), new.b, precision="highest")
-        by_b = jnp.einsum("lir,lro->lio", old.a, jnp.sum(w[..., None] * (new.b - old.b), 0), precision="highest")
+        own = trees.where(weights > 0, held.modules[name], jax.tree.map(jnp.zeros_like, held.modules[name]))
+        say = jnp.where(weights[:, None, None] > 0, counted[name], 0.0)
+        new, w = jax.vmap(enter, (0, 1, 1, None))(old, own, say, weights)
+        w = w * mask
+        by_a = jnp.einsum("lcir,lcro->lio", w[:, :, None] * (new.a - old.a[:, None]), new.b, precision="highest")
+        of_b = jnp.sum(w[..., None] * (new.b - old.b[:, None]), 1)
+        by_b = jnp.einsum("lir,lro->lio", old.a, of_b, precision="highest")
         modules[name] = scale * (by_a + by_b)
-    head = jax.tree.map(lambda new, old: jnp.einsum("c,c...->...", weights, new - old), held.head, start.head)
-    return Gradient(modules, head)
+    head = average_head(start.head, held.head, weights)
+    return Gradient(modules, jax.tree.map(jnp.subtract, head, start.head))
 
 
 def _from_zero(table: Array) -> Array:

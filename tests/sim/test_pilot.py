@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedjax_lora.aggregation import fedex, fedit, flexlora, flora, hetlora, lora_fair
+from fedjax_lora.aggregation.products import by_products
 from fedjax_lora.data.batches import hold_out
 from fedjax_lora.lora.adapters import rank_mask
 from fedjax_lora.prng import round_keys
@@ -83,7 +85,7 @@ def test_the_ideal_movement_is_the_average_of_the_clients_products(toy, trained)
     cohort, local, weights, _ = trained
     mask, scale = np.asarray(rank_mask(3, 4)), 16 / 3
     everything = {name: jnp.ones((4, 4)) for name in state.adapters.modules}
-    found = pilot._average_movement(cohort.start, local.shown, weights, everything, jnp.asarray(mask), scale)
+    found = pilot._mean_movement(by_products, cohort.start, local.shown, everything, weights, jnp.asarray(mask), scale)
     for name, old in state.adapters.modules.items():
         new = local.trained.adapters.modules[name]
         before = (np.float64(old.a) * mask) @ np.float64(old.b)
@@ -106,7 +108,7 @@ def test_with_everything_sent_what_the_server_misses_is_the_covariance(toy, trai
     cohort, local, weights, _ = trained
     mask, scale = rank_mask(3, 4), 16 / 3
     everything = {name: jnp.ones((4, 4)) for name in state.adapters.modules}
-    ideal = pilot._average_movement(cohort.start, local.shown, weights, everything, mask, scale)
+    ideal = pilot._mean_movement(by_products, cohort.start, local.shown, everything, weights, mask, scale)
     server = pilot._movement(state.adapters, after.adapters, {}, mask, jnp.float32(scale))
     missed = sum(np.sum((np.float64(ideal.modules[n]) - np.float64(server.modules[n])) ** 2) for n in ideal.modules)
     np.testing.assert_allclose(step.covariance.norm_sq[2], missed, rtol=1e-3)
@@ -143,6 +145,33 @@ def test_each_error_has_the_slope_of_its_own_matrix(toy, trained, round_at_three
         np.testing.assert_allclose(error.energy[1], energy, rtol=1e-3)
         np.testing.assert_allclose(error.slope[1], slope, rtol=1e-2, atol=1e-4 * np.sqrt(energy))
         assert error.slope[3] == error.energy[3] == 0  # beyond the rank
+
+
+METHODS = {
+    "fedit": fedit.make(fedit.FedItConfig()),
+    "hetlora": hetlora.make(hetlora.HetLoraConfig(prune=1.0)),
+    "fedex": fedex.make(fedex.FedExConfig()),
+    "flora": flora.make(flora.FloraConfig()),
+    "flexlora": flexlora.make(flexlora.FlexLoraConfig()),
+    "lora_fair": lora_fair.make(lora_fair.LoraFairConfig()),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_each_error_is_weighed_as_its_method_weighs(trained, method):
+    """Oracle: the norms that the method reports, where two of three ranks are sent, each by those who chose them."""
+    cohort, local, weights, sent = trained
+    start, mask, scale = cohort.start, rank_mask(3, 4), jnp.float32(16 / 3)
+    found = method.aggregate(start, local.shown, sent, weights, scale, jax.random.key(0))
+    everything = jax.tree.map(jnp.ones_like, sent.counted)
+    ideal = pilot._mean_movement(by_products, start, local.shown, everything, weights, mask, scale).modules
+    decoded = pilot._mean_movement(method.enter, start, sent.adapters, sent.counted, weights, mask, scale).modules
+    server = pilot._movement(start, found.adapters, found.merged, mask, scale).modules
+    reported = found.sparsification_error, found.covariance_error
+    for norm, more, less in zip(reported, (ideal, decoded), (decoded, server), strict=True):
+        apart = np.sqrt(sum(np.sum((np.float64(more[n]) - np.float64(less[n])) ** 2) for n in more))
+        np.testing.assert_allclose(norm, apart, rtol=1e-3, atol=1e-4)
+    assert reported[0] > 0.01
 
 
 @pytest.fixture(scope="module")
