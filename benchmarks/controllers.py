@@ -1,8 +1,8 @@
 """Controllers under one latency budget, on SST-2 with MiniLM; prints JSON and resumes where it stopped.
 
-The setting is that of `sst2_accuracy.py`, in the default cell. A seed is a cell of its own: its budget is a quarter of
-the mean latency of dense uploads over the run's own channel, with shares of least latency. `uniform` and `fixed` send a
-quarter of the ranks, `ideal` all of them without a network; `greedy` and `tsfa` choose.
+The setting is that of `sst2_accuracy.py` with products in bfloat16, in the default cell. A seed is a cell of its own:
+its budget is a quarter of the mean latency of dense uploads over the run's own channel, with shares of least latency.
+`uniform` and `fixed` send a quarter of the ranks, `ideal` all of them without a network; `greedy` and `tsfa` choose.
 
 TSFA's V is `V_PER_BUDGET` times the budget squared: it has the unit s^2, so that one number serves every cell. A queue
 from 0 is far from settled after 14 rounds, so it starts where a dry run says: of QUEUES (times V over the budget), the
@@ -23,8 +23,8 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sst2_accuracy
 from jax import Array, lax
-from sst2_accuracy import SETTING
 
 from fedjax_lora import Simulation, build, load_config, use_cpu_cores
 from fedjax_lora.base import Adapters, FedState
@@ -35,7 +35,7 @@ from fedjax_lora.sim.round import choose_cohort, control, importance, round_late
 
 V_PER_BUDGET = 3.0
 QUEUES = np.concatenate([[0.0], np.geomspace(1e-3, 1e2, 101)])
-EVAL_EVERY = 2
+SETTING = [*sst2_accuracy.SETTING, "model.compute_dtype=bfloat16", "engine.eval_every=2"]
 
 SPARSIFIERS = {
     "soft": ["sparsifier.name=soft"],
@@ -208,8 +208,7 @@ def main() -> None:
     files = [f"model.pretrained={common.model_folder(options.model)}"]
     files += [f"data.train={options.train}", f"data.test={options.test}"]
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
-    setting = [*SETTING, f"engine.eval_every={EVAL_EVERY}"]
-    made_with = {"setting": setting, "sparsifiers": SPARSIFIERS, "V_per_budget": V_PER_BUDGET}
+    made_with = {"setting": SETTING, "sparsifiers": SPARSIFIERS, "V_per_budget": V_PER_BUDGET}
     cells = kept.get("cells", {}) if kept.get("made_with") == made_with else {}
     runs = kept.get("runs", {})
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -236,13 +235,14 @@ def main() -> None:
             write()
         cell = cells[seed]
         overrides = [
-            *setting,
+            *SETTING,
             *SPARSIFIERS[sparsifier],
             *controller(name, cell["budget_s"], cell["queue_s"][sparsifier]),
             f"seed={seed}",
         ]
         if runs.get(title, {}).get("overrides") != overrides:
-            runs[title] = {"overrides": overrides, **measure([*files, *overrides], cell)}
+            found = measure([*files, *overrides], cell)
+            runs[title] = {"overrides": overrides, "git_commit": environment["git_commit"], **found}
             common.note(f"{title}: {runs[title]}")
             write()
     print(json.dumps(write()["table"], indent=2))

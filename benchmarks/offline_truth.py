@@ -1,8 +1,8 @@
 """Is the planned rank the best one? Runs at every candidate beside the plan; prints JSON, resumes where it stopped.
 
 For each seed and latency budget: the plan by grid and by gradient search on the bound, and by rollout, then the run
-itself to its end at every candidate, with the V that the plan found for that rank. The plan never sees the test
-examples; the runs are scored on them.
+itself to its end at every candidate, with the V that the grid found for that rank, and at each plan's own rank and V.
+The plan never sees the test examples; the runs are scored on them.
 """
 
 import argparse
@@ -44,8 +44,8 @@ WAYS = {
 }
 
 
-def measure(known: Survey, config: ExperimentConfig, rows: list[dict]) -> dict[str, dict]:
-    """The runs to their end, one at each rank with its V, in one program; scored on the test examples."""
+def measure(known: Survey, config: ExperimentConfig, rows: list[dict]) -> list[dict]:
+    """The runs to their end, one at the rank and V of each row, in one program; scored on the test examples."""
     simulation, control = known.simulation, config.control
     assert isinstance(control, TsfaConfig)  # else there would be no survey
     state = simulation.init(jax.random.key(config.seed))
@@ -53,7 +53,7 @@ def measure(known: Survey, config: ExperimentConfig, rows: list[dict]) -> dict[s
     parts, score, world = simulation.parts, simulation.score, simulation.world
     found = roll_out(parts, lambda V: tsfa_online.make(control, V), score, world, state, ranks, V, 1, config.rounds)
     names = {"final_accuracy": found.accuracy, "final_loss": found.loss, "latency_s": found.latency_s}
-    return {str(row["rank"]): {name: float(value[i, 0]) for name, value in names.items()} for i, row in enumerate(rows)}
+    return [{name: float(value[i, 0]) for name, value in names.items()} for i in range(len(rows))]
 
 
 def chosen(known: Survey, config: ExperimentConfig, **options: str) -> Plan:
@@ -63,7 +63,10 @@ def chosen(known: Survey, config: ExperimentConfig, **options: str) -> Plan:
 
 
 def summarize(kept: dict[str, dict]) -> dict[str, dict]:
-    """By budget: mean accuracy of each rank over the seeds, and what each way of planning loses to the best mean."""
+    """By budget: mean accuracy of each rank over the seeds, and what each way of planning loses to the best mean.
+
+    A plan is scored by the run at its own rank and V.
+    """
     table = {}
     for budget in sorted({entry["budget_s"] for entry in kept.values()}):
         entries = [entry for entry in kept.values() if entry["budget_s"] == budget and entry.get("complete")]
@@ -81,7 +84,7 @@ def summarize(kept: dict[str, dict]) -> dict[str, dict]:
                 way: {
                     "ranks": [entry["plans"][way]["rank"] for entry in entries],
                     "loss_to_best": means[best]
-                    - statistics.mean(e["runs"][str(e["plans"][way]["rank"])]["final_accuracy"] for e in entries),
+                    - statistics.mean(entry["planned"][way]["final_accuracy"] for entry in entries),
                 }
                 for way in WAYS
                 if all(way in entry["plans"] for entry in entries)
@@ -132,10 +135,13 @@ def main() -> None:
                     entry["plans"][way] = chosen(known, config, **WAYS[way])._asdict()
                     common.note(f"{name}, {way}: rank {entry['plans'][way]['rank']}")
                     keep()
-            if not entry["runs"]:
-                entry["runs"] = measure(known, config, next(iter(entry["plans"].values()))["rows"])
-                common.note(f"{name}: {entry['runs']}")
-            entry["complete"] = True
+            rows = next(iter(entry["plans"].values()))["rows"]
+            own = [next(r for r in plan["rows"] if r["rank"] == plan["rank"]) for plan in entry["plans"].values()]
+            found = measure(known, config, [*rows, *own])
+            entry["runs"] = {str(row["rank"]): run for row, run in zip(rows, found, strict=False)}
+            entry["planned"] = dict(zip(entry["plans"], found[len(rows) :], strict=True))
+            entry |= {"git_commit": environment["git_commit"], "complete": True}
+            common.note(f"{name}: {entry['runs']}, planned: {entry['planned']}")
             keep()
     print(json.dumps(summarize(kept), indent=2))
 

@@ -168,7 +168,7 @@ def _plan(options: argparse.Namespace) -> int:
     from fedjax_lora.io import plan as plans
     from fedjax_lora.planner import plan
     from fedjax_lora.presets import preset
-    from fedjax_lora.report.plan import plan_table, plot_plan
+    from fedjax_lora.report.plan import binding, plan_table, plot_plan
 
     name = options.preset or (None if options.config else "digits-tsfa")
     config = load_config(options.config, options.overrides, base=preset(name) if name else None)
@@ -179,6 +179,7 @@ def _plan(options: argparse.Namespace) -> int:
     plans.write_plan(found, folder / plans.NAME)
     plot_plan(found, folder / "plan.png")
     Console(width=max(console.width, 160)).print(plan_table(found))  # a pager cuts better than a table does
+    console.print(binding(plans.effects_of_plan(found)), soft_wrap=True)
     if not found.within_budget:
         console.print("note: no rank meets control.latency_budget_s; the one of least latency is chosen")
     console.print(f"rank {found.rank}, V {found.V:.6g}: take it with run --plan {folder / plans.NAME}", soft_wrap=True)

@@ -27,7 +27,9 @@ HELD_OUT = 10
 
 
 class Survey(NamedTuple):
-    """What is known before a choice, at each candidate rank; a latency budget and `PlanConfig`'s choices do not enter.
+    """What is known before a choice, at each candidate rank.
+
+    Neither the latency budget nor `PlanConfig`'s objective, search and tolerance enter: one survey serves them all.
 
     world: with examples held out as its test pool. state: at the start. sites: leading axis of candidates.
     factors: `[T]` of the learning rate.
@@ -99,7 +101,8 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
     setting = Setting(control.latency_budget_s, control.queue_s, known.factors, bandwidth_hz, known.state.hyper)
     most_s = control.latency_budget_s * (1.0 + options.tolerance)
     console.print(f"control: {config.rounds} rounds, {options.paths} draws of the channel")
-    rows = tsfa_offline.best_V(tsfa_offline.grid(control, setting, sites), most_s)
+    for_all = dataclasses.replace(control, latency_budget_s=1.0, queue_s=0.0, V=1.0)  # one program serves every budget
+    rows = tsfa_offline.best_V(tsfa_offline.grid(for_all, setting, sites), most_s)
     rollout = None
     if options.objective == "rollout":
         console.print(f"rollout: {options.rollout_rounds} rounds, {options.seeds} seeds")
@@ -116,7 +119,7 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
         )
         chosen = tsfa_offline.best_rank(rows.latency_s, rollout.loss.mean(1), most_s)
     elif options.search == "gradient":
-        chosen, rows = _descended(control, setting, sites, rows, most_s)
+        chosen, rows = _descended(for_all, setting, sites, rows, most_s)
     else:
         chosen = tsfa_offline.best_rank(rows.latency_s, rows.score, most_s)
     found = jax.device_get((known.factors, rows, sites.measured, rollout))

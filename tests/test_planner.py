@@ -1,17 +1,22 @@
 """The plan from end to end on a toy, through the command line: what it writes, and one line for each mistake."""
 
+import dataclasses
+import io
+import itertools
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from fedjax_lora import cli
+from fedjax_lora import cli, planner
 from fedjax_lora.config import ConfigError, load_config
-from fedjax_lora.control import bound
+from fedjax_lora.control import bound, tsfa_offline
 from fedjax_lora.control.tsfa_online import TsfaConfig
-from fedjax_lora.io.plan import apply_plan, effects_of_run, read_plan, write_plan
+from fedjax_lora.io.plan import apply_plan, effects_of_plan, effects_of_run, read_plan, write_plan
 from fedjax_lora.planner import round_factors
 from fedjax_lora.presets import preset
+from fedjax_lora.report.plan import binding
 from toy import SETTINGS
 
 PLANNED = [
@@ -83,6 +88,72 @@ def test_a_run_takes_rank_and_V_of_a_plan_and_says_what_binds(planned, tmp_path,
     assert f"binding: {max(effects, key=lambda name: effects[name])}" in capsys.readouterr().out
 
 
+QUIET = Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def surveyed():
+    """A configuration, and pilots and channel of its three candidates."""
+    config = load_config(None, [*PLANNED, "plan.candidates=[1, 2, 4]"], base=preset("digits-tsfa"))
+    return config, planner.survey(config, QUIET)
+
+
+def by_bound(surveyed, budget_s, search="grid"):
+    config, known = surveyed
+    control, options = config.control, config.plan
+    control = dataclasses.replace(control, latency_budget_s=budget_s)
+    config = dataclasses.replace(config, control=control, plan=dataclasses.replace(options, search=search))
+    return planner.choose(known, config, QUIET)
+
+
+@pytest.fixture(scope="module")
+def by_budget(surveyed):
+    """Plans by bound and grid, from a loose budget to one that nothing meets."""
+    return {budget_s: by_bound(surveyed, budget_s) for budget_s in (20.0, 5.0, 4.0, 3.0, 0.01)}
+
+
+def test_a_plan_by_bound_is_the_least_bound_within_the_budget(by_budget):
+    """Oracle: Python's least of the rows, each of which has a V of the grid: relative tails have the budget squared."""
+    for budget_s, plan in by_budget.items():
+        within = [row for row in plan.rows if row["latency_s"] <= 1.05 * budget_s]
+        assert plan.within_budget == bool(within) == (budget_s > 0.01)
+        best = min(within, key=lambda row: row["bound"]) if within else min(plan.rows, key=lambda row: row["latency_s"])
+        assert (plan.rank, plan.V) == (best["rank"], best["V"])
+        for row in plan.rows:
+            assert np.isclose(row["V"] / budget_s**2, tsfa_offline.WEIGHTS, rtol=1e-3).any()
+            assert row["score"] == row["bound"]
+
+
+def test_a_tighter_budget_never_chooses_a_higher_rank_nor_a_longer_round(by_budget):
+    """Law, on the same pilots and fading."""
+    plans = list(by_budget.values())
+    for loose, tight in itertools.pairwise(plans):
+        assert tight.rank <= loose.rank
+        assert tight.chosen["latency_s"] <= loose.chosen["latency_s"] * 1.0001
+
+
+def test_the_gradient_search_ends_within_one_candidate_of_the_grid(surveyed, by_budget):
+    """Oracle: the grid, at a rank whose latency is within the budget, with the V that the search or the grid found."""
+    for budget_s in (20.0, 4.0):
+        grid, found = by_budget[budget_s], by_bound(surveyed, budget_s, "gradient")
+        ranks = [row["rank"] for row in grid.rows]
+        assert abs(ranks.index(found.rank) - ranks.index(grid.rank)) <= 1
+        assert found.within_budget and found.chosen["latency_s"] <= 1.05 * budget_s
+        assert found.chosen["bound"] < 1.05 * next(r["bound"] for r in grid.rows if r["rank"] == found.rank)
+
+
+def test_what_binds_in_a_plan_is_the_largest_effect_of_its_row(by_budget):
+    """Oracle: the row's own terms."""
+    plan = by_budget[5.0]
+    row, found = plan.chosen, effects_of_plan(plan)
+    expected = {
+        name: row[key] for name, key in (("rank", "rank_cost"), *((n, n) for n in ("sparsification", "covariance")))
+    }
+    np.testing.assert_allclose(found[1:], list(expected.values()), rtol=1e-4)
+    np.testing.assert_allclose(sum(found), row["bound"], rtol=1e-4)
+    assert binding(found).endswith(f"binding: {max(expected, key=lambda name: expected[name])}")
+
+
 def one_line(capsys, arguments):
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
@@ -114,6 +185,14 @@ def test_a_damaged_plan_is_one_line(capsys, tmp_path, text):
     path.write_text(text)
     line = one_line(capsys, ["run", "--out", str(tmp_path / "run"), "--plan", str(path)])
     assert str(path) in line and "must be" in line
+
+
+@pytest.mark.parametrize("factors", [[1.0], [1.0, 1.0, -0.1], [1.0, 2.0, 1.0], [1.0, float("nan"), 1.0], None])
+def test_a_plan_without_a_factor_for_each_round_is_one_line(planned, capsys, tmp_path, factors):
+    found = json.loads((planned / "plan.json").read_text()) | {"factors": factors}
+    (tmp_path / "plan.json").write_text(json.dumps(found))
+    line = one_line(capsys, ["run", "--out", str(tmp_path / "run"), "--plan", str(tmp_path / "plan.json")])
+    assert "must be what `fedjax-lora plan` wrote" in line
 
 
 def test_a_plan_with_a_number_missing_is_one_line(planned, capsys, tmp_path):

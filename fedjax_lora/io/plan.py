@@ -64,8 +64,9 @@ def read_plan(path: str | Path) -> Plan:
         if type(plan.rank) is not int or not math.isfinite(plan.V) or not isinstance(plan.config, dict):
             raise ValueError(f"rank {plan.rank!r} and V {plan.V!r}")
         _measured(plan)
-        if not np.isfinite(np.array(plan.factors, float)).all():
-            raise ValueError(f"factors {plan.factors!r}")
+        factors = np.array(plan.factors, float)
+        if factors.shape != (plan.config["rounds"],) or not ((factors >= 0) & (factors < 1.001)).all():
+            raise ValueError(f"factors {plan.factors!r}, which are not one in [0, 1] for each round")
     except OSError as error:
         raise ConfigError(f"plan {path} must be a readable file, got {error.strerror}") from error
     except (ValueError, TypeError, KeyError, StopIteration) as error:
@@ -90,6 +91,13 @@ def apply_plan(plan: Plan, config: ExperimentConfig, path: str | Path) -> Experi
     assert isinstance(config.control, TsfaConfig)  # else the name would have differed
     lora, control = dataclasses.replace(config.lora, rank=plan.rank), dataclasses.replace(config.control, V=plan.V)
     return dataclasses.replace(config, lora=lora, control=control)
+
+
+def effects_of_plan(plan: Plan) -> bound.Effects:
+    """The bound at the chosen rank, as planned, by cause."""
+    names = bound.BoundTerms._fields
+    terms = bound.BoundTerms(*(jnp.float32(math.inf if plan.chosen[n] is None else plan.chosen[n]) for n in names))
+    return bound.effects(_measured(plan), terms)
 
 
 def effects_of_run(plan: Plan, lines: list[dict[str, Any]]) -> bound.Effects:

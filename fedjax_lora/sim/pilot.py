@@ -249,17 +249,26 @@ def _all_heard(parts: Parts, cohort: Cohort, local: Local, keep_ratio: Array, ke
 
 
 def _payloads(parts: Parts, state: FedState) -> tuple[Array, Array]:
-    """Uplink bits `[R + 1]` of 0 ... R kept ranks, and those of the broadcast."""
+    """Uplink bits `[R + 1]` of 0 ... R kept ranks, and those of the broadcast.
+
+    Means of two rounds, in which the factors may take turns; not of the first, whose broadcast is like no other.
+    """
     num_ranks = max_rank(state.adapters)
     ranks = rank_mask(state.hyper.rank, num_ranks)
-    scope = Scope(ranks, *map(jnp.float32, parts.aggregator.sends(state.round)))
-    later = parts.receives(state.round + 1)  # the first broadcast is not like the others
-    received = Scope(ranks, *map(jnp.float32, later))
     kept = jnp.clip(jnp.arange(num_ranks + 1.0), 1.0, state.hyper.rank)
-    drift_bits = parts.drift_bits(scope)
-    bits = parts.sparsifier.payload_bits(kept / state.hyper.rank, scope) + drift_bits
-    _, downlink_bits = parts.sparsifier.broadcast(state.adapters, received, ranks)
-    return bits.astype(jnp.float32), downlink_bits + drift_bits + parts.extra_downlink_bits(state.hyper.rank)
+
+    def of(round_number: Array) -> tuple[Array, Array]:
+        sent, received = (
+            Scope(ranks, *map(jnp.float32, live))
+            for live in (parts.aggregator.sends(round_number), parts.receives(round_number))
+        )
+        drift_bits = parts.drift_bits(sent)
+        bits = parts.sparsifier.payload_bits(kept / state.hyper.rank, sent) + drift_bits
+        _, downlink_bits = parts.sparsifier.broadcast(state.adapters, received, ranks)
+        downlink_bits += drift_bits + parts.extra_downlink_bits(state.hyper.rank)
+        return bits.astype(jnp.float32), downlink_bits.astype(jnp.float32)
+
+    return jax.tree.map(lambda *both: sum(both) / 2, of(state.round + 1), of(state.round + 2))
 
 
 def _mean_movement(

@@ -95,11 +95,74 @@ def test_the_ideal_movement_is_the_average_of_the_clients_products(toy, trained)
 
 
 @pytest.fixture(scope="module")
-def round_at_three(toy):
-    """One measured round at rank 3."""
+def two_rounds(toy):
+    """Two measured rounds at rank 3: the state after each, and what it shows."""
     sim, state, sample = toy
     measure = jax.jit(lambda s: pilot._measure(sim.parts, sim.full_gradient, sim.world, sample, s))
-    return jax.device_get(measure(pilot.at_rank(state, jnp.float32(3))))
+    first = measure(pilot.at_rank(state, jnp.float32(3)))
+    return jax.device_get((first, measure(first[0])))
+
+
+@pytest.fixture(scope="module")
+def round_at_three(two_rounds):
+    """The first of them."""
+    return two_rounds[0]
+
+
+def range_of(x):
+    """The projector on the range of a matrix, by SVD."""
+    u, size, _ = np.linalg.svd(x, full_matrices=False)
+    u = u[:, size > 1e-9 * size[0]]
+    return u @ u.T
+
+
+def test_what_a_round_shows_is_products_of_gradient_and_movement(toy, trained, round_at_three):
+    """Oracle: NumPy in float64, projectors by SVD, and the movements of the tests above."""
+    sim, state, sample = toy
+    (after, step), start = round_at_three, pilot.at_rank(state, jnp.float32(3))
+    loss, gradient = jax.jit(sim.full_gradient)(sim.world.base, sample, start.adapters, start.hyper)
+    cohort, local, weights, _ = trained
+    everything = {name: jnp.ones((*f.a.shape[:2], 4)) for name, f in local.shown.modules.items()}
+    mask, scale = rank_mask(3, 4), jnp.float32(16 / 3)
+    ideal = pilot._mean_movement(by_products, cohort.start, local.shown, everything, weights, mask, scale)
+    moved = pilot._movement(state.adapters, after.adapters, {}, mask, scale)
+    g, d, m = ([np.float64(leaf) for leaf in jax.tree.leaves(tree)] for tree in (gradient, ideal, moved))
+
+    def dot(x, y):
+        return sum(np.sum(one * other) for one, other in zip(x, y, strict=True))
+
+    followed = sum(np.sum(np.float64(leaf) ** 2) for leaf in jax.tree.leaves(gradient.head))
+    for name, matrices in gradient.modules.items():
+        f = state.adapters.modules[name]
+        for layer, matrix in enumerate(np.float64(matrices)):
+            left, right = range_of(np.float64(f.a[layer, :, :3])), range_of(np.float64(f.b[layer, :3]).T)
+            rest = matrix - left @ matrix
+            followed += np.sum((left @ matrix) ** 2) + np.sum((rest @ right) ** 2)
+    np.testing.assert_allclose(step.loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(step.gradient_sq, dot(g, g), rtol=1e-4)
+    np.testing.assert_allclose(step.followed_sq, followed, rtol=1e-3)
+    assert step.followed_sq < 0.99 * step.gradient_sq
+    np.testing.assert_allclose(step.progress, -dot(g, d), rtol=1e-3)
+    np.testing.assert_allclose(step.movement, dot(d, d), rtol=1e-3)
+    np.testing.assert_allclose(step.slope, dot(g, m), rtol=1e-3)
+    np.testing.assert_allclose(step.distance_sq, dot(m, m), rtol=1e-3)
+
+
+def test_share_step_and_smoothness_are_those_of_the_counted_round(toy, measured, two_rounds):
+    """Oracle: the formulas of their definitions, of the second of two rounds and the loss after it."""
+    sim, _, sample = toy
+    (_, first), (after, step) = two_rounds
+    end, _ = jax.jit(sim.full_gradient)(sim.world.base, sample, after.adapters, after.hyper)
+    found = measured[3].measured
+    np.testing.assert_allclose(found.gap, first.loss, rtol=1e-5)
+    np.testing.assert_allclose(found.share, step.followed_sq / step.gradient_sq, rtol=1e-4)
+    np.testing.assert_allclose(found.step, step.progress / step.followed_sq, rtol=1e-3)
+    np.testing.assert_allclose(found.movement, step.movement, rtol=1e-3)
+    rise = np.float64(end) - np.float64(step.loss) - np.float64(step.slope)
+    np.testing.assert_allclose(found.smoothness, max(2 * rise / step.distance_sq, 0.0), rtol=0.02, atol=1e-6)
+    for share, error in zip(found[-2:], (step.sparsification, step.covariance), strict=True):
+        along = np.sum(np.maximum(error.slope, 0.0) ** 2) / step.gradient_sq
+        np.testing.assert_allclose(share, min(along / np.sum(error.energy), 1.0), rtol=1e-2)
 
 
 def test_with_everything_sent_what_the_server_misses_is_the_covariance(toy, trained, round_at_three):
@@ -241,6 +304,17 @@ def test_payloads_are_what_the_sparsifier_sends(trained, measured):
     cohort, _, _, sent = trained
     np.testing.assert_array_equal(sent.bits, measured[3].payload_bits[2])
     np.testing.assert_array_equal(cohort.downlink_bits, measured[3].downlink_bits)
+
+
+def test_payloads_of_factors_in_turn_are_the_mean_of_two_rounds():
+    """Oracle: what a run is charged in its second and third round, where b and a take turns."""
+    sim = simulation("aggregation.name=rolora", "control.name=ideal", "control.keep_ratio=1.0", "rounds=3")
+    state = sim.init(jax.random.key(0))
+    bits, downlink_bits = pilot._payloads(sim.parts, pilot.at_rank(state, jnp.float32(3)))
+    _, metrics = sim.run(state, 3)
+    assert metrics.uplink_bits[1] != metrics.uplink_bits[2]
+    np.testing.assert_array_equal(bits[3], np.mean(metrics.uplink_bits[1:]) / 6)
+    np.testing.assert_array_equal(downlink_bits, np.mean(metrics.downlink_bits[1:]) / 6)
 
 
 def test_held_out_examples_are_nobodys_any_more(toy):
