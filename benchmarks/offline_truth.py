@@ -51,7 +51,8 @@ def measure(known: Survey, config: ExperimentConfig, rows: list[dict]) -> list[d
     state = simulation.init(jax.random.key(config.seed))
     ranks, V = (jnp.array([row[name] for row in rows], jnp.float32) for name in ("rank", "V"))
     parts, score, world = simulation.parts, simulation.score, simulation.world
-    found = roll_out(parts, lambda V: tsfa_online.make(control, V), score, world, state, ranks, V, 1, config.rounds)
+    numbers = ranks, V, jnp.full_like(V, control.queue_s), 1, config.rounds
+    found = roll_out(parts, lambda V: tsfa_online.make(control, V), score, world, state, *numbers)
     names = {"final_accuracy": found.accuracy, "final_loss": found.loss, "latency_s": found.latency_s}
     return [{name: float(value[i, 0]) for name, value in names.items()} for i in range(len(rows))]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -182,7 +183,10 @@ def _plan(options: argparse.Namespace) -> int:
     console.print(binding(plans.effects_of_plan(found)), soft_wrap=True)
     if not found.within_budget:
         console.print("note: no rank meets control.latency_budget_s; the one of least latency is chosen")
-    console.print(f"rank {found.rank}, V {found.V:.6g}: take it with run --plan {folder / plans.NAME}", soft_wrap=True)
+    start = [*([options.config] if options.config else []), *(["--preset", name] if name else [])]
+    overrides = ["--set", *options.overrides] if options.overrides else []
+    command = shlex.join(["fedjax-lora", "run", *start, "--plan", str(folder / plans.NAME), *overrides])
+    console.print(f"rank {found.rank}, V {found.V:.6g}: take it with {command}", soft_wrap=True, markup=False)
     return 0
 
 

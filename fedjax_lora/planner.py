@@ -83,7 +83,7 @@ def _check(config: ExperimentConfig) -> None:
         ("aggregation.prune", prune == 1.0, "1.0", prune),
         ("control.energy_budget_j", control.energy_budget_j is None, "null", control.energy_budget_j),
         ("wireless.retransmissions", wireless.retransmissions == 0, "0", wireless.retransmissions),
-        ("aggregation.name", config.aggregation.name != "fedsa", "another", config.aggregation.name),
+        ("aggregation.name", config.aggregation.name != "fedsa", "other than fedsa", config.aggregation.name),
         ("sparsifier.error_feedback", not getattr(config.sparsifier, "error_feedback", False), "false", True),
         ("server.name", server.name == "sgd", "sgd", server.name),
         ("server.learning_rate", server.learning_rate == 1.0, "1.0", server.learning_rate),
@@ -99,13 +99,17 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
     assert isinstance(control, TsfaConfig)  # else there would be no survey
     bandwidth_hz = known.simulation.parts.link.bandwidth_hz
     setting = Setting(control.latency_budget_s, control.queue_s, known.factors, bandwidth_hz, known.state.hyper)
-    most_s = control.latency_budget_s * (1.0 + options.tolerance)
+    allowed = control.latency_budget_s, options.tolerance
+    most_s = allowed[0] * (1.0 + allowed[1])
     console.print(f"control: {config.rounds} rounds, {options.paths} draws of the channel")
     for_all = dataclasses.replace(control, latency_budget_s=1.0, queue_s=0.0, V=1.0)  # one program serves every budget
     rows = tsfa_offline.best_V(tsfa_offline.grid(for_all, setting, sites), most_s)
     rollout = None
     if options.objective == "rollout":
         console.print(f"rollout: {options.rollout_rounds} rounds, {options.seeds} seeds")
+        # A short one is to be like the rounds of a whole run, not like its first.
+        whole = options.rollout_rounds >= config.rounds
+        queue_s = jnp.full_like(rows.V, control.queue_s) if whole else rows.queue_s
         rollout = roll_out(
             known.simulation.parts,
             lambda V: tsfa_online.make(control, V),
@@ -114,14 +118,15 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
             known.state,
             sites.rank,
             rows.V,
+            queue_s,
             options.seeds,
             options.rollout_rounds,
         )
-        chosen = tsfa_offline.best_rank(rows.latency_s, rollout.loss.mean(1), most_s)
+        chosen = tsfa_offline.best_rank(rows.latency_s, rollout.loss.mean(1), *allowed)
     elif options.search == "gradient":
-        chosen, rows = _descended(for_all, setting, sites, rows, most_s)
+        chosen, rows = _descended(for_all, setting, sites, rows, most_s, console)
     else:
-        chosen = tsfa_offline.best_rank(rows.latency_s, rows.score, most_s)
+        chosen = tsfa_offline.best_rank(rows.latency_s, rows.score, *allowed)
     found = jax.device_get((known.factors, rows, sites.measured, rollout))
     return described(config, chosen, most_s, *found)
 
@@ -161,7 +166,9 @@ def round_factors(config: ExperimentConfig) -> Array:
     return jnp.mean(factors.reshape(config.rounds, config.local.steps), 1)
 
 
-def _descended(control: TsfaConfig, setting: Setting, sites: Site, rows: Outlook, most_s: float) -> tuple[int, Outlook]:
+def _descended(
+    control: TsfaConfig, setting: Setting, sites: Site, rows: Outlook, most_s: float, console: Console
+) -> tuple[int, Outlook]:
     """The candidate next to where the gradient search ended, and the rows with its V in that one.
 
     Between candidates the latency is another than at them: only those that some V of the grid brings within
@@ -173,6 +180,8 @@ def _descended(control: TsfaConfig, setting: Setting, sites: Site, rows: Outlook
     site: Site = jax.tree.map(lambda x: x[chosen], sites)
     V = found.weight * tsfa_offline.unit_of_V(control, setting, site)
     row = tsfa_offline.outlook(tsfa_offline.whole_ranks(control), setting, site, V)
+    console.print(f"gradient search: ended at rank {found.rank:.3f}; the candidate is {site.rank:.0f}")
     if row.latency_s > most_s and within.any():
+        console.print(f"note: V {V:.4g} of the search exceeds control.latency_budget_s there; V is the grid's")
         return chosen, rows
     return chosen, jax.tree.map(lambda all_rows, x: all_rows.at[chosen].set(x), rows, row)

@@ -106,7 +106,8 @@ class Outlook(NamedTuple):
     """What to expect of a rank and a V; any leading axes.
 
     V: weight of what is not sent. latency_s: mean of a round. keep_ratio, kept_ranks, uplink_bits: mean of a client.
-    final_queue_s: mean over the draws. terms: of the bound. score: the bound.
+    queue_s: mean over rounds and draws, before a round. final_queue_s: mean over the draws. terms: of the bound. score:
+    the bound.
     """
 
     rank: Array
@@ -115,6 +116,7 @@ class Outlook(NamedTuple):
     keep_ratio: Array
     kept_ranks: Array
     uplink_bits: Array
+    queue_s: Array
     final_queue_s: Array
     terms: bound.BoundTerms
     score: Array
@@ -186,18 +188,19 @@ def outlook(decide: Decide, setting: Setting, site: Site, V: Array) -> Outlook:
         heard = site.weights * (snr_hz > 0)
         means = tuple(jnp.sum(heard * x) / jnp.maximum(jnp.sum(heard), 1e-30) for x in seen)
         latency_s = jnp.asarray(decision.latency_s)
-        return update_queue(queue_s, latency_s), (latency_s, *means)
+        return update_queue(queue_s, latency_s), (latency_s, queue_s, *means)
 
     def path(snr_hz: Array, start_s: Array):
         return lax.scan(step, jnp.float32(setting.queue_s), (snr_hz, start_s))
 
-    queue_s, rounds = jax.vmap(path)(site.snr_hz, site.start_s)
+    final_queue_s, rounds = jax.vmap(path)(site.snr_hz, site.start_s)
     *expected, sparsification, covariance = (jnp.mean(x, 0) for x in rounds)
-    latency_s, keep_ratio, kept_ranks, bits = (jnp.mean(x) for x in expected)
+    latency_s, queue_s, keep_ratio, kept_ranks, bits = (jnp.mean(x) for x in expected)
     # What is left out is of first order in the learning rate, what averaging apart misses of second.
     of_first, of_second = (sparsification * setting.factors**2, covariance * setting.factors**4)
     found = bound.terms(site.measured, of_first, of_second, setting.factors)
-    return Outlook(site.rank, V, latency_s, keep_ratio, kept_ranks, bits, jnp.mean(queue_s), found, found.total)
+    queues = queue_s, jnp.mean(final_queue_s)
+    return Outlook(site.rank, V, latency_s, keep_ratio, kept_ranks, bits, *queues, found, found.total)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -220,12 +223,15 @@ def best_V(found: Outlook, most_latency_s: float) -> Outlook:
     return jax.tree.map(lambda x: jnp.take_along_axis(x, column[:, None], 1)[:, 0], found)
 
 
-def best_rank(latency_s: Array, score: Array, most_latency_s: float) -> int:
+def best_rank(latency_s: Array, score: Array, budget_s: float, tolerance: float) -> int:
     """Position of the least score `[candidates]` within the latency, the first of equals; else of the least latency.
 
-    A score that is not finite, of a pilot without progress or a rollout that diverged, is never the least.
+    Where none is within the budget and its tolerance, the least latency stands in for the budget: many ranks come close
+    to it, since all may send few components. A score that is not finite, of a pilot without progress or a rollout that
+    diverged, is never the least.
     """
-    within = (latency_s <= most_latency_s) & jnp.isfinite(score)
+    most_s = (1.0 + tolerance) * jnp.maximum(budget_s, jnp.min(latency_s))
+    within = (latency_s <= most_s) & jnp.isfinite(score)
     return int(jnp.argmin(jnp.where(within, score, jnp.inf)) if within.any() else jnp.argmin(latency_s))
 
 

@@ -27,9 +27,9 @@ class Plan(NamedTuple):
     objective, search: of `PlanConfig`.
     rank, V: chosen. within_budget: whether the latency budget is met by them.
     factors: of the learning rate in each round, see `bound.terms`.
-    rows: one dict a candidate rank: `rank, V, keep_ratio, kept_ranks, latency_s, uplink_bits, final_queue_s`, each term
-      of the bound, `rank_cost` (the effect of the rank on it), `bound`, `score` and `score_deviation` (of a rollout,
-      else None), and what the pilot measured.
+    rows: one dict a candidate rank: `rank, V, keep_ratio, kept_ranks, latency_s, uplink_bits, queue_s, final_queue_s`,
+      each term of the bound, `rank_cost` (the effect of the rank on it), `bound`, `score` and `score_deviation` (of a
+      rollout, else None), of a rollout `accuracy` and `rollout_latency_s`, and what the pilot measured.
     """
 
     config: dict[str, Any]
@@ -142,6 +142,7 @@ def described(
             row["score"] = float(rollout.loss[i].mean())
             row["score_deviation"] = float(rollout.loss[i].std(ddof=1)) if rollout.loss.shape[1] > 1 else None
             row["accuracy"] = float(rollout.accuracy[i].mean())
+            row["rollout_latency_s"] = float(rollout.latency_s[i].mean())
         row |= {name: float(value[i]) for name, value in measured._asdict().items()}
         row["within_budget"] = row["latency_s"] <= most_latency_s
         rows.append({key: _finite(value) for key, value in row.items()})
@@ -162,4 +163,4 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_EXPECTED = ("V", "keep_ratio", "kept_ranks", "latency_s", "uplink_bits", "final_queue_s")
+_EXPECTED = ("V", "keep_ratio", "kept_ranks", "latency_s", "uplink_bits", "queue_s", "final_queue_s")

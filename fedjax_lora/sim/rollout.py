@@ -36,20 +36,19 @@ def roll_out(
     state: FedState,
     rank: Array,
     V: Array,
+    queue_s: Array,
     seeds: int,
     rounds: int,
 ) -> Rollout:
-    """Runs of so many rounds from `state`, at each `rank` `[n]` with its `V` `[n]`; each seed has its own keys.
+    """Runs of so many rounds from `state`, at each `rank` `[n]` with its `V` and first queue `[n]`.
 
-    As a run does, they begin with the first queue of their controller. Seeds are shared by the ranks: what differs
-    between two ranks is not their luck.
+    Each seed has its own keys. Seeds are shared by the ranks: what differs between two ranks is not their luck.
     """
 
-    def one(world: World, state: FedState, setting: tuple[Array, Array, Array]):
-        rank, V, seed = setting
-        control = controller(V)
-        round_fn = make_round(parts._replace(controller=control))
-        key, queue_s = jax.random.fold_in(state.key, seed), jnp.float32(control.queue_s)
+    def one(world: World, state: FedState, setting: tuple[Array, Array, Array, Array]):
+        rank, V, queue_s, seed = setting
+        round_fn = make_round(parts._replace(controller=controller(V)))
+        key = jax.random.fold_in(state.key, seed)
         start = at_rank(dataclasses.replace(state, key=key, queue_s=queue_s), rank)
         end, metrics = lax.scan(lambda s, _: round_fn(world, s), start, length=rounds)
         adapters = deployed(end.adapters, end.clients)
@@ -57,12 +56,12 @@ def roll_out(
         return Rollout(loss, accuracy, jnp.mean(metrics.latency_s))
 
     @jax.jit
-    def every(world: World, state: FedState, rank: Array, V: Array):
+    def every(world: World, state: FedState, rank: Array, V: Array, queue_s: Array):
         number = jnp.arange(rank.size * seeds)
-        settings = rank[number // seeds], V[number // seeds], number % seeds
+        settings = *(x[number // seeds] for x in (rank, V, queue_s)), number % seeds
         return lax.map(lambda setting: one(world, state, setting), settings)
 
-    return jax.tree.map(lambda x: x.reshape(-1, seeds), every(world, state, rank, V))
+    return jax.tree.map(lambda x: x.reshape(-1, seeds), every(world, state, rank, V, queue_s))
 
 
 class Weather(NamedTuple):

@@ -90,7 +90,7 @@ def test_an_outlook_is_a_python_loop_over_rounds(one, first_queue_s):
             )
         )
     )
-    latencies, kept, queues, errors = [], [], [], np.zeros(ROUNDS)
+    latencies, kept, before, queues, errors = [], [], [], [], np.zeros(ROUNDS)
     for path in range(2):
         queue = first_queue_s
         for number, (snr_hz, start_s) in enumerate(zip(own.snr_hz[path], own.start_s[path], strict=True)):
@@ -100,12 +100,14 @@ def test_an_outlook_is_a_python_loop_over_rounds(one, first_queue_s):
             heard = np.asarray(snr_hz) > 0
             kept.append(ranks[heard].mean())
             errors[number] += np.asarray(own.sparsification)[ranks[heard]].mean() / 2
+            before.append(queue)
             queue = max(queue + latencies[-1] - CONFIG.latency_budget_s, 0.0)
         queues.append(queue)
     found = one(own, jnp.float32(V), jnp.float32(first_queue_s))
     assert 1.0 < np.mean(kept) < 3.0  # the queue does decide something
     np.testing.assert_allclose(found.latency_s, np.mean(latencies), rtol=1e-4)
     np.testing.assert_allclose(found.kept_ranks, np.mean(kept), rtol=1e-4)
+    np.testing.assert_allclose(found.queue_s, np.mean(before), rtol=1e-3)
     np.testing.assert_allclose(found.final_queue_s, np.mean(queues), rtol=1e-3)
     expected = bound.terms(own.measured, errors * FACTORS**2, 0.1 * FACTORS**4, FACTORS)
     np.testing.assert_allclose(found.terms, expected, rtol=1e-4)
@@ -127,7 +129,7 @@ def test_the_grid_is_brute_force(searched, one):
     assert feasible.any()
     np.testing.assert_allclose(best.score[feasible], allowed.min(1)[feasible], rtol=1e-3)
     np.testing.assert_allclose(best.latency_s[~feasible], latency.min(1)[~feasible], rtol=1e-3)
-    assert tsfa_offline.best_rank(best.latency_s, best.score, 1.05) == np.argmin(allowed.min(1))
+    assert tsfa_offline.best_rank(best.latency_s, best.score, 1.0, 0.05) == np.argmin(allowed.min(1))
 
 
 def test_where_no_score_is_finite_the_least_latency_is_taken(searched):
@@ -137,8 +139,15 @@ def test_where_no_score_is_finite_the_least_latency_is_taken(searched):
     best = tsfa_offline.best_V(nothing, 1.05)
     np.testing.assert_array_equal(best.latency_s, np.asarray(found.latency_s).min(1))
     latency_s = jnp.array([3.0, 1.0, 2.0])
-    assert tsfa_offline.best_rank(latency_s, jnp.full(3, jnp.inf), 2.5) == 1
-    assert tsfa_offline.best_rank(latency_s, jnp.array([0.0, jnp.inf, 5.0]), 2.5) == 2
+    assert tsfa_offline.best_rank(latency_s, jnp.full(3, jnp.inf), 2.5, 0.0) == 1
+    assert tsfa_offline.best_rank(latency_s, jnp.array([0.0, jnp.inf, 5.0]), 2.5, 0.0) == 2
+
+
+@pytest.mark.parametrize(("budget_s", "expected"), [(9.0, 3), (2.05, 2), (2.0, 1), (1.5, 1), (0.1, 1)])
+def test_where_no_rank_is_within_the_budget_the_best_near_the_least_latency_is_taken(budget_s, expected):
+    """By hand: the second is 4 % slower than the first, and better; a budget under both is like one at the first."""
+    latency_s, score = jnp.array([2.0, 2.08, 2.15, 8.0]), jnp.array([4.0, 3.0, 2.0, 1.0])
+    assert tsfa_offline.best_rank(latency_s, score, budget_s, 0.05) == expected
 
 
 def test_a_tighter_budget_never_chooses_a_higher_rank(searched):
@@ -146,7 +155,7 @@ def test_a_tighter_budget_never_chooses_a_higher_rank(searched):
     chosen = []
     for budget, found in searched.items():
         best = tsfa_offline.best_V(found, 1.05 * budget)
-        chosen.append(RANKS[tsfa_offline.best_rank(best.latency_s, best.score, 1.05 * budget)])
+        chosen.append(RANKS[tsfa_offline.best_rank(best.latency_s, best.score, budget, 0.05)])
     assert chosen == sorted(chosen, reverse=True)
     assert chosen[0] > chosen[-1]  # and the budget does matter here
 
@@ -154,7 +163,7 @@ def test_a_tighter_budget_never_chooses_a_higher_rank(searched):
 @pytest.mark.parametrize("budget", [4.0, 1.0])
 def test_the_gradient_search_ends_within_one_candidate_of_the_grid(searched, budget):
     best = tsfa_offline.best_V(searched[budget], 1.05 * budget)
-    by_grid = tsfa_offline.best_rank(best.latency_s, best.score, 1.05 * budget)
+    by_grid = tsfa_offline.best_rank(best.latency_s, best.score, budget, 0.05)
     found = tsfa_offline.gradient(CONFIG, setting(budget), sites(), 1.05 * budget)
     by_gradient = np.argmin(np.abs(np.log(RANKS) - np.log(found.rank)))
     assert abs(by_gradient - by_grid) <= 1
