@@ -195,7 +195,8 @@ def main() -> None:
         if not options.redo and asked.items() <= kept["runs"].get(name, {}).items():
             continue
         found = measure(config, budget, MOST_ROUNDS * options.dense_rounds)
-        kept["runs"][name] = {**asked, "git_commit": environment["git_commit"], **found}
+        made_by = {"git_commit": environment["git_commit"], "cpu": environment["cpu"]}
+        kept["runs"][name] = {**asked, **made_by, **found}
         common.note(f"{name}: {found['final_accuracy']:.4f}")
         out.write_text(json.dumps(kept, indent=2) + "\n")
     result = {"environment": environment, "table": summarize(kept["runs"]), "runs": kept["runs"]}

@@ -104,11 +104,14 @@ def build(config: ExperimentConfig) -> Simulation:
 
 
 def _degeneracy(config: ExperimentConfig) -> str | None:
+    if config.sparsifier.name == "lora_a2" and config.aggregation.name != "rolora":
+        return "sparsifier: lora_a2 is LoRA-A2's choice of ranks alone; its factors take turns with aggregation: rolora"
     if not isinstance(config.sparsifier, soft.SoftConfig):
         return None
-    redrawn = config.aggregation.name == "flora" or getattr(config.aggregation, "start", None) == "reinit"
+    aggregation = config.aggregation
+    refilled = aggregation.name in ("flora", "flexlora") or getattr(aggregation, "start", None) == "reinit"
     sit_out = (config.clients.per_round or config.clients.count) < config.clients.count
-    return soft.degeneracy(config.sparsifier, redrawn, sit_out)
+    return soft.degeneracy(config.sparsifier, refilled, sit_out)
 
 
 def _build(config: ExperimentConfig) -> Simulation:

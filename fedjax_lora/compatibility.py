@@ -55,6 +55,17 @@ def _sparsifier(config: Any) -> None:
             "sparsifier.send must be change where aggregation.name is hetlora, "
             "which would pull a component that is not sent to zero, got 'factors'"
         )
+    if aggregation == "rolora" and sparsifier.name == "flasc":
+        raise ValueError(
+            "sparsifier.name must be another than flasc where aggregation.name is rolora, "
+            "whose resting factor must be the same for clients and server, got 'flasc'"
+        )
+    by_energy = config.control.name == "tsfa" and config.control.tail != "linear"
+    if by_energy and getattr(sparsifier, "error_feedback", False):
+        raise ValueError(
+            "sparsifier.error_feedback must be false where control.name is tsfa, whose tail energies do not "
+            "count what a client remembers, unless control.tail is linear, got True"
+        )
     if aggregation == "lora_fair" and sparsifier.name == "flasc":
         raise ValueError(
             "sparsifier.name must be another than flasc where aggregation.name is lora_fair, "
@@ -68,6 +79,11 @@ def _scaffold(config: Any) -> None:
     if config.local.optimizer.name != "sgd":
         raise ValueError(
             f"local.optimizer.name must be sgd where drift.name is scaffold, got {config.local.optimizer.name!r}"
+        )
+    if config.local.optimizer.clip_norm is not None:
+        raise ValueError(
+            "local.optimizer.clip_norm must be absent where drift.name is scaffold, whose control variates are read "
+            f"from the path of unclipped gradients, got {config.local.optimizer.clip_norm}"
         )
     if config.aggregation.name == "fedsa":
         raise ValueError(

@@ -132,7 +132,19 @@ MISTAKES = {
         "{aggregation: {name: rolora}, server: {name: momentum}}",
         ["server.name must be sgd ", "aggregation.name is rolora", "'momentum'"],
     ),
-    "correction of sparse factors": (
+    "a sparse factor at rest": (
+        "{aggregation: {name: rolora}, sparsifier: {name: flasc}}",
+        ["sparsifier.name ", "another than flasc", "aggregation.name is rolora", "'flasc'"],
+    ),
+    "tails of what is remembered": (
+        "{control: {name: tsfa}, sparsifier: {name: soft, error_feedback: true}}",
+        ["sparsifier.error_feedback ", "must be false", "control.name is tsfa", "linear", "True"],
+    ),
+    "control variates of clipped gradients": (
+        "{drift: {name: scaffold}, local: {optimizer: {name: sgd, clip_norm: 1.0}}}",
+        ["local.optimizer.clip_norm ", "must be absent", "drift.name is scaffold", "1.0"],
+    ),
+    "a correction of sparse factors": (
         "{aggregation: {name: lora_fair}, sparsifier: {name: flasc}}",
         ["sparsifier.name ", "another than flasc", "aggregation.name is lora_fair", "'flasc'"],
     ),
@@ -192,6 +204,7 @@ def test_a_mistake_in_a_file_is_one_line_as_specified(load, text, fragments):
         "{aggregation: {name: rolora}, server: {learning_rate: 0.5}, sparsifier: {name: lora_a2}}",
         "{aggregation: {name: lora_fair}, sparsifier: {name: top_k}}",
         "{aggregation: {name: flora}}",
+        "{control: {name: tsfa, tail: linear}, sparsifier: {name: soft, error_feedback: true}}",
         "{server: {name: momentum, momentum: 0.5}, local: {optimizer: {name: momentum, momentum: 0.5}}}",
         "server: {name: yogi, beta2: 0.9}",
         "sparsifier: {form: none, orthogonality: 0}",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import Precision
 
-from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, in_use
+from fedjax_lora.aggregation.products import Layer, Outcome, by_layer
 from fedjax_lora.base import Factors
 from fedjax_lora.ops import factorise
 from fedjax_lora.options import Options
@@ -44,7 +44,7 @@ def _truncate(layer: Layer) -> Outcome:
     v = jnp.pad(v, ((0, missing), (0, 0)))[:max_rank]
     size = jnp.pad(size, (0, missing))[:max_rank]
     position = jnp.arange(max_rank)
-    rank = jnp.max(jnp.where(in_use(layer), position + 1, 0))
+    rank = jnp.max(jnp.where(layer.used, position + 1, 0))
     noise = size[0] * max(u.shape[0], v.shape[1]) * jnp.finfo(size.dtype).eps
     kept = (position < rank) & (size > noise)
     root = jnp.sqrt(jnp.where(kept, size, 0.0))

@@ -12,7 +12,7 @@ from jax import Array
 from jax.lax import Precision
 
 from fedjax_lora.aggregation.fedit import average_factors
-from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, in_use
+from fedjax_lora.aggregation.products import Layer, Outcome, by_layer
 from fedjax_lora.base import Factors
 from fedjax_lora.ops import factorise
 from fedjax_lora.ops.products import gram
@@ -44,13 +44,12 @@ def make(config: LoraFairConfig) -> Aggregator:
 
     def correct(layer: Layer) -> Outcome:
         mean = average_factors(layer.old, layer.received, layer.counted, layer.weights)
-        used = in_use(layer)  # a rank that nobody uses is not to fill
-        a = mean.a * used
+        a = mean.a * layer.used  # a rank that nobody uses is not to fill
         energies, basis = factorise.eigh(gram(a))
         target = _projected_gap(a, layer.received, mean, layer.weights)
         # Rounding may leave an eigenvalue below zero; lambda then still bounds the inverse.
         shrunk = _matmul(basis.T, target) / (jnp.maximum(energies, 0.0) + config.regularisation)[:, None]
-        correction = jnp.where(used[:, None], _matmul(basis, shrunk), 0.0)
+        correction = jnp.where(layer.used[:, None], _matmul(basis, shrunk), 0.0)
         return Outcome(Factors(a=mean.a, b=mean.b + correction))
 
     return by_layer(correct)

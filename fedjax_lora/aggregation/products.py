@@ -27,6 +27,7 @@ class Layer(NamedTuple):
     old: the broadcast, a `[n_in, R]` and b `[R, n_out]`.
     received: the server's copies, leaves `[C, ...]`; the broadcast for a client of weight 0.
     counted: `[C, R]`, 0 for a client of weight 0. weights: `[C]`, p_k.
+    used: `[R]` bool, the components that the broadcast uses, or that somebody trains, whether it sends them or not.
     key: the layer's own.
     """
 
@@ -34,6 +35,7 @@ class Layer(NamedTuple):
     received: Factors
     counted: Array
     weights: Array
+    used: Array
     key: Array
 
 
@@ -97,7 +99,8 @@ def _module(
         mine, received, m = jax.tree.map(lambda leaf: leaf[:, index], (trained, decoded, counted))
         mine, received = trees.where(present, (mine, received), (before, before))
         m = jnp.where(present[:, None], m, 0.0)
-        found = method(Layer(before, received, m, weights, jax.random.fold_in(key, index)))
+        used = jnp.any(m > 0, axis=0) | jnp.any(before.b != 0, axis=-1) | jnp.any(mine.b != 0, axis=(0, 2))
+        found = method(Layer(before, received, m, weights, used, jax.random.fold_in(key, index)))
         nothing = Outcome(before, jax.tree.map(jnp.zeros_like, found.merged))
         found = trees.where(jnp.any(present), found, nothing)
         return (
@@ -107,11 +110,6 @@ def _module(
         )
 
     return jax.lax.map(layer, jnp.arange(old.a.shape[0]))
-
-
-def in_use(layer: Layer) -> Array:
-    """`[R]` bool: the components that the broadcast uses, or in which somebody counts."""
-    return jnp.any(layer.counted > 0, axis=0) | jnp.any(layer.old.b != 0, axis=-1)
 
 
 def fresh(layer: Layer) -> Factors:

@@ -60,7 +60,7 @@ def make(config: LoraA2Config, like: Adapters, wire: Wire = FLOAT32) -> Sparsifi
     ) -> tuple[Sent, Any]:
         kept = ranks.num_kept(keep_ratio, scope.ranks)
         chosen = ranks.choose(_scores(start, trained, scope, outside=-1.0), kept, "global", scope.ranks)
-        bits = ranks.chosen_bits(chosen, like, scope, wire)
+        bits = ranks.chosen_bits(chosen, "global", like, scope, wire)
         return ranks.send_changes(start, trained, chosen, bits, scope, wire, key), memory
 
     def tail_energy(start: Adapters, trained: Adapters, scope: Scope) -> Array:

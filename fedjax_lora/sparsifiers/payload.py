@@ -35,7 +35,10 @@ def component_bits(
 
 
 def index_bits(kept: Array, max_rank: int) -> Array:
-    """Bits that say which `kept` (uint32) of a matrix's R ranks follow: a list, or a bitmap if that is shorter."""
+    """Bits that say which `kept` (uint32) of a matrix's R ranks follow: a list, or a bitmap if that is shorter.
+
+    The receiver knows how many there are, since each matrix has as many.
+    """
     position_bits = (max_rank - 1).bit_length()
     return jnp.minimum(jnp.uint32(max_rank), kept * jnp.uint32(position_bits))
 

@@ -75,22 +75,26 @@ def choose(scores: dict[str, Array], kept: Array, budget: Budget, rank_mask: Arr
     return {name: mask * rank_mask for name, mask in chosen.items()}
 
 
-def chosen_bits(chosen: dict[str, Array], like: Adapters, scope: Scope, wire: Wire) -> Array:
+def chosen_bits(chosen: dict[str, Array], budget: Budget, like: Adapters, scope: Scope, wire: Wire) -> Array:
     """uint32 bits of the chosen components, module name -> `[L, R]`, with index and head."""
     bits = payload.common_bits(like, scope, wire)
     for name, mask in chosen.items():
         kept = jnp.sum(mask, axis=-1).astype(jnp.uint32)
         bits += payload.component_bits(jnp.sum(kept), like.modules[name], scope, wire)
-        bits += jnp.sum(payload.index_bits(kept, mask.shape[-1]))
+        bits += jnp.sum(_index_bits(kept, budget, mask.shape[-1]))
     return bits
+
+
+def _index_bits(kept: Array, budget: Budget, max_rank: int) -> Array:
+    """uint32 bits of a matrix's index: a bitmap where the receiver does not know how many components come."""
+    return payload.index_bits(kept, max_rank) if budget == "module" else jnp.full_like(kept, max_rank)
 
 
 def planned_bits(keep_ratio: Array, budget: Budget, like: Adapters, scope: Scope, wire: Wire) -> Array:
     """`[...]` float32: the most that `chosen_bits` can be at keep ratios `[...]`."""
     kept = num_kept(keep_ratio, scope.ranks)
     rank = jnp.sum(scope.ranks).astype(jnp.uint32)
-    # An even spread of the kept ranks has the longest index: a matrix's index is concave in its count.
-    index = num_matrices(like) * payload.index_bits(kept, max_rank(like))
+    index = num_matrices(like) * _index_bits(kept, budget, max_rank(like))
     bits, left = payload.common_bits(like, scope, wire) + index, kept * num_matrices(like)
     for factors in sorted(like.modules.values(), key=payload.width, reverse=True):
         layers = factors.a.shape[0]

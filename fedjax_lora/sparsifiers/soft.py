@@ -64,12 +64,12 @@ class SoftConfig(Options):
             raise ValueError(f"error_feedback must be false where send is {self.send}, got True")
 
 
-def degeneracy(config: SoftConfig, redrawn: bool = False, sit_out: bool = False) -> str | None:
+def degeneracy(config: SoftConfig, refilled: bool = False, sit_out: bool = False) -> str | None:
     """One line on what these options silently turn into, or None.
 
     Args:
       config: its options.
-      redrawn: whether factors are drawn anew every round.
+      refilled: whether the server fills all components anew every round.
       sit_out: whether clients sit out rounds.
     """
     if config.error_feedback and sit_out:
@@ -77,11 +77,13 @@ def degeneracy(config: SoftConfig, redrawn: bool = False, sit_out: bool = False)
             "sparsifier: error_feedback adds what a client left out many rounds ago, where clients sit out rounds: "
             "it is known to harm"
         )
-    if config.send == "factors" and config.missing == "zero" and not redrawn:
+    if config.send == "factors" and config.missing == "zero" and not refilled:
         return (
             "sparsifier: send: factors with missing: zero pulls unsent ranks to zero, where they stay: "
             "it becomes a LoRA of fixed rank keep_ratio * rank"
         )
+    if config.form == "identity" and config.orthogonality > 0:
+        return "sparsifier: form: identity pulls all components to one norm, which leaves their norms little to tell"
     return None
 
 
@@ -185,7 +187,7 @@ def make(config: SoftConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier
         sent = Sent(
             adapters=decoded,
             counted=chosen if config.missing == "senders" else in_use,
-            bits=ranks.chosen_bits(chosen, like, scope, wire),
+            bits=ranks.chosen_bits(chosen, config.budget, like, scope, wire),
             kept_ranks=sum((jnp.sum(mask) for mask in chosen.values()), jnp.zeros(())) / num_matrices,
             dropped_energy=energy,
         )

@@ -71,7 +71,7 @@ def test_equal_clients_give_one_product_whatever_the_method():
     """Invariance across methods, and the client's own product."""
     ranks = [4, 4, 4, 4]
     decoded = cohort(ranks, same=True)
-    start = jax.tree.map(lambda x: x[0], cohort([4]))  # a rank that nobody uses adds nothing to the broadcast
+    start = jax.tree.map(lambda x: x[0], cohort([4], seed=9))  # a rank that nobody uses adds nothing to the broadcast
     for method in METHODS:
         found = run(method, decoded, ranks, broadcast=start)
         for name, layer in MATRICES:
@@ -204,6 +204,30 @@ def test_flexlora_uses_no_rank_beyond_the_ones_in_use_and_leaves_none_dead():
             np.testing.assert_array_equal(f.b[:, used:], 0.0)
             np.testing.assert_array_equal(f.a[..., used:], start.modules[name].a[..., used:])
             assert np.all(np.linalg.norm(f.b[:, :used], axis=-1) > 0.1)
+
+
+def test_flexlora_cuts_at_the_rank_that_is_trained_not_at_what_was_sent():
+    """Oracle: NumPy's SVD, in a first round, b = 0, in which all train five components and send their first alone."""
+    start = BROADCAST.replace(modules={n: Factors(a=f.a, b=jnp.zeros_like(f.b)) for n, f in BROADCAST.modules.items()})
+    trained = cohort((5, 5, 5, 5))
+    decoded = Adapters(
+        modules={
+            n: Factors(
+                a=jnp.where(jnp.arange(MAX_RANK) < 1, f.a, start.modules[n].a),
+                b=f.b * (jnp.arange(MAX_RANK) < 1)[:, None],
+            )
+            for n, f in trained.modules.items()
+        },
+        head=trained.head,
+    )
+    sent = message(decoded, (1, 1, 1, 1))
+    found = AGGREGATE["flexlora"](start, trained, sent, jnp.float32(WEIGHTS), jnp.float32(SCALE), KEY).adapters
+    for name, layer in MATRICES:
+        u, size, v = np.linalg.svd(ideal(decoded, name, layer) / SCALE, full_matrices=False)
+        assert size[2] > 0.1  # of three clients that take part
+        expected = (u[:, :5] * size[:5]) @ v[:5]
+        np.testing.assert_allclose(product(found.modules[name], layer, range(MAX_RANK)), expected, atol=2e-4)
+        assert not np.any(found.modules[name].b[layer, 5:])
 
 
 def test_lora_fair_is_the_ridge_solution():

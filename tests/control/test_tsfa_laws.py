@@ -146,20 +146,26 @@ def test_tails_of_zero_are_safe():
     assert np.isfinite(np.concatenate([np.ravel(x) for x in decision])).all()
 
 
+@pytest.mark.parametrize("tail", ["energy", "relative"])
+@pytest.mark.parametrize("budget_s", [0.6, 1.0, 1.6])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_at_equal_budget_tsfa_drops_no_more_than_its_baselines(seed):
-    """Dropped energy by definition; `uniform` has the largest ratio that meets the mean budget, found by trying all."""
-    snr_hz, budget_s = gains(400, seed), 1.0
-    config = TsfaConfig(V=0.2, latency_budget_s=budget_s, tail="energy", queue_s=0.5)
+def test_at_equal_budget_tsfa_drops_no_more_than_its_baselines(seed, budget_s, tail):
+    """Dropped energy by definition; all may spend what TSFA spent on average, `uniform` by two ratios in turn."""
+    snr_hz, V = gains(400, seed), 0.2 if tail == "energy" else 0.2 * np.sum(WEIGHTS * TAIL[:, 0])
+    config = TsfaConfig(V=float(V), latency_budget_s=budget_s, tail=tail, queue_s=0.5)
     latency_s, _, dropped, *_ = simulate(tsfa_online.make(config), snr_hz, 0.5)
-    assert latency_s.mean() < 1.01 * budget_s
+    spent_s = latency_s.mean()
+    assert spent_s < 1.01 * budget_s
     equal = [simulate(uniform(UniformConfig()), snr_hz, keep_ratio=k / RANKS) for k in range(1, RANKS + 1)]
-    fitting = [found for found in equal if found[0].mean() <= budget_s]
-    others = {"uniform": fitting[-1][2] if fitting else np.full(1, np.inf)}
+    means = [(found[0].mean(), found[2].mean()) for found in equal]
+    others = {}
+    if means[0][0] <= spent_s:  # else not even the fewest bits fit
+        others["uniform"] = np.interp(spent_s, *np.transpose(means))
     for make, options in ((greedy, GreedyConfig), (proportional, ProportionalConfig)):
-        others[options.name] = simulate(make(options(latency_budget_s=budget_s)), snr_hz)[2]
+        others[options.name] = simulate(make(options(latency_budget_s=spent_s)), snr_hz)[2].mean()
+    assert "uniform" in others or budget_s < 1.0
     for name, lost in others.items():
-        assert dropped.mean() <= lost.mean(), name
+        assert dropped.mean() <= lost, name
 
 
 STATES = gains(3, seed=5)
@@ -196,7 +202,7 @@ def test_queue_over_V_tends_to_the_multiplier_and_the_gap_falls_like_one_over_V(
     multiplier, _ = static_problem()
     gain, start = WEIGHTS[:, None] * -np.diff(TAIL)[:, 1:] / multiplier, np.zeros(CLIENTS)
     least = [multiplier * tsfa_oracle.solve(LEAST, STEP, gain, snr, start, BAND_HZ, 120)[0] for snr in STATES]
-    V, rounds = np.float32([1.0, 2.0, 4.0, 8.0]), 20_000
+    V, rounds = np.float32([1.0, 2.0, 4.0, 8.0]), 400_000
     drawn = np.random.default_rng(0).integers(len(STATES), size=rounds)
 
     @jax.jit
@@ -207,7 +213,7 @@ def test_queue_over_V_tends_to_the_multiplier_and_the_gap_falls_like_one_over_V(
             next_queue = jnp.maximum(queue + found.latency_s - BUDGET_S, 0.0)
             return next_queue, (found.objective - queue * found.latency_s, found.latency_s, next_queue)
 
-        return jax.lax.scan(round_, V * jnp.float32(multiplier), STATES[drawn])[1]
+        return jax.lax.scan(round_, jnp.float32(0.0), STATES[drawn])[1]
 
     cost, latency_s, queue = (np.float64(x) for x in run(V))
     gap = cost / V[:, None] + multiplier * latency_s - np.array(least)[drawn]
@@ -216,9 +222,9 @@ def test_queue_over_V_tends_to_the_multiplier_and_the_gap_falls_like_one_over_V(
     slope = np.polyfit(np.log(V), np.log(gap.mean(1)), 1)[0]
     assert abs(slope + 1) < 0.1, slope
     np.testing.assert_allclose(queue[-1].mean() / V[-1], multiplier, rtol=0.02)
-    held = (queue[:, -1] - V * multiplier) / rounds
+    held = queue[:, -1] / rounds
     assert (latency_s.mean(1) - BUDGET_S <= held + 1e-5).all()
-    assert (queue[:, -1] / rounds < 2e-3 * BUDGET_S).all() and (np.abs(held) < 1e-3 * BUDGET_S).all()
+    assert (held < 1e-3 * BUDGET_S).all()
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.0])

@@ -135,6 +135,10 @@ def test_brute_force_over_whole_ranks_finds_no_lower_objective(clients):
         best = float((case[7] * lost.sum(1) + latency).min())
         decision, rounded = solve_client(*case), decide(*case)
         assert decision.objective <= best * (1 + 1e-4) and best <= rounded.objective * (1 + 1e-4)
+        # Rounding gives up no more than what the ranks that it takes away hold.
+        floor = np.floor(np.float64(decision.keep_ratio) * ranks + 1e-4).astype(int)
+        at_floor = np.sum(np.where(bits > 0, weights * tail[np.arange(clients), np.maximum(floor, 1)], 0.0))
+        assert rounded.objective <= (case[7] * at_floor + decision.latency_s) * (1 + 1e-4)
         equal += np.isclose(decision.objective, best, rtol=1e-4)
     assert equal >= 2  # often the continuous optimum is whole
 
@@ -236,21 +240,25 @@ def test_common_ratio_equals_a_search_over_a_grid(seed):
     assert expected * (1 - 1e-4) <= decision.objective <= expected * (1 + 1e-6)
 
 
-def smooth_case(seed):
-    """A cohort of four, of similar payloads, whose tail is `1 - rho`: several keep a share of their one step."""
+def smooth_case(seed, ranks=1):
+    """A cohort of four, of similar payloads, whose tail is `1 - rho` or has steps: several keep a share of a step."""
     rng = np.random.default_rng(seed)
     bits, snr = 10 ** rng.uniform(6, 6.5, 4), 10 ** rng.uniform(7, 9, 4)
     weights, start = rng.dirichlet(np.full(4, 5.0)), rng.uniform(0, 0.1, 4)
-    linear = np.tile([1.0, 0.0], (4, 1))
-    return tuple(
-        np.float32(x) for x in (bits, snr, start, BAND / 10, weights, linear, 1.0, 10 ** rng.uniform(-0.3, 0.7))
-    )
+    V = 10 ** rng.uniform(-0.3, 0.7)
+    tail = np.tile([1.0, 0.0], (4, 1)) if ranks == 1 else tails(1 + rng.exponential(1, (4, ranks)))
+    return tuple(np.float32(x) for x in (bits, snr, start, BAND / 10, weights, tail, 1.0, V))
 
 
-def optimum(free, ratio, *case):
-    """Ratios, latency and objective in float64, from the optimality conditions with the free clients given."""
-    bits, snr, start, band, weights, _, queue, V = (np.float64(x) for x in case)
-    ratio = np.float64(ratio)
+def optimum(free, ratio, step, *case):
+    """Ratios, latency and objective in float64, from the optimality conditions with the free clients given.
+
+    step: `[K]` of each client, on which its tail is a line.
+    """
+    bits, snr, start, band, weights, tail, queue, V = (np.float64(x) for x in case)
+    ratio, clients, ranks = np.float64(ratio), np.arange(len(bits)), tail.shape[1] - 1
+    slope = (tail[clients, step] - tail[clients, step + 1]) * ranks
+    left_out = tail[clients, step] + slope * step / ranks  # at rho = 0, were the line as long
 
     def state(x):
         rho = ratio.copy()
@@ -264,7 +272,7 @@ def optimum(free, ratio, *case):
         rho, _, upload, share, by_band = state(x)
         price = np.exp(x[-1])
         pull = rho * bits / by_band / upload**2
-        inside = np.log(V * weights / bits * upload * by_band / price)[free]
+        inside = np.log(V * weights * slope / bits * upload * by_band / price)[free]
         return np.concatenate([inside, [share.sum() / band - 1, np.log(price * pull.sum() / queue)]])
 
     latency = wireless_oracle.min_max_latency(ratio * bits, snr, start, band)[0]
@@ -275,14 +283,15 @@ def optimum(free, ratio, *case):
     found = optimize.root(misses, np.concatenate([ratio[free], [latency, np.log(price)]]), tol=1e-13)
     assert np.abs(found.fun).max() < 1e-9
     rho, latency, *_ = state(found.x)
-    return np.concatenate([rho, [latency, V * np.sum(weights * (1 - rho)) + queue * latency]])
+    return np.concatenate([rho, [latency, V * np.sum(weights * (left_out - slope * rho)) + queue * latency]])
 
 
-def test_implicit_gradients_match_float64_finite_differences():
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_implicit_gradients_match_float64_finite_differences(ranks):
     """Central differences of the conditions solved by MINPACK in float64: ratios, latency and objective by all
-    arguments but the tail, as derivatives by their logarithms (by the start itself). Forty cohorts, of those in which
-    no client is about to enter or leave its step."""
-    names = {0: "bits", 1: "snr", 2: "start", 3: "band", 4: "weights", 6: "queue", 7: "V"}
+    arguments, as derivatives by their logarithms (by start and tail themselves). Forty cohorts, of those in which no
+    client is about to enter or leave its step."""
+    names = {0: "bits", 1: "snr", 2: "start", 3: "band", 4: "weights", 5: "tail", 6: "queue", 7: "V"}
 
     def outputs(*case):
         decision = solve(*case, min_keep_ratio=0.1)
@@ -291,26 +300,28 @@ def test_implicit_gradients_match_float64_finite_differences():
     jacobian, function = jax.jit(jax.jacrev(outputs, tuple(names))), jax.jit(outputs)
     tried = 0
     for seed in range(400):
-        case = smooth_case(seed)
+        case = smooth_case(seed, ranks)
         ratio = np.float64(function(*case))[:4]
-        free = (ratio > 0.13) & (ratio < 0.97)
-        held = (ratio < 0.1001) | (ratio > 0.99999)
+        whole = np.round(ratio * ranks) / ranks
+        free = (ratio > 0.13) & (np.abs(ratio - whole) > 0.03)
+        held = (ratio < 0.1001) | (np.abs(ratio - whole) < 1e-5)
         if not (free | held).all() or not free.any():
             continue
         tried += 1
         if tried > 40:
             break
-        ratio[held] = np.where(ratio[held] > 0.5, 1.0, np.float32(0.1))
+        ratio[held] = np.where(ratio[held] < 0.1001, np.float32(0.1), whole[held])
+        step = np.minimum(np.floor(ratio * ranks + 1e-6).astype(int), ranks - 1)
         for argument, found in zip(names, jacobian(*case), strict=True):
             given = np.float64(case[argument])
-            unit = np.ones_like(given) if argument == 2 else given
+            unit = np.ones_like(given) if argument in (2, 5) else given
             columns = []
             for place in np.ndindex(given.shape):
                 ends = []
                 for sign in (1, -1):
                     moved = [np.array(x, np.float64) for x in case]
                     moved[argument][place] += sign * 1e-5 * unit[place]
-                    ends.append(optimum(free, ratio, *moved))
+                    ends.append(optimum(free, ratio, step, *moved))
                 columns.append((ends[0] - ends[1]) / 2e-5)
             expected = np.stack(columns, -1)
             got = np.reshape(found, expected.shape) * unit.ravel()

@@ -10,6 +10,7 @@ import pytest
 from fedjax_lora import trees
 from fedjax_lora.aggregation import fedex, fedit, fedsa, ffa, flexlora, flora, hetlora, lora_fair, rolora
 from fedjax_lora.base import Adapters, Scope
+from fedjax_lora.build import AGGREGATORS
 from fedjax_lora.sim.round import as_changes
 from fedjax_lora.sparsifiers import soft
 from fedjax_lora.strategies import Sent
@@ -111,6 +112,11 @@ def upload(row: Row, clients: list[Adapters]) -> Cohort:
     if row.module.make(row.config).resumes:
         return Cohort(*as_changes(stack([START] * len(clients)).modules, *cohort))
     return cohort
+
+
+def test_every_aggregator_is_in_the_table():
+    """Oracle: the names that a configuration may choose."""
+    assert {row.config.name for row in TABLE.values()} == set(AGGREGATORS)
 
 
 @pytest.fixture(scope="module", params=TABLE, ids=list(TABLE))

@@ -26,6 +26,11 @@ def make(name, **options):
     return DRIFTS[name](VARIANTS["drift"][name](**options))
 
 
+def test_every_correction_is_in_the_table():
+    """Oracle: the names that a configuration may choose."""
+    assert set(TABLE) == set(DRIFTS)
+
+
 @pytest.fixture(scope="module", params=TABLE, ids=list(TABLE))
 def method(request):
     return make(request.param, **TABLE[request.param])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedjax_lora.build import SPARSIFIERS
 from fedjax_lora.sparsifiers import dense, flasc, lora_a2, random_rank, soft, soft_rotated, svd, top_k
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, WireConfig, make_wire
 from oracles.sparsifier_oracle import (
@@ -61,7 +62,9 @@ class Row(NamedTuple):
         if self.factors_apart:
             parts = [payload_bits(counts[f], self.index, self.extra, value_bits, f) for f in factors]
             return bits + sum(parts) - (len(factors) - 1) * common_bits(value_bits, "")  # one head goes with both
-        return bits + payload_bits(counts[factors[0]], self.index, self.extra, value_bits, factors)
+        return bits + payload_bits(
+            counts[factors[0]], self.index, self.extra, value_bits, factors, known=not self.global_budget
+        )
 
     def bits_of_all(self, rank):
         """The independent count of everything at a structural rank."""
@@ -69,7 +72,7 @@ class Row(NamedTuple):
             return element_bits(1.0, self.wire.bits_per_value, rank=rank)
         extra = rank if self.extra else 0
         counts = {name: [rank] * LAYERS for name in WIDTHS}
-        bits = payload_bits(counts, self.index, extra, self.wire.bits_per_value)
+        bits = payload_bits(counts, self.index, extra, self.wire.bits_per_value, known=not self.global_budget)
         return bits + self.seed_bits + 2 * self.factor_bits
 
 
@@ -122,6 +125,11 @@ MASK = jnp.asarray(rank_mask())
 SCOPE = scope()
 HALF = jnp.float32(0.5)
 KEY = jax.random.key(0)
+
+
+def test_every_sparsifier_is_in_the_table():
+    """Oracle: the names that a configuration may choose."""
+    assert {row.config.name for row in TABLE.values()} == set(SPARSIFIERS)
 
 
 @pytest.fixture(scope="module", params=TABLE, ids=list(TABLE))

@@ -67,11 +67,11 @@ def product(factors, layer, ranks=None):
     return sum((parts[i] for i in (range(len(parts)) if ranks is None else ranks)), np.zeros_like(parts[0]))
 
 
-def payload_bits(counts, index, extra=0, value_bits=32, factors="ab"):
+def payload_bits(counts, index, extra=0, value_bits=32, factors="ab", known=True):
     """Bits of a payload, value by value.
 
     counts: module -> list over layers of the number of components sent.
-    index: whether each matrix says which ranks it sends.
+    index: whether each matrix says which ranks it sends. known: whether the receiver knows how many they are.
     extra: values in full that each factor's part of a component comes with.
     value_bits: of each number; below 32 each tensor has a scale in full.
     factors: which are sent.
@@ -83,7 +83,7 @@ def payload_bits(counts, index, extra=0, value_bits=32, factors="ab"):
                 for factor in factors:
                     bits += value_bits * WIDTHS[name]["ab".index(factor)] + 32 * extra
             if index:
-                bits += min(MAX_RANK, k * math.ceil(math.log2(MAX_RANK)))
+                bits += min(MAX_RANK, k * math.ceil(math.log2(MAX_RANK))) if known else MAX_RANK
     return bits
 
 

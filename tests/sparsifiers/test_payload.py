@@ -33,20 +33,20 @@ def test_soft_equals_count_of_what_was_sent(budget, rank):
         sent, _ = compress(START, trained, (), ratio, used, jax.random.key(0))
         counts = {name: np.asarray(m).sum(-1).astype(int).tolist() for name, m in sent.counted.items()}
         assert sent.bits.dtype == jnp.uint32
-        assert sent.bits == payload_bits(counts, index=True)
+        assert sent.bits == payload_bits(counts, index=True, known=budget == "module")
         planned = method.payload_bits(ratio, used)
         assert planned == sent.bits if budget == "module" else planned >= sent.bits
 
 
 def test_global_plan_is_the_dearest_choice():
-    """Brute force: the most that any split of the components over the matrices can cost in values and in index."""
+    """Brute force: the most that any split of the components over the matrices can cost, and a bitmap for each."""
     method, used = soft.make(soft.SoftConfig(budget="global"), START), scope(4)
     kept = 2
     total, wide, narrow = kept * LAYERS * len(WIDTHS), sum(WIDTHS["query"]), sum(WIDTHS["value"])
     values = max(
         q * wide + (total - q) * narrow for q in range(total + 1) if q <= 4 * LAYERS and total - q <= 4 * LAYERS
     )
-    index = LAYERS * len(WIDTHS) * min(MAX_RANK, kept * 3)
+    index = LAYERS * len(WIDTHS) * MAX_RANK
     head = payload_bits({}, index=False)
     assert method.payload_bits(jnp.float32(0.5), used) == head + 32 * values + index
 

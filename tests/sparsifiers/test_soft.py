@@ -287,15 +287,18 @@ def test_tails_equal_numpy_and_never_rise():
 
 
 def test_degeneracy_is_named():
-    """The one combination that turns into a fixed rank."""
+    """The combinations that turn into something else."""
     assert degeneracy(SoftConfig()) is None
     assert degeneracy(SoftConfig(missing="zero")) is None
-    assert degeneracy(SoftConfig(send="factors", missing="zero"), redrawn=True) is None
+    assert degeneracy(SoftConfig(send="factors", missing="zero"), refilled=True) is None
     feedback = SoftConfig(error_feedback=True)
     assert degeneracy(feedback) is None
     assert "error_feedback" in str(degeneracy(feedback, sit_out=True))
     note = degeneracy(SoftConfig(send="factors", missing="zero"))
     assert note is not None and "fixed rank" in note
+    note = degeneracy(SoftConfig(form="identity"))
+    assert note is not None and "form: identity" in note
+    assert degeneracy(SoftConfig(form="identity", orthogonality=0.0)) is None
 
 
 @pytest.mark.parametrize(
