@@ -64,23 +64,31 @@ def chosen(known: Survey, config: ExperimentConfig, **options: str) -> Plan:
 
 
 def summarize(kept: dict[str, dict]) -> dict[str, dict]:
-    """By budget: mean accuracy of each rank over the seeds, and what each way of planning loses to the best mean.
+    """By task and budget: what each rank's runs gave over the seeds, and what each way of planning loses to the best.
 
-    A plan is scored by the run at its own rank and V.
+    A plan is scored by the run at its own rank and V. `latency_over_budget` is of the runs, whose fading no plan knew.
     """
     table = {}
-    for budget in sorted({entry["budget_s"] for entry in kept.values()}):
-        entries = [entry for entry in kept.values() if entry["budget_s"] == budget and entry.get("complete")]
+    for task, budget in sorted({(entry["task"], entry["budget_s"]) for entry in kept.values()}):
+        entries = [e for e in kept.values() if (e["task"], e["budget_s"]) == (task, budget) and e["complete"]]
         if not entries:
             continue
         accuracy = {rank: [entry["runs"][rank]["final_accuracy"] for entry in entries] for rank in entries[0]["runs"]}
         means = {rank: statistics.mean(values) for rank, values in accuracy.items()}
-        best = max(means, key=lambda rank: means[rank])
-        table[str(budget)] = {
+        best, ranks = max(means, key=lambda rank: means[rank]), [int(rank) for rank in means]
+        table[f"{task}, budget {budget}"] = {
             "seeds": len(entries),
             "accuracy": means,
             "deviation": {r: statistics.stdev(v) if len(v) > 1 else None for r, v in accuracy.items()},
+            "latency_over_budget": {
+                rank: statistics.mean(entry["runs"][rank]["latency_s"] for entry in entries) / budget for rank in means
+            },
             "best_rank": int(best),
+            "candidates_between_grid_and_gradient": [
+                abs(ranks.index(plans["grid"]["rank"]) - ranks.index(plans["gradient"]["rank"]))
+                for plans in (entry["plans"] for entry in entries)
+                if {"grid", "gradient"} <= plans.keys()
+            ],
             "planned": {
                 way: {
                     "ranks": [entry["plans"][way]["rank"] for entry in entries],
@@ -107,8 +115,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/offline_truth.json"))
     options = parser.parse_args()
     environment = common.environment()  # before the output, which git may know, is written
-    shared, base = list(options.overrides), preset("digits-tsfa")
+    shared, base, task = list(options.overrides), preset("digits-tsfa"), "digits"
     if options.train:
+        task = f"{Path(options.train).name}"
         model = common.model_folder(options.model)
         files = [f"model.pretrained={model}", f"data.train={options.train}", f"data.test={options.test}"]
         shared, base = [*TEXT, *files, *shared], None
@@ -124,9 +133,10 @@ def main() -> None:
         for budget in options.budgets:
             overrides = [*shared, f"seed={seed}", f"control.latency_budget_s={budget}"]
             config = load_config(None, overrides, base=base)
-            name = f"budget {budget} seed {seed}"
-            if kept.get(name, {}).get("overrides") != overrides:
-                kept[name] = {"overrides": overrides, "budget_s": budget, "plans": {}, "runs": {}, "complete": False}
+            name = f"{task}, budget {budget} seed {seed}"
+            asked = {"task": task, "overrides": overrides, "budget_s": budget}
+            if not asked.items() <= kept.get(name, {}).items():
+                kept[name] = {**asked, "plans": {}, "runs": {}, "complete": False}
             entry = kept[name]
             if entry["complete"] and not set(options.ways) - entry["plans"].keys():
                 continue

@@ -182,7 +182,7 @@ def _plan(options: argparse.Namespace) -> int:
     Console(width=max(console.width, 160)).print(plan_table(found))  # a pager cuts better than a table does
     console.print(binding(plans.effects_of_plan(found)), soft_wrap=True)
     if not found.within_budget:
-        console.print("note: no rank meets control.latency_budget_s; the one of least latency is chosen")
+        console.print("note: no rank meets control.latency_budget_s; one near the least latency is chosen")
     start = [*([options.config] if options.config else []), *(["--preset", name] if name else [])]
     overrides = ["--set", *options.overrides] if options.overrides else []
     command = shlex.join(["fedjax-lora", "run", *start, "--plan", str(folder / plans.NAME), *overrides])

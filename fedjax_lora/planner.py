@@ -66,6 +66,11 @@ def survey(config: ExperimentConfig, console: Console) -> Survey:
     at_pilot, ranks = dataclasses.replace(state, key=pilot_key), jnp.array(candidates, jnp.float32)
     factors = round_factors(config)
     pilots = run_pilots(simulation, world, at_pilot, ranks, factors[: 1 + config.plan.pilot_rounds])
+    if clipped := [rank for rank, L in zip(candidates, pilots.measured.smoothness, strict=True) if L == 0]:
+        console.print(
+            f"note: at rank {', '.join(map(str, clipped))} the loss fell faster than its slope in the pilot: the bound "
+            "knows no noise there; more plan.pilot_rounds may tell"
+        )
     sites = sites_of(simulation, world, state, channel_key, pilots, config)
     state = dataclasses.replace(state, key=rollout_key)
     return Survey(simulation, world, state, sites, factors)
