@@ -246,7 +246,7 @@ def smooth_case(seed, ranks=1):
     bits, snr = 10 ** rng.uniform(6, 6.5, 4), 10 ** rng.uniform(7, 9, 4)
     weights, start = rng.dirichlet(np.full(4, 5.0)), rng.uniform(0, 0.1, 4)
     V = 10 ** rng.uniform(-0.3, 0.7)
-    tail = np.tile([1.0, 0.0], (4, 1)) if ranks == 1 else tails(1 + rng.exponential(1, (4, ranks)))
+    tail = np.tile([1.0, 0.0], (4, 1)) if ranks == 1 else tails(rng.dirichlet(np.full(ranks, 5.0), 4))
     return tuple(np.float32(x) for x in (bits, snr, start, BAND / 10, weights, tail, 1.0, V))
 
 
