@@ -165,7 +165,7 @@ def _parts(config: ExperimentConfig, model: Model, world: World, like: Adapters,
     everyone = cohort_size == config.clients.count
 
     def receives(round_number: jax.Array) -> Live:
-        return aggregator.receives(round_number, everyone and sparsifier.whole_broadcast)
+        return aggregator.receives(round_number, everyone)
 
     def extra_downlink_bits(rank: ArrayLike) -> jax.Array:
         return aggregator.extra_downlink_bits(like, cohort_size if everyone else None, rank)

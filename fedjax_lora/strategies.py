@@ -88,7 +88,6 @@ class Sparsifier(NamedTuple):
       `trained` is equal to it outside of the scope.
     init: `adapters -> memory`: what a client carries from one of its rounds to the next; `()` for nothing.
     penalty: `(adapters, rank_mask [R]) -> scalar` added to the local loss, times `Hyper.orthogonality`.
-    whole_broadcast: whether `broadcast` returns the adapters as they are.
     """
 
     broadcast: Callable[[Adapters, Scope, Array], tuple[Adapters, Array]]
@@ -97,7 +96,6 @@ class Sparsifier(NamedTuple):
     compress: Callable[[Adapters, Adapters, Any, Array, Scope, Array], tuple[Sent, Any]]
     init: Callable[[Adapters], Any] = lambda adapters: ()
     penalty: Callable[[Adapters, Array], Array] = lambda adapters, rank_mask: jnp.zeros(())
-    whole_broadcast: bool = True
 
 
 class Aggregate(NamedTuple):
@@ -148,7 +146,7 @@ class Aggregator(NamedTuple):
     resumes: whether clients go on from the factors that they ended their last round with, and count by their change:
       they compute with `a b - a0 b0`, and `aggregate` is given it, in the factors of `ops.products.differences`.
     moved: `(round, everyone) -> Live`: what of the adapters a client cannot know before the broadcast of the round,
-      where `everyone` says that all clients are sent every broadcast, whole; None for what they train.
+      where `everyone` says that all clients are sent every broadcast; None for what they train.
     extra_downlink_bits: `(adapters or their shapes, C, rank) -> uint32 bits` of each broadcast but the first, beside
       the adapters; for C it is told None where clients sit out rounds, and may have missed any number of them.
     penalty: `(adapters, rank_mask [R]) -> scalar` added to a client's local loss.

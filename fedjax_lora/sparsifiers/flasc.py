@@ -60,4 +60,4 @@ def make(config: FlascConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifie
         count = sum((jnp.count_nonzero(leaf).astype(jnp.uint32) for leaf in received), jnp.uint32(0))
         return sparse, top_k.bits(count, like, own, FLOAT32)
 
-    return top_k.make(top_k.TopKConfig(), like, wire)._replace(broadcast=broadcast, whole_broadcast=False)
+    return top_k.make(top_k.TopKConfig(), like, wire)._replace(broadcast=broadcast)

@@ -120,9 +120,8 @@ def test_rolora_sends_what_a_client_may_not_know():
     everyone = simulation("aggregation.name=rolora", "sparsifier.name=dense").parts.receives
     sent = [tuple(map(float, everyone(jnp.int32(number)))) for number in range(4)]
     assert sent == [(1, 1, 1), (0, 1, 1), (1, 0, 1), (0, 1, 1)]
-    for missed in (("sparsifier.name=dense", "clients.per_round=5"), ("sparsifier.name=flasc",)):
-        some = simulation("aggregation.name=rolora", *missed).parts.receives
-        assert [tuple(map(float, some(jnp.int32(number)))) for number in range(3)] == [(1, 1, 1)] * 3
+    some = simulation("aggregation.name=rolora", "sparsifier.name=dense", "clients.per_round=5").parts.receives
+    assert [tuple(map(float, some(jnp.int32(number)))) for number in range(3)] == [(1, 1, 1)] * 3
 
 
 def test_a_round_of_clients_of_different_ranks_equals_a_numpy_loop():
