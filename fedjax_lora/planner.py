@@ -105,7 +105,7 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
     bandwidth_hz = known.simulation.parts.link.bandwidth_hz
     setting = Setting(control.latency_budget_s, control.queue_s, known.factors, bandwidth_hz, known.state.hyper)
     allowed = control.latency_budget_s, options.tolerance
-    most_s = allowed[0] * (1.0 + allowed[1])
+    most_s = control.latency_budget_s * (1.0 + options.tolerance)
     console.print(f"control: {config.rounds} rounds, {options.paths} draws of the channel")
     for_all = dataclasses.replace(control, latency_budget_s=1.0, queue_s=0.0, V=1.0)  # one program serves every budget
     rows = tsfa_offline.best_V(tsfa_offline.grid(for_all, setting, sites), most_s)

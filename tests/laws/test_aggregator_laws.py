@@ -47,6 +47,16 @@ class Row(NamedTuple):
 
 ROLORA = Row(rolora, rolora.RoLoraConfig(), exact=True, received=("ab", "b", "a"), received_away=("ab", "ab", "ab"))
 ONCE = ("ab", "", "")
+FLORA = Row(
+    flora,
+    flora.FloraConfig(),
+    exact=True,
+    new_basis=True,
+    received=ONCE,
+    stacks=1,
+    seed_bits=32,
+    seed_bits_away=32,
+)
 TABLE = {
     "fedit": Row(fedit, fedit.FedItConfig()),
     "ffa": Row(ffa, ffa.FfaConfig(), exact=True, received=("b", "b", "b")),
@@ -55,27 +65,9 @@ TABLE = {
     "fedsa": Row(fedsa, fedsa.FedSaConfig(), exact=True, received=("a", "a", "a"), has_head=False),
     "hetlora": Row(hetlora, hetlora.HetLoraConfig(), sparsifier=ZERO),
     "fedex": Row(fedex, fedex.FedExConfig(), exact=True, stacks=1),
-    "fedex reinit": Row(
-        fedex,
-        fedex.FedExConfig(start="reinit"),
-        exact=True,
-        new_basis=True,
-        received=ONCE,
-        stacks=1,
-        seed_bits=32,
-        seed_bits_away=32,
-    ),
+    "fedex reinit": FLORA._replace(module=fedex, config=fedex.FedExConfig(start="reinit")),
     "fedex keep": Row(fedex, fedex.FedExConfig(start="keep"), exact=True, received=ONCE, stacks=2, seed_bits_away=32),
-    "flora": Row(
-        flora,
-        flora.FloraConfig(),
-        exact=True,
-        new_basis=True,
-        received=ONCE,
-        stacks=1,
-        seed_bits=32,
-        seed_bits_away=32,
-    ),
+    "flora": FLORA,
     "flexlora": Row(flexlora, flexlora.FlexLoraConfig(), new_basis=True, signs=True),
     "lora_fair": Row(lora_fair, lora_fair.LoraFairConfig()),
 }
