@@ -16,9 +16,10 @@ def payloads(observation: Observation) -> Array:
     return jax.vmap(observation.payload_bits)(kept / observation.rank).T
 
 
-def least_rank(min_keep_ratio: float, rank: Array) -> Array:
-    """`[C]` fewest whole ranks that keep the ratio, at least 1."""
-    return jnp.clip(jnp.ceil(min_keep_ratio * rank - 1e-4), 1.0, rank)
+def rank_limits(min_keep_ratio: float, max_keep_ratio: float, rank: Array) -> tuple[Array, Array]:
+    """`[C]` fewest whole ranks that keep the least ratio, at least 1, and most within the largest, at least these."""
+    least = jnp.clip(jnp.ceil(min_keep_ratio * rank - 1e-4), 1.0, rank)
+    return least, jnp.clip(jnp.floor(max_keep_ratio * rank + 1e-4), least, rank)
 
 
 def at_rank(table: Array, kept: Array) -> Array:

@@ -151,6 +151,7 @@ def relaxed(config: TsfaConfig) -> Decide:
             observation.queue_s,
             V,
             min_keep_ratio=jnp.maximum(config.min_keep_ratio, 1.0 / rank),
+            max_keep_ratio=config.max_keep_ratio,
             rank=rank,
             ratio=config.ratio,
         )

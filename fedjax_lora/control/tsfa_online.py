@@ -37,7 +37,7 @@ class TsfaConfig(Budgeted):
       the budget by at most `(Q_T - queue_s) / T`.
     energy_budget_j: what a client of the cohort may spend in a round on average over the run, on computing too; None
       is no constraint.
-    min_keep_ratio: as in `Budgeted`.
+    min_keep_ratio, max_keep_ratio: as in `Budgeted`.
     tail: the cost of a keep ratio: the client's tail energy `relative` to the cohort's weighted mean of the whole
       energy, so that V is in s^2 for every sparsifier and in every round; the `energy` itself; or `linear`, 1 - ratio.
     ratio: each `client`'s own, or a `common` one.
@@ -71,6 +71,7 @@ def solve(
     V: ArrayLike,
     *,
     min_keep_ratio: ArrayLike | None = None,
+    max_keep_ratio: ArrayLike | None = None,
     rank: ArrayLike | None = None,
     ratio: Ratio = "client",
 ) -> Decision:
@@ -78,7 +79,7 @@ def solve(
 
     Subject to `sum_k b_k <= bandwidth_hz` and `start_k + bits_k(rho_k) / r(b_k) <= tau`. Tail and bits are linear
     between whole ranks. A client of weight 0, without bits, or that cannot send at all is left out: it keeps
-    everything, costs nothing and gets no band. With queue 0 everything is kept.
+    everything, costs nothing and gets no band. With queue 0 all keep the most that they may.
 
     The tail should be convex in the bits, as sums of sorted energies are: where a rank is worth more a bit than one
     before it, it counts as the earlier one. The ratios have implicit gradients; who keeps whole ranks goes on to.
@@ -95,6 +96,7 @@ def solve(
       queue: scalar, virtual queue of the latency, s.
       V: scalar, weight of the first term.
       min_keep_ratio: scalar or `[K]`, > 0, the least ratio; None is one rank.
+      max_keep_ratio: scalar or `[K]`, <= 1, the largest ratio, not below the least; None is 1.
       rank: scalar or `[K]`, how many ranks ratio 1 stands for; None is R. Table entries beyond it are ignored.
       ratio: each `client`'s own, or a `common` one; the latter by a search that is local unless the starts are equal.
 
@@ -115,7 +117,8 @@ def solve(
     if bits_full.ndim == 1:
         bits_full = bits_full[:, None] * jnp.minimum(jnp.arange(max_rank + 1) / rank[:, None], 1.0)
     least = jnp.clip(1.0 if min_keep_ratio is None else min_keep_ratio * rank, 0.0, rank)
-    steps = _steps(bits_full, weights[:, None] * tail_energy, least, rank)
+    most = jnp.clip(rank if max_keep_ratio is None else max_keep_ratio * rank, least, rank)
+    steps = _steps(bits_full, weights[:, None] * tail_energy, least, most)
     able = _able(steps, snr_hz, start_s, bandwidth_hz, weights)
     offer = _offer(steps, able, _worth(steps, queue, V), snr_hz, start_s, bandwidth_hz)
     share = sent_share(offer) if ratio == "client" else common_share(offer, steps.begin, steps.length, rank)
@@ -141,14 +144,14 @@ class _Steps(NamedTuple):
     last_cost: Array
 
 
-def _steps(bits: Array, cost: Array, least: Array, rank: Array) -> _Steps:
-    """Payloads and costs `[K, R + 1]` of whole ranks, cut to what lies between `least` and `rank`."""
+def _steps(bits: Array, cost: Array, least: Array, most: Array) -> _Steps:
+    """Payloads and costs `[K, R + 1]` of whole ranks, cut to what lies between `least` and `most`."""
     ends = jnp.arange(1, bits.shape[-1])
     more_bits, less_cost = (jnp.maximum(jnp.diff(x), 0.0) for x in (bits, -cost))
     begin = jnp.maximum(ends - 1, least[:, None])
-    length = jnp.clip(jnp.minimum(ends, rank[:, None]) - begin, 0.0, 1.0)
+    length = jnp.clip(jnp.minimum(ends, most[:, None]) - begin, 0.0, 1.0)
     skipped = jnp.clip(least[:, None] - (ends - 1), 0.0, 1.0)
-    beyond = jnp.clip(ends - rank[:, None], 0.0, 1.0)
+    beyond = jnp.clip(ends - most[:, None], 0.0, 1.0)
     return _Steps(
         begin=begin,
         length=length,
@@ -207,7 +210,7 @@ def make(config: TsfaConfig, V: ArrayLike | None = None) -> Controller:
     def decide(observation: Observation) -> Decision:
         rank = observation.rank
         bits, tail = planning.payloads(observation), left_out(config.tail, observation)
-        least = planning.least_rank(config.min_keep_ratio, rank)
+        least, most = planning.rank_limits(config.min_keep_ratio, config.max_keep_ratio, rank)
         weights, queue = observation.weights, observation.queue_s
         if config.energy_budget_j is not None:
             queue += _price_of_energy(observation, config.latency_budget_s / config.energy_budget_j)
@@ -221,13 +224,14 @@ def make(config: TsfaConfig, V: ArrayLike | None = None) -> Controller:
             queue,
             V,
             min_keep_ratio=least / rank,
+            max_keep_ratio=most / rank,
             rank=rank,
             ratio=config.ratio,
         )
-        kept = jnp.clip(jnp.floor(planned.keep_ratio * rank + _ROUNDING), least, rank)
+        kept = jnp.clip(jnp.floor(planned.keep_ratio * rank + _ROUNDING), least, most)
         allocation = planning.allocate(observation, planning.at_rank(bits, kept))
-        cost = weights * planning.at_rank(tail, kept)
-        objective = V * cost.sum() + queue * allocation.latency_s
+        lost = jnp.where(allocation.bandwidth_hz > 0, weights * planning.at_rank(tail, kept), 0.0)
+        objective = V * lost.sum() + queue * allocation.latency_s
         return Decision(kept / rank, allocation.bandwidth_hz, allocation.latency_s, objective)
 
     controller = Controller(decide, planning.queue_law(config.latency_budget_s), config.queue_s)

@@ -17,9 +17,9 @@ BITS = np.array([3e6, 2e6, 2e6, 1e6, 4e6])
 CONTROLLERS = {"greedy": (greedy, GreedyConfig), "proportional": (proportional, ProportionalConfig)}
 
 
-def decide(name, budget_s, weights=(0.3, 0.1, 0.2, 0.1, 0.3), snr_hz=SNR_HZ, least=0.2, rank=RANKS):
+def decide(name, budget_s, weights=(0.3, 0.1, 0.2, 0.1, 0.3), snr_hz=SNR_HZ, least=0.2, rank=RANKS, most=1.0):
     one, function, config = jnp.float32(1), *CONTROLLERS[name]
-    controller = function(config(latency_budget_s=budget_s, min_keep_ratio=least))
+    controller = function(config(latency_budget_s=budget_s, min_keep_ratio=least, max_keep_ratio=most))
 
     @jax.jit
     def run(weights, snr_hz):
@@ -70,6 +70,16 @@ def test_proportional_shares_follow_need_and_ratios_the_budget(budget_s):
     np.testing.assert_allclose(decision.latency_s, ends[np.arange(5), kept - 1].max(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("most", [0.7, 0.3, 0.21])
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_nobody_keeps_more_than_the_largest_ratio(name, most):
+    """The decision without that limit, cut to the whole ranks within it, but not under the least: 2 of 8."""
+    free, limited = decide(name, 1.6), decide(name, 1.6, most=most)
+    expected = np.minimum(np.float64(free.keep_ratio) * RANKS, max(np.floor(most * RANKS), 2))
+    np.testing.assert_allclose(limited.keep_ratio, expected / RANKS, rtol=1e-6)
+    assert limited.latency_s <= free.latency_s
+
+
 @pytest.mark.parametrize("name", CONTROLLERS)
 def test_who_cannot_send_is_left_out(name):
     """Invariance: absent or without gain, it gets nothing, and the latency stays finite."""
@@ -86,6 +96,11 @@ def test_who_cannot_send_is_left_out(name):
 
 @pytest.mark.parametrize("config", [GreedyConfig, ProportionalConfig])
 def test_config_names_field_and_value(config):
-    for field, value in (("name", "tsfa"), ("latency_budget_s", 0.0), ("min_keep_ratio", 1.5)):
+    for field, value in (
+        ("name", "tsfa"),
+        ("latency_budget_s", 0.0),
+        ("min_keep_ratio", 1.5),
+        ("max_keep_ratio", 0.05),
+    ):
         with pytest.raises(ValueError, match=rf"^{field} must be .*, got {value!r}$"):
             config(**{field: value})

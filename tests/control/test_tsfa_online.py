@@ -100,18 +100,18 @@ def test_slsqp_finds_no_lower_objective():
     assert compared >= 8
 
 
-@pytest.mark.parametrize("clients", [1, 2, 3, 4, 5, 6])
-def test_brute_force_over_whole_ranks_finds_no_lower_objective(clients):
-    """All 3^K combinations of whole ranks: their best lies between the continuous optimum and the controller's choice,
-    which rounds down; some are power-limited, and one of more than two has nothing to send."""
+@pytest.mark.parametrize(("clients", "most"), [(1, 3), (2, 3), (3, 3), (4, 3), (5, 3), (6, 3), (3, 2), (5, 2)])
+def test_brute_force_over_whole_ranks_finds_no_lower_objective(clients, most):
+    """All combinations of up to `most` whole ranks of 3: their best lies between the continuous optimum and the
+    controller's choice, which rounds down; some are power-limited, and one of more than two has nothing to send."""
     rng, ranks, equal = np.random.default_rng(clients), 3, 0
-    kept = np.array(list(itertools.product(range(1, ranks + 1), repeat=clients)))
+    kept = np.array(list(itertools.product(range(1, most + 1), repeat=clients)))
+    limit = functools.partial(solve_client, max_keep_ratio=most / ranks)
+    config = TsfaConfig(tail="energy", max_keep_ratio=most / ranks)
     whole = jax.jit(
         jax.vmap(lambda bits, snr, start: min_max_latency(bits, snr, start, BAND).latency_s, (0, None, None))
     )
-    decide = jax.jit(
-        lambda *case: tsfa_online.make(TsfaConfig(tail="energy"), case[7]).decide(observation(case, beside=0.0))
-    )
+    decide = jax.jit(lambda *case: tsfa_online.make(config, case[7]).decide(observation(case, beside=0.0)))
     for _ in range(12):
         bits, snr, start = (np.float32(10 ** rng.uniform(*x, clients)) for x in ((6, 7), (5.5, 10), (-2, -0.5)))
         bits[2:3] = 0.0
@@ -133,7 +133,7 @@ def test_brute_force_over_whole_ranks_finds_no_lower_objective(clients):
         latency = whole(np.float32(kept / ranks * bits), snr, start)
         lost = np.where(bits > 0, weights * tail[np.arange(clients), kept], 0.0)
         best = float((case[7] * lost.sum(1) + latency).min())
-        decision, rounded = solve_client(*case), decide(*case)
+        decision, rounded = limit(*case), decide(*case)
         assert decision.objective <= best * (1 + 1e-4) and best <= rounded.objective * (1 + 1e-4)
         # Rounding gives up no more than what the ranks that it takes away hold.
         floor = np.floor(np.float64(decision.keep_ratio) * ranks + 1e-4).astype(int)
@@ -145,7 +145,7 @@ def test_brute_force_over_whole_ranks_finds_no_lower_objective(clients):
 
 @pytest.mark.parametrize("function", [solve_client, solve_common], ids=["client", "common"])
 def test_limits_of_V_and_of_the_queue(function):
-    """Without a queue or with a large V all is sent in least time; with V = 0 the least is."""
+    """Without a queue or with a large V the most is sent, in least time; with V = 0 the least is."""
     bits, snr, start, band, weights, tail, *_ = random_case(1, left_out=False)
     everything = min_max_latency(bits, snr, start, band)
     for queue, V in ((0.0, 1.0), (0.0, 0.0), (1.0, 1e12)):
@@ -153,6 +153,8 @@ def test_limits_of_V_and_of_the_queue(function):
         np.testing.assert_allclose(decision.keep_ratio, 1, rtol=1e-6)
         np.testing.assert_allclose(decision.latency_s, everything.latency_s, rtol=1e-6)
         np.testing.assert_allclose(decision.objective, queue * everything.latency_s, rtol=1e-6)
+        limited = function(bits, snr, start, band, weights, tail, queue, V, max_keep_ratio=0.45)
+        np.testing.assert_allclose(limited.keep_ratio, 0.45, rtol=1e-6)
     decision = function(bits, snr, start, band, weights, tail, 1.0, 0.0, min_keep_ratio=0.3)
     np.testing.assert_allclose(decision.keep_ratio, 0.3, rtol=1e-6)
     np.testing.assert_allclose(
@@ -226,16 +228,17 @@ def test_common_start_and_ratio_make_the_latency_affine():
         np.testing.assert_allclose(decision.keep_ratio, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("most", [1.0, 0.4])
 @pytest.mark.parametrize("seed", range(6))
-def test_common_ratio_equals_a_search_over_a_grid(seed):
+def test_common_ratio_equals_a_search_over_a_grid(seed, most):
     """Brute force: 4001 common ratios, by `min_max_latency` alone; all start together, where the problem is convex."""
     bits, snr, _, band, weights, tail, queue, V = random_case(seed, left_out=False)
     start, V = np.full(CLIENTS, np.float32(0.2)), np.float32(V * 0.1)
-    ratios = np.linspace(1 / RANKS, 1, 4001, dtype=np.float32)
+    ratios = np.linspace(1 / RANKS, most, 4001, dtype=np.float32)
     whole = jax.jit(jax.vmap(lambda ratio: min_max_latency(ratio * bits, snr, start, band).latency_s))
     lost = sum(w * np.interp(ratios * RANKS, np.arange(RANKS + 1), t) for w, t in zip(weights, tail, strict=True))
     expected = (V * lost + queue * whole(ratios)).min()
-    decision = solve_common(bits, snr, start, band, weights, tail, queue, V)
+    decision = solve_common(bits, snr, start, band, weights, tail, queue, V, max_keep_ratio=most)
     np.testing.assert_allclose(decision.keep_ratio, decision.keep_ratio[0], rtol=1e-6)
     assert expected * (1 - 1e-4) <= decision.objective <= expected * (1 + 1e-6)
 
@@ -262,8 +265,8 @@ def observation(case, rank=None, beside=0.1):
 
 @pytest.mark.parametrize(("ratio", "tail"), [("client", "energy"), ("common", "linear")])
 def test_rounding_never_exceeds_the_planned_latency(ratio, tail):
-    """The plan is `solve` at the same payloads; kept are whole ranks, not fewer than the least; ends are met."""
-    config = TsfaConfig(V=3.0, min_keep_ratio=0.2, ratio=ratio, tail=tail)
+    """The plan is `solve` at the same payloads; kept are whole ranks within the limits; ends are met."""
+    config = TsfaConfig(V=3.0, min_keep_ratio=0.2, max_keep_ratio=0.7, ratio=ratio, tail=tail)
     rank = np.array([8, 4, 8, 6, 8, 3])
 
     @jax.jit
@@ -272,10 +275,8 @@ def test_rounding_never_exceeds_the_planned_latency(ratio, tail):
         bits, snr, start, band, weights, _, queue, _ = case
         cost = seen.tail_energy if tail == "energy" else jnp.maximum(1 - jnp.arange(RANKS + 1) / rank[:, None], 0)
         payloads = bits[:, None] * (0.1 + jnp.clip(jnp.arange(RANKS + 1), 1, rank[:, None]) / RANKS)
-        least = np.ceil(0.2 * rank) / rank
-        plan = solve(
-            payloads, snr, start, band, weights, cost, queue, 3.0, min_keep_ratio=least, rank=rank, ratio=ratio
-        )
+        limits = {"min_keep_ratio": np.ceil(0.2 * rank) / rank, "max_keep_ratio": np.floor(0.7 * rank) / rank}
+        plan = solve(payloads, snr, start, band, weights, cost, queue, 3.0, **limits, rank=rank, ratio=ratio)
         decision = tsfa_online.make(config).decide(seen)
         sent = seen.payload_bits(decision.keep_ratio)
         return plan, decision, start + sent / jnp.maximum(uplink_rate(decision.bandwidth_hz, snr), 1e-9)
@@ -285,7 +286,7 @@ def test_rounding_never_exceeds_the_planned_latency(ratio, tail):
         plan, decision, ends = both(case)
         kept = np.asarray(decision.keep_ratio) * rank
         np.testing.assert_allclose(kept, np.round(kept), atol=1e-5)
-        assert (kept >= np.ceil(0.2 * rank) - 1e-5).all()
+        assert (kept >= np.ceil(0.2 * rank) - 1e-5).all() and (kept <= np.floor(0.7 * rank) + 1e-5).all()
         assert (decision.keep_ratio <= plan.keep_ratio + 1e-5).all()
         assert decision.latency_s <= plan.latency_s * (1 + 1e-5)
         assert (ends[able(case)] <= decision.latency_s * (1 + 1e-5)).all()
