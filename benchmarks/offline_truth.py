@@ -1,8 +1,10 @@
 """Is the planned rank the best one? Runs at every candidate beside the plan; prints JSON, resumes where it stopped.
 
-For each seed and latency budget: the plan by grid and by gradient search on the bound, and by rollout, then the run
-itself to its end at every candidate, with the V that the grid found for that rank, and at each plan's own rank and V.
-The plan never sees the test examples; the runs are scored on them.
+A seed is a cell of its own, so that a budget is a share of what dense uploads at the highest candidate rank take there
+on average, over the draws of the channel that the plan has. For each seed and budget: the plan by grid and by gradient
+search on the bound, and by rollout, then the run itself to its end at every candidate, with the V that the grid found
+for that rank, and at each plan's own rank and V. The plan never sees the test examples; the runs are scored on them.
+Sentences are in the setting of `controllers.py`.
 """
 
 import argparse
@@ -12,8 +14,10 @@ import statistics
 from pathlib import Path
 
 import common
+import controllers
 import jax
 import jax.numpy as jnp
+from jax import Array
 from rich.console import Console
 
 from fedjax_lora.config import ExperimentConfig, load_config
@@ -23,19 +27,9 @@ from fedjax_lora.io.plan import Plan
 from fedjax_lora.planner import Survey, choose, survey
 from fedjax_lora.presets import preset
 from fedjax_lora.sim.rollout import roll_out
+from fedjax_lora.wireless import min_max_latency
 
-TEXT = [
-    "rounds=14",
-    "clients.count=50",
-    "clients.per_round=10",
-    "clients.weighting=equal",
-    "local.optimizer.learning_rate=3e-3",
-    "local.optimizer.schedule=linear",
-    "sparsifier.name=soft_rotated",
-    "control.name=tsfa",
-    "data.source=tsv",
-    "data.max_length=48",
-]
+TEXT = [*controllers.SETTING, *controllers.SPARSIFIERS["soft_rotated"], "control.name=tsfa"]
 
 WAYS = {
     "grid": {"objective": "bound", "search": "grid"},
@@ -44,17 +38,30 @@ WAYS = {
 }
 
 
-def measure(known: Survey, config: ExperimentConfig, rows: list[dict]) -> list[dict]:
-    """The runs to their end, one at the rank and V of each row, in one program; scored on the test examples."""
+def dense_latency_s(known: Survey) -> float:
+    """Mean latency of a round in which all keep everything at the highest candidate rank; by the plan's draws."""
+    sites = known.sites
+    snr_hz, start_s = sites.snr_hz[-1], sites.start_s[-1]  # `[paths, T, C]`
+    bits = jnp.where(snr_hz > 0, sites.payload_bits[-1].max(), 0.0)
+    band_hz = jnp.float32(known.simulation.parts.link.bandwidth_hz)
+
+    def in_round(bits: Array, snr_hz: Array, start_s: Array) -> Array:
+        return min_max_latency(bits, snr_hz, start_s, band_hz).latency_s
+
+    return float(jax.vmap(jax.vmap(in_round))(bits, snr_hz, start_s).mean())
+
+
+def measure(known: Survey, config: ExperimentConfig, settings: list[tuple[int, float]]) -> list[dict]:
+    """The runs to their end, one at each rank and V, in one program; scored on the test examples."""
     simulation, control = known.simulation, config.control
     assert isinstance(control, TsfaConfig)  # else there would be no survey
     state = simulation.init(jax.random.key(config.seed))
-    ranks, V = (jnp.array([row[name] for row in rows], jnp.float32) for name in ("rank", "V"))
+    ranks, V = (jnp.array(column, jnp.float32) for column in zip(*settings, strict=True))
     parts, score, world = simulation.parts, simulation.score, simulation.world
     numbers = ranks, V, jnp.full_like(V, control.queue_s), 1, config.rounds
     found = roll_out(parts, lambda V: tsfa_online.make(control, V), score, world, state, *numbers)
     names = {"final_accuracy": found.accuracy, "final_loss": found.loss, "latency_s": found.latency_s}
-    return [{name: float(value[i, 0]) for name, value in names.items()} for i in range(len(rows))]
+    return [{name: float(value[i, 0]) for name, value in names.items()} for i in range(len(settings))]
 
 
 def chosen(known: Survey, config: ExperimentConfig, **options: str) -> Plan:
@@ -69,8 +76,8 @@ def summarize(kept: dict[str, dict]) -> dict[str, dict]:
     A plan is scored by the run at its own rank and V. `latency_over_budget` is of the runs, whose fading no plan knew.
     """
     table = {}
-    for task, budget in sorted({(entry["task"], entry["budget_s"]) for entry in kept.values()}):
-        entries = [e for e in kept.values() if (e["task"], e["budget_s"]) == (task, budget) and e["complete"]]
+    for task, budget in sorted({(entry["task"], entry["budget"]) for entry in kept.values()}):
+        entries = [e for e in kept.values() if (e["task"], e["budget"]) == (task, budget) and e["complete"]]
         if not entries:
             continue
         accuracy = {rank: [entry["runs"][rank]["final_accuracy"] for entry in entries] for rank in entries[0]["runs"]}
@@ -81,7 +88,8 @@ def summarize(kept: dict[str, dict]) -> dict[str, dict]:
             "accuracy": means,
             "deviation": {r: statistics.stdev(v) if len(v) > 1 else None for r, v in accuracy.items()},
             "latency_over_budget": {
-                rank: statistics.mean(entry["runs"][rank]["latency_s"] for entry in entries) / budget for rank in means
+                rank: statistics.mean(entry["runs"][rank]["latency_s"] / entry["budget_s"] for entry in entries)
+                for rank in means
             },
             "best_rank": int(best),
             "candidates_between_grid_and_gradient": [
@@ -109,7 +117,7 @@ def main() -> None:
     parser.add_argument("--test", help="sentence<TAB>label lines")
     parser.add_argument("--model", default=None, help="folder or hub id; the installed package's by default")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[20.0, 60.0], help="tight and loose, seconds")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.75], help="shares: tight, loose")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of planning")
     parser.add_argument("--set", nargs="+", default=[], metavar="a.b=value", dest="overrides")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/offline_truth.json"))
@@ -131,16 +139,17 @@ def main() -> None:
     for seed in range(options.seeds):
         known = None  # what no budget changes
         for budget in options.budgets:
-            overrides = [*shared, f"seed={seed}", f"control.latency_budget_s={budget}"]
-            config = load_config(None, overrides, base=base)
+            overrides = [*shared, f"seed={seed}"]
             name = f"{task}, budget {budget} seed {seed}"
-            asked = {"task": task, "overrides": overrides, "budget_s": budget}
+            asked = {"task": task, "overrides": overrides, "budget": budget}
             if not asked.items() <= kept.get(name, {}).items():
                 kept[name] = {**asked, "plans": {}, "runs": {}, "complete": False}
             entry = kept[name]
             if entry["complete"] and not set(options.ways) - entry["plans"].keys():
                 continue
-            known = known or survey(config, Console(stderr=True))
+            known = known or survey(load_config(None, overrides, base=base), Console(stderr=True))
+            entry["budget_s"] = budget * dense_latency_s(known)
+            config = load_config(None, [*overrides, f"control.latency_budget_s={entry['budget_s']}"], base=base)
             for way in options.ways:
                 if way not in entry["plans"]:
                     entry["plans"][way] = chosen(known, config, **WAYS[way])._asdict()
@@ -148,9 +157,10 @@ def main() -> None:
                     keep()
             rows = next(iter(entry["plans"].values()))["rows"]
             own = [next(r for r in plan["rows"] if r["rank"] == plan["rank"]) for plan in entry["plans"].values()]
-            found = measure(known, config, [*rows, *own])
-            entry["runs"] = {str(row["rank"]): run for row, run in zip(rows, found, strict=False)}
-            entry["planned"] = dict(zip(entry["plans"], found[len(rows) :], strict=True))
+            settings = list(dict.fromkeys((row["rank"], row["V"]) for row in [*rows, *own]))
+            found = dict(zip(settings, measure(known, config, settings), strict=True))
+            entry["runs"] = {str(row["rank"]): found[row["rank"], row["V"]] for row in rows}
+            entry["planned"] = {way: found[row["rank"], row["V"]] for way, row in zip(entry["plans"], own, strict=True)}
             entry |= {"git_commit": environment["git_commit"], "complete": True}
             common.note(f"{name}: {entry['runs']}, planned: {entry['planned']}")
             keep()
