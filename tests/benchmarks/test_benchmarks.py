@@ -9,13 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from oracles.toy_bert import LAYERS, MLP, WIDTH, WORDS, save_toy_bert
 
 ROOT = Path(__file__).parents[2]
-SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-WORDS = ["good", "bad", "film", "so", "long", "and", "dull"]
-LAYERS, WIDTH, MLP = 2, 12, 20
 SHAPE = ["--clients", "3", "--steps", "2", "--batch", "2", "--length", "7"]
 SAMPLES = 3 * 2 * 2
 
@@ -23,24 +20,7 @@ SAMPLES = 3 * 2 * 2
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Folder of a small BERT with a tokenizer of whole words."""
-    folder = tmp_path_factory.mktemp("model")
-    config = transformers.BertConfig(
-        vocab_size=len(SPECIAL + WORDS),
-        hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=3,
-        intermediate_size=MLP,
-        max_position_embeddings=16,
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]")
-    wrapped.save_pretrained(folder)
-    return folder
+    return save_toy_bert(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -135,9 +135,13 @@ def test_gradient_of_a_common_ratio_matches_float64_finite_differences():
     value, gradient = function(V)
     assert 0.15 < value < 0.95
     np.testing.assert_allclose(value, best(V), rtol=2e-3)
-    slope = [jax.jacfwd(lambda r: min_max_latency(r * bits, snr, start, band).latency_s)]
-    curvature = (float(slope[0](float(value) + 0.02)) - float(slope[0](float(value) - 0.02))) / 0.04
-    np.testing.assert_allclose(gradient, 1 / curvature, rtol=2e-2)
+    # At an optimum inside of a step dL/dr = V, hence dr/dV = 1 / L''.
+    h = 1e-3
+    below, at, above = (
+        wireless_oracle.min_max_latency(ratio * np.float64(bits), snr, start, band)[0]
+        for ratio in (float(value) - h, float(value), float(value) + h)
+    )
+    np.testing.assert_allclose(gradient, h**2 / (below - 2 * at + above), rtol=1e-3)
 
 
 RANKED = {  # payloads in ranks, tail energies, ranks at ratio 1, starts, and the V to try
@@ -194,6 +198,6 @@ def test_gradient_of_a_common_ratio_by_ranks_matches_float64_finite_differences(
         np.testing.assert_allclose(found, best(rank, V, at), rtol=1e-3)
         moved = ((best(rank + step, V, at) - best(rank - step, V, at)) / 2e-3 for step in 1e-3 * np.eye(4))
         expected = np.stack(list(moved), 1)
-        np.testing.assert_allclose(slopes, expected, atol=1e-2 * np.abs(expected).max(), err_msg=str(V))
+        np.testing.assert_allclose(slopes, expected, atol=1e-3 * np.abs(expected).max(), err_msg=str(V))
         tried += 1
     assert tried >= 3

@@ -1,0 +1,31 @@
+"""A small BERT with a tokenizer of whole words, as a Hugging Face folder."""
+
+from pathlib import Path
+
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+WORDS = ["good", "bad", "film", "so", "long", "and", "dull"]
+LAYERS, WIDTH, MLP = 2, 12, 20
+
+
+def save_toy_bert(folder: Path) -> Path:
+    """Write model and tokenizer; the weights are PyTorch's own random ones."""
+    config = transformers.BertConfig(
+        vocab_size=len(SPECIAL + WORDS),
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=3,
+        intermediate_size=MLP,
+        max_position_embeddings=64,
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]")
+    wrapped.save_pretrained(folder)
+    return folder
