@@ -95,7 +95,7 @@ def tail_energies(simulation: Simulation, state: FedState) -> Array:
 def alone(
     simulation: Simulation, state: FedState, keys: Array, queues_s: Array, tails: Array, rounds: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Latency and planned bits `[P, Q, rounds]` by the fading and cohorts of keys `[P]`, from first queues `[Q]`.
+    """Latency and sent bits `[P, Q, rounds]` by the fading and cohorts of keys `[P]`, from first queues `[Q]`.
 
     Nothing is trained: the tail energies `[C, R + 1]` stay.
     """
@@ -119,9 +119,10 @@ def alone(
                 return parts.sparsifier.payload_bits(keep_ratio, cohort.scope(ranks))
 
             bits = jax.vmap(bits_of)(decision.keep_ratio, cohort.ranks) * here
-            latency_s = round_latency(parts.link.deliver(cohort.link, bits, decision, cohort.start_s, here), here)
+            delivery = parts.link.deliver(cohort.link, bits, decision, cohort.start_s, here)
+            latency_s = round_latency(delivery, here)
             state = dataclasses.replace(state, queue_s=parts.controller.update_queue(state.queue_s, latency_s))
-            return state, (latency_s, bits.sum())
+            return state, (latency_s, jnp.sum(jnp.where(jnp.isfinite(delivery.latency_s), bits, 0.0)))
 
         return lax.scan(one, dataclasses.replace(state, queue_s=queue_s), jnp.arange(rounds))[1]
 
@@ -187,7 +188,6 @@ def measure(overrides: list[str], cell: dict) -> dict:
     return {
         "accuracy": rows[-1]["accuracy"],
         "uplink_bits": int(bits[-1]),
-        "bits_share_of_dense": int(bits[-1]) / cell["dense_uplink_bits"],
         "latency_over_budget": float(np.mean(metrics.latency_s, dtype=np.float64)) / cell["budget_s"],
         "queue_s": {"first": first_queue_s, "final": float(metrics.queue_s[-1])},
         "latency_s": metrics.latency_s.tolist(),
@@ -197,30 +197,35 @@ def measure(overrides: list[str], cell: dict) -> dict:
     }
 
 
+def run_seed(title: str) -> str:
+    """The seed in a run's title."""
+    return title.rsplit(" ", 1)[1]
+
+
 def summarize(runs: dict[str, dict], cells: dict[str, dict]) -> dict[str, dict]:
     """Means over the seeds that have ended, the distance of the accuracy from `ideal`, and how the budget was kept."""
-    table = {}
+    table, runs = {}, {key: run for key, run in runs.items() if run_seed(key) in cells}
     for sparsifier in SPARSIFIERS:
         for name in CONTROLLERS:
             mine = {key: run for key, run in runs.items() if key.startswith(f"{sparsifier} {name} seed ")}
             ideal = {key: key.replace(f" {name} ", " ideal ") for key in mine}
+            sent = [run["uplink_bits"] / cells[run_seed(key)]["dense_uplink_bits"] for key, run in mine.items()]
             apart = [run["accuracy"] - runs[ideal[key]]["accuracy"] for key, run in mine.items() if ideal[key] in runs]
             if mine:
                 table[f"{sparsifier} {name}"] = {
                     "seeds": len(mine),
                     "accuracy_mean": statistics.mean(run["accuracy"] for run in mine.values()),
                     "accuracy_over_ideal": statistics.mean(apart) if apart else None,
-                    "bits_share_of_dense": statistics.mean(run["bits_share_of_dense"] for run in mine.values()),
+                    "bits_share_of_dense": statistics.mean(sent),
                     "latency_over_budget": [run["latency_over_budget"] for run in mine.values()],
                     "elapsed_s": [run["rows"][-1]["elapsed_s"] for run in mine.values()],
-                }
-            if mine and name == "tsfa":
-                expected = [cells[key.rsplit(" ", 1)[1]]["expected"][sparsifier] for key in mine]
-                table[f"{sparsifier} {name}"] |= {
                     "first_queue_s": [run["queue_s"]["first"] for run in mine.values()],
                     "final_queue_s": [run["queue_s"]["final"] for run in mine.values()],
-                    "alone_over_budget": {way: [found[way] for found in expected] for way in ("from_zero", "foreseen")},
                 }
+            if mine and name == "tsfa":
+                expected = [cells[run_seed(key)]["expected"][sparsifier] for key in mine]
+                alone = {way: [found[way] for found in expected] for way in ("from_zero", "foreseen")}
+                table[f"{sparsifier} {name}"]["alone_over_budget"] = alone
     return table
 
 
@@ -239,7 +244,13 @@ def main() -> None:
     files = [f"model.pretrained={common.model_folder(options.model)}"]
     files += [f"data.train={options.train}", f"data.test={options.test}"]
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
-    made_with = {"setting": SETTING, "sparsifiers": SPARSIFIERS, "V_per_budget": V_PER_BUDGET}
+    made_with = {
+        "setting": SETTING,
+        "sparsifiers": SPARSIFIERS,
+        "V_per_budget": V_PER_BUDGET,
+        "queues": QUEUES.tolist(),
+        "elsewhere": ELSEWHERE,
+    }
     cells = kept.get("cells", {}) if kept.get("made_with") == made_with else {}
     runs = kept.get("runs", {})
     options.out.parent.mkdir(parents=True, exist_ok=True)

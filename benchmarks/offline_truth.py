@@ -39,10 +39,14 @@ WAYS = {
 
 
 def dense_latency_s(known: Survey) -> float:
-    """Mean latency of a round in which all keep everything at the highest candidate rank; by the plan's draws."""
+    """Mean latency of a round, by the plan's draws, in which all send every rank of the highest candidate.
+
+    The payload is the sparsifier's own at ratio 1.
+    """
     sites = known.sites
     snr_hz, start_s = sites.snr_hz[-1], sites.start_s[-1]  # `[paths, T, C]`
-    bits = jnp.where(snr_hz > 0, sites.payload_bits[-1].max(), 0.0)
+    sends = (snr_hz > 0) & (sites.weights[-1] > 0)  # the cohort is padded
+    bits = jnp.where(sends, sites.payload_bits[-1].max(), 0.0)
     band_hz = jnp.float32(known.simulation.parts.link.bandwidth_hz)
 
     def in_round(bits: Array, snr_hz: Array, start_s: Array) -> Array:
@@ -118,7 +122,7 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="folder or hub id; the installed package's by default")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.75], help="shares: tight, loose")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of planning")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of planning; grid always")
     parser.add_argument("--set", nargs="+", default=[], metavar="a.b=value", dest="overrides")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/offline_truth.json"))
     options = parser.parse_args()
@@ -145,17 +149,18 @@ def main() -> None:
             if not asked.items() <= kept.get(name, {}).items():
                 kept[name] = {**asked, "plans": {}, "runs": {}, "complete": False}
             entry = kept[name]
-            if entry["complete"] and not set(options.ways) - entry["plans"].keys():
+            ways = dict.fromkeys(["grid", *options.ways])  # the runs take V from the grid
+            if entry["complete"] and ways.keys() <= entry["plans"].keys():
                 continue
             known = known or survey(load_config(None, overrides, base=base), Console(stderr=True))
-            entry["budget_s"] = budget * dense_latency_s(known)
+            entry.setdefault("budget_s", budget * dense_latency_s(known))
             config = load_config(None, [*overrides, f"control.latency_budget_s={entry['budget_s']}"], base=base)
-            for way in options.ways:
+            for way in ways:
                 if way not in entry["plans"]:
                     entry["plans"][way] = chosen(known, config, **WAYS[way])._asdict()
                     common.note(f"{name}, {way}: rank {entry['plans'][way]['rank']}")
                     keep()
-            rows = next(iter(entry["plans"].values()))["rows"]
+            rows = entry["plans"]["grid"]["rows"]
             own = [next(r for r in plan["rows"] if r["rank"] == plan["rank"]) for plan in entry["plans"].values()]
             settings = list(dict.fromkeys((row["rank"], row["V"]) for row in [*rows, *own]))
             found = dict(zip(settings, measure(known, config, settings), strict=True))

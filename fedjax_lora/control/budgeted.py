@@ -49,7 +49,7 @@ class GreedyConfig(Budgeted):
 class ProportionalConfig(Budgeted):
     """Shares in proportion to need; each client keeps the most that fits the budget on its share, else the least.
 
-    A client's need is its full payload over its spectral efficiency at the equal split (our choice).
+    A client's need is the most that it may send over its spectral efficiency at the equal split (our choice).
     """
 
     name: Literal["proportional"] = "proportional"
@@ -86,7 +86,9 @@ def proportional(config: ProportionalConfig) -> Controller:
         least, most = planning.rank_limits(config.min_keep_ratio, config.max_keep_ratio, rank)
         equal_hz = observation.bandwidth_hz / jnp.maximum(heard.sum(), 1)
         equal_bps = uplink_rate(equal_hz, observation.snr_hz)
-        need = jnp.where(heard & (equal_bps > 0), bits[:, -1] / jnp.where(equal_bps > 0, equal_bps, 1.0), 0.0)
+        need = jnp.where(
+            heard & (equal_bps > 0), planning.at_rank(bits, most) / jnp.where(equal_bps > 0, equal_bps, 1.0), 0.0
+        )
         total = need.sum()
         share_hz = observation.bandwidth_hz * need / jnp.where(total > 0, total, 1.0)
         rate_bps = uplink_rate(share_hz, observation.snr_hz)

@@ -13,7 +13,7 @@ _AT = 1e-4  # ranks: so near to where a step begins an optimum is held there
 
 @jax.custom_jvp
 def common_share(offer: Offer, begin: Array, length: Array, rank: Array) -> Array:
-    """`[K, S]` share of each step that is sent where all clients keep the same ratio, each at least its least.
+    """`[K, S]` share of each step that is sent where all clients keep the same ratio, within each one's limits.
 
     The best of the whole ranks and then the best ratio next to it, by the sign of the slope. Where all clients start
     together the objective is convex in the ratio, and this is its minimum.
@@ -44,7 +44,8 @@ def _slope(ratio: Array, offer: Offer, begin: Array, length: Array, rank: Array)
 def _best_ratio(offer: Offer, begin: Array, length: Array, rank: Array) -> Array:
     num_steps = length.shape[-1]
     lowest = jnp.min(begin[:, 0] / rank, initial=1.0)
-    grid = jnp.clip(jnp.arange(num_steps + 1) / jnp.max(rank, initial=1.0), lowest, 1.0)
+    highest = jnp.max(jnp.where(offer.step_bits > 0, (begin + length) / rank[:, None], 0.0), initial=lowest)
+    grid = jnp.clip(jnp.arange(num_steps + 1) / jnp.max(rank, initial=1.0), lowest, highest)
     values = jax.vmap(lambda ratio: objective(offer, _share(ratio, begin, length, rank)))(grid)
     # Of equals the last: what costs nothing is kept.
     best = num_steps - jnp.argmin(values[::-1])
@@ -56,28 +57,33 @@ def _best_ratio(offer: Offer, begin: Array, length: Array, rank: Array) -> Array
         rises = _slope(middle, offer, begin, length, rank) > 0
         return jnp.where(rises, low, middle), jnp.where(rises, middle, high)
 
-    below, above = grid[jnp.maximum(best - 1, 0)], grid[jnp.minimum(best + 1, num_steps)]
+    below, above = jnp.max(grid, where=grid < whole, initial=lowest), jnp.min(grid, where=grid > whole, initial=highest)
     falls = _slope(whole * (1 - 1e-5), offer, begin, length, rank) > 0
     rises = _slope(whole * (1 + 1e-5), offer, begin, length, rank) >= 0
     bracket = jnp.where(falls, below, whole), jnp.where(falls | rises, whole, above)
-    return lax.fori_loop(0, _HALVINGS, halve, bracket)[1]
+    ratio = lax.fori_loop(0, _HALVINGS, halve, bracket)[1]
+    return jnp.where(falls | (whole < highest), ratio, 1.0)  # at the highest everything is sent, whatever that ratio is
 
 
 @common_share.defjvp
 def _common_share_jvp(
     primals: tuple[Offer, Array, Array, Array], tangents: tuple[Offer, Array, Array, Array]
 ) -> tuple[Array, Array]:
-    """Implicit in `slope = 0`. An optimum on a kink goes with the rank at which that step begins; ratio 1 stays 1."""
+    """Implicit in `slope = 0`. An optimum on a kink goes with the rank at which that step begins or ends.
+
+    Where everything is sent, everything goes on to be.
+    """
     offer, begin, length, rank = primals
     _, d_begin, d_length, d_rank = tangents
     ratio = _best_ratio(*primals)
     by_ratio = jax.jvp(lambda ratio: _share(ratio, begin, length, rank), (ratio,), (jnp.ones_like(ratio),))[1]
     slope, d_slope = jax.jvp(lambda *moved: _slope(ratio, *moved), primals, tangents)
     curvature = jax.jvp(lambda ratio: _slope(ratio, *primals), (ratio,), (jnp.ones_like(ratio),))[1]
-    held = (jnp.abs(ratio * rank[:, None] - begin) < _AT) & (offer.step_bits > 0)
+    ends, there = jnp.stack([begin, begin + length]), (offer.step_bits > 0) & (ratio < 1)
+    held = (jnp.abs(ratio * rank[:, None] - ends) < _AT) & there
     flat = jnp.abs(slope) < _KINK * jnp.sum(by_ratio * offer.step_bits * offer.worth)
     smooth = flat & (curvature > 0) & ~held.any()
-    with_step = (d_begin - ratio * d_rank[:, None]) / rank[:, None]
+    with_step = (jnp.stack([d_begin, d_begin + d_length]) - ratio * d_rank[:, None]) / rank[:, None]
     d_ratio = jnp.where(
         smooth,
         -d_slope / jnp.where(smooth, curvature, 1.0),

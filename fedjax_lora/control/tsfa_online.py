@@ -33,8 +33,8 @@ class TsfaConfig(Budgeted):
     V: weight of what is not sent against the queue, in s^2 over the unit of the tail. Larger: better updates, a
       longer queue.
     latency_budget_s: what the latency of a round may be on average over the run.
-    queue_s: the queue before round 1. With 0 the first rounds send everything; the mean latency of T rounds exceeds
-      the budget by at most `(Q_T - queue_s) / T`.
+    queue_s: the queue before round 1. With 0 the first rounds send the most that they may; the mean latency of T
+      rounds exceeds the budget by at most `(Q_T - queue_s) / T`.
     energy_budget_j: what a client of the cohort may spend in a round on average over the run, on computing too; None
       is no constraint.
     min_keep_ratio, max_keep_ratio: as in `Budgeted`.
@@ -78,11 +78,12 @@ def solve(
     """Minimise `V sum_k weights_k tail_k(rho_k) + queue tau` over keep ratios rho, shares b and latency tau.
 
     Subject to `sum_k b_k <= bandwidth_hz` and `start_k + bits_k(rho_k) / r(b_k) <= tau`. Tail and bits are linear
-    between whole ranks. A client of weight 0, without bits, or that cannot send at all is left out: it keeps
-    everything, costs nothing and gets no band. With queue 0 all keep the most that they may.
+    between whole ranks. A client of weight 0, without bits, or that cannot send at all is left out: it keeps the most
+    that it may, costs nothing and gets no band. With queue 0 all keep the most that they may.
 
     The tail should be convex in the bits, as sums of sorted energies are: where a rank is worth more a bit than one
-    before it, it counts as the earlier one. The ratios have implicit gradients; who keeps whole ranks goes on to.
+    before it, it counts as the earlier one. The ratios have implicit gradients; who keeps whole ranks goes on to. By
+    `rank` and the limits of the ratio they hold where these are not whole ranks themselves.
 
     Args:
       bits_full: `[K]` payload at ratio 1, in proportion to the ratio; or `[K, R + 1]`, the payloads of 0 ... R whole
@@ -126,7 +127,7 @@ def solve(
     allocation = min_max_latency(sent_bits, offer.snr_hz, offer.start_s, offer.bandwidth_hz)
     left_out = steps.last_cost + jnp.sum((1.0 - share) * steps.cost, -1)
     return Decision(
-        keep_ratio=jnp.where(able, jnp.minimum((least + jnp.sum(share * steps.length, -1)) / rank, 1.0), 1.0),
+        keep_ratio=jnp.minimum(jnp.where(able, least + jnp.sum(share * steps.length, -1), most) / rank, 1.0),
         bandwidth_hz=allocation.bandwidth_hz,
         latency_s=allocation.latency_s,
         objective=V * jnp.sum(jnp.where(able, left_out, 0.0)) + queue * allocation.latency_s,

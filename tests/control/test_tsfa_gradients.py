@@ -60,15 +60,15 @@ def optimum(free, ratio, step, *case):
     return np.concatenate([rho, [latency, V * np.sum(weights * (left_out - slope * rho)) + queue * latency]])
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_implicit_gradients_match_float64_finite_differences(ranks):
+@pytest.mark.parametrize(("ranks", "most"), [(1, 1.0), (3, 1.0), (3, 0.8)])
+def test_implicit_gradients_match_float64_finite_differences(ranks, most):
     """Central differences of the conditions solved by MINPACK in float64: ratios, latency and objective by all
     arguments, as derivatives by their logarithms (by start and tail themselves). Forty cohorts, of those in which no
     client is about to enter or leave its step."""
     names = {0: "bits", 1: "snr", 2: "start", 3: "band", 4: "weights", 5: "tail", 6: "queue", 7: "V"}
 
     def outputs(*case):
-        decision = solve(*case, min_keep_ratio=0.1)
+        decision = solve(*case, min_keep_ratio=0.1, max_keep_ratio=most)
         return jnp.append(decision.keep_ratio, jnp.stack([decision.latency_s, decision.objective]))
 
     jacobian, function = jax.jit(jax.jacrev(outputs, tuple(names))), jax.jit(outputs)
@@ -76,7 +76,7 @@ def test_implicit_gradients_match_float64_finite_differences(ranks):
     for seed in range(400):
         case = smooth_case(seed, ranks)
         ratio = np.float64(function(*case))[:4]
-        whole = np.round(ratio * ranks) / ranks
+        whole = np.where(ratio > most - 1e-5, most, np.round(ratio * ranks) / ranks)
         free = (ratio > 0.13) & (np.abs(ratio - whole) > 0.03)
         held = (ratio < 0.1001) | (np.abs(ratio - whole) < 1e-5)
         if not (free | held).all() or not free.any():
@@ -144,29 +144,39 @@ def test_gradient_of_a_common_ratio_matches_float64_finite_differences():
     np.testing.assert_allclose(gradient, h**2 / (below - 2 * at + above), rtol=1e-3)
 
 
-RANKED = {  # payloads in ranks, tail energies, ranks at ratio 1, starts, and the V to try
-    "inside": (np.arange(2.0), np.float64([1, 0]), [0.7, 0.9, 0.95, 0.8], [0.0, 0.5, 0.1, 0.3], (0.05, 5.0)),
+RANKED = {  # payloads in ranks, tail energies, ranks at ratio 1, starts, the V to try, and limits of the ratio
+    "inside": (np.arange(2.0), np.float64([1, 0]), [0.7, 0.9, 0.95, 0.8], [0.0, 0.5, 0.1, 0.3], (0.05, 5.0), [1] * 4),
+    "on a limit": (
+        np.arange(2.0),
+        np.float64([1, 0]),
+        [0.7, 0.9, 0.95, 0.8],
+        [0.0, 0.5, 0.1, 0.3],
+        (0.222, 0.227),
+        [1, 0.6, 1, 1],
+    ),
     "on an end": (
         np.arange(5.0) + 0.4,
         np.float64([10, 5.5, 2.5, 0.8, 0]),
         [2.6, 3.3, 3.7, 2.9],
         [0.2] * 4,
         (0.03, 0.1),
+        [1] * 4,
     ),
 }
 
 
 @pytest.mark.parametrize("kind", RANKED)
 def test_gradient_of_a_common_ratio_by_ranks_matches_float64_finite_differences(kind):
-    """Oracle: a bounded search in float64 with each client's rank moved; optima inside of all steps, and on an end."""
+    """Oracle: a bounded search in float64 with each client's rank moved; optima inside of all steps, on the end
+    of a step, and where one client reaches its limit."""
     bits, snr, _, band, weights, *_ = (np.float64(x) for x in smooth_case(2))
-    payload, tail, rank, start, ends = RANKED[kind]
+    payload, tail, rank, start, ends, limits = RANKED[kind]
     rank, start, table = np.array(rank), np.array(start), np.outer(bits, payload / payload[-1])
     tails, whole = np.outer([1.0, 2.0, 0.5, 1.5], tail), np.arange(len(tail))
 
     def best(rank, V, near):
         def cost(ratio):
-            kept = np.clip(ratio * rank, 0, rank)
+            kept = np.minimum(ratio, limits) * rank
             sent, lost = (
                 np.array([np.interp(*x) for x in zip(kept, [whole] * 4, t, strict=True)]) for t in (table, tails)
             )
@@ -183,7 +193,11 @@ def test_gradient_of_a_common_ratio_by_ranks_matches_float64_finite_differences(
     @functools.partial(jax.jacfwd, has_aux=True)
     def jacobian(rank, V):
         found = solve(
-            table, snr, start, band, weights, tails, 1.0, V, rank=rank, min_keep_ratio=0.1 * np.ones(4), ratio="common"
+            *(table, snr, start, band, weights, tails, 1.0, V),
+            rank=rank,
+            min_keep_ratio=0.1 * np.ones(4),
+            max_keep_ratio=jnp.array(limits),
+            ratio="common",
         )
         both = jnp.stack([found.keep_ratio[0], found.latency_s])
         return both, both
@@ -194,6 +208,7 @@ def test_gradient_of_a_common_ratio_by_ranks_matches_float64_finite_differences(
         if not 0.13 < found[0] < 0.97:
             continue
         at = np.float64(found[0])
+        assert kind != "on a limit" or abs(at - 0.6) < 1e-4
         assert (np.abs(at * rank - np.round(at * rank)).min() < 1e-4) == (kind == "on an end")
         np.testing.assert_allclose(found, best(rank, V, at), rtol=1e-3)
         moved = ((best(rank + step, V, at) - best(rank - step, V, at)) / 2e-3 for step in 1e-3 * np.eye(4))
