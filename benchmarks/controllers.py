@@ -8,10 +8,11 @@ network; `greedy` and `tsfa` choose. `tsfa 1/4` may keep a quarter of the ranks 
 
 TSFA's V is `V_PER_BUDGET` times the budget squared: it has the unit s^2, so that one number serves every cell.
 `tsfa 1/4` starts from an empty queue. `tsfa` starts where a dry run says: of QUEUES (in budgets), the first queue at
-which the controller alone, over the run's channel and with the tail energies of one round of training, has a mean
-latency nearest to the budget. That dry run knows the fading to come, as the budget does: the mean latency is fitted,
-not found. What the controller alone does on the run's channel without that knowledge stands beside it: from a queue of
-0 (`from_zero`), and from the queue that is best on `ELSEWHERE` other draws of fading and cohorts (`foreseen`).
+which the controller alone, over the run's channel and with the tail energies of the cohort that trains after
+`PRACTICE_ROUNDS`, has a mean latency nearest to the budget. That dry run knows the fading to come, as the budget does:
+the mean latency is fitted, not found. What the controller alone does on the run's channel without that knowledge stands
+beside it: from a queue of 0 (`from_zero`), and from the queue that is best on `ELSEWHERE` other draws of fading and
+cohorts (`foreseen`).
 """
 
 import argparse
@@ -37,6 +38,7 @@ from fedjax_lora.sim.round import choose_cohort, control, importance, round_late
 
 V_PER_BUDGET = 30.0
 ELSEWHERE = 8
+PRACTICE_ROUNDS = 28
 QUEUES = np.concatenate([[0.0], np.geomspace(0.3, 30.0, 24)])
 SETTING = [
     *sst2_accuracy.SETTING,
@@ -81,7 +83,7 @@ def controller(name: str, budget_s: float, queue_s: float) -> list[str]:
 
 
 def tail_energies(simulation: Simulation, state: FedState) -> Array:
-    """`[C, R + 1]` of the cohort of round 1 after its local training."""
+    """`[C, R + 1]` of the cohort of the next round after its local training."""
     parts = simulation.parts
 
     @jax.jit
@@ -143,8 +145,8 @@ def measure_cell(files: list[str], seed: int) -> dict:
     queue_s, expected = {}, {}
     for name, sparsifier in SPARSIFIERS.items():
         simulation = build(load_config(None, [*shared, *sparsifier, *tsfa(budget_s, 0.0)]))
-        state = simulation.init(jax.random.key(seed))
-        tails = tail_energies(simulation, state)
+        trained, _ = simulation.run(simulation.init(jax.random.key(seed)), PRACTICE_ROUNDS)
+        tails, state = tail_energies(simulation, trained), simulation.init(jax.random.key(seed))
         queues = QUEUES * budget_s
         others = jax.random.split(jax.random.fold_in(state.key, config.rounds), ELSEWHERE)
         paths = jnp.concatenate([state.key[None], others])
@@ -250,6 +252,7 @@ def main() -> None:
         "V_per_budget": V_PER_BUDGET,
         "queues": QUEUES.tolist(),
         "elsewhere": ELSEWHERE,
+        "practice_rounds": PRACTICE_ROUNDS,
     }
     cells = kept.get("cells", {}) if kept.get("made_with") == made_with else {}
     runs = kept.get("runs", {})
