@@ -2,9 +2,9 @@
 
 A seed is a cell of its own, so that a budget is a share of what dense uploads at the highest candidate rank take there
 on average, over the draws of the channel that the plan has. For each seed and budget: the plan by grid and by gradient
-search on the bound, and by rollout, then the run itself to its end at every candidate, with the V that the grid found
-for that rank, and at each plan's own rank and V. The plan never sees the test examples; the runs are scored on them.
-Sentences are in the setting of `controllers.py`.
+search on the bound, and by rollout, then the run itself to its end at every candidate, with the V and the first queue
+that the grid found for that rank, and at each plan's own. The plan never sees the test examples; the runs are scored on
+them. Sentences are in the setting of `controllers.py`.
 """
 
 import argparse
@@ -55,17 +55,22 @@ def dense_latency_s(known: Survey) -> float:
     return float(jax.vmap(jax.vmap(in_round))(bits, snr_hz, start_s).mean())
 
 
-def measure(known: Survey, config: ExperimentConfig, settings: list[tuple[int, float]]) -> list[dict]:
-    """The runs to their end, one at each rank and V, in one program; scored on the test examples."""
+def measure(known: Survey, config: ExperimentConfig, settings: list[tuple[int, float, float]]) -> list[dict]:
+    """The runs to their end, one at each rank, V and first queue, in one program; scored on the test examples."""
     simulation, control = known.simulation, config.control
     assert isinstance(control, TsfaConfig)  # else there would be no survey
     state = simulation.init(jax.random.key(config.seed))
-    ranks, V = (jnp.array(column, jnp.float32) for column in zip(*settings, strict=True))
+    ranks, V, queue_s = (jnp.array(column, jnp.float32) for column in zip(*settings, strict=True))
+    numbers = ranks, V, queue_s, 1, config.rounds
     parts, score, world = simulation.parts, simulation.score, simulation.world
-    numbers = ranks, V, jnp.full_like(V, control.queue_s), 1, config.rounds
     found = roll_out(parts, lambda V: tsfa_online.make(control, V), score, world, state, *numbers)
     names = {"final_accuracy": found.accuracy, "final_loss": found.loss, "latency_s": found.latency_s}
     return [{name: float(value[i, 0]) for name, value in names.items()} for i in range(len(settings))]
+
+
+def setting_of(row: dict) -> tuple[int, float, float]:
+    """What a run takes from a row of a plan."""
+    return row["rank"], row["V"], row["queue_s"]
 
 
 def chosen(known: Survey, config: ExperimentConfig, **options: str) -> Plan:
@@ -162,10 +167,10 @@ def main() -> None:
                     keep()
             rows = entry["plans"]["grid"]["rows"]
             own = [next(r for r in plan["rows"] if r["rank"] == plan["rank"]) for plan in entry["plans"].values()]
-            settings = list(dict.fromkeys((row["rank"], row["V"]) for row in [*rows, *own]))
+            settings = list(dict.fromkeys(map(setting_of, [*rows, *own])))
             found = dict(zip(settings, measure(known, config, settings), strict=True))
-            entry["runs"] = {str(row["rank"]): found[row["rank"], row["V"]] for row in rows}
-            entry["planned"] = {way: found[row["rank"], row["V"]] for way, row in zip(entry["plans"], own, strict=True)}
+            entry["runs"] = {str(row["rank"]): found[setting_of(row)] for row in rows}
+            entry["planned"] = {way: found[setting_of(row)] for way, row in zip(entry["plans"], own, strict=True)}
             entry |= {"git_commit": environment["git_commit"], "complete": True}
             common.note(f"{name}: {entry['runs']}, planned: {entry['planned']}")
             keep()

@@ -43,7 +43,7 @@ class Survey(NamedTuple):
 
 
 def plan(config: ExperimentConfig, console: Console) -> Plan:
-    """Choose the structural rank and V for a configuration whose control is `tsfa`.
+    """Choose the structural rank, V and the first queue for a configuration whose control is `tsfa`.
 
     No held-out example of the run is looked at: the pilot and the rollouts have training examples alone.
 
@@ -103,7 +103,7 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
     control, options, sites = config.control, config.plan, known.sites
     assert isinstance(control, TsfaConfig)  # else there would be no survey
     bandwidth_hz = known.simulation.parts.link.bandwidth_hz
-    setting = Setting(control.latency_budget_s, control.queue_s, known.factors, bandwidth_hz, known.state.hyper)
+    setting = Setting(control.latency_budget_s, known.factors, bandwidth_hz, known.state.hyper)
     allowed = control.latency_budget_s, options.tolerance
     most_s = control.latency_budget_s * (1.0 + options.tolerance)
     console.print(f"control: {config.rounds} rounds, {options.paths} draws of the channel")
@@ -112,9 +112,6 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
     rollout = None
     if options.objective == "rollout":
         console.print(f"rollout: {options.rollout_rounds} rounds, {options.seeds} seeds")
-        # A short one is to be like the rounds of a whole run, not like its first.
-        whole = options.rollout_rounds >= config.rounds
-        queue_s = jnp.full_like(rows.V, control.queue_s) if whole else rows.queue_s
         rollout = roll_out(
             known.simulation.parts,
             lambda V: tsfa_online.make(control, V),
@@ -123,7 +120,7 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
             known.state,
             sites.rank,
             rows.V,
-            queue_s,
+            rows.queue_s,
             options.seeds,
             options.rollout_rounds,
         )
@@ -183,10 +180,9 @@ def _descended(
     within, distance = rows.latency_s <= most_s, jnp.abs(jnp.log(sites.rank) - jnp.log(found.rank))
     chosen = int(jnp.argmin(jnp.where(within | ~within.any(), distance, jnp.inf)))
     site: Site = jax.tree.map(lambda x: x[chosen], sites)
-    V = found.weight * tsfa_offline.unit_of_V(control, setting, site)
-    row = tsfa_offline.outlook(tsfa_offline.whole_ranks(control), setting, site, V)
+    row = jax.tree.map(lambda x: x[0], tsfa_offline.at_weights(control, setting, site, found.weight[None]))
     console.print(f"gradient search: ended at rank {found.rank:.3f}; the candidate is {site.rank:.0f}")
     if row.latency_s > most_s and within.any():
-        console.print(f"note: V {V:.4g} of the search exceeds control.latency_budget_s there; V is the grid's")
+        console.print(f"note: V {row.V:.4g} of the search exceeds control.latency_budget_s there; V is the grid's")
         return chosen, rows
     return chosen, jax.tree.map(lambda all_rows, x: all_rows.at[chosen].set(x), rows, row)

@@ -73,14 +73,14 @@ def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
     assert read_plan(tmp_path / "again.json") == plan
 
 
-def test_a_run_takes_rank_and_V_of_a_plan_and_says_what_binds(printed, tmp_path, capsys):
+def test_a_run_takes_rank_V_and_first_queue_of_a_plan_and_says_what_binds(printed, tmp_path, capsys):
     """The command is the one that the plan's last line says, with a folder of its own."""
     planned, said = printed
     out, command = tmp_path / "run", said.splitlines()[-1].partition("take it with fedjax-lora ")[2]
     assert cli.main([*shlex.split(command), "--out", str(out)]) == 0
     plan, config = read_plan(planned / "plan.json"), load_config(out / "config.yaml")
     assert isinstance(config.control, TsfaConfig)
-    assert (config.lora.rank, config.control.V) == (plan.rank, plan.V)
+    assert (config.lora.rank, config.control.V, config.control.queue_s) == (plan.rank, plan.V, plan.queue_s)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     found = effects_of_run(plan, lines)
     # Oracle: the squares of the log; the rank's effect is what is saved at `kappa = 1`.
@@ -129,7 +129,7 @@ def test_a_plan_by_bound_is_the_least_bound_within_the_budget(by_budget):
         least_s = min(row["latency_s"] for row in plan.rows)
         near = within or [row for row in plan.rows if row["latency_s"] <= 1.05 * least_s]
         best = min(near, key=lambda row: row["bound"])
-        assert (plan.rank, plan.V) == (best["rank"], best["V"])
+        assert (plan.rank, plan.V, plan.queue_s) == (best["rank"], best["V"], best["queue_s"])
         for row in plan.rows:
             assert np.isclose(row["V"] / budget_s**2, tsfa_offline.WEIGHTS, rtol=1e-3).any()
             assert row["score"] == row["bound"]
@@ -184,7 +184,7 @@ def test_what_a_plan_does_not_depend_on_may_differ(planned):
     plan = read_plan(planned / "plan.json")
     changed = load_config(
         None,
-        [*PLANNED, "lora.rank=1", "control.V=3.0", "engine.eval_every=2", "plan.seeds=5"],
+        [*PLANNED, "lora.rank=1", "control.V=3.0", "control.queue_s=2.0", "engine.eval_every=2", "plan.seeds=5"],
         base=preset("digits-tsfa"),
     )
     assert apply_plan(plan, changed, "plan.json").lora.rank == plan.rank

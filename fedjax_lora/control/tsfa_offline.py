@@ -2,8 +2,9 @@
 
 Stage 1 of B. Kim, W. Choi, "Two-Stage Wireless Federated LoRA Fine-Tuning with Sparsified Orthogonal Updates",
 arXiv 2505.00333; the search, its objective and its constraint are our own. For each candidate rank the online
-controller is run without training over draws of the channel, from the run's first queue and for as many rounds. It
-tells what a round sends and how long it takes, the pilot tells what is lost thereby, and the bound puts a number on it.
+controller is run without training over draws of the channel, for as many rounds as the run has and from a first queue
+at which they take the budget. It tells what a round sends and how long it takes, the pilot tells what is lost thereby,
+and the bound puts a number on it.
 """
 
 import dataclasses
@@ -27,6 +28,8 @@ Search = Literal["grid", "gradient"]
 
 WEIGHTS = tuple(10.0 ** (0.5 * power) for power in range(-4, 7))
 """What `grid` tries for V, in units of `unit_of_V`."""
+
+_PRICES, _HALVINGS = (1e-4, 1e3), 16  # of latency: between them, in units of the budget over `unit_of_V`
 
 _STEPS, _RATE, _EXCESS_WEIGHT = 40, 0.3, 20.0  # of the gradient search: the logarithms of rank and V move by 6 or so
 
@@ -91,12 +94,10 @@ class Setting(NamedTuple):
     """What is the same for all ranks: traced numbers, so that one program serves every budget.
 
     budget_s: what the latency of a round may be on average; it stands in for the controller's own.
-    queue_s: that the run starts with. factors: `[T]` of the learning rate, see `bound.terms`. bandwidth_hz: the band.
-    hyper: passed on to the controller.
+    factors: `[T]` of the learning rate, see `bound.terms`. bandwidth_hz: the band. hyper: passed on to the controller.
     """
 
     budget_s: float
-    queue_s: float
     factors: Array
     bandwidth_hz: float
     hyper: Hyper
@@ -105,18 +106,17 @@ class Setting(NamedTuple):
 class Outlook(NamedTuple):
     """What to expect of a rank and a V; any leading axes.
 
-    V: weight of what is not sent. latency_s: mean of a round. keep_ratio, kept_ranks, uplink_bits: mean of a client.
-    queue_s: mean over rounds and draws, before a round. final_queue_s: mean over the draws. terms: of the bound. score:
-    the bound.
+    V: weight of what is not sent. queue_s: before round 1. latency_s: mean of a round. keep_ratio, kept_ranks,
+    uplink_bits: mean of a client. final_queue_s: mean over the draws. terms: of the bound. score: the bound.
     """
 
     rank: Array
     V: Array
+    queue_s: Array
     latency_s: Array
     keep_ratio: Array
     kept_ranks: Array
     uplink_bits: Array
-    queue_s: Array
     final_queue_s: Array
     terms: bound.BoundTerms
     score: Array
@@ -159,60 +159,88 @@ def relaxed(config: TsfaConfig) -> Decide:
     return decide
 
 
-def outlook(decide: Decide, setting: Setting, site: Site, V: Array) -> Outlook:
-    """The online stage without training, for T rounds; mean over rounds and draws.
+def first_price(config: TsfaConfig, setting: Setting, site: Site) -> Array:
+    """The queue over V at which the drawn rounds take the budget on average, were it to stay; by bisection.
+
+    It is the multiplier of the static problem, to which that ratio tends in a long run. 0 where all that may be sent is
+    within the budget; next to the largest that is tried where not even the least is.
+    """
+    decide, V = whole_ranks(config), unit_of_V(config, setting, site)
+
+    def exceeds(price: Array) -> Array:
+        def latency_s(snr_hz: Array, start_s: Array) -> Array:
+            return jnp.asarray(decide(V, _observation(setting, site, snr_hz, start_s, price * V)).latency_s)
+
+        return jnp.mean(jax.vmap(jax.vmap(latency_s))(site.snr_hz, site.start_s)) > setting.budget_s
+
+    def halve(_, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = jnp.sqrt(low * high)
+        over = exceeds(middle)
+        return jnp.where(over, middle, low), jnp.where(over, high, middle)
+
+    low, high = (end * setting.budget_s / V for end in _PRICES)
+    return jnp.where(exceeds(0.0 * low), lax.fori_loop(0, _HALVINGS, halve, (low, high))[1], 0.0)
+
+
+def outlook(decide: Decide, setting: Setting, site: Site, V: Array, queue_s: Array | float) -> Outlook:
+    """The online stage without training, for T rounds from a first queue; mean over rounds and draws.
 
     A client that cannot be heard in a round has no part in it.
     """
-    rank = jnp.broadcast_to(site.rank, site.weights.shape)
     update_queue = planning.queue_law(setting.budget_s)
 
     def step(queue_s: Array, drawn: tuple[Array, Array]):
         snr_hz, start_s = drawn
-        decision = decide(
-            V,
-            Observation(
-                snr_hz=snr_hz,
-                start_s=start_s,
-                weights=site.weights,
-                tail_energy=site.tail_energy,
-                rank=rank,
-                payload_bits=lambda ratio: at(site.payload_bits, ratio * rank),
-                bandwidth_hz=jnp.asarray(setting.bandwidth_hz, jnp.float32),
-                queue_s=queue_s,
-                hyper=setting.hyper,
-            ),
-        )
-        kept = decision.keep_ratio * rank
+        decision = decide(V, _observation(setting, site, snr_hz, start_s, queue_s))
+        kept = decision.keep_ratio * site.rank
         tables = (site.payload_bits, site.sparsification, site.covariance)
         seen = (decision.keep_ratio, kept, *(at(table, kept) for table in tables))
         heard = site.weights * (snr_hz > 0)
         means = tuple(jnp.sum(heard * x) / jnp.maximum(jnp.sum(heard), 1e-30) for x in seen)
         latency_s = jnp.asarray(decision.latency_s)
-        return update_queue(queue_s, latency_s), (latency_s, queue_s, *means)
+        return update_queue(queue_s, latency_s), (latency_s, *means)
+
+    first_s = jnp.asarray(queue_s, jnp.float32)
 
     def path(snr_hz: Array, start_s: Array):
-        return lax.scan(step, jnp.float32(setting.queue_s), (snr_hz, start_s))
+        return lax.scan(step, first_s, (snr_hz, start_s))
 
     final_queue_s, rounds = jax.vmap(path)(site.snr_hz, site.start_s)
     *expected, sparsification, covariance = (jnp.mean(x, 0) for x in rounds)
-    latency_s, queue_s, keep_ratio, kept_ranks, bits = (jnp.mean(x) for x in expected)
+    latency_s, keep_ratio, kept_ranks, bits = (jnp.mean(x) for x in expected)
     # What is left out is of first order in the learning rate, what averaging apart misses of second.
     of_first, of_second = (sparsification * setting.factors**2, covariance * setting.factors**4)
     found = bound.terms(site.measured, of_first, of_second, setting.factors)
-    queues = queue_s, jnp.mean(final_queue_s)
-    return Outlook(site.rank, V, latency_s, keep_ratio, kept_ranks, bits, *queues, found, found.total)
+    end_s = jnp.mean(final_queue_s)
+    return Outlook(site.rank, V, first_s, latency_s, keep_ratio, kept_ranks, bits, end_s, found, found.total)
+
+
+def _observation(setting: Setting, site: Site, snr_hz: Array, start_s: Array, queue_s: Array) -> Observation:
+    """What the controller sees of a drawn round `[C]`."""
+    return Observation(
+        snr_hz=snr_hz,
+        start_s=start_s,
+        weights=site.weights,
+        tail_energy=site.tail_energy,
+        rank=jnp.broadcast_to(site.rank, site.weights.shape),
+        payload_bits=lambda ratio: at(site.payload_bits, ratio * site.rank),
+        bandwidth_hz=jnp.asarray(setting.bandwidth_hz, jnp.float32),
+        queue_s=queue_s,
+        hyper=setting.hyper,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def grid(config: TsfaConfig, setting: Setting, sites: Site) -> Outlook:
-    """`[candidates, len(WEIGHTS)]`: every candidate with every V, in one program."""
+    """`[candidates, len(WEIGHTS)]`: every candidate with every V, each from its first queue, in one program."""
+    return jax.vmap(lambda site: at_weights(config, setting, site, jnp.array(WEIGHTS)))(sites)
 
-    def row(site: Site) -> Outlook:
-        weights = jnp.array(WEIGHTS) * unit_of_V(config, setting, site)
-        return jax.vmap(lambda V: outlook(whole_ranks(config), setting, site, V))(weights)
 
-    return jax.vmap(row)(sites)
+def at_weights(config: TsfaConfig, setting: Setting, site: Site, weights: Array) -> Outlook:
+    """`[n]` of one rank, at V of so many times `unit_of_V`, each from its first queue."""
+    price, V = first_price(config, setting, site), weights * unit_of_V(config, setting, site)
+    return jax.vmap(lambda V: outlook(whole_ranks(config), setting, site, V, price * V))(V)
 
 
 def best_V(found: Outlook, most_latency_s: float) -> Outlook:
@@ -249,18 +277,21 @@ class Descent(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradient(config: TsfaConfig, setting: Setting, sites: Site, most_latency_s: Array | float) -> Descent:
-    """Descend in the logarithms of rank and V, from each of the candidates.
+    """Descend in the logarithms of rank and V, from each of the candidates with the largest V.
 
     What was measured is noisy: between the candidates the bound has several local minima. Minimised is the logarithm of
-    the bound and, where the latency exceeds `most_latency_s`, a multiple of the excess.
+    the bound and, where the latency exceeds `most_latency_s`, a multiple of the excess. The price of latency, and with
+    it the first queue, is linear between those of the candidates.
     """
     low, high = (jnp.log(jnp.stack([sites.rank[end], jnp.float32(WEIGHTS[end])])) for end in (0, -1))
     optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, _STEPS))
+    prices = jax.vmap(lambda site: first_price(config, setting, site))(sites)
 
     def objective(logs: Array) -> Array:
         rank, weight = jnp.exp(logs)
         site = between(sites, rank)
-        found = outlook(relaxed(config), setting, site, weight * unit_of_V(config, setting, site))
+        V = weight * unit_of_V(config, setting, site)
+        found = outlook(relaxed(config), setting, site, V, jnp.interp(rank, sites.rank, prices) * V)
         excess = jnp.maximum(found.latency_s / most_latency_s - 1.0, 0.0)
         return jnp.log(found.score) + _EXCESS_WEIGHT * excess
 
@@ -276,7 +307,7 @@ def gradient(config: TsfaConfig, setting: Setting, sites: Site, most_latency_s: 
         (_, _, least, best), history = lax.scan(step, carry, length=_STEPS)
         return least, best, history
 
-    starts = jnp.stack([jnp.log(sites.rank), jnp.full_like(sites.rank, 0.5 * (low[1] + high[1]))], axis=1)
+    starts = jnp.stack([jnp.log(sites.rank), jnp.full_like(sites.rank, high[1])], axis=1)
     least, best, history = jax.vmap(descend)(starts)
     found = jnp.exp(best[jnp.argmin(least)])
     return Descent(found[0], found[1], history)

@@ -1,4 +1,4 @@
-"""A plan on disk, `plan.json`: the structural rank and V that the offline stage chose, and what for."""
+"""A plan on disk, `plan.json`: the structural rank, V and first queue that the offline stage chose, and what for."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from fedjax_lora.io.log import flatten
 
 NAME = "plan.json"
 
-_FREE = ("lora.rank", "control.V", "plan.", "engine.")
+_FREE = ("lora.rank", "control.V", "control.queue_s", "plan.", "engine.")
 
 
 class Plan(NamedTuple):
@@ -25,9 +25,9 @@ class Plan(NamedTuple):
 
     config: the configuration with dotted keys, without what a plan sets or does not depend on.
     objective, search: of `PlanConfig`.
-    rank, V: chosen. within_budget: whether the latency budget is met by them.
+    rank, V, queue_s: chosen, the last as the queue before round 1. within_budget: whether they meet the latency budget.
     factors: of the learning rate in each round, see `bound.terms`.
-    rows: one dict a candidate rank: `rank, V, keep_ratio, kept_ranks, latency_s, uplink_bits, queue_s, final_queue_s`,
+    rows: one dict a candidate rank: `rank, V, queue_s, keep_ratio, kept_ranks, latency_s, uplink_bits, final_queue_s`,
       each term of the bound, `rank_cost` (the effect of the rank on it), `bound`, `score` and `score_deviation` (of a
       rollout, else None), of a rollout `accuracy` and `rollout_latency_s`, and what the pilot measured.
     """
@@ -37,6 +37,7 @@ class Plan(NamedTuple):
     search: str
     rank: int
     V: float
+    queue_s: float
     within_budget: bool
     factors: list[float]
     rows: list[dict[str, Any]]
@@ -61,8 +62,10 @@ def read_plan(path: str | Path) -> Plan:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         plan = Plan(**found)
-        if type(plan.rank) is not int or not math.isfinite(plan.V) or not isinstance(plan.config, dict):
-            raise ValueError(f"rank {plan.rank!r} and V {plan.V!r}")
+        if type(plan.rank) is not int or not isinstance(plan.config, dict):
+            raise ValueError(f"rank {plan.rank!r} and config {plan.config!r}")
+        if not math.isfinite(plan.V) or not 0 <= plan.queue_s < math.inf:
+            raise ValueError(f"V {plan.V!r} and queue_s {plan.queue_s!r}")
         _measured(plan)
         factors = np.array(plan.factors, float)
         if factors.shape != (plan.config["rounds"],) or not ((factors >= 0) & (factors < 1.001)).all():
@@ -76,7 +79,7 @@ def read_plan(path: str | Path) -> Plan:
 
 
 def apply_plan(plan: Plan, config: ExperimentConfig, path: str | Path) -> ExperimentConfig:
-    """The configuration with the plan's rank and V.
+    """The configuration with the plan's rank, V and first queue.
 
     Raises:
       ConfigError: the plan was made for another configuration; names the first key that differs.
@@ -89,8 +92,8 @@ def apply_plan(plan: Plan, config: ExperimentConfig, path: str | Path) -> Experi
                 f"got one with {planned.get(key)!r}"
             )
     assert isinstance(config.control, TsfaConfig)  # else the name would have differed
-    lora, control = dataclasses.replace(config.lora, rank=plan.rank), dataclasses.replace(config.control, V=plan.V)
-    return dataclasses.replace(config, lora=lora, control=control)
+    control = dataclasses.replace(config.control, V=plan.V, queue_s=plan.queue_s)
+    return dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=plan.rank), control=control)
 
 
 def effects_of_plan(plan: Plan) -> bound.Effects:
@@ -153,6 +156,7 @@ def described(
         search=config.plan.search,
         rank=best["rank"],
         V=best["V"],
+        queue_s=best["queue_s"],
         within_budget=best["within_budget"],
         factors=factors.tolist(),
         rows=rows,
@@ -163,4 +167,4 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_EXPECTED = ("V", "keep_ratio", "kept_ranks", "latency_s", "uplink_bits", "queue_s", "final_queue_s")
+_EXPECTED = ("V", "queue_s", "keep_ratio", "kept_ranks", "latency_s", "uplink_bits", "final_queue_s")

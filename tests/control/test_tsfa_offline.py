@@ -51,8 +51,8 @@ def sites(ranks=RANKS) -> Site:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(site, ranks))
 
 
-def setting(budget_s=1.0, queue_s=0.0) -> Setting:
-    return Setting(budget_s, queue_s, FACTORS, 2e7, HYPER)
+def setting(budget_s=1.0) -> Setting:
+    return Setting(budget_s, FACTORS, 2e7, HYPER)
 
 
 @pytest.fixture(scope="module")
@@ -64,22 +64,13 @@ def searched():
 def foresee(config: TsfaConfig):
     """`(site, V, first queue) -> Outlook` at a budget of one second, in a program of its own."""
     decide = tsfa_offline.whole_ranks(config)
-    return jax.jit(lambda own, V, queue_s=0.0: tsfa_offline.outlook(decide, setting(queue_s=queue_s), own, V))
+    return jax.jit(lambda own, V, queue_s: tsfa_offline.outlook(decide, setting(), own, V, queue_s))
 
 
-@pytest.fixture(scope="module")
-def one():
-    return foresee(CONFIG)
-
-
-@pytest.mark.parametrize(("first_queue_s", "most"), [(0.0, 1.0), (2.0, 1.0), (2.0, 0.7)])
-def test_an_outlook_is_a_python_loop_over_rounds(first_queue_s, most):
-    """Oracle: the controller called round by round, its queue and means kept in float64; in two rounds somebody cannot
-    be heard, and does not count."""
-    own, V, config = site(3), 0.7, dataclasses.replace(CONFIG, max_keep_ratio=most)
-    own = own._replace(snr_hz=own.snr_hz.at[0, 1, 2].set(0.0).at[1, 3, :2].set(0.0))
+def decide_for(config: TsfaConfig, own: Site, V: float):
+    """`(snr_hz, start_s, queue) -> Decision` of the controller at rank 3."""
     controller = tsfa_online.make(dataclasses.replace(config, V=V))
-    decide = jax.jit(
+    return jax.jit(
         lambda snr_hz, start_s, queue_s: controller.decide(
             Observation(
                 snr_hz=snr_hz,
@@ -94,7 +85,16 @@ def test_an_outlook_is_a_python_loop_over_rounds(first_queue_s, most):
             )
         )
     )
-    latencies, kept, before, queues, errors = [], [], [], [], np.zeros(ROUNDS)
+
+
+@pytest.mark.parametrize(("first_queue_s", "most"), [(0.0, 1.0), (2.0, 1.0), (2.0, 0.7)])
+def test_an_outlook_is_a_python_loop_over_rounds(first_queue_s, most):
+    """Oracle: the controller called round by round, its queue and means kept in float64; in two rounds somebody cannot
+    be heard, and does not count."""
+    own, V, config = site(3), 0.7, dataclasses.replace(CONFIG, max_keep_ratio=most)
+    own = own._replace(snr_hz=own.snr_hz.at[0, 1, 2].set(0.0).at[1, 3, :2].set(0.0))
+    decide = decide_for(config, own, V)
+    latencies, kept, queues, errors = [], [], [], np.zeros(ROUNDS)
     for path in range(2):
         queue = first_queue_s
         for number, (snr_hz, start_s) in enumerate(zip(own.snr_hz[path], own.start_s[path], strict=True)):
@@ -104,26 +104,51 @@ def test_an_outlook_is_a_python_loop_over_rounds(first_queue_s, most):
             heard = np.asarray(snr_hz) > 0
             kept.append(ranks[heard].mean())
             errors[number] += np.asarray(own.sparsification)[ranks[heard]].mean() / 2
-            before.append(queue)
             queue = max(queue + latencies[-1] - CONFIG.latency_budget_s, 0.0)
         queues.append(queue)
     found = foresee(config)(own, jnp.float32(V), jnp.float32(first_queue_s))
     assert 1.0 < np.mean(kept) < np.floor(3 * most)  # the queue does decide something
     np.testing.assert_allclose(found.latency_s, np.mean(latencies), rtol=1e-4)
     np.testing.assert_allclose(found.kept_ranks, np.mean(kept), rtol=1e-4)
-    np.testing.assert_allclose(found.queue_s, np.mean(before), rtol=1e-3)
+    np.testing.assert_allclose(found.queue_s, first_queue_s)
     np.testing.assert_allclose(found.final_queue_s, np.mean(queues), rtol=1e-3)
     expected = bound.terms(own.measured, errors * FACTORS**2, 0.1 * FACTORS**4, FACTORS)
     np.testing.assert_allclose(found.terms, expected, rtol=1e-4)
 
 
-def test_the_grid_is_brute_force(searched, one):
-    """Oracle: each rank and V on its own, then NumPy's least score within the budget."""
+@pytest.mark.parametrize("budget_s", [1.0, 0.7])
+def test_at_the_first_price_the_drawn_rounds_take_the_budget(budget_s):
+    """Oracle: the controller called round by round with the queue that stays; a little above the price it is within,
+    below it exceeds."""
+    own, V = site(3), 0.7
+    decide, price = decide_for(CONFIG, own, V), tsfa_offline.first_price(CONFIG, setting(budget_s), own)
+
+    def mean_s(queue_s):
+        rounds = zip(own.snr_hz.reshape(-1, CLIENTS), own.start_s.reshape(-1, CLIENTS), strict=True)
+        return np.mean([float(decide(*drawn, jnp.float32(queue_s)).latency_s) for drawn in rounds])
+
+    assert 1e-3 < price * V / budget_s < 1e2
+    assert mean_s(1.001 * price * V) <= budget_s * 1.0001 and mean_s(0.999 * price * V) > budget_s * 0.9999
+
+
+def test_the_first_price_of_a_budget_that_all_meet_or_none_is_an_end():
+    """By definition: nothing is to pay where all that may be sent is within the budget; else the largest tried."""
+    for budget_s, expected in ((100.0, 0.0), (0.01, 1e3)):
+        unit = tsfa_offline.unit_of_V(CONFIG, setting(budget_s), site(3))
+        found = tsfa_offline.first_price(CONFIG, setting(budget_s), site(3)) * unit / budget_s
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_the_grid_is_brute_force(searched):
+    """Oracle: each rank and V on its own, from the first queue that holds, then NumPy's least score in the budget."""
+    one = foresee(CONFIG)
     latency, score = np.empty((2, len(RANKS), len(tsfa_offline.WEIGHTS)))
     for i, rank in enumerate(RANKS):
         own = site(rank)
+        price = tsfa_offline.first_price(CONFIG, setting(), own)
         for j, weight in enumerate(tsfa_offline.WEIGHTS):
-            found = one(own, weight * tsfa_offline.unit_of_V(CONFIG, setting(), own))
+            V = weight * tsfa_offline.unit_of_V(CONFIG, setting(), own)
+            found = one(own, V, price * V)
             latency[i, j], score[i, j] = found.latency_s, found.score
     np.testing.assert_allclose(searched[1.0].latency_s, latency, rtol=1e-3)
     np.testing.assert_allclose(searched[1.0].score, score, rtol=1e-3)
@@ -179,7 +204,7 @@ def test_the_relaxed_search_differentiates_what_it_minimises():
 
     def score(rank, V):
         own = tsfa_offline.between(sites(), rank)
-        return tsfa_offline.outlook(tsfa_offline.relaxed(CONFIG), setting(), own, V).score
+        return tsfa_offline.outlook(tsfa_offline.relaxed(CONFIG), setting(), own, V, 0.0).score
 
     at, step = (2.6, 0.4), 0.01
     both = jax.jit(jax.value_and_grad(score, argnums=(0, 1)))
@@ -209,7 +234,7 @@ def test_at_a_rank_between_whole_ones_everything_can_be_sent(rank):
     @jax.jit
     def expected(rank):
         own = tsfa_offline.between(sites(), rank)
-        return tsfa_offline.outlook(tsfa_offline.relaxed(CONFIG), setting(), own, jnp.float32(1e9))
+        return tsfa_offline.outlook(tsfa_offline.relaxed(CONFIG), setting(), own, jnp.float32(1e9), 0.0)
 
     found = expected(jnp.float32(rank))
     np.testing.assert_allclose(found.keep_ratio, 1.0, rtol=1e-5)
