@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 from rich.console import Console
 
+from fedjax_lora import use_cpu_cores
 from fedjax_lora.config import ExperimentConfig, load_config
 from fedjax_lora.control import tsfa_online
 from fedjax_lora.control.tsfa_online import TsfaConfig
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/offline_truth.json"))
     options = parser.parse_args()
     environment = common.environment()  # before the output, which git may know, is written
+    use_cpu_cores()
     shared, base, task = list(options.overrides), preset("digits-tsfa"), "digits"
     if options.train:
         task = f"{Path(options.train).name}"

@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run an experiment", description="Run an experiment.")
     _experiment_arguments(run)
     run.add_argument("--out", metavar="DIR", help="folder of the run; runs/<preset or file name> by default")
-    run.add_argument("--plan", metavar="PLAN.json", help="take rank and V from what `fedjax-lora plan` wrote")
+    run.add_argument("--plan", metavar="PLAN.json", help="take rank, V and queue from what `fedjax-lora plan` wrote")
     run.add_argument("--resume", action="store_true", help="continue the run that DIR holds")
     run.set_defaults(command=_run)
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from fedjax_lora.base import FedState
 from fedjax_lora.build import build
 from fedjax_lora.config import ConfigError, ExperimentConfig
-from fedjax_lora.control import tsfa_offline, tsfa_online
+from fedjax_lora.control import tsfa_offline, tsfa_online, tsfa_relaxed
 from fedjax_lora.control.tsfa_offline import Outlook, Setting, Site
 from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.data.batches import hold_out
@@ -176,7 +176,7 @@ def _descended(
     Between candidates the latency is another than at them: only those that some V of the grid brings within
     `most_s` are chosen from, where there are any, and the grid's V stays where the search's does not do so.
     """
-    found = tsfa_offline.gradient(control, setting, sites, most_s)
+    found = tsfa_relaxed.gradient(control, setting, sites, most_s)
     within, distance = rows.latency_s <= most_s, jnp.abs(jnp.log(sites.rank) - jnp.log(found.rank))
     chosen = int(jnp.argmin(jnp.where(within | ~within.any(), distance, jnp.inf)))
     site: Site = jax.tree.map(lambda x: x[chosen], sites)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedjax_lora.base import Hyper
-from fedjax_lora.control import bound, tsfa_offline, tsfa_online
+from fedjax_lora.control import bound, tsfa_offline, tsfa_online, tsfa_relaxed
 from fedjax_lora.control.tsfa_offline import PlanConfig, Setting, Site
 from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.strategies import Observation
@@ -193,7 +193,7 @@ def test_a_tighter_budget_never_chooses_a_higher_rank(searched):
 def test_the_gradient_search_ends_within_one_candidate_of_the_grid(searched, budget):
     best = tsfa_offline.best_V(searched[budget], 1.05 * budget)
     by_grid = tsfa_offline.best_rank(best.latency_s, best.score, budget, 0.05)
-    found = tsfa_offline.gradient(CONFIG, setting(budget), sites(), 1.05 * budget)
+    found = tsfa_relaxed.gradient(CONFIG, setting(budget), sites(), 1.05 * budget)
     by_gradient = np.argmin(np.abs(np.log(RANKS) - np.log(found.rank)))
     assert abs(by_gradient - by_grid) <= 1
     assert found.history[0].min() < found.history[0, 0]  # the lower start is not where it ends
@@ -203,8 +203,8 @@ def test_the_relaxed_search_differentiates_what_it_minimises():
     """Oracle: central differences of the score by rank and V."""
 
     def score(rank, V):
-        own = tsfa_offline.between(sites(), rank)
-        return tsfa_offline.outlook(tsfa_offline.relaxed(CONFIG), setting(), own, V, 0.0).score
+        own = tsfa_relaxed.between(sites(), rank)
+        return tsfa_offline.outlook(tsfa_relaxed.relaxed(CONFIG), setting(), own, V, 0.0).score
 
     at, step = (2.6, 0.4), 0.01
     both = jax.jit(jax.value_and_grad(score, argnums=(0, 1)))
@@ -215,7 +215,7 @@ def test_the_relaxed_search_differentiates_what_it_minimises():
 
 
 def test_between_candidates_is_linear_and_at_one_it_is_that_one():
-    between = jax.jit(tsfa_offline.between)
+    between = jax.jit(tsfa_relaxed.between)
     for i, rank in enumerate(RANKS):
         found, expected = between(sites(), jnp.float32(rank)), site(rank)
         for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -233,8 +233,8 @@ def test_at_a_rank_between_whole_ones_everything_can_be_sent(rank):
 
     @jax.jit
     def expected(rank):
-        own = tsfa_offline.between(sites(), rank)
-        return tsfa_offline.outlook(tsfa_offline.relaxed(CONFIG), setting(), own, jnp.float32(1e9), 0.0)
+        own = tsfa_relaxed.between(sites(), rank)
+        return tsfa_offline.outlook(tsfa_relaxed.relaxed(CONFIG), setting(), own, jnp.float32(1e9), 0.0)
 
     found = expected(jnp.float32(rank))
     np.testing.assert_allclose(found.keep_ratio, 1.0, rtol=1e-5)
