@@ -83,7 +83,8 @@ def chosen(known: Survey, config: ExperimentConfig, **options: str) -> Plan:
 def summarize(kept: dict[str, dict]) -> dict[str, dict]:
     """By task and budget: what each rank's runs gave over the seeds, and what each way of planning loses to the best.
 
-    A plan is scored by the run at its own rank and V. `latency_over_budget` is of the runs, whose fading no plan knew.
+    A plan is scored by the run at its own rank, V and first queue. `latency_over_budget` is of the runs, whose fading no
+    plan knew.
     """
     table = {}
     for task, budget in sorted({(entry["task"], entry["budget"]) for entry in kept.values()}):
@@ -156,7 +157,7 @@ def main() -> None:
             if not asked.items() <= kept.get(name, {}).items():
                 kept[name] = {**asked, "plans": {}, "runs": {}, "complete": False}
             entry = kept[name]
-            ways = dict.fromkeys(["grid", *options.ways])  # the runs take V from the grid
+            ways = dict.fromkeys(["grid", *options.ways])  # the runs take V and queue from the grid
             if entry["complete"] and ways.keys() <= entry["plans"].keys():
                 continue
             known = known or survey(load_config(None, overrides, base=base), Console(stderr=True))

@@ -77,8 +77,8 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser(
         "plan",
-        help="choose rank and V before a run",
-        description="Choose the structural rank, and V of control.name=tsfa, by a pilot and the channel's statistics.",
+        help="choose rank, V and first queue before a run",
+        description="Choose the structural rank, and V and queue_s of control.name=tsfa, by a pilot and the channel.",
     )
     _experiment_arguments(plan)
     plan.add_argument("--out", metavar="DIR", help="folder of the plan; plans/<preset or file name> by default")
@@ -170,7 +170,9 @@ def _plan(options: argparse.Namespace) -> int:
     from fedjax_lora.planner import plan
     from fedjax_lora.presets import preset
     from fedjax_lora.report.plan import binding, plan_table, plot_plan
+    from fedjax_lora.sim.cohort import use_cpu_cores
 
+    use_cpu_cores()
     name = options.preset or (None if options.config else "digits-tsfa")
     config = load_config(options.config, options.overrides, base=preset(name) if name else None)
     folder = Path(options.out or Path("plans") / (name or Path(options.config).stem))
@@ -186,7 +188,8 @@ def _plan(options: argparse.Namespace) -> int:
     start = [*([options.config] if options.config else []), *(["--preset", name] if name else [])]
     overrides = ["--set", *options.overrides] if options.overrides else []
     command = shlex.join(["fedjax-lora", "run", *start, "--plan", str(folder / plans.NAME), *overrides])
-    console.print(f"rank {found.rank}, V {found.V:.6g}: take it with {command}", soft_wrap=True, markup=False)
+    chosen = f"rank {found.rank}, V {found.V:.6g}, first queue {found.queue_s:.6g} s"
+    console.print(f"{chosen}: take it with {command}", soft_wrap=True, markup=False)
     return 0
 
 

@@ -1,7 +1,7 @@
 """The offline stage from end to end: pilot, channel, search; what it finds is a plan that a run can take."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,8 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
     control, options, sites = config.control, config.plan, known.sites
     assert isinstance(control, TsfaConfig)  # else there would be no survey
     bandwidth_hz = known.simulation.parts.link.bandwidth_hz
-    setting = Setting(control.latency_budget_s, known.factors, bandwidth_hz, known.state.hyper)
+    hyper = _on_one_device(known.state.hyper)
+    setting = Setting(control.latency_budget_s, known.factors, bandwidth_hz, hyper)
     allowed = control.latency_budget_s, options.tolerance
     most_s = control.latency_budget_s * (1.0 + options.tolerance)
     console.print(f"control: {config.rounds} rounds, {options.paths} draws of the channel")
@@ -148,7 +149,10 @@ def run_pilots(simulation: Simulation, world: World, state: FedState, ranks: Arr
 def sites_of(
     simulation: Simulation, world: World, state: FedState, key: Array, pilots: Pilot, config: ExperimentConfig
 ) -> Site:
-    """What the pilots measured, under the channel that each rank's broadcast leaves; all ranks see the same fading."""
+    """What the pilots measured, under the channel that each rank's broadcast leaves; all ranks see the same fading.
+
+    On one device: control looks at all clients at once.
+    """
 
     @jax.jit
     def every(world: World, state: FedState, downlink_bits: Array):
@@ -158,7 +162,12 @@ def sites_of(
 
     weather = every(world, state, pilots.downlink_bits)
     shared = {name: getattr(pilots, name) for name in Site._fields if name in Pilot._fields}
-    return Site(**shared, snr_hz=weather.snr_hz, start_s=weather.start_s)
+    return _on_one_device(Site(**shared, snr_hz=weather.snr_hz, start_s=weather.start_s))
+
+
+def _on_one_device(tree: Any) -> Any:
+    """By way of the host."""
+    return jax.tree.map(jnp.asarray, jax.device_get(tree))
 
 
 def round_factors(config: ExperimentConfig) -> Array:
@@ -171,7 +180,7 @@ def round_factors(config: ExperimentConfig) -> Array:
 def _descended(
     control: TsfaConfig, setting: Setting, sites: Site, rows: Outlook, most_s: float, console: Console
 ) -> tuple[int, Outlook]:
-    """The candidate next to where the gradient search ended, and the rows with its V in that one.
+    """The candidate next to where the gradient search ended, and the rows with its V and first queue in that one.
 
     Between candidates the latency is another than at them: only those that some V of the grid brings within
     `most_s` are chosen from, where there are any, and the grid's V stays where the search's does not do so.
@@ -180,9 +189,10 @@ def _descended(
     within, distance = rows.latency_s <= most_s, jnp.abs(jnp.log(sites.rank) - jnp.log(found.rank))
     chosen = int(jnp.argmin(jnp.where(within | ~within.any(), distance, jnp.inf)))
     site: Site = jax.tree.map(lambda x: x[chosen], sites)
-    row = jax.tree.map(lambda x: x[0], tsfa_offline.at_weights(control, setting, site, found.weight[None]))
+    V, price = found.weight * tsfa_offline.unit_of_V(control, setting, site), rows.queue_s[chosen] / rows.V[chosen]
+    row = tsfa_offline.outlook(tsfa_offline.whole_ranks(control), setting, site, V, price * V)
     console.print(f"gradient search: ended at rank {found.rank:.3f}; the candidate is {site.rank:.0f}")
     if row.latency_s > most_s and within.any():
-        console.print(f"note: V {row.V:.4g} of the search exceeds control.latency_budget_s there; V is the grid's")
+        console.print(f"note: V {V:.4g} of the search exceeds control.latency_budget_s there; V is the grid's")
         return chosen, rows
     return chosen, jax.tree.map(lambda all_rows, x: all_rows.at[chosen].set(x), rows, row)

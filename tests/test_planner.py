@@ -130,6 +130,7 @@ def test_a_plan_by_bound_is_the_least_bound_within_the_budget(by_budget):
         near = within or [row for row in plan.rows if row["latency_s"] <= 1.05 * least_s]
         best = min(near, key=lambda row: row["bound"])
         assert (plan.rank, plan.V, plan.queue_s) == (best["rank"], best["V"], best["queue_s"])
+        assert (plan.queue_s > 0) == (plan.chosen["keep_ratio"] < 1)
         for row in plan.rows:
             assert np.isclose(row["V"] / budget_s**2, tsfa_offline.WEIGHTS, rtol=1e-3).any()
             assert row["score"] == row["bound"]
@@ -187,7 +188,9 @@ def test_what_a_plan_does_not_depend_on_may_differ(planned):
         [*PLANNED, "lora.rank=1", "control.V=3.0", "control.queue_s=2.0", "engine.eval_every=2", "plan.seeds=5"],
         base=preset("digits-tsfa"),
     )
-    assert apply_plan(plan, changed, "plan.json").lora.rank == plan.rank
+    applied = apply_plan(plan, changed, "plan.json")
+    assert isinstance(applied.control, TsfaConfig)
+    assert (applied.lora.rank, applied.control.V, applied.control.queue_s) == (plan.rank, plan.V, plan.queue_s)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"rank": 2}', "null"])
@@ -201,6 +204,14 @@ def test_a_damaged_plan_is_one_line(capsys, tmp_path, text):
 @pytest.mark.parametrize("factors", [[1.0], [1.0, 1.0, -0.1], [1.0, 2.0, 1.0], [1.0, float("nan"), 1.0], None])
 def test_a_plan_without_a_factor_for_each_round_is_one_line(planned, capsys, tmp_path, factors):
     found = json.loads((planned / "plan.json").read_text()) | {"factors": factors}
+    (tmp_path / "plan.json").write_text(json.dumps(found))
+    line = one_line(capsys, ["run", "--out", str(tmp_path / "run"), "--plan", str(tmp_path / "plan.json")])
+    assert "must be what `fedjax-lora plan` wrote" in line
+
+
+@pytest.mark.parametrize("changed", [{"queue_s": -1.0}, {"queue_s": None}, {"V": -1.0}, {"V": float("nan")}])
+def test_a_plan_whose_V_or_queue_is_none_is_one_line(planned, capsys, tmp_path, changed):
+    found = json.loads((planned / "plan.json").read_text()) | changed
     (tmp_path / "plan.json").write_text(json.dumps(found))
     line = one_line(capsys, ["run", "--out", str(tmp_path / "run"), "--plan", str(tmp_path / "plan.json")])
     assert "must be what `fedjax-lora plan` wrote" in line

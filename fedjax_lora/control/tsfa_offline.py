@@ -1,4 +1,4 @@
-"""TSFA offline: the structural rank, and the V of the online stage, from a pilot and the channel's statistics.
+"""TSFA offline: the structural rank, and V and first queue of the online stage, by a pilot and draws of the channel.
 
 Stage 1 of B. Kim, W. Choi, "Two-Stage Wireless Federated LoRA Fine-Tuning with Sparsified Orthogonal Updates",
 arXiv 2505.00333; the search, its objective and its constraint are our own. For each candidate rank the online
@@ -28,7 +28,9 @@ Search = Literal["grid", "gradient"]
 WEIGHTS = tuple(10.0 ** (0.5 * power) for power in range(-4, 7))
 """What `grid` tries for V, in units of `unit_of_V`."""
 
-_PRICES, _HALVINGS = (1e-4, 1e3), 16  # of latency: between them, in units of the budget over `unit_of_V`
+_NEAR = 0.01  # by which share a score may exceed the least for the sake of a smaller V
+
+_PRICES, _HALVINGS = (1e-4, 1e4), 18  # of latency: between them, in units of the budget over `unit_of_V`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,7 @@ class Setting(NamedTuple):
 
 
 class Outlook(NamedTuple):
-    """What to expect of a rank and a V; any leading axes.
+    """What to expect of a rank, a V and a first queue; any leading axes.
 
     V: weight of what is not sent. queue_s: before round 1. latency_s: mean of a round. keep_ratio, kept_ranks,
     uplink_bits: mean of a client. final_queue_s: mean over the draws. terms: of the bound. score: the bound.
@@ -133,13 +135,13 @@ def whole_ranks(config: TsfaConfig) -> Decide:
     return lambda V, observation: tsfa_online.make(config, V).decide(observation)
 
 
-def first_price(config: TsfaConfig, setting: Setting, site: Site) -> Array:
-    """The queue over V at which the drawn rounds take the budget on average, were it to stay; by bisection.
+def latency_price(decide: Decide, setting: Setting, site: Site, V: Array) -> Array:
+    """The queue over V at which the drawn rounds take the budget on average and no more, if it stays; by bisection.
 
-    It is the multiplier of the static problem, to which that ratio tends in a long run. 0 where all that may be sent is
-    within the budget; next to the largest that is tried where not even the least is.
+    It is the multiplier of the static problem, to which that ratio tends in a long run, and does not depend on V: any
+    of the size of `unit_of_V` will do. 0 where all that may be sent is within the budget; where no price is enough, the
+    largest that is tried, at which the least is sent.
     """
-    decide, V = whole_ranks(config), unit_of_V(config, setting, site)
 
     def exceeds(price: Array) -> Array:
         def latency_s(snr_hz: Array, start_s: Array) -> Array:
@@ -147,17 +149,21 @@ def first_price(config: TsfaConfig, setting: Setting, site: Site) -> Array:
 
         return jnp.mean(jax.vmap(jax.vmap(latency_s))(site.snr_hz, site.start_s)) > setting.budget_s
 
+    def price_at(log: Array) -> Array:
+        return jnp.exp(log) * setting.budget_s / V
+
     def halve(_, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
-        middle = jnp.sqrt(low * high)
-        over = exceeds(middle)
+        middle = 0.5 * (low + high)
+        over = exceeds(price_at(middle))
         return jnp.where(over, middle, low), jnp.where(over, high, middle)
 
-    low, high = (end * setting.budget_s / V for end in _PRICES)
-    return jnp.where(exceeds(0.0 * low), lax.fori_loop(0, _HALVINGS, halve, (low, high))[1], 0.0)
+    ends = jnp.log(jnp.float32(_PRICES[0])), jnp.log(jnp.float32(_PRICES[1]))
+    _, log = lax.fori_loop(0, _HALVINGS, halve, ends)
+    return jnp.where(exceeds(jnp.float32(0)), price_at(log), 0.0)
 
 
-def outlook(decide: Decide, setting: Setting, site: Site, V: Array, queue_s: Array | float) -> Outlook:
+def outlook(decide: Decide, setting: Setting, site: Site, V: Array, first_queue_s: Array | float) -> Outlook:
     """The online stage without training, for T rounds from a first queue; mean over rounds and draws.
 
     A client that cannot be heard in a round has no part in it.
@@ -175,10 +181,10 @@ def outlook(decide: Decide, setting: Setting, site: Site, V: Array, queue_s: Arr
         latency_s = jnp.asarray(decision.latency_s)
         return update_queue(queue_s, latency_s), (latency_s, *means)
 
-    first_s = jnp.asarray(queue_s, jnp.float32)
+    first_queue_s = jnp.asarray(first_queue_s, jnp.float32)
 
     def path(snr_hz: Array, start_s: Array):
-        return lax.scan(step, first_s, (snr_hz, start_s))
+        return lax.scan(step, first_queue_s, (snr_hz, start_s))
 
     final_queue_s, rounds = jax.vmap(path)(site.snr_hz, site.start_s)
     *expected, sparsification, covariance = (jnp.mean(x, 0) for x in rounds)
@@ -187,7 +193,7 @@ def outlook(decide: Decide, setting: Setting, site: Site, V: Array, queue_s: Arr
     of_first, of_second = (sparsification * setting.factors**2, covariance * setting.factors**4)
     found = bound.terms(site.measured, of_first, of_second, setting.factors)
     end_s = jnp.mean(final_queue_s)
-    return Outlook(site.rank, V, first_s, latency_s, keep_ratio, kept_ranks, bits, end_s, found, found.total)
+    return Outlook(site.rank, V, first_queue_s, latency_s, keep_ratio, kept_ranks, bits, end_s, found, found.total)
 
 
 def _observation(setting: Setting, site: Site, snr_hz: Array, start_s: Array, queue_s: Array) -> Observation:
@@ -208,21 +214,26 @@ def _observation(setting: Setting, site: Site, snr_hz: Array, start_s: Array, qu
 @functools.partial(jax.jit, static_argnums=0)
 def grid(config: TsfaConfig, setting: Setting, sites: Site) -> Outlook:
     """`[candidates, len(WEIGHTS)]`: every candidate with every V, each from its first queue, in one program."""
-    return jax.vmap(lambda site: at_weights(config, setting, site, jnp.array(WEIGHTS)))(sites)
+    decide = whole_ranks(config)
 
+    def row(site: Site) -> Outlook:
+        unit = unit_of_V(config, setting, site)
+        price = latency_price(decide, setting, site, unit)
+        return jax.vmap(lambda V: outlook(decide, setting, site, V, price * V))(jnp.array(WEIGHTS) * unit)
 
-def at_weights(config: TsfaConfig, setting: Setting, site: Site, weights: Array) -> Outlook:
-    """`[n]` of one rank, at V of so many times `unit_of_V`, each from its first queue."""
-    price, V = first_price(config, setting, site), weights * unit_of_V(config, setting, site)
-    return jax.vmap(lambda V: outlook(whole_ranks(config), setting, site, V, price * V))(V)
+    return jax.vmap(row)(sites)
 
 
 def best_V(found: Outlook, most_latency_s: float) -> Outlook:
-    """`[candidates]`: of each, the V of least score within the latency; where none is within, that of least latency."""
+    """`[candidates]`: of each, a V of least score within the latency; where none is within, that of least latency.
+
+    Of those with nearly the least score it is the smallest, whose queue follows a run's own fading the most.
+    """
     within = found.latency_s <= most_latency_s
     among = jnp.where(within, found.score, jnp.inf)
     known = jnp.isfinite(among).any(1)  # where no score is, the least latency is what there is to go by
-    column = jnp.where(known, jnp.argmin(among, 1), jnp.argmin(found.latency_s, 1))
+    near = among <= (1.0 + _NEAR) * jnp.min(among, 1, keepdims=True)
+    column = jnp.where(known, jnp.argmax(near, 1), jnp.argmin(found.latency_s, 1))
     return jax.tree.map(lambda x: jnp.take_along_axis(x, column[:, None], 1)[:, 0], found)
 
 

@@ -12,15 +12,15 @@ import optax
 from jax import Array, lax
 
 from fedjax_lora.control import tsfa_online
-from fedjax_lora.control.tsfa_offline import WEIGHTS, Decide, Setting, Site, at, first_price, outlook, unit_of_V
+from fedjax_lora.control.tsfa_offline import WEIGHTS, Decide, Setting, Site, at, latency_price, outlook, unit_of_V
 from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.strategies import Decision, Observation
 
-_STEPS, _RATE, _EXCESS_WEIGHT = 40, 0.3, 20.0  # of the gradient search: the logarithms of rank and V move by 6 or so
+_STEPS, _RATE, _EXCESS_WEIGHT = 40, 0.3, 20.0  # of the gradient search: the logarithms of rank and V fall by 6 or so
 
 
 def relaxed(config: TsfaConfig) -> Decide:
-    """The same without rounding to whole ranks, for ranks between whole ones, and with gradients."""
+    """As `tsfa_offline.whole_ranks`, without rounding, for ranks between whole ones, and with gradients."""
 
     def decide(V: Array, observation: Observation) -> Decision:
         rank, whole = observation.rank, jnp.arange(observation.tail_energy.shape[-1])
@@ -59,17 +59,19 @@ def gradient(config: TsfaConfig, setting: Setting, sites: Site, most_latency_s: 
 
     What was measured is noisy: between the candidates the bound has several local minima. Minimised is the logarithm of
     the bound and, where the latency exceeds `most_latency_s`, a multiple of the excess. The price of latency, and with
-    it the first queue, is linear between those of the candidates.
+    it the first queue, is linear between those of the candidates. The largest V holds the drawn rounds next to the
+    budget; a smaller one, down to some three of `unit_of_V`, pays where the latency falls by it.
     """
     low, high = (jnp.log(jnp.stack([sites.rank[end], jnp.float32(WEIGHTS[end])])) for end in (0, -1))
     optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, _STEPS))
-    prices = jax.vmap(lambda site: first_price(config, setting, site))(sites)
+    decide = relaxed(config)
+    prices = jax.vmap(lambda own: latency_price(decide, setting, own, unit_of_V(config, setting, own)))(sites)
 
     def objective(logs: Array) -> Array:
         rank, weight = jnp.exp(logs)
         site = between(sites, rank)
         V = weight * unit_of_V(config, setting, site)
-        found = outlook(relaxed(config), setting, site, V, jnp.interp(rank, sites.rank, prices) * V)
+        found = outlook(decide, setting, site, V, jnp.interp(rank, sites.rank, prices) * V)
         excess = jnp.maximum(found.latency_s / most_latency_s - 1.0, 0.0)
         return jnp.log(found.score) + _EXCESS_WEIGHT * excess
 

@@ -64,7 +64,7 @@ def read_plan(path: str | Path) -> Plan:
         plan = Plan(**found)
         if type(plan.rank) is not int or not isinstance(plan.config, dict):
             raise ValueError(f"rank {plan.rank!r} and config {plan.config!r}")
-        if not math.isfinite(plan.V) or not 0 <= plan.queue_s < math.inf:
+        if not (0 < plan.V < math.inf and 0 <= plan.queue_s < math.inf):
             raise ValueError(f"V {plan.V!r} and queue_s {plan.queue_s!r}")
         _measured(plan)
         factors = np.array(plan.factors, float)

@@ -18,6 +18,7 @@ _COLUMNS = {
     "latency_s": ("latency, s", ".4g"),
     "uplink_bits": ("bits a client", ",.0f"),
     "V": ("V", ".4g"),
+    "queue_s": ("first queue, s", ".4g"),
     "descent": ("descent", ".4g"),
     "noise": ("noise", ".4g"),
     "rank_cost": ("of both, rank", ".4g"),
