@@ -83,8 +83,8 @@ def chosen(known: Survey, config: ExperimentConfig, **options: str) -> Plan:
 def summarize(kept: dict[str, dict]) -> dict[str, dict]:
     """By task and budget: what each rank's runs gave over the seeds, and what each way of planning loses to the best.
 
-    A plan is scored by the run at its own rank, V and first queue. `latency_over_budget` is of the runs, whose fading no
-    plan knew.
+    A plan is scored by the run at its own rank, V and first queue. `latency_over_budget` is of the runs, whose fading
+    no plan knew.
     """
     table = {}
     for task, budget in sorted({(entry["task"], entry["budget"]) for entry in kept.values()}):
