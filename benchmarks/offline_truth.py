@@ -3,7 +3,8 @@
 A seed is a cell of its own, so that a budget is a share of what dense uploads at the highest candidate rank take there
 on average, over the draws of the channel that the plan has. For each seed and budget: the plan by grid and by gradient
 search on the bound, and by rollout, then the run itself to its end at every candidate, with the V and the first queue
-that the grid found for that rank, and at each plan's own. The plan never sees the test examples; the runs are scored on
+that the grid found for that rank, and at each plan's own: `--runs` of them in the same cell, with batches and fading of
+their own, whose mean counts, since one run alone says little of a difference of 0.01. The plan never sees the test examples; the runs are scored on
 them. Sentences are in the setting of `controllers.py`.
 """
 
@@ -56,17 +57,20 @@ def dense_latency_s(known: Survey) -> float:
     return float(jax.vmap(jax.vmap(in_round))(bits, snr_hz, start_s).mean())
 
 
-def measure(known: Survey, config: ExperimentConfig, settings: list[tuple[int, float, float]]) -> list[dict]:
-    """The runs to their end, one at each rank, V and first queue, in one program; scored on the test examples."""
+def measure(known: Survey, config: ExperimentConfig, settings: list[tuple[int, float, float]], runs: int) -> list[dict]:
+    """Runs to their end at each rank, V and first queue, in one program; scored on the test examples."""
     simulation, control = known.simulation, config.control
     assert isinstance(control, TsfaConfig)  # else there would be no survey
     state = simulation.init(jax.random.key(config.seed))
     ranks, V, queue_s = (jnp.array(column, jnp.float32) for column in zip(*settings, strict=True))
-    numbers = ranks, V, queue_s, 1, config.rounds
+    numbers = ranks, V, queue_s, runs, config.rounds
     parts, score, world = simulation.parts, simulation.score, simulation.world
     found = roll_out(parts, lambda V: tsfa_online.make(control, V), score, world, state, *numbers)
     names = {"final_accuracy": found.accuracy, "final_loss": found.loss, "latency_s": found.latency_s}
-    return [{name: float(value[i, 0]) for name, value in names.items()} for i in range(len(settings))]
+    return [
+        {name: float(value[i].mean()) for name, value in names.items()} | {"accuracies": found.accuracy[i].tolist()}
+        for i in range(len(settings))
+    ]
 
 
 def setting_of(row: dict) -> tuple[int, float, float]:
@@ -96,6 +100,7 @@ def summarize(kept: dict[str, dict]) -> dict[str, dict]:
         best, ranks = max(means, key=lambda rank: means[rank]), [int(rank) for rank in means]
         table[f"{task}, budget {budget}"] = {
             "seeds": len(entries),
+            "runs_a_seed": [len(next(iter(entry["runs"].values()))["accuracies"]) for entry in entries],
             "accuracy": means,
             "deviation": {r: statistics.stdev(v) if len(v) > 1 else None for r, v in accuracy.items()},
             "latency_over_budget": {
@@ -128,6 +133,7 @@ def main() -> None:
     parser.add_argument("--test", help="sentence<TAB>label lines")
     parser.add_argument("--model", default=None, help="folder or hub id; the installed package's by default")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=3, help="in a seed's cell, at each rank")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.75], help="shares: tight, loose")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of planning; grid always")
     parser.add_argument("--set", nargs="+", default=[], metavar="a.b=value", dest="overrides")
@@ -153,7 +159,7 @@ def main() -> None:
         for budget in options.budgets:
             overrides = [*shared, f"seed={seed}"]
             name = f"{task}, budget {budget} seed {seed}"
-            asked = {"task": task, "overrides": overrides, "budget": budget}
+            asked = {"task": task, "overrides": overrides, "budget": budget, "runs_a_rank": options.runs}
             if not asked.items() <= kept.get(name, {}).items():
                 kept[name] = {**asked, "plans": {}, "runs": {}, "complete": False}
             entry = kept[name]
@@ -171,7 +177,7 @@ def main() -> None:
             rows = entry["plans"]["grid"]["rows"]
             own = [next(r for r in plan["rows"] if r["rank"] == plan["rank"]) for plan in entry["plans"].values()]
             settings = list(dict.fromkeys(map(setting_of, [*rows, *own])))
-            found = dict(zip(settings, measure(known, config, settings), strict=True))
+            found = dict(zip(settings, measure(known, config, settings, options.runs), strict=True))
             entry["runs"] = {str(row["rank"]): found[setting_of(row)] for row in rows}
             entry["planned"] = {way: found[setting_of(row)] for way, row in zip(entry["plans"], own, strict=True)}
             entry |= {"git_commit": environment["git_commit"], "complete": True}

@@ -87,9 +87,11 @@ def test_offline_truth_scores_the_plans_by_runs_of_their_own(tmp_path):
     """The table's numbers follow from the runs; the grid's plan is scored by the run of its rank."""
     out, toy = tmp_path / "out.json", ["rounds=4", "clients.count=8", "clients.per_round=4", "local.steps=2"]
     toy += ["plan.candidates=[1,2]", "plan.pilot_rounds=2", "plan.paths=1", "plan.rollout_rounds=2", "plan.seeds=1"]
-    table = run("offline_truth.py", "--seeds", 1, "--budgets", 0.5, "--out", out, "--set", *toy)
+    table = run("offline_truth.py", "--seeds", 1, "--runs", 2, "--budgets", 0.5, "--out", out, "--set", *toy)
     (name, row), (entry,) = *table.items(), json.loads(out.read_text())["runs"].values()
     assert name == "digits, budget 0.5" and row["accuracy"].keys() == {"1", "2"}
+    for run_ in entry["runs"].values():
+        assert len(run_["accuracies"]) == 2 and np.mean(run_["accuracies"]) == pytest.approx(run_["final_accuracy"])
     best = max(run["final_accuracy"] for run in entry["runs"].values())
     assert row["accuracy"][str(row["best_rank"])] == best
     for way in entry["plans"]:
