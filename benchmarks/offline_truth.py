@@ -4,8 +4,8 @@ A seed is a cell of its own, so that a budget is a share of what dense uploads a
 on average, over the draws of the channel that the plan has. For each seed and budget: the plan by grid and by gradient
 search on the bound, and by rollout, then the run itself to its end at every candidate, with the V and the first queue
 that the grid found for that rank, and at each plan's own: `--runs` of them in the same cell, with batches and fading of
-their own, whose mean counts, since one run alone says little of a difference of 0.01. The plan never sees the test examples; the runs are scored on
-them. Sentences are in the setting of `controllers.py`.
+their own, whose mean counts, since one run alone says little of a difference of 0.01. The plan never sees the test
+examples; the runs are scored on them. Sentences are in the setting of `controllers.py`.
 """
 
 import argparse
