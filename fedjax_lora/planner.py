@@ -105,11 +105,11 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
     bandwidth_hz = known.simulation.parts.link.bandwidth_hz
     hyper = _on_one_device(known.state.hyper)
     setting = Setting(control.latency_budget_s, known.factors, bandwidth_hz, hyper)
-    allowed = control.latency_budget_s, options.tolerance
     most_s = control.latency_budget_s * (1.0 + options.tolerance)
     console.print(f"control: {config.rounds} rounds, {options.paths} draws of the channel")
     for_all = dataclasses.replace(control, latency_budget_s=1.0, queue_s=0.0, V=1.0)  # one program serves every budget
     rows = tsfa_offline.best_V(tsfa_offline.grid(for_all, setting, sites), most_s)
+    allowed_s = tsfa_offline.most_latency(rows.latency_s, control.latency_budget_s, options.tolerance)
     rollout = None
     if options.objective == "rollout":
         console.print(f"rollout: {options.rollout_rounds} rounds, {options.seeds} seeds")
@@ -125,11 +125,11 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
             options.seeds,
             options.rollout_rounds,
         )
-        chosen = tsfa_offline.best_rank(rows.latency_s, rollout.loss.mean(1), *allowed)
+        chosen = tsfa_offline.best_rank(rows.latency_s, rollout.loss.mean(1), allowed_s)
     elif options.search == "gradient":
-        chosen, rows = _descended(for_all, setting, sites, rows, most_s, console)
+        chosen, rows = _descended(for_all, setting, sites, rows, allowed_s, console)
     else:
-        chosen = tsfa_offline.best_rank(rows.latency_s, rows.score, *allowed)
+        chosen = tsfa_offline.best_rank(rows.latency_s, rows.score, allowed_s)
     found = jax.device_get((known.factors, rows, sites.measured, rollout))
     return described(config, chosen, most_s, *found)
 
@@ -178,21 +178,21 @@ def round_factors(config: ExperimentConfig) -> Array:
 
 
 def _descended(
-    control: TsfaConfig, setting: Setting, sites: Site, rows: Outlook, most_s: float, console: Console
+    control: TsfaConfig, setting: Setting, sites: Site, rows: Outlook, most_s: Array, console: Console
 ) -> tuple[int, Outlook]:
     """The candidate next to where the gradient search ended, and the rows with its V and first queue in that one.
 
     Between candidates the latency is another than at them: only those that some V of the grid brings within
-    `most_s` are chosen from, where there are any, and the grid's V stays where the search's does not do so.
+    `most_s` are chosen from, and the grid's V stays where the search's does not do so.
     """
     found = tsfa_relaxed.gradient(control, setting, sites, most_s)
     within, distance = rows.latency_s <= most_s, jnp.abs(jnp.log(sites.rank) - jnp.log(found.rank))
-    chosen = int(jnp.argmin(jnp.where(within | ~within.any(), distance, jnp.inf)))
+    chosen = int(jnp.argmin(jnp.where(within, distance, jnp.inf)))
     site: Site = jax.tree.map(lambda x: x[chosen], sites)
     V, price = found.weight * tsfa_offline.unit_of_V(control, setting, site), rows.queue_s[chosen] / rows.V[chosen]
     row = tsfa_offline.outlook(tsfa_offline.whole_ranks(control), setting, site, V, price * V)
     console.print(f"gradient search: ended at rank {found.rank:.3f}; the candidate is {site.rank:.0f}")
-    if row.latency_s > most_s and within.any():
-        console.print(f"note: V {V:.4g} of the search exceeds control.latency_budget_s there; V is the grid's")
+    if row.latency_s > most_s:
+        console.print(f"note: V {V:.4g} of the search takes too long there; V is the grid's")
         return chosen, rows
     return chosen, jax.tree.map(lambda all_rows, x: all_rows.at[chosen].set(x), rows, row)

@@ -237,15 +237,21 @@ def best_V(found: Outlook, most_latency_s: float) -> Outlook:
     return jax.tree.map(lambda x: jnp.take_along_axis(x, column[:, None], 1)[:, 0], found)
 
 
-def best_rank(latency_s: Array, score: Array, budget_s: float, tolerance: float) -> int:
-    """Position of the least score `[candidates]` within the latency, the first of equals; else of the least latency.
+def most_latency(latency_s: Array, budget_s: float, tolerance: float) -> Array:
+    """What a rank may take to be chosen, by what the candidates do.
 
     Where none is within the budget and its tolerance, the least latency stands in for the budget: many ranks come close
-    to it, since all may send few components. A score that is not finite, of a pilot without progress or a rollout that
-    diverged, is never the least.
+    to it, since all may send few components.
     """
-    most_s = (1.0 + tolerance) * jnp.maximum(budget_s, jnp.min(latency_s))
-    within = (latency_s <= most_s) & jnp.isfinite(score)
+    return (1.0 + tolerance) * jnp.maximum(budget_s, jnp.min(latency_s))
+
+
+def best_rank(latency_s: Array, score: Array, most_latency_s: Array) -> int:
+    """Position of the least score `[candidates]` within the latency, the first of equals; else of the least latency.
+
+    A score that is not finite, of a pilot without progress or a rollout that diverged, is never the least.
+    """
+    within = (latency_s <= most_latency_s) & jnp.isfinite(score)
     return int(jnp.argmin(jnp.where(within, score, jnp.inf)) if within.any() else jnp.argmin(latency_s))
 
 
