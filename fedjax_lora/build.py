@@ -144,7 +144,7 @@ def _build(config: ExperimentConfig) -> Simulation:
         examples_hash=examples.fingerprint,
         partition_hash=split.hash,
         truncated=examples.truncated,
-        full_gradient=make_full_gradient(model, batch_size),
+        full_gradient=make_full_gradient(_exact(config, model, examples), batch_size),
     )
 
 
@@ -211,11 +211,22 @@ def _model(config: ExperimentConfig, examples: sources.Examples) -> tuple[Model,
     if base is not None:
         return model, base, None
     assert examples.public is not None  # a source of images brings a public part
-    exact = dataclasses.replace(config.model, compute_dtype="float32")  # frozen later, but trained now
-    trainable, _ = load.build_model(exact, num_classes, examples.image_shape)
-    base, head = pretrained(trainable, examples.public, config.pretrain, f"{exact} {examples.fingerprint}")
+    trainable = _exact(config, model, examples)  # frozen later, but trained now
+    name = f"{_in_float32(config.model)} {examples.fingerprint}"
+    base, head = pretrained(trainable, examples.public, config.pretrain, name)
     dtypes = jax.eval_shape(model.init, jax.random.key(0))
     return model, jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), base, dtypes), head
+
+
+def _exact(config: ExperimentConfig, model: Model, examples: sources.Examples) -> Model:
+    """The same model with products in float32, whose weights can be differentiated."""
+    if config.model.compute_dtype == "float32":
+        return model
+    return load.build_model(_in_float32(config.model), len(examples.class_names), examples.image_shape)[0]
+
+
+def _in_float32(config: load.ModelConfig) -> load.ModelConfig:
+    return dataclasses.replace(config, compute_dtype="float32")
 
 
 def _initial_adapters(config: ExperimentConfig, model: Model, head: dict | None) -> Callable[[jax.Array], Adapters]:

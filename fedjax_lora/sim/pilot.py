@@ -61,12 +61,16 @@ FullGradient = Callable[[Base, Mapping[str, Array], Adapters, Hyper], tuple[Arra
 
 
 def make_full_gradient(model: Model, batch_size: int) -> FullGradient:
-    """`(base, pool, adapters, hyper) -> (mean cross-entropy of the pool, Gradient)`, a batch at a time, no dropout."""
+    """`(base, pool, adapters, hyper) -> (mean cross-entropy of the pool, Gradient)`, a batch at a time, no dropout.
+
+    The model's products are in float32, whatever the dtype of the weights that it is given.
+    """
 
     def full_gradient(
         base: Base, pool: Mapping[str, Array], adapters: Adapters, hyper: Hyper
     ) -> tuple[Array, Gradient]:
         num_examples = pool["label"].shape[0]
+        base = jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, base)
         used = effective(adapters, rank_mask(hyper.rank, max_rank(adapters)), hyper.alpha / hyper.rank)
         nothing = {name: jnp.zeros((*f.a.shape[:2], f.b.shape[2])) for name, f in used.modules.items()}
 

@@ -109,6 +109,20 @@ def round_at_three(two_rounds):
     return two_rounds[0]
 
 
+def test_weights_in_bfloat16_are_differentiated_in_float32(toy):
+    """Oracle: the float32 model at the same weights."""
+    sim, state, sample = toy
+    half = simulation("model.compute_dtype=bfloat16")
+    base = jax.tree.map(lambda x: x.astype(jnp.float32), half.world.base)
+    assert {jnp.dtype(jnp.bfloat16)} < {leaf.dtype for leaf in jax.tree.leaves(half.world.base)}
+    found = jax.jit(half.full_gradient)(half.world.base, sample, state.adapters, state.hyper)
+    expected = jax.jit(sim.full_gradient)(base, sample, state.adapters, state.hyper)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), found, expected)
+    run = jax.jit(pilot.make_pilot(half.parts, half.full_gradient, jnp.ones(2)))
+    measured = run(half.world, sample, half.init(jax.random.key(0)), jnp.float32(3)).measured
+    assert np.isfinite(np.concatenate([np.ravel(x) for x in measured])).all() and measured.share > 0
+
+
 def range_of(x):
     """The projector on the range of a matrix, by SVD."""
     u, size, _ = np.linalg.svd(x, full_matrices=False)
