@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from rich.console import Console
 
-from fedjax_lora import use_cpu_cores
+from fedjax_lora import build, use_cpu_cores
 from fedjax_lora.config import ExperimentConfig, load_config
 from fedjax_lora.control import tsfa_online
 from fedjax_lora.control.tsfa_online import TsfaConfig
@@ -57,10 +57,10 @@ def dense_latency_s(known: Survey) -> float:
     return float(jax.vmap(jax.vmap(in_round))(bits, snr_hz, start_s).mean())
 
 
-def measure(known: Survey, config: ExperimentConfig, settings: list[tuple[int, float, float]], runs: int) -> list[dict]:
+def measure(config: ExperimentConfig, settings: list[tuple[int, float, float]], runs: int) -> list[dict]:
     """Runs to their end at each rank, V and first queue, in one program; scored on the test examples."""
-    simulation, control = known.simulation, config.control
-    assert isinstance(control, TsfaConfig)  # else there would be no survey
+    simulation, control = build(config), config.control
+    assert isinstance(control, TsfaConfig)  # else there would be no plan
     state = simulation.init(jax.random.key(config.seed))
     ranks, V, queue_s = (jnp.array(column, jnp.float32) for column in zip(*settings, strict=True))
     numbers = ranks, V, queue_s, runs, config.rounds
@@ -166,18 +166,19 @@ def main() -> None:
             ways = dict.fromkeys(["grid", *options.ways])  # the runs take V and queue from the grid
             if entry["complete"] and ways.keys() <= entry["plans"].keys():
                 continue
-            known = known or survey(load_config(None, overrides, base=base), Console(stderr=True))
-            entry.setdefault("budget_s", budget * dense_latency_s(known))
+            if not ways.keys() <= entry["plans"].keys():
+                known = known or survey(load_config(None, overrides, base=base), Console(stderr=True))
+                entry.setdefault("budget_s", budget * dense_latency_s(known))
             config = load_config(None, [*overrides, f"control.latency_budget_s={entry['budget_s']}"], base=base)
             for way in ways:
-                if way not in entry["plans"]:
+                if known and way not in entry["plans"]:
                     entry["plans"][way] = chosen(known, config, **WAYS[way])._asdict()
                     common.note(f"{name}, {way}: rank {entry['plans'][way]['rank']}")
                     keep()
             rows = entry["plans"]["grid"]["rows"]
             own = [next(r for r in plan["rows"] if r["rank"] == plan["rank"]) for plan in entry["plans"].values()]
             settings = list(dict.fromkeys(map(setting_of, [*rows, *own])))
-            found = dict(zip(settings, measure(known, config, settings, options.runs), strict=True))
+            found = dict(zip(settings, measure(config, settings, options.runs), strict=True))
             entry["runs"] = {str(row["rank"]): found[setting_of(row)] for row in rows}
             entry["planned"] = {way: found[setting_of(row)] for way, row in zip(entry["plans"], own, strict=True)}
             entry |= {"git_commit": environment["git_commit"], "complete": True}
