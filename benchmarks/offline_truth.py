@@ -141,12 +141,12 @@ def main() -> None:
     options = parser.parse_args()
     environment = common.environment()  # before the output, which git may know, is written
     use_cpu_cores()
-    shared, base, task = list(options.overrides), preset("digits-tsfa"), "digits"
+    shared, files, base, task = options.overrides, [], preset("digits-tsfa"), "digits"
     if options.train:
         task = f"{Path(options.train).name}"
         model = common.model_folder(options.model)
         files = [f"model.pretrained={model}", f"data.train={options.train}", f"data.test={options.test}"]
-        shared, base = [*TEXT, *files, *shared], None
+        shared, base = [*TEXT, *shared], None
     kept = json.loads(options.out.read_text())["runs"] if options.out.exists() else {}
     options.out.parent.mkdir(parents=True, exist_ok=True)
 
@@ -167,12 +167,14 @@ def main() -> None:
             if entry["complete"] and ways.keys() <= entry["plans"].keys():
                 continue
             if not ways.keys() <= entry["plans"].keys():
-                known = known or survey(load_config(None, overrides, base=base), Console(stderr=True))
+                known = known or survey(load_config(None, [*files, *overrides], base=base), Console(stderr=True))
                 entry.setdefault("budget_s", budget * dense_latency_s(known))
-            config = load_config(None, [*overrides, f"control.latency_budget_s={entry['budget_s']}"], base=base)
+            in_budget = f"control.latency_budget_s={entry['budget_s']}"
+            config = load_config(None, [*files, *overrides, in_budget], base=base)
             for way in ways:
                 if known and way not in entry["plans"]:
-                    entry["plans"][way] = chosen(known, config, **WAYS[way])._asdict()
+                    found = chosen(known, config, **WAYS[way])._asdict()
+                    entry["plans"][way] = {key: value for key, value in found.items() if key != "config"}
                     common.note(f"{name}, {way}: rank {entry['plans'][way]['rank']}")
                     keep()
             rows = entry["plans"]["grid"]["rows"]
