@@ -196,13 +196,14 @@ def test_queue_over_V_tends_to_the_multiplier_and_the_gap_falls_like_one_over_V(
     """The static problem by its dual in float64; the same channel states for every V.
 
     The gap of a round is what `cost + multiplier latency` exceeds its least value in that channel state, by
-    tsfa_oracle: never negative, and free of the noise of the states drawn. Its mean falls with slope -1 in V, under
-    `E[(latency - budget)^2] / 2 V`, and is paid for: what the queue still holds is next to nothing a round.
+    tsfa_oracle: never negative, and free of the noise of the states drawn. Once the queue has settled its mean falls with
+    slope -1 in V, under `E[(latency - budget)^2] / 2 V` (what the first rounds lose grows with V), and it is paid for:
+    what the queue holds in the end is next to nothing a round.
     """
     multiplier, _ = static_problem()
     gain, start = WEIGHTS[:, None] * -np.diff(TAIL)[:, 1:] / multiplier, np.zeros(CLIENTS)
     least = [multiplier * tsfa_oracle.solve(LEAST, STEP, gain, snr, start, BAND_HZ, 120)[0] for snr in STATES]
-    V, rounds = np.float32([1.0, 2.0, 4.0, 8.0]), 400_000
+    V, rounds, settling = np.float32([1.0, 2.0, 4.0, 8.0]), 400_000, 4_000
     drawn = np.random.default_rng(0).integers(len(STATES), size=rounds)
 
     @jax.jit
@@ -218,8 +219,9 @@ def test_queue_over_V_tends_to_the_multiplier_and_the_gap_falls_like_one_over_V(
     cost, latency_s, queue = (np.float64(x) for x in run(V))
     gap = cost / V[:, None] + multiplier * latency_s - np.array(least)[drawn]
     assert (gap >= -1e-4 * np.array(least)[drawn]).all()
-    assert (gap.mean(1) <= ((latency_s - BUDGET_S) ** 2).mean(1) / (2 * V)).all()
-    slope = np.polyfit(np.log(V), np.log(gap.mean(1)), 1)[0]
+    settled = gap[:, settling:].mean(1)
+    assert (settled <= ((latency_s[:, settling:] - BUDGET_S) ** 2).mean(1) / (2 * V)).all()
+    slope = np.polyfit(np.log(V), np.log(settled), 1)[0]
     assert abs(slope + 1) < 0.1, slope
     np.testing.assert_allclose(queue[-1].mean() / V[-1], multiplier, rtol=0.02)
     held = queue[:, -1] / rounds
