@@ -196,9 +196,9 @@ def test_queue_over_V_tends_to_the_multiplier_and_the_gap_falls_like_one_over_V(
     """The static problem by its dual in float64; the same channel states for every V.
 
     The gap of a round is what `cost + multiplier latency` exceeds its least value in that channel state, by
-    tsfa_oracle: never negative, and free of the noise of the states drawn. Once the queue has settled its mean falls with
-    slope -1 in V, under `E[(latency - budget)^2] / 2 V` (what the first rounds lose grows with V), and it is paid for:
-    what the queue holds in the end is next to nothing a round.
+    tsfa_oracle: never negative, and free of the noise of the states drawn. Once the queue has settled its mean falls
+    with slope -1 in V, under `E[(latency - budget)^2] / 2 V` (what the first rounds lose grows with V), and it is paid
+    for: what the queue holds in the end is next to nothing a round.
     """
     multiplier, _ = static_problem()
     gain, start = WEIGHTS[:, None] * -np.diff(TAIL)[:, 1:] / multiplier, np.zeros(CLIENTS)
