@@ -6,13 +6,15 @@ mean. A seed is a cell of its own: its budget is a quarter of the mean latency o
 channel, with shares of least latency. `uniform` and `fixed` send a quarter of the ranks, `ideal` all of them without a
 network; `greedy` and `tsfa` choose. `tsfa 1/4` may keep a quarter of the ranks at most.
 
-TSFA's V is `V_PER_BUDGET` times the budget squared: it has the unit s^2, so that one number serves every cell.
-`tsfa 1/4` starts from an empty queue. `tsfa` starts where a dry run says: of QUEUES (in budgets), the first queue at
-which the controller alone, over the run's channel and with the tail energies of the cohort that trains after
-`PRACTICE_ROUNDS`, has a mean latency nearest to the budget. That dry run knows the fading to come, as the budget does:
-the mean latency is fitted, not found. What the controller alone does on the run's channel without that knowledge stands
-beside it: from a queue of 0 (`from_zero`), and from the queue that is best on `ELSEWHERE` other draws of fading and
-cohorts (`foreseen`).
+TSFA's V is `V_PER_BUDGET` times the budget squared: it has the unit s^2, so that one number serves every cell. That of
+`tsfa 1/4` is large, so that its queue hardly moves the ratios: a quarter of the ranks takes about the budget, and with a
+smaller V every long round is paid for by many that send little, while those after them cannot send more than a quarter.
+
+TSFA starts where a dry run says: of QUEUES (in budgets), the first queue at which the controller alone, over the run's
+channel and with the tail energies of the cohort that trains after `PRACTICE_ROUNDS`, has a mean latency nearest to the
+budget. That dry run knows the fading to come, as the budget does: the mean latency is fitted, not found. What the
+controller alone does on the run's channel without that knowledge stands beside it: from a queue of 0 (`from_zero`), and
+from the queue that is best on `ELSEWHERE` other draws of fading and cohorts (`foreseen`).
 """
 
 import argparse
@@ -36,7 +38,6 @@ from fedjax_lora.sim.local import Trained
 from fedjax_lora.sim.parts import Local, World
 from fedjax_lora.sim.round import choose_cohort, control, importance, round_latency, train_locally
 
-V_PER_BUDGET = 30.0
 ELSEWHERE = 8
 PRACTICE_ROUNDS = 28
 QUEUES = np.concatenate([[0.0], np.geomspace(0.3, 30.0, 24)])
@@ -54,25 +55,21 @@ SPARSIFIERS = {
     "soft": ["sparsifier.name=soft"],
     "soft_rotated": ["sparsifier.name=soft_rotated", "sparsifier.keep_norm=true"],
 }
-CONTROLLERS = ("ideal", "tsfa", "tsfa 1/4", "uniform", "fixed", "greedy")
+V_PER_BUDGET = {"tsfa": 30.0, "tsfa 1/4": 3000.0}
+LIMITS = {"tsfa": [], "tsfa 1/4": ["control.max_keep_ratio=0.25"]}
+CONTROLLERS = ("ideal", *LIMITS, "uniform", "fixed", "greedy")
 
 
-def tsfa(budget_s: float, queue_s: float) -> list[str]:
-    """TSFA under a budget."""
-    return [
-        "control.name=tsfa",
-        f"control.latency_budget_s={budget_s}",
-        f"control.V={V_PER_BUDGET * budget_s**2}",
-        f"control.queue_s={queue_s}",
-    ]
-
-
-def controller(name: str, budget_s: float, queue_s: float) -> list[str]:
-    """The overrides of one of CONTROLLERS."""
-    if name == "tsfa":
-        return tsfa(budget_s, queue_s)
-    if name == "tsfa 1/4":
-        return [*tsfa(budget_s, 0.0), "control.max_keep_ratio=0.25"]
+def controller(name: str, budget_s: float, queue_s: float = 0.0) -> list[str]:
+    """The overrides of one of CONTROLLERS; TSFA starts with a queue."""
+    if name in LIMITS:
+        return [
+            "control.name=tsfa",
+            f"control.latency_budget_s={budget_s}",
+            f"control.V={V_PER_BUDGET[name] * budget_s**2}",
+            f"control.queue_s={queue_s}",
+            *LIMITS[name],
+        ]
     chosen = {
         "ideal": [],
         "uniform": ["control.keep_ratio=0.25"],
@@ -133,6 +130,28 @@ def alone(
     return np.asarray(latency_s, np.float64), np.asarray(bits, np.float64)
 
 
+def fit_queue(overrides: list[str], budget_s: float) -> dict:
+    """Where the queue of TSFA starts, and the mean latency of the controller alone, over the budget."""
+    config = load_config(None, overrides)
+    simulation = build(config)
+    state = simulation.init(jax.random.key(config.seed))
+    trained, _ = simulation.run(state, PRACTICE_ROUNDS)
+    tails, state = tail_energies(simulation, trained), simulation.init(jax.random.key(config.seed))
+    queues = QUEUES * budget_s
+    others = jax.random.split(jax.random.fold_in(state.key, config.rounds), ELSEWHERE)
+    paths = jnp.concatenate([state.key[None], others])
+    over = alone(simulation, state, paths, jnp.float32(queues), tails, config.rounds)[0].mean(2) / budget_s
+    best, foreseen = (int(np.argmin(np.abs(mean - 1))) for mean in (over[0], over[1:].mean(0)))
+    return {
+        "queue_s": float(queues[best]),
+        "latency_over_budget": float(over[0, best]),
+        "from_zero": float(over[0, 0]),
+        "foreseen": float(over[0, foreseen]),
+        "foreseen_queue_s": float(queues[foreseen]),
+        "foreseen_elsewhere": over[1:, foreseen].tolist(),
+    }
+
+
 def measure_cell(files: list[str], seed: int) -> dict:
     """What a seed's runs share: the budget, what dense sends, and where the queue of TSFA starts."""
     shared = [*files, *SETTING, f"seed={seed}"]
@@ -142,30 +161,16 @@ def measure_cell(files: list[str], seed: int) -> dict:
     nothing = jnp.zeros((simulation.parts.cohort_size, config.lora.max_rank + 1))
     latency_s, bits = alone(simulation, state, state.key[None], jnp.zeros(1), nothing, config.rounds)
     budget_s = float(np.mean(latency_s)) / 4
-    queue_s, expected = {}, {}
-    for name, sparsifier in SPARSIFIERS.items():
-        simulation = build(load_config(None, [*shared, *sparsifier, *tsfa(budget_s, 0.0)]))
-        trained, _ = simulation.run(simulation.init(jax.random.key(seed)), PRACTICE_ROUNDS)
-        tails, state = tail_energies(simulation, trained), simulation.init(jax.random.key(seed))
-        queues = QUEUES * budget_s
-        others = jax.random.split(jax.random.fold_in(state.key, config.rounds), ELSEWHERE)
-        paths = jnp.concatenate([state.key[None], others])
-        over = alone(simulation, state, paths, jnp.float32(queues), tails, config.rounds)[0].mean(2) / budget_s
-        best, foreseen = (int(np.argmin(np.abs(mean - 1))) for mean in (over[0], over[1:].mean(0)))
-        queue_s[name] = float(queues[best])
-        expected[name] = {
-            "latency_over_budget": float(over[0, best]),
-            "from_zero": float(over[0, 0]),
-            "foreseen": float(over[0, foreseen]),
-            "foreseen_queue_s": float(queues[foreseen]),
-            "foreseen_elsewhere": over[1:, foreseen].tolist(),
-        }
+    tsfa = {
+        f"{sparsifier} {name}": fit_queue([*shared, *SPARSIFIERS[sparsifier], *controller(name, budget_s)], budget_s)
+        for sparsifier in SPARSIFIERS
+        for name in LIMITS
+    }
     return {
         "dense_latency_s": latency_s[0, 0].tolist(),
         "dense_uplink_bits": int(bits.sum()),
         "budget_s": budget_s,
-        "queue_s": queue_s,
-        "expected": expected,
+        "tsfa": tsfa,
     }
 
 
@@ -224,8 +229,8 @@ def summarize(runs: dict[str, dict], cells: dict[str, dict]) -> dict[str, dict]:
                     "first_queue_s": [run["queue_s"]["first"] for run in mine.values()],
                     "final_queue_s": [run["queue_s"]["final"] for run in mine.values()],
                 }
-            if mine and name == "tsfa":
-                expected = [cells[run_seed(key)]["expected"][sparsifier] for key in mine]
+            if mine and name in LIMITS:
+                expected = [cells[run_seed(key)]["tsfa"][f"{sparsifier} {name}"] for key in mine]
                 alone = {way: [found[way] for found in expected] for way in ("from_zero", "foreseen")}
                 table[f"{sparsifier} {name}"]["alone_over_budget"] = alone
     return table
@@ -250,6 +255,7 @@ def main() -> None:
         "setting": SETTING,
         "sparsifiers": SPARSIFIERS,
         "V_per_budget": V_PER_BUDGET,
+        "limits": LIMITS,
         "queues": QUEUES.tolist(),
         "elsewhere": ELSEWHERE,
         "practice_rounds": PRACTICE_ROUNDS,
@@ -279,12 +285,9 @@ def main() -> None:
             common.note(f"cell of seed {seed}: {cells[seed]}")
             write()
         cell = cells[seed]
-        overrides = [
-            *SETTING,
-            *SPARSIFIERS[sparsifier],
-            *controller(name, cell["budget_s"], cell["queue_s"][sparsifier]),
-            f"seed={seed}",
-        ]
+        queue_s = cell["tsfa"][f"{sparsifier} {name}"]["queue_s"] if name in LIMITS else 0.0
+        chosen = controller(name, cell["budget_s"], queue_s)
+        overrides = [*SETTING, *SPARSIFIERS[sparsifier], *chosen, f"seed={seed}"]
         if runs.get(title, {}).get("overrides") != overrides:
             found = measure([*files, *overrides], cell)
             runs[title] = {"overrides": overrides, "git_commit": environment["git_commit"], **found}

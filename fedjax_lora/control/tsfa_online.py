@@ -34,7 +34,7 @@ class TsfaConfig(Budgeted):
       longer queue.
     latency_budget_s: what the latency of a round may be on average over the run.
     queue_s: the queue before round 1. With 0 the first rounds send the most that they may; the mean latency of T
-      rounds exceeds the budget by at most `(Q_T - queue_s) / T`.
+      rounds exceeds the budget by at most `(Q_T - queue_s) / T`. A plan chooses it, as it does V.
     energy_budget_j: what a client of the cohort may spend in a round on average over the run, on computing too; None
       is no constraint.
     min_keep_ratio, max_keep_ratio: as in `Budgeted`.
