@@ -7,8 +7,8 @@ channel, with shares of least latency. `uniform` and `fixed` send a quarter of t
 network; `greedy` and `tsfa` choose. `tsfa 1/4` may keep a quarter of the ranks at most.
 
 TSFA's V is `V_PER_BUDGET` times the budget squared: it has the unit s^2, so that one number serves every cell. That of
-`tsfa 1/4` is large, so that its queue hardly moves the ratios: a quarter of the ranks takes about the budget, and with a
-smaller V every long round is paid for by many that send little, while those after them cannot send more than a quarter.
+`tsfa 1/4` is large, so that the queue hardly moves the ratios: a quarter of the ranks takes about the budget, and with
+a smaller V many rounds pay for a long one by sending little, and none can make use of what they save.
 
 TSFA starts where a dry run says: of QUEUES (in budgets), the first queue at which the controller alone, over the run's
 channel and with the tail energies of the cohort that trains after `PRACTICE_ROUNDS`, has a mean latency nearest to the

@@ -157,7 +157,7 @@ def _run(options: argparse.Namespace) -> int:
     summary = run(config, path, options.resume, console)
     console.print(summary_lines(summary))
     if plan:
-        console.print(binding(effects_of_run(plan, read_metrics(path))))
+        console.print(binding(effects_of_run(plan, read_metrics(path))), soft_wrap=True)
     console.print(f"report: {path / 'report.html'}")
     return 0
 
@@ -167,6 +167,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     from fedjax_lora.config import load_config
     from fedjax_lora.io import plan as plans
+    from fedjax_lora.io.files import check_can_hold_files
     from fedjax_lora.planner import plan
     from fedjax_lora.presets import preset
     from fedjax_lora.report.plan import binding, plan_table, plot_plan
@@ -177,6 +178,7 @@ def _plan(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides, base=preset(name) if name else None)
     folder = Path(options.out or Path("plans") / (name or Path(options.config).stem))
     console = Console(highlight=False)
+    check_can_hold_files(folder)
     found = plan(config, console)
     folder.mkdir(parents=True, exist_ok=True)
     plans.write_plan(found, folder / plans.NAME)
@@ -184,7 +186,10 @@ def _plan(options: argparse.Namespace) -> int:
     Console(width=max(console.width, 160)).print(plan_table(found))  # a pager cuts better than a table does
     console.print(binding(plans.effects_of_plan(found)), soft_wrap=True)
     if not found.within_budget:
-        console.print("note: no rank meets control.latency_budget_s; one near the least latency is chosen")
+        over = found.chosen["latency_s"] / found.config["control.latency_budget_s"]
+        console.print(
+            f"note: rank {found.rank} takes {over:.3g} of control.latency_budget_s, near the least of all ranks"
+        )
     start = [*([options.config] if options.config else []), *(["--preset", name] if name else [])]
     overrides = ["--set", *options.overrides] if options.overrides else []
     command = shlex.join(["fedjax-lora", "run", *start, "--plan", str(folder / plans.NAME), *overrides])

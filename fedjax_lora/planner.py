@@ -78,7 +78,7 @@ def survey(config: ExperimentConfig, console: Console) -> Survey:
 
 def _check(config: ExperimentConfig) -> None:
     """Refuse what a plan would leave out of account."""
-    control, server, wireless = config.control, config.server, config.wireless
+    control, server, wireless, options = config.control, config.server, config.wireless, config.plan
     prune, start = (getattr(config.aggregation, name, default) for name, default in (("prune", 1.0), ("start", None)))
     if not isinstance(control, TsfaConfig):
         raise ConfigError(f"control.name must be tsfa, for a plan, got {control.name!r}")
@@ -92,14 +92,24 @@ def _check(config: ExperimentConfig) -> None:
         ("sparsifier.error_feedback", not getattr(config.sparsifier, "error_feedback", False), "false", True),
         ("server.name", server.name == "sgd", "sgd", server.name),
         ("server.learning_rate", server.learning_rate == 1.0, "1.0", server.learning_rate),
-        ("plan.pilot_rounds", config.plan.pilot_rounds < config.rounds, "below rounds", config.plan.pilot_rounds),
+        ("plan.pilot_rounds", options.pilot_rounds < config.rounds, "below rounds", options.pilot_rounds),
+        (
+            "plan.rollout_rounds",
+            options.objective != "rollout" or options.rollout_rounds <= config.rounds,
+            "at most rounds",
+            options.rollout_rounds,
+        ),
     ):
         if not holds:
             raise ConfigError(f"{key} must be {allowed}, for a plan, got {got!r}")
 
 
 def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
-    """The plan under the latency budget of the configuration, by its objective and search."""
+    """The plan under the latency budget of the configuration, by its objective and search.
+
+    Raises:
+      ConfigError: no candidate has a bound to choose it by.
+    """
     control, options, sites = config.control, config.plan, known.sites
     assert isinstance(control, TsfaConfig)  # else there would be no survey
     bandwidth_hz = known.simulation.parts.link.bandwidth_hz
@@ -110,6 +120,12 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
     for_all = dataclasses.replace(control, latency_budget_s=1.0, queue_s=0.0, V=1.0)  # one program serves every budget
     rows = tsfa_offline.best_V(tsfa_offline.grid(for_all, setting, sites), most_s)
     allowed_s = tsfa_offline.most_latency(rows.latency_s, control.latency_budget_s, options.tolerance)
+    if options.objective == "bound" and not jnp.isfinite(rows.score).any():
+        rate, rounds = config.local.optimizer.learning_rate, options.pilot_rounds
+        raise ConfigError(
+            "local.optimizer.learning_rate must be one with which the pilot moves downhill at some rank, "
+            f"got {rate} over {rounds} rounds"
+        )
     rollout = None
     if options.objective == "rollout":
         console.print(f"rollout: {options.rollout_rounds} rounds, {options.seeds} seeds")
@@ -183,14 +199,20 @@ def _descended(
     """The candidate next to where the gradient search ended, and the rows with its V and first queue in that one.
 
     Between candidates the latency is another than at them: only those that some V of the grid brings within
-    `most_s` are chosen from, and the grid's V stays where the search's does not do so.
+    `most_s` are chosen from, and the grid's V stays where the search's does not do so. A candidate without a finite
+    bound has no part in the search.
     """
-    found = tsfa_relaxed.gradient(control, setting, sites, most_s)
-    within, distance = rows.latency_s <= most_s, jnp.abs(jnp.log(sites.rank) - jnp.log(found.rank))
-    chosen = int(jnp.argmin(jnp.where(within, distance, jnp.inf)))
+    known = jnp.isfinite(rows.score)
+    usable = known & (rows.latency_s <= most_s)
+    if not usable.any():
+        return tsfa_offline.best_rank(rows.latency_s, rows.score, most_s), rows
+    found = tsfa_relaxed.gradient(control, setting, jax.tree.map(lambda x: x[known], sites), most_s)
+    distance = jnp.abs(jnp.log(sites.rank) - jnp.log(found.rank))
+    chosen = int(jnp.argmin(jnp.where(usable, distance, jnp.inf)))
     site: Site = jax.tree.map(lambda x: x[chosen], sites)
     V, price = found.weight * tsfa_offline.unit_of_V(control, setting, site), rows.queue_s[chosen] / rows.V[chosen]
-    row = tsfa_offline.outlook(tsfa_offline.whole_ranks(control), setting, site, V, price * V)
+    queue_s = tsfa_offline.first_queue(price, V, setting.budget_s)
+    row = tsfa_offline.outlook(tsfa_offline.whole_ranks(control), setting, site, V, queue_s)
     console.print(f"gradient search: ended at rank {found.rank:.3f}; the candidate is {site.rank:.0f}")
     if row.latency_s > most_s:
         console.print(f"note: V {V:.4g} of the search takes too long there; V is the grid's")

@@ -18,7 +18,8 @@ from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.io.plan import apply_plan, effects_of_plan, effects_of_run, read_plan, write_plan
 from fedjax_lora.planner import round_factors
 from fedjax_lora.presets import preset
-from fedjax_lora.report.plan import binding
+from fedjax_lora.report.plan import binding, plan_table, plot_plan
+from fedjax_lora.report.tables import MISSING
 from toy import SETTINGS
 
 PLANNED = [
@@ -167,6 +168,41 @@ def test_what_binds_in_a_plan_is_the_largest_effect_of_its_row(by_budget):
     assert binding(found).endswith(f"binding: {max(expected, key=lambda name: expected[name])}")
 
 
+def test_a_candidate_whose_pilot_diverged_is_passed_over(surveyed, tmp_path):
+    """By definition: without a bound it is not chosen, by either search; the plan is shown and read with gaps."""
+    config, known = surveyed
+    whole = by_bound(surveyed, 5.0)
+    worst = whole.rows.index(whole.chosen)
+    broken = known.sites.measured._replace(movement=known.sites.measured.movement.at[worst].set(np.nan))
+    known = known._replace(sites=known.sites._replace(measured=broken))
+    for search in ("grid", "gradient"):
+        plan = by_bound((config, known), 5.0, search)
+        assert plan.rank != whole.rank and plan.rows[worst]["bound"] is None
+        assert np.isfinite(plan.chosen["bound"])
+    plan = plan._replace(objective="rollout", rank=whole.rank)  # as if it were the only one within the budget
+    write_plan(plan, tmp_path / "plan.json")
+    plot_plan(plan, tmp_path / "plan.png")
+    assert MISSING in [cell for column in plan_table(plan).columns for cell in column.cells]
+    log = [{"sparsification_error": 0.1, "covariance_error": 0.1}] * 3
+    assert binding(effects_of_run(read_plan(tmp_path / "plan.json"), log)).endswith("binding: not known")
+
+
+def test_pilots_that_go_nowhere_are_one_line(capsys, tmp_path):
+    settings = [*PLANNED, "local.optimizer={name: sgd, learning_rate: 1e12}"]
+    line = one_line(capsys, ["plan", "--out", str(tmp_path / "plan"), "--set", *settings])
+    assert (
+        "local.optimizer.learning_rate must be one with which the pilot moves downhill" in line
+        and "1000000000000.0" in line
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_hold_a_plan_is_said_before_the_pilot(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    line = one_line(capsys, ["plan", "--out", str(tmp_path / "file"), "--set", *PLANNED])
+    assert str(tmp_path / "file") in line and "must be a folder" in line
+
+
 def one_line(capsys, arguments):
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
@@ -249,6 +285,10 @@ def test_a_plan_with_a_number_missing_is_one_line(planned, capsys, tmp_path):
         ),
         (["server.learning_rate=0.5"], ["server.learning_rate must be 1.0", "0.5"]),
         (["plan.pilot_rounds=3"], ["plan.pilot_rounds must be below rounds", "3"]),
+        (
+            ["plan.objective=rollout", "plan.rollout_rounds=4"],
+            ["plan.rollout_rounds must be at most rounds", "4"],
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_one_line_and_leaves_nothing(capsys, tmp_path, settings, expected):

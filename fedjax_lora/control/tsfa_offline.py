@@ -28,9 +28,11 @@ Search = Literal["grid", "gradient"]
 WEIGHTS = tuple(10.0 ** (0.5 * power) for power in range(-4, 7))
 """What `grid` tries for V, in units of `unit_of_V`."""
 
-_NEAR = 0.01  # by which share a score may exceed the least for the sake of a smaller V
+NEAR = 0.01  # by which share a score may exceed the least for the sake of a smaller V
 
 _PRICES, _HALVINGS = (1e-4, 1e4), 18  # of latency: between them, in units of the budget over `unit_of_V`
+
+_LONGEST_QUEUE = 1e4  # budgets: float32 still adds a thousandth of a budget to it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,6 +165,11 @@ def latency_price(decide: Decide, setting: Setting, site: Site, V: Array) -> Arr
     return jnp.where(exceeds(jnp.float32(0)), price_at(log), 0.0)
 
 
+def first_queue(price: Array, V: Array, budget_s: float) -> Array:
+    """The queue before round 1, s, at a price of latency: V times it, as far as float32 can count rounds on it."""
+    return jnp.minimum(price * V, _LONGEST_QUEUE * budget_s)
+
+
 def outlook(decide: Decide, setting: Setting, site: Site, V: Array, first_queue_s: Array | float) -> Outlook:
     """The online stage without training, for T rounds from a first queue; mean over rounds and draws.
 
@@ -219,7 +226,11 @@ def grid(config: TsfaConfig, setting: Setting, sites: Site) -> Outlook:
     def row(site: Site) -> Outlook:
         unit = unit_of_V(config, setting, site)
         price = latency_price(decide, setting, site, unit)
-        return jax.vmap(lambda V: outlook(decide, setting, site, V, price * V))(jnp.array(WEIGHTS) * unit)
+
+        def cell(V: Array) -> Outlook:
+            return outlook(decide, setting, site, V, first_queue(price, V, setting.budget_s))
+
+        return jax.vmap(cell)(jnp.array(WEIGHTS) * unit)
 
     return jax.vmap(row)(sites)
 
@@ -232,16 +243,16 @@ def best_V(found: Outlook, most_latency_s: float) -> Outlook:
     within = found.latency_s <= most_latency_s
     among = jnp.where(within, found.score, jnp.inf)
     known = jnp.isfinite(among).any(1)  # where no score is, the least latency is what there is to go by
-    near = among <= (1.0 + _NEAR) * jnp.min(among, 1, keepdims=True)
+    near = among <= (1.0 + NEAR) * jnp.min(among, 1, keepdims=True)
     column = jnp.where(known, jnp.argmax(near, 1), jnp.argmin(found.latency_s, 1))
     return jax.tree.map(lambda x: jnp.take_along_axis(x, column[:, None], 1)[:, 0], found)
 
 
 def most_latency(latency_s: Array, budget_s: float, tolerance: float) -> Array:
-    """What a rank may take to be chosen, by what the candidates do.
+    """What a rank may take to be chosen: the budget, or the least latency where that is longer, and the tolerance.
 
-    Where none is within the budget and its tolerance, the least latency stands in for the budget: many ranks come close
-    to it, since all may send few components.
+    Many ranks come close to the least latency, since all may send few components. It stands in for every budget under
+    it, also for one that it meets by the tolerance: else a slightly tighter budget would let more ranks in.
     """
     return (1.0 + tolerance) * jnp.maximum(budget_s, jnp.min(latency_s))
 

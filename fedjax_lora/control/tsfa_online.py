@@ -6,7 +6,7 @@ Updates", arXiv 2505.00333; the exact terms of the objective and the solver are 
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -23,6 +23,7 @@ Tail = Literal["relative", "energy", "linear"]
 Ratio = Literal["client", "common"]
 
 _NEVER_S = 1e15  # as `min_max_latency` has it
+_LONGEST_QUEUE = 1e5  # budgets
 _ROUNDING = 1e-5  # so that float32's k - 1e-6 ranks are k
 
 
@@ -54,8 +55,9 @@ class TsfaConfig(Budgeted):
         super().__post_init__()
         if not 0 <= self.V < math.inf:
             raise ValueError(f"V must be at least 0 and finite, got {self.V!r}")
-        if not 0 <= self.queue_s < math.inf:
-            raise ValueError(f"queue_s must be at least 0 and finite, got {self.queue_s!r}")
+        if not 0 <= self.queue_s <= _LONGEST_QUEUE * self.latency_budget_s:
+            longest = f"{_LONGEST_QUEUE:.0e} latency_budget_s, beyond which float32 cannot count rounds"
+            raise ValueError(f"queue_s must be in 0 ... {longest}, got {self.queue_s!r}")
         if self.energy_budget_j is not None and not 0 < self.energy_budget_j < math.inf:
             raise ValueError(f"energy_budget_j must be positive and finite, or null, got {self.energy_budget_j!r}")
 
@@ -105,15 +107,15 @@ def solve(
       Keep ratios, shares, the latency of those that can send, and the objective.
 
     Raises:
-      ValueError: if the shapes do not fit.
+      ValueError: if the shapes do not fit, or `ratio` is neither.
     """
     bits_full, snr_hz, start_s, bandwidth_hz, weights, tail_energy, queue, V = (
         jnp.asarray(x, jnp.float32) for x in (bits_full, snr_hz, start_s, bandwidth_hz, weights, tail_energy, queue, V)
     )
-    clients, max_rank = bits_full.shape[:1], tail_energy.shape[-1] - 1
-    if not clients == snr_hz.shape == start_s.shape == weights.shape == tail_energy.shape[:-1] or max_rank < 1:
-        shapes = [x.shape for x in (bits_full, snr_hz, start_s, weights, tail_energy)]
-        raise ValueError(f"bits_full, snr_hz, start_s and weights must be [K] and tail_energy [K, R + 1], got {shapes}")
+    _check_shapes(bits_full, snr_hz, start_s, weights, tail_energy)
+    clients, max_rank = snr_hz.shape, tail_energy.shape[-1] - 1
+    if ratio not in get_args(Ratio):
+        raise ValueError(f"ratio must be one of {', '.join(get_args(Ratio))}, got {ratio!r}")
     rank = jnp.broadcast_to(jnp.asarray(max_rank if rank is None else rank, jnp.float32), clients)
     if bits_full.ndim == 1:
         bits_full = bits_full[:, None] * jnp.minimum(jnp.arange(max_rank + 1) / rank[:, None], 1.0)
@@ -132,6 +134,17 @@ def solve(
         latency_s=allocation.latency_s,
         objective=V * jnp.sum(jnp.where(able, left_out, 0.0)) + queue * allocation.latency_s,
     )
+
+
+def _check_shapes(bits_full: Array, snr_hz: Array, start_s: Array, weights: Array, tail_energy: Array) -> None:
+    clients, table = snr_hz.shape, tail_energy.shape
+    fit = len(clients) == 1 and start_s.shape == weights.shape == clients
+    if not (fit and bits_full.shape in (clients, table) and table[:-1] == clients and table[-1] > 1):
+        shapes = [x.shape for x in (bits_full, snr_hz, start_s, weights, tail_energy)]
+        raise ValueError(
+            "snr_hz, start_s and weights must be [K], tail_energy [K, R + 1], and bits_full one of both, got "
+            f"bits_full, snr_hz, start_s, weights, tail_energy of {shapes}"
+        )
 
 
 class _Steps(NamedTuple):
@@ -202,9 +215,8 @@ def make(config: TsfaConfig, V: ArrayLike | None = None) -> Controller:
 
     Latency and objective of its decisions are those after rounding. `V` stands in for `config.V`; it may be traced.
 
-    All who send end together, so that the energy of
-    the uploads is affine in the latency: the energy constraint adds to the price of time alone, and the objective
-    leaves out what no decision changes.
+    All who send end together, so that the energy of the uploads is affine in the latency: the energy constraint adds to
+    the price of time alone, and the objective leaves out what no decision changes.
     """
     V = jnp.asarray(config.V if V is None else V, jnp.float32)
 

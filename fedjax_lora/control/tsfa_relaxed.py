@@ -12,7 +12,18 @@ import optax
 from jax import Array, lax
 
 from fedjax_lora.control import tsfa_online
-from fedjax_lora.control.tsfa_offline import WEIGHTS, Decide, Setting, Site, at, latency_price, outlook, unit_of_V
+from fedjax_lora.control.tsfa_offline import (
+    NEAR,
+    WEIGHTS,
+    Decide,
+    Setting,
+    Site,
+    at,
+    first_queue,
+    latency_price,
+    outlook,
+    unit_of_V,
+)
 from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.strategies import Decision, Observation
 
@@ -60,7 +71,7 @@ def gradient(config: TsfaConfig, setting: Setting, sites: Site, most_latency_s: 
     What was measured is noisy: between the candidates the bound has several local minima. Minimised is the logarithm of
     the bound and, where the latency exceeds `most_latency_s`, a multiple of the excess. The price of latency, and with
     it the first queue, is linear between those of the candidates. The largest V holds the drawn rounds next to the
-    budget; a smaller one, down to some three of `unit_of_V`, pays where the latency falls by it.
+    budget. As in the grid a smaller one is better at nearly the same bound: V's whole range costs as much as NEAR does.
     """
     low, high = (jnp.log(jnp.stack([sites.rank[end], jnp.float32(WEIGHTS[end])])) for end in (0, -1))
     optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, _STEPS))
@@ -71,9 +82,11 @@ def gradient(config: TsfaConfig, setting: Setting, sites: Site, most_latency_s: 
         rank, weight = jnp.exp(logs)
         site = between(sites, rank)
         V = weight * unit_of_V(config, setting, site)
-        found = outlook(decide, setting, site, V, jnp.interp(rank, sites.rank, prices) * V)
+        queue_s = first_queue(jnp.interp(rank, sites.rank, prices), V, setting.budget_s)
+        found = outlook(decide, setting, site, V, queue_s)
         excess = jnp.maximum(found.latency_s / most_latency_s - 1.0, 0.0)
-        return jnp.log(found.score) + _EXCESS_WEIGHT * excess
+        large = (logs[1] - low[1]) / (high[1] - low[1])
+        return jnp.log(found.score) + NEAR * large + _EXCESS_WEIGHT * excess
 
     def descend(start: Array) -> tuple[Array, Array, Array]:
         def step(carry, _):

@@ -20,6 +20,20 @@ def write_atomically(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def check_can_hold_files(path: str | Path) -> None:
+    """Refuse a folder that can neither be made nor be written to.
+
+    Raises:
+      ValueError: what is there, or the nearest above it, is no folder or cannot be written to.
+    """
+    folder = Path(path).absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(
+            f"{path} must be a folder to write to, got {there}, no folder or one that cannot be written to"
+        )
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A folder to fill; it takes the name `path`, which must be new or empty, when the block ends without an error.

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from fedjax_lora.base import Metrics
-from fedjax_lora.io.files import atomic_folder, write_atomically
+from fedjax_lora.io.files import atomic_folder, check_can_hold_files, write_atomically
 
 FIELDS = {
     "round": "round",
@@ -87,9 +87,7 @@ class RunFolder:
             raise ValueError(f"{path} already holds a run: continue it with --resume, or choose another --out")
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise ValueError(f"{path} must be a new or an empty folder to start a run in, got one in use")
-        above = next(parent for parent in folder.absolute().parents if parent.exists())
-        if not (above.is_dir() and os.access(above, os.W_OK)):
-            raise ValueError(f"{path} must be a folder that can be made, got {above}, which cannot be written to")
+        check_can_hold_files(folder)
 
     @staticmethod
     def check_configuration(path: str | Path, config_text: str) -> None:

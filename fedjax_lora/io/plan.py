@@ -114,8 +114,9 @@ def effects_of_run(plan: Plan, lines: list[dict[str, Any]]) -> bound.Effects:
 
 
 def _measured(plan: Plan) -> bound.Measured:
-    """What the pilot measured at the plan's rank."""
-    return bound.Measured(*(jnp.float32(float(plan.chosen[name])) for name in bound.Measured._fields))
+    """What the pilot measured at the plan's rank; NaN where the file has null, as for all that is not finite."""
+    values = (plan.chosen[name] for name in bound.Measured._fields)
+    return bound.Measured(*(jnp.float32(math.nan if value is None else float(value)) for value in values))
 
 
 def _planned_for(config: ExperimentConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A plan as a table for a terminal and as a picture."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,15 @@ def plan_table(plan: Plan) -> Table:
 
 
 def binding(found: Effects) -> str:
-    """One line: what training itself leaves of the bound, what each of the three effects adds, and which binds."""
+    """One line: what training itself leaves of the bound, what each of the three effects adds, and which binds.
+
+    None does where one is not known, as in a pilot that diverged.
+    """
     parts = {name: float(value) for name, value in found._asdict().items()}
     three = [name for name in parts if name != "training"]
     listed = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
-    return f"bound: {listed}; binding: {max(three, key=lambda name: parts[name])}"
+    known = not any(math.isnan(parts[name]) for name in three)
+    return f"bound: {listed}; binding: {max(three, key=lambda name: parts[name]) if known else 'not known'}"
 
 
 def plot_plan(plan: Plan, path: Path) -> None:
@@ -71,7 +76,8 @@ def plot_plan(plan: Plan, path: Path) -> None:
     left.legend(frameon=False)
     if plan.objective == "rollout":
         deviations = [row["score_deviation"] or 0.0 for row in rows]
-        right.errorbar(ranks, [row["score"] for row in rows], deviations, marker="o", capsize=3, color=_COLORS[0])
+        scores = [math.nan if row["score"] is None else row["score"] for row in rows]
+        right.errorbar(ranks, scores, deviations, marker="o", capsize=3, color=_COLORS[0])
         right.set(title="loss after the rollout", xlabel="structural rank")
     else:
         right.plot(ranks, [row["latency_s"] for row in rows], marker="o", color=_COLORS[0])

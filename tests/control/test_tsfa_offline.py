@@ -218,6 +218,27 @@ def test_the_gradient_search_ends_within_one_candidate_of_the_grid(searched, bud
     assert found.history[0].min() < found.history[0, 0]  # the lower start is not where it ends
 
 
+def test_the_gradient_search_leaves_the_largest_V_for_a_smaller_one_of_nearly_its_bound():
+    """Oracle: the outlook itself, at the rank where the search ended, under the largest V and under the one found."""
+    budget = 4.0
+    found = tsfa_relaxed.gradient(CONFIG, setting(budget), sites(), 1.05 * budget)
+    own = tsfa_relaxed.between(sites(), found.rank)
+    unit, decide = tsfa_offline.unit_of_V(CONFIG, setting(budget), own), tsfa_relaxed.relaxed(CONFIG)
+    price = tsfa_offline.latency_price(decide, setting(budget), own, unit)
+    largest, ended = (
+        tsfa_offline.outlook(decide, setting(budget), own, weight * unit, price * weight * unit).score
+        for weight in (tsfa_offline.WEIGHTS[-1], found.weight)
+    )
+    assert found.weight < 0.5 * tsfa_offline.WEIGHTS[-1]
+    assert ended < (1 + 2 * tsfa_offline.NEAR) * largest
+
+
+def test_a_first_queue_is_no_longer_than_float32_can_add_to():
+    """By definition, up to the longest, on which a hundredth of a budget still counts."""
+    queue_s = tsfa_offline.first_queue(jnp.float32([0.5, 1e9]), jnp.float32(2.0), 3.0)
+    assert queue_s[0] == 1 and queue_s[1] + jnp.float32(0.03) > queue_s[1]
+
+
 def test_the_relaxed_search_differentiates_what_it_minimises():
     """Oracle: central differences of the score by rank and V."""
 

@@ -186,7 +186,7 @@ def test_extremes_are_finite_and_so_are_gradients(weird):
     case = bits, snr, start, band, weights, tail, queue, V
 
     decision = solve_client(*case)
-    assert all(np.isfinite(x).all() for x in (*decision[:3], *gradient(*case)))
+    assert all(np.isfinite(x).all() for x in (*decision, *gradient(*case)))
     assert ((decision.keep_ratio > 0) & (decision.keep_ratio <= 1)).all()
     if weird in ("empty", "nobody", "no band"):
         assert decision.latency_s == 0 and decision.bandwidth_hz.sum() == 0
@@ -302,7 +302,10 @@ def test_rounding_never_exceeds_the_planned_latency(ratio, tail):
 
 
 def test_queue_bounds_the_mean_latency_and_steers_it_to_the_budget():
-    """avg(tau) - budget <= (Q_T - Q_0) / T on random paths; over many rounds the budget is met."""
+    """avg(tau) - budget <= (Q_T - Q_0) / T on random paths, by the controller's own queue, which adds up as float64's.
+
+    Rounds take more and less than the budget.
+    """
     config = TsfaConfig(V=1.0, latency_budget_s=0.35)
     controller = tsfa_online.make(config)
     bits, _, start, band, weights, tail, *_ = random_case(6, left_out=False)
@@ -310,19 +313,20 @@ def test_queue_bounds_the_mean_latency_and_steers_it_to_the_budget():
     def round_(queue, snr):
         case = bits, snr, start * 0.01, band / 4, weights, tail, queue, 0.0
         latency = controller.decide(observation(case)).latency_s
-        return controller.update_queue(queue, latency), latency
+        queue = controller.update_queue(queue, latency)
+        return queue, (queue, latency)
 
     rng = np.random.default_rng(0)
     gains = np.float32(1e8 * rng.exponential(1, (400, CLIENTS)) + 1e7)
     for first in (0.0, 5.0):
-        last, latency = jax.jit(lambda queue: jax.lax.scan(round_, queue, gains))(jnp.float32(first))
+        _, (queues, latency) = jax.jit(lambda queue: jax.lax.scan(round_, queue, gains))(jnp.float32(first))
         latency = np.float64(latency)
         for length in (1, 7, 400):
             queue = np.float64(first)
             for value in latency[:length]:
                 queue = max(queue + value - 0.35, 0)
-            assert latency[:length].mean() - 0.35 <= (queue - first) / length + 1e-12
-        np.testing.assert_allclose(last, queue, rtol=1e-4, atol=1e-4)
+            assert latency[:length].mean() - 0.35 <= (queues[length - 1] - first) / length + 1e-6
+            np.testing.assert_allclose(queues[length - 1], queue, rtol=1e-4, atol=1e-4)
         assert latency.max() > 0.35 > latency.min()
 
 
@@ -332,6 +336,7 @@ def test_queue_bounds_the_mean_latency_and_steers_it_to_the_budget():
         ("V", -1.0),
         ("latency_budget_s", 0.0),
         ("queue_s", -0.5),
+        ("queue_s", 1e6),
         ("energy_budget_j", 0.0),
         ("min_keep_ratio", 0.0),
         ("tail", "cubic"),
@@ -344,7 +349,16 @@ def test_config_names_field_and_value(field, value):
         TsfaConfig(**{field: value})
 
 
-def test_shapes_are_checked():
+@pytest.mark.parametrize(
+    ("bits", "tail"), [((3,), (2, 4)), ((3, 2), (3, 4)), ((3,), (3, 1)), ((2,), (3, 4)), ((), (3, 4))]
+)
+def test_shapes_are_checked(bits, tail):
     one = jnp.ones(3)
-    with pytest.raises(ValueError, match=r"tail_energy \[K, R \+ 1\], got"):
-        solve(one, one, one, 1.0, one, jnp.ones((2, 4)), 1.0, 1.0)
+    with pytest.raises(ValueError, match=r"tail_energy \[K, R \+ 1\], .*, got"):
+        solve(jnp.ones(bits), one, one, 1.0, one, jnp.ones(tail), 1.0, 1.0)
+
+
+def test_a_ratio_that_is_none_is_refused():
+    one = jnp.ones(3)
+    with pytest.raises(ValueError, match=r"^ratio must be one of client, common, got 'own'$"):
+        solve(one, one, one, 1.0, one, jnp.ones((3, 4)), 1.0, 1.0, ratio="own")
