@@ -30,8 +30,8 @@ class Pilot(NamedTuple):
 
     measured: what the bound needs.
     rank: r.
-    weights: `[C]` of the clients, mean over the rounds, which sum to 1.
-    tail_energy: `[C, R + 1]` of `Sparsifier.tail_energy`, mean over the rounds.
+    weights: `[C]` by place in the cohort, mean over the rounds, which sum to 1.
+    tail_energy: `[C, R + 1]` of `Sparsifier.tail_energy` likewise.
     payload_bits: `[R + 1]` uplink bits of a client that keeps 0 ... R ranks; 0 cost what 1 does.
     downlink_bits: of the broadcast.
     sparsification, covariance: `[R + 1]` mean squares of the two errors where each client keeps 0 ... R ranks, at the

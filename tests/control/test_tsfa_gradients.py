@@ -63,8 +63,9 @@ def optimum(free, ratio, step, *case):
 @pytest.mark.parametrize(("ranks", "most"), [(1, 1.0), (3, 1.0), (3, 0.8)])
 def test_implicit_gradients_match_float64_finite_differences(ranks, most):
     """Central differences of the conditions solved by MINPACK in float64: ratios, latency and objective by all
-    arguments, as derivatives by their logarithms (by start and tail themselves). Forty cohorts, of those in which no
-    client is about to enter or leave its step."""
+    arguments, as derivatives by their logarithms (by start and tail themselves), to 1e-3 of an output's own size or of
+    its largest derivative by that argument. Forty cohorts, of those in which no client is about to enter or leave its
+    step."""
     names = {0: "bits", 1: "snr", 2: "start", 3: "band", 4: "weights", 5: "tail", 6: "queue", 7: "V"}
 
     def outputs(*case):
