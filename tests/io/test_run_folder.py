@@ -82,7 +82,7 @@ def test_create_refuses_what_is_in_use_and_leaves_it_as_it_is(run, tmp_path):
         with pytest.raises(ValueError, match=word) as caught:
             RunFolder.create(tmp_path / name, "seed: 1", DATA)
         assert str(tmp_path / name) in str(caught.value)
-    with pytest.raises(ValueError, match="can be made"):
+    with pytest.raises(ValueError, match="must be a folder to write to"):
         RunFolder.create(tmp_path / "file" / "run", CONFIG, DATA)
     assert (run.path / "config.yaml").read_text() == CONFIG
     assert sorted(os.listdir(tmp_path)) == ["file", "full", "other", "run"]
