@@ -141,7 +141,7 @@ def _run(options: argparse.Namespace) -> int:
     from fedjax_lora.io.log import read_metrics
     from fedjax_lora.io.plan import apply_plan, effects_of_run, read_plan
     from fedjax_lora.presets import preset
-    from fedjax_lora.report.plan import binding
+    from fedjax_lora.report.plan import binding, choice
     from fedjax_lora.report.tables import summary_lines
     from fedjax_lora.runner import run
     from fedjax_lora.sim.cohort import use_cpu_cores
@@ -154,6 +154,7 @@ def _run(options: argparse.Namespace) -> int:
     plan = read_plan(options.plan) if options.plan else None
     if plan:
         config = apply_plan(plan, config, options.plan)
+        console.print(f"by the plan: {choice(plan)}", soft_wrap=True)
     summary = run(config, path, options.resume, console)
     console.print(summary_lines(summary))
     if plan:
@@ -170,7 +171,7 @@ def _plan(options: argparse.Namespace) -> int:
     from fedjax_lora.io.files import check_can_hold_files
     from fedjax_lora.planner import plan
     from fedjax_lora.presets import preset
-    from fedjax_lora.report.plan import binding, plan_table, plot_plan
+    from fedjax_lora.report.plan import binding, choice, plan_table, plot_plan
     from fedjax_lora.sim.cohort import use_cpu_cores
 
     use_cpu_cores()
@@ -193,8 +194,7 @@ def _plan(options: argparse.Namespace) -> int:
     start = [*([options.config] if options.config else []), *(["--preset", name] if name else [])]
     overrides = ["--set", *options.overrides] if options.overrides else []
     command = shlex.join(["fedjax-lora", "run", *start, "--plan", str(folder / plans.NAME), *overrides])
-    chosen = f"rank {found.rank}, V {found.V:.6g}, first queue {found.queue_s:.6g} s"
-    console.print(f"{chosen}: take it with {command}", soft_wrap=True, markup=False)
+    console.print(f"{choice(found)}: take it with {command}", soft_wrap=True, markup=False)
     return 0
 
 

@@ -92,11 +92,16 @@ def _check(config: ExperimentConfig) -> None:
         ("sparsifier.error_feedback", not getattr(config.sparsifier, "error_feedback", False), "false", True),
         ("server.name", server.name == "sgd", "sgd", server.name),
         ("server.learning_rate", server.learning_rate == 1.0, "1.0", server.learning_rate),
-        ("plan.pilot_rounds", options.pilot_rounds < config.rounds, "below rounds", options.pilot_rounds),
+        (
+            "plan.pilot_rounds",
+            options.pilot_rounds < config.rounds,
+            f"below rounds = {config.rounds}",
+            options.pilot_rounds,
+        ),
         (
             "plan.rollout_rounds",
             options.objective != "rollout" or options.rollout_rounds <= config.rounds,
-            "at most rounds",
+            f"at most rounds = {config.rounds}",
             options.rollout_rounds,
         ),
     ):

@@ -95,7 +95,9 @@ def test_a_run_takes_rank_V_and_first_queue_of_a_plan_and_says_what_binds(printe
     }
     np.testing.assert_allclose(found[1:], list(effects.values()), rtol=1e-3)
     np.testing.assert_allclose(sum(found), terms.total, rtol=1e-4)
-    assert f"binding: {max(effects, key=lambda name: effects[name])}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"binding: {max(effects, key=lambda name: effects[name])}" in said
+    assert f"by the plan: rank {plan.rank}, V {plan.V:.6g}, first queue {plan.queue_s:.6g} s" in said
 
 
 QUIET = Console(file=io.StringIO())
@@ -284,10 +286,10 @@ def test_a_plan_with_a_number_missing_is_one_line(planned, capsys, tmp_path):
             ["aggregation.start must be average or reinit", "'keep'"],
         ),
         (["server.learning_rate=0.5"], ["server.learning_rate must be 1.0", "0.5"]),
-        (["plan.pilot_rounds=3"], ["plan.pilot_rounds must be below rounds", "3"]),
+        (["plan.pilot_rounds=3"], ["plan.pilot_rounds must be below rounds = 3", "3"]),
         (
             ["plan.objective=rollout", "plan.rollout_rounds=4"],
-            ["plan.rollout_rounds must be at most rounds", "4"],
+            ["plan.rollout_rounds must be at most rounds = 3", "4"],
         ),
     ],
 )

@@ -48,6 +48,11 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def choice(plan: Plan) -> str:
+    """What a run takes of it, in one line."""
+    return f"rank {plan.rank}, V {plan.V:.6g}, first queue {plan.queue_s:.6g} s"
+
+
 def binding(found: Effects) -> str:
     """One line: what training itself leaves of the bound, what each of the three effects adds, and which binds.
 
@@ -73,7 +78,7 @@ def plot_plan(plan: Plan, path: Path) -> None:
         left.bar(labels, heights, bottom=bottom, color=color, label=name)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     left.set(title=f"bound; chosen: rank {plan.rank}", xlabel="structural rank")
-    left.legend(frameon=False)
+    left.legend(fontsize="small")
     if plan.objective == "rollout":
         deviations = [row["score_deviation"] or 0.0 for row in rows]
         scores = [math.nan if row["score"] is None else row["score"] for row in rows]
