@@ -35,7 +35,7 @@ def test_controllers_keep_their_word_on_a_toy_model(tmp_path, monkeypatch, capsy
     controllers = importlib.import_module("controllers")
     controller = controllers.controller
 
-    def eased(name, budget_s, queue_s):  # dense uploads take 4 budgets on average, which `greedy` can keep to
+    def eased(name, budget_s, queue_s=0.0):  # dense uploads take 4 budgets on average, which `greedy` can keep to
         return controller(name, 4 * budget_s if name == "greedy" else budget_s, queue_s)
 
     for name, value in {
