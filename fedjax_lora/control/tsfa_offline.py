@@ -32,7 +32,7 @@ NEAR = 0.01  # by which share a score may exceed the least for the sake of a sma
 
 _PRICES, _HALVINGS = (1e-4, 1e4), 18  # of latency: between them, in units of the budget over `unit_of_V`
 
-_LONGEST_QUEUE = 1e4  # budgets: float32 still adds a thousandth of a budget to it
+_LONGEST_PLANNED = 1e4  # budgets: float32 still adds a thousandth of a budget to it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,7 @@ def latency_price(decide: Decide, setting: Setting, site: Site, V: Array) -> Arr
 
 def first_queue(price: Array, V: Array, budget_s: float) -> Array:
     """The queue before round 1, s, at a price of latency: V times it, as far as float32 can count rounds on it."""
-    return jnp.minimum(price * V, _LONGEST_QUEUE * budget_s)
+    return jnp.minimum(price * V, _LONGEST_PLANNED * budget_s)
 
 
 def outlook(decide: Decide, setting: Setting, site: Site, V: Array, first_queue_s: Array | float) -> Outlook:
