@@ -155,7 +155,7 @@ def _run(options: argparse.Namespace) -> int:
     if plan:
         config = apply_plan(plan, config, options.plan)
         console.print(f"by the plan: {choice(plan)}", soft_wrap=True)
-    summary = run(config, path, options.resume, console)
+    summary = run(config, path, options.resume, console, plan)
     console.print(summary_lines(summary))
     if plan:
         console.print(binding(effects_of_run(plan, read_metrics(path))), soft_wrap=True)

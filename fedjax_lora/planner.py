@@ -131,7 +131,7 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
             "local.optimizer.learning_rate must be one with which the pilot moves downhill at some rank, "
             f"got {rate} over {rounds} rounds"
         )
-    rollout = None
+    rollout = excess = None
     if options.objective == "rollout":
         console.print(f"rollout: {options.rollout_rounds} rounds, {options.seeds} seeds")
         rollout = roll_out(
@@ -146,12 +146,12 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
             options.seeds,
             options.rollout_rounds,
         )
-        chosen = tsfa_offline.best_rank(rows.latency_s, rollout.loss.mean(1), allowed_s)
+        chosen, excess = tsfa_offline.best_rank_by_seeds(rows.latency_s, rollout.loss, allowed_s)
     elif options.search == "gradient":
         chosen, rows = _descended(for_all, setting, sites, rows, allowed_s, console)
     else:
         chosen = tsfa_offline.best_rank(rows.latency_s, rows.score, allowed_s)
-    found = jax.device_get((known.factors, rows, sites.measured, rollout))
+    found = jax.device_get((known.factors, rows, sites.measured, rollout, excess))
     return described(config, chosen, most_s, *found)
 
 

@@ -17,16 +17,20 @@ from fedjax_lora.base import Metrics
 from fedjax_lora.build import build
 from fedjax_lora.config import ExperimentConfig, dump
 from fedjax_lora.io import checkpoint
-from fedjax_lora.io.log import RunFolder, read_summary
+from fedjax_lora.io.log import RunFolder, read_metrics, read_summary
+from fedjax_lora.io.plan import Plan, effects_of_run
 from fedjax_lora.report.html import write_report
 from fedjax_lora.sim.engine import Simulation
 
 
-def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) -> dict[str, Any]:
+def run(
+    config: ExperimentConfig, path: Path, resume: bool, console: Console, plan: Plan | None = None
+) -> dict[str, Any]:
     """Run an experiment to its last round, or continue it from its last checkpoint.
 
     The program is built, compiled and evaluated once before the folder is made: a mistake in the configuration
-    leaves nothing behind. Times in the summary are those of the last session of a resumed run.
+    leaves nothing behind. Times in the summary are those of the last session of a resumed run. With the plan that the
+    configuration has taken, the summary names it, and the effects on its bound under the errors of the run.
 
     Returns:
       The summary, as in `summary.json`; that of a run that has ended already stays as it is.
@@ -73,6 +77,10 @@ def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) ->
                 console.print(f"round {int(metrics.round[-1])}/{config.rounds}  {_status(metrics)}", soft_wrap=True)
     training_s = time.perf_counter() - training_started
 
+    planned = {}
+    if plan:
+        effects = effects_of_run(plan, read_metrics(folder.path))
+        planned = {"plan": plan.taken, "bound_effects": effects._asdict()}
     summary = folder.write_summary(
         {
             "initial_accuracy": initial_accuracy,
@@ -84,6 +92,7 @@ def run(config: ExperimentConfig, path: Path, resume: bool, console: Console) ->
             "versions": versions(),
             "seed": config.seed,
             "partition_hash": simulation.partition_hash,
+            **planned,
         }
     )
     write_report([path], folder.report)

@@ -10,6 +10,7 @@ import shlex
 import numpy as np
 import pytest
 from rich.console import Console
+from scipy import stats
 
 from fedjax_lora import cli, planner
 from fedjax_lora.config import ConfigError, load_config
@@ -51,7 +52,7 @@ def planned(printed):
     return printed[0]
 
 
-def test_a_plan_holds_a_row_for_each_candidate_and_chooses_the_least_loss(planned):
+def test_a_plan_holds_a_row_for_each_candidate_and_chooses_by_loss(planned):
     plan = read_plan(planned / "plan.json")
     assert [row["rank"] for row in plan.rows] == [1, 3]
     assert (planned / "plan.png").read_bytes()[:4] == b"\x89PNG"
@@ -63,9 +64,16 @@ def test_a_plan_holds_a_row_for_each_candidate_and_chooses_the_least_loss(planne
         total = row["descent"] + row["noise"] + row["sparsification"] + row["covariance"]
         np.testing.assert_allclose(row["bound"], total, rtol=1e-5)
         np.testing.assert_allclose(row["rank_cost"], (1 - row["share"]) * (row["descent"] + row["noise"]), rtol=1e-5)
-        assert row["score_deviation"] > 0 and row["rollout_latency_s"] > 0
-    allowed = [row for row in plan.rows if row["within_budget"]]
-    assert plan.within_budget and plan.rank == min(allowed, key=lambda row: row["score"])["rank"]
+        np.testing.assert_allclose(row["score"], np.mean(row["losses"]), rtol=1e-6)
+        assert len(set(row["losses"])) == 2 and row["rollout_latency_s"] > 0
+    # Oracle: SciPy's standard error of the pairs, by the losses of the file.
+    least = min(plan.rows, key=lambda row: row["score"])
+    for row in plan.rows:
+        over = np.subtract(row["losses"], least["losses"])
+        np.testing.assert_allclose(row["excess"], over.mean(), atol=1e-6)
+        np.testing.assert_allclose(row["excess_error"], stats.sem(over), atol=1e-6)
+    assert all(row["within_budget"] for row in plan.rows)
+    assert plan.rank == next(row["rank"] for row in plan.rows if row["excess"] <= row["excess_error"])
 
 
 def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
@@ -95,6 +103,11 @@ def test_a_run_takes_rank_V_and_first_queue_of_a_plan_and_says_what_binds(printe
     }
     np.testing.assert_allclose(found[1:], list(effects.values()), rtol=1e-3)
     np.testing.assert_allclose(sum(found), terms.total, rtol=1e-4)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["plan"] == {"rank": plan.rank, "V": plan.V, "queue_s": plan.queue_s}
+    np.testing.assert_allclose([summary["bound_effects"][name] for name in effects], list(effects.values()), rtol=1e-3)
+    report = (out / "report.html").read_text()
+    assert f"rank {plan.rank}, V {plan.V:.6g}, queue_s {plan.queue_s:.6g}" in report and "bound, by effect" in report
     said = capsys.readouterr().out
     assert f"binding: {max(effects, key=lambda name: effects[name])}" in said
     assert f"by the plan: rank {plan.rank}, V {plan.V:.6g}, first queue {plan.queue_s:.6g} s" in said
@@ -181,7 +194,8 @@ def test_a_candidate_whose_pilot_diverged_is_passed_over(surveyed, tmp_path):
         plan = by_bound((config, known), 5.0, search)
         assert plan.rank != whole.rank and plan.rows[worst]["bound"] is None
         assert np.isfinite(plan.chosen["bound"])
-    plan = plan._replace(objective="rollout", rank=whole.rank)  # as if it were the only one within the budget
+    gaps = {"excess": None, "excess_error": None}
+    plan = plan._replace(objective="rollout", rank=whole.rank, rows=[row | gaps for row in plan.rows])
     write_plan(plan, tmp_path / "plan.json")
     plot_plan(plan, tmp_path / "plan.png")
     assert MISSING in [cell for column in plan_table(plan).columns for cell in column.cells]

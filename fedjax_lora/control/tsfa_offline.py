@@ -40,7 +40,8 @@ class PlanConfig:
     """How `fedjax-lora plan` chooses; every default is our choice.
 
     candidates: structural ranks; () is 1, 2, 4, ... and `lora.max_rank`.
-    objective: the `bound`, or the loss after a simulated `rollout` on examples held out from training.
+    objective: the `bound`, or the loss after a simulated `rollout` on examples held out from training; of ranks that
+      the seeds do not tell apart the smallest.
     search: `grid` tries every candidate and V; `gradient` relaxes the rank and descends in both.
     pilot_rounds: rounds that each candidate's pilot measures, after a first one.
     paths: draws of the fading over a whole run.
@@ -264,6 +265,29 @@ def best_rank(latency_s: Array, score: Array, most_latency_s: Array) -> int:
     """
     within = (latency_s <= most_latency_s) & jnp.isfinite(score)
     return int(jnp.argmin(jnp.where(within, score, jnp.inf)) if within.any() else jnp.argmin(latency_s))
+
+
+class Excess(NamedTuple):
+    """`[candidates]`: loss over that of the least candidate, seed by seed: mean, and its standard error over seeds."""
+
+    mean: Array
+    error: Array
+
+
+def best_rank_by_seeds(latency_s: Array, loss: Array, most_latency_s: Array) -> tuple[int, Excess]:
+    """Position of the smallest rank whose rollouts `[candidates, seeds]` are as good as the least loss, and by what.
+
+    The seeds are shared by the candidates, so that a difference is taken in each: as good is what exceeds the least
+    mean loss within the latency by no more than one standard error of that difference (the rule of L. Breiman et al.,
+    "Classification and Regression Trees", 1984, on pairs). Without it noise would choose among equal ranks, and a
+    tighter budget the higher one as often as not. A single seed has no error: the least loss is taken.
+    """
+    least = best_rank(latency_s, loss.mean(1), most_latency_s)
+    over, seeds = loss - loss[least], loss.shape[1]
+    error = jnp.std(over, 1, ddof=1) / math.sqrt(seeds) if seeds > 1 else jnp.zeros(loss.shape[0])
+    excess = Excess(over.mean(1), error)
+    near = (latency_s <= most_latency_s) & (excess.mean <= excess.error)
+    return int(jnp.argmax(near)) if near[least] else least, excess
 
 
 def at(table: Array, position: Array) -> Array:

@@ -49,6 +49,8 @@ RUN_FIELDS = (
     "versions",
     "seed",
     "partition_hash",
+    "plan",
+    "bound_effects",
 )
 """What `write_summary` is told; the rest of `summary.json` is computed from `metrics.jsonl`."""
 
@@ -274,6 +276,8 @@ def _lines(metrics: Metrics) -> Iterator[dict[str, Any]]:
 
 def _plain(value: Any) -> Any:
     """`value` as JSON can hold it: arrays as lists, NumPy and JAX scalars as Python's, NaN and infinity as null."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
     if getattr(value, "ndim", 0) > 0:
         return [_plain(item) for item in np.asarray(value)]
     if getattr(value, "ndim", None) == 0:

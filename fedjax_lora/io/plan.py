@@ -28,8 +28,9 @@ class Plan(NamedTuple):
     rank, V, queue_s: chosen, the last as the queue before round 1. within_budget: whether they meet the latency budget.
     factors: of the learning rate in each round, see `bound.terms`.
     rows: one dict a candidate rank: `rank, V, queue_s, keep_ratio, kept_ranks, latency_s, uplink_bits, final_queue_s`,
-      each term of the bound, `rank_cost` (the effect of the rank on it), `bound`, `score` and `score_deviation` (of a
-      rollout, else None), of a rollout `accuracy` and `rollout_latency_s`, and what the pilot measured.
+      each term of the bound, `rank_cost` (the effect of the rank on it), `bound`, `score`, of a rollout `losses` (one a
+      seed; their mean is the score), `excess` over the least rank's, seed by seed, its standard error `excess_error`,
+      `accuracy` and `rollout_latency_s`, and what the pilot measured.
     """
 
     config: dict[str, Any]
@@ -46,6 +47,11 @@ class Plan(NamedTuple):
     def chosen(self) -> dict[str, Any]:
         """The row of the chosen rank."""
         return next(row for row in self.rows if row["rank"] == self.rank)
+
+    @property
+    def taken(self) -> dict[str, Any]:
+        """What a run takes of it."""
+        return {"rank": self.rank, "V": self.V, "queue_s": self.queue_s}
 
 
 def write_plan(plan: Plan, path: Path) -> None:
@@ -133,18 +139,23 @@ def described(
     outlook: Any,
     measured: Any,
     rollout: Any,
+    excess: Any,
 ) -> Plan:
-    """The plan from arrays on the host: factors `[T]`; by candidate an `Outlook`, a `Measured`, a `Rollout` or None."""
+    """The plan from arrays on the host: factors `[T]`; by candidate an `Outlook` and a `Measured`.
+
+    By rollout, a `Rollout` and an `Excess` too, else None.
+    """
     rows, effects = [], bound.effects(measured, outlook.terms)
     for i, rank in enumerate(outlook.rank):
         row: dict[str, Any] = {"rank": int(rank)}
         row |= {name: float(getattr(outlook, name)[i]) for name in _EXPECTED}
         row |= {name: float(term[i]) for name, term in outlook.terms._asdict().items()}
         row |= {"rank_cost": float(effects.rank[i])}
-        row |= {"bound": float(outlook.score[i]), "score": float(outlook.score[i]), "score_deviation": None}
+        row |= {"bound": float(outlook.score[i]), "score": float(outlook.score[i])}
         if rollout is not None:
+            row["losses"] = [_finite(loss) for loss in rollout.loss[i].tolist()]
             row["score"] = float(rollout.loss[i].mean())
-            row["score_deviation"] = float(rollout.loss[i].std(ddof=1)) if rollout.loss.shape[1] > 1 else None
+            row |= {"excess": float(excess.mean[i]), "excess_error": float(excess.error[i])}
             row["accuracy"] = float(rollout.accuracy[i].mean())
             row["rollout_latency_s"] = float(rollout.latency_s[i].mean())
         row |= {name: float(value[i]) for name, value in measured._asdict().items()}

@@ -37,12 +37,15 @@ def plan_table(plan: Plan) -> Table:
         table.add_column(label, justify="right")
     if plan.objective == "rollout":
         table.add_column("loss of rollout", justify="right")
+        table.add_column("over the least", justify="right")
     table.add_column("")
     for row in plan.rows:
         cells = [MISSING if row[key] is None else format(row[key], form) for key, (_, form) in _COLUMNS.items()]
         if plan.objective == "rollout":
-            score, deviation = (MISSING if x is None else f"{x:.4f}" for x in (row["score"], row["score_deviation"]))
-            cells.append(score if deviation == MISSING else f"{score} ± {deviation}")
+            score, mean, error = (
+                MISSING if x is None else f"{x:.4f}" for x in (row["score"], row["excess"], row["excess_error"])
+            )
+            cells += [score, MISSING if mean == MISSING else f"{mean} ± {error}"]
         notes = (["chosen"] if row["rank"] == plan.rank else []) + ([] if row["within_budget"] else ["over budget"])
         table.add_row(*cells, ", ".join(notes))
     return table
@@ -80,10 +83,9 @@ def plot_plan(plan: Plan, path: Path) -> None:
     left.set(title=f"bound; chosen: rank {plan.rank}", xlabel="structural rank")
     left.legend(fontsize="small")
     if plan.objective == "rollout":
-        deviations = [row["score_deviation"] or 0.0 for row in rows]
-        scores = [math.nan if row["score"] is None else row["score"] for row in rows]
-        right.errorbar(ranks, scores, deviations, marker="o", capsize=3, color=_COLORS[0])
-        right.set(title="loss after the rollout", xlabel="structural rank")
+        means, errors = ([math.nan if row[k] is None else row[k] for row in rows] for k in ("excess", "excess_error"))
+        right.errorbar(ranks, means, errors, marker="o", capsize=3, color=_COLORS[0])
+        right.set(title="loss after the rollout, over the least", xlabel="structural rank")
     else:
         right.plot(ranks, [row["latency_s"] for row in rows], marker="o", color=_COLORS[0])
         right.axhline(plan.config["control.latency_budget_s"], linestyle="--", color=_COLORS[3], label="budget")

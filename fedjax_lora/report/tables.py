@@ -15,18 +15,20 @@ from fedjax_lora.report.runs import Run, differing_keys, load_runs
 MISSING = "–"
 """What stands for a value that was not measured."""
 
+_Cell = Callable[[Mapping[str, Any]], str]  # of a summary
+
 
 def summary_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Rows `(label, one cell a run)`: the keys in which the runs differ, then what came out."""
     settings = [(key, [_cell(run.config.get(key)) for run in runs]) for key in differing_keys(runs)]
-    columns = _headline([run.summary for run in runs]) | _DETAILS
+    columns = _measured(_HEADLINE | _DETAILS, [run.summary for run in runs])
     results = [(label, [cell(run.summary) for run in runs]) for label, cell in columns.items()]
     return [*settings, *results, ("participants a round", [_participants(run) for run in runs])]
 
 
 def summary_lines(summary: Mapping[str, Any]) -> str:
     """Plain text for a terminal: the headline numbers of one summary, one a line."""
-    headline = _headline([summary])
+    headline = _measured(_HEADLINE, [summary])
     width = max(map(len, headline))
     return "\n".join(f"{label:<{width}}  {cell(summary)}" for label, cell in headline.items())
 
@@ -40,7 +42,7 @@ def comparison(run_folders: Iterable[str | Path]) -> str:
       ValueError: a folder is not a run's, or has no round in its log.
     """
     runs = load_runs(run_folders)
-    keys, headline = differing_keys(runs), _headline([run.summary for run in runs])
+    keys, headline = differing_keys(runs), _measured(_HEADLINE, [run.summary for run in runs])
     rows = [["run", *keys, *headline]]
     for run in runs:
         settings = [_cell(run.config.get(key)) for key in keys]
@@ -59,10 +61,10 @@ def comparison(run_folders: Iterable[str | Path]) -> str:
     return "\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines()) + "\n"
 
 
-def _headline(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
-    """The headline numbers; accuracy of the clients' own adapters only where one of the runs has it."""
-    has_personal = any(summary.get("personal_accuracy") is not None for summary in summaries)
-    return {label: cell for label, cell in _HEADLINE.items() if has_personal or label != _PERSONAL}
+def _measured(columns: Mapping[str, _Cell], summaries: Sequence[Mapping[str, Any]]) -> dict[str, _Cell]:
+    """The columns without those of `_OPTIONAL` that none of the runs has."""
+    absent = {label for label, key in _OPTIONAL.items() if all(summary.get(key) is None for summary in summaries)}
+    return {label: cell for label, cell in columns.items() if label not in absent}
 
 
 def _cell(value: Any) -> str:
@@ -75,7 +77,7 @@ def _cell(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _formatted(key: str, form: str) -> Callable[[Mapping[str, Any]], str]:
+def _formatted(key: str, form: str) -> _Cell:
     """A number of the summary, formatted."""
 
     def cell(summary: Mapping[str, Any]) -> str:
@@ -85,7 +87,7 @@ def _formatted(key: str, form: str) -> Callable[[Mapping[str, Any]], str]:
     return cell
 
 
-def _text(key: str) -> Callable[[Mapping[str, Any]], str]:
+def _text(key: str) -> _Cell:
     return lambda summary: _cell(summary.get(key))
 
 
@@ -95,21 +97,27 @@ def _participants(run: Run) -> str:
     return f"{sum(counts) / len(counts):.4g}"
 
 
-_PERSONAL = "personal accuracy"
+_OPTIONAL = {
+    "personal accuracy": "personal_accuracy",
+    "taken of the plan": "plan",
+    "bound, by effect": "bound_effects",
+}
 
-_HEADLINE: dict[str, Callable[[Mapping[str, Any]], str]] = {
+_HEADLINE: dict[str, _Cell] = {
     "initial accuracy": _formatted("initial_accuracy", ".4f"),
     "final accuracy": _formatted("final_accuracy", ".4f"),
     "best accuracy": _formatted("best_accuracy", ".4f"),
-    _PERSONAL: _formatted("personal_accuracy", ".4f"),
+    "personal accuracy": _formatted("personal_accuracy", ".4f"),
     "rounds": _formatted("rounds", "d"),
     "simulated time, s": _formatted("total_latency_s", ".6g"),
     "latency a round, s": _formatted("mean_latency_s", ".4g"),
     "uplink, bits": _formatted("total_uplink_bits", ",d"),
 }
 
-_DETAILS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+_DETAILS: dict[str, _Cell] = {
     "queue at the end, s": _formatted("final_queue_s", ".4g"),
+    "taken of the plan": _text("plan"),
+    "bound, by effect": _text("bound_effects"),
     "downlink, bits": _formatted("total_downlink_bits", ",d"),
     "wall time, s": _formatted("wall_s", ".4g"),
     "of it compiling, s": _formatted("compile_s", ".4g"),

@@ -198,6 +198,33 @@ def test_where_no_rank_is_within_the_budget_the_best_near_the_least_latency_is_t
     assert best_rank(latency_s, score, budget_s, 0.05) == expected
 
 
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ([[5.0, 9.0, 1.0], [4.9, 8.9, 0.9], [4.8, 8.8, 0.8]], 2),  # seeds differ by far more, but no pair does
+        ([[5.3, 9.3, 1.3], [4.9, 8.9, 0.9], [4.5, 9.1, 0.9]], 1),  # 0.067 +- 0.18 over the least: as good as it
+        ([[5.0, 9.0, 1.0], [5.0, 9.0, 1.0], [5.0, 9.0, 1.0]], 0),
+        ([[5.0], [4.9], [4.8]], 2),  # one seed knows no error
+        ([[5.0, 9.0, 1.0], [4.9, 8.9, 0.9], [4.8, 8.8, np.nan]], 1),
+        ([[5.3, 9.3, 1.3], [4.9, np.inf, 0.9], [4.5, 9.1, 0.9]], 2),  # one that diverged is not as good as any
+        ([[np.inf], [np.nan], [np.nan]], 0),  # nothing but the latency is left
+    ],
+)
+def test_of_ranks_that_seeds_do_not_tell_apart_the_smallest_is_taken(loss, expected):
+    """By hand, over pairs of equal seeds."""
+    loss, latency_s = jnp.array(loss), jnp.array([1.0, 1.1, 1.2])
+    assert tsfa_offline.best_rank_by_seeds(latency_s, loss, jnp.float32(1.3))[0] == expected
+
+
+def test_the_seeds_choose_among_ranks_within_the_latency_alone():
+    """By hand: the last would be best, the first as good as the second, but it takes too long."""
+    loss = jnp.array([[2.0, 2.1], [2.0, 2.0], [1.0, 1.0]])
+    chosen, excess = tsfa_offline.best_rank_by_seeds(jnp.array([3.0, 1.0, 9.0]), loss, jnp.float32(2.0))
+    assert chosen == 1
+    np.testing.assert_allclose(excess.mean, [0.05, 0.0, -1.0], rtol=1e-5)
+    np.testing.assert_allclose(excess.error, [0.05, 0.0, 0.0], rtol=1e-5)
+
+
 def test_a_tighter_budget_never_chooses_a_higher_rank(searched):
     """Monotone comparative statics: of a nested spectrum, fewer bits cost a higher rank at least as much."""
     chosen = []
