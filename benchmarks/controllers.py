@@ -3,43 +3,45 @@
 The setting is that of `sst2_accuracy.py` in shorter rounds, 112 of 2 steps on batches of 4, with products in bfloat16,
 in the default cell; who fades below 0.05 of the mean gain is let go, since the inverse of Rayleigh fading has no finite
 mean. A seed is a cell of its own: its budget is a quarter of the mean latency of dense uploads over the run's own
-channel, with shares of least latency. `uniform` and `fixed` send a quarter of the ranks, `ideal` all of them without a
-network; `greedy` and `tsfa` choose. `tsfa 1/4` may keep a quarter of the ranks at most.
+channel, with shares of least latency. `uniform` and `fixed` send 0.28 of the ranks, `ideal` all of them without a
+network; `greedy` and `tsfa` choose. `tsfa 0.28` may keep 0.28 of the ranks at most.
 
-TSFA's V is `V_PER_BUDGET` times the budget squared: it has the unit s^2, so that one number serves every cell. That of
-`tsfa 1/4` is large, so that the queue hardly moves the ratios: a quarter of the ranks takes about the budget, and with
-a smaller V many rounds pay for a long one by sending little, and none can make use of what they save.
+The rank is 18, of which 5 are 0.28, and not 8, of which 2 are a quarter: one round in a deep fade may take a seventh of
+the time of a whole run, so that the mean latency comes in steps of what one rank in that round is. Alpha follows, so
+that the products have the scale that they have in `sst2_accuracy.py`.
 
-TSFA starts where a dry run says: of QUEUES (in budgets), the first queue at which the controller alone, over the run's
-channel and with the tail energies of the cohort that trains after `PRACTICE_ROUNDS`, has a mean latency nearest to the
+TSFA's V is V_PER_BUDGET times the budget squared: it has the unit s^2, so that one number serves every cell. That of
+`tsfa 0.28` is large: its ranks take little more than the budget, and with a small V many rounds pay for a long one by
+sending little, while none can make use of what they save.
+
+V of V_PER_BUDGET and the first queue of QUEUES (in budgets) are those at which a dry run of the controller alone, over
+the run's channel and with the tail energies of a run of `tsfa 0.28` by the largest V, has a mean latency nearest to the
 budget. That dry run knows the fading to come, as the budget does: the mean latency is fitted, not found. What the
 controller alone does on the run's channel without that knowledge stands beside it: from a queue of 0 (`from_zero`), and
-from the queue that is best on `ELSEWHERE` other draws of fading and cohorts (`foreseen`).
+with the V and queue that are best on `ELSEWHERE` other draws of fading and cohorts (`foreseen`).
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple
 
 import common
 import jax
 import jax.numpy as jnp
 import numpy as np
 import sst2_accuracy
-from jax import Array, lax
+from controller_alone import Numbers, alone, tail_energies
+from jax import Array
 
 from fedjax_lora import Simulation, build, load_config, use_cpu_cores
-from fedjax_lora.base import Adapters, FedState
-from fedjax_lora.prng import round_keys
-from fedjax_lora.sim.local import Trained
-from fedjax_lora.sim.parts import Local, World
-from fedjax_lora.sim.round import choose_cohort, control, importance, round_latency, train_locally
+from fedjax_lora.base import FedState
+from fedjax_lora.control import TsfaConfig, tsfa_online
 
 ELSEWHERE = 8
-PRACTICE_ROUNDS = 28
+SHARE = 0.28
 QUEUES = np.concatenate([[0.0], np.geomspace(0.3, 30.0, 24)])
 SETTING = [
     *sst2_accuracy.SETTING,
@@ -51,126 +53,103 @@ SETTING = [
     "engine.eval_every=16",
 ]
 
+FINE = ["lora.max_rank=18", "lora.rank=18", "lora.alpha=36"]
+
 SPARSIFIERS = {
     "soft": ["sparsifier.name=soft"],
     "soft_rotated": ["sparsifier.name=soft_rotated", "sparsifier.keep_norm=true"],
 }
-V_PER_BUDGET = {"tsfa": 30.0, "tsfa 1/4": 3000.0}
-LIMITS = {"tsfa": [], "tsfa 1/4": ["control.max_keep_ratio=0.25"]}
+LIMITED = f"tsfa {SHARE}"
+V_PER_BUDGET = {"tsfa": (30.0, 100.0), LIMITED: (600.0, 1000.0, 1500.0, 2000.0, 3000.0, 4000.0, 6000.0)}
+LIMITS = {"tsfa": [], LIMITED: [f"control.max_keep_ratio={SHARE}"]}
 CONTROLLERS = ("ideal", *LIMITS, "uniform", "fixed", "greedy")
 
 
-def controller(name: str, budget_s: float, queue_s: float = 0.0) -> list[str]:
-    """The overrides of one of CONTROLLERS; TSFA starts with a queue."""
+class Start(NamedTuple):
+    """What TSFA begins with: V over the budget squared, and the first queue over the budget."""
+
+    V: float
+    queue: float
+
+
+def controller(name: str, budget_s: float, start: Start | None = None) -> list[str]:
+    """The overrides of one of CONTROLLERS; TSFA needs a start."""
     if name in LIMITS:
+        assert start  # fitted by a dry run
         return [
             "control.name=tsfa",
             f"control.latency_budget_s={budget_s}",
-            f"control.V={V_PER_BUDGET[name] * budget_s**2}",
-            f"control.queue_s={queue_s}",
+            f"control.V={start.V * budget_s**2}",
+            f"control.queue_s={start.queue * budget_s}",
             *LIMITS[name],
         ]
     chosen = {
         "ideal": [],
-        "uniform": ["control.keep_ratio=0.25"],
-        "fixed": ["control.keep_ratio=0.25"],
+        "uniform": [f"control.keep_ratio={SHARE}"],
+        "fixed": [f"control.keep_ratio={SHARE}"],
         "greedy": [f"control.latency_budget_s={budget_s}"],
     }
     return [f"control.name={name}", *chosen[name]]
 
 
-def tail_energies(simulation: Simulation, state: FedState) -> Array:
-    """`[C, R + 1]` of the cohort of the next round after its local training."""
-    parts = simulation.parts
-
-    @jax.jit
-    def train(world: World, state: FedState) -> Array:
-        cohort = choose_cohort(parts, world, state, round_keys(state.key, state.round))
-        return importance(parts, cohort, train_locally(parts, world, state, cohort))
-
-    return train(simulation.world, state)
-
-
-def alone(
-    simulation: Simulation, state: FedState, keys: Array, queues_s: Array, tails: Array, rounds: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Latency and sent bits `[P, Q, rounds]` by the fading and cohorts of keys `[P]`, from first queues `[Q]`.
-
-    Nothing is trained: the tail energies `[C, R + 1]` stay.
-    """
-    parts = simulation.parts
-
-    def run(world: World, state: FedState, key: Array, queue_s: Array) -> tuple[Array, Array]:
-        state = dataclasses.replace(state, key=key)
-
-        def one(state: FedState, number: Array) -> tuple[FedState, tuple[Array, Array]]:
-            keys = round_keys(state.key, number)
-            link = parts.link.step(state.link, keys.channel, jnp.arange(world.data.count.shape[0]))
-            state = dataclasses.replace(state, link=link)
-            cohort = choose_cohort(parts, world, state, keys)
-            here, weight = cohort.present, parts.client_weight(cohort.clients.examples)
-            untrained = Local(
-                trained=cast(Trained, None), shown=cast(Adapters, None), finite=here, active=here, weight=weight
-            )
-            decision = control(parts, state, cohort, untrained, tails)
-
-            def bits_of(keep_ratio: Array, ranks: Array) -> Array:
-                return parts.sparsifier.payload_bits(keep_ratio, cohort.scope(ranks))
-
-            bits = jax.vmap(bits_of)(decision.keep_ratio, cohort.ranks) * here
-            delivery = parts.link.deliver(cohort.link, bits, decision, cohort.start_s, here)
-            latency_s = round_latency(delivery, here)
-            state = dataclasses.replace(state, queue_s=parts.controller.update_queue(state.queue_s, latency_s))
-            return state, (latency_s, jnp.sum(jnp.where(jnp.isfinite(delivery.latency_s), bits, 0.0)))
-
-        return lax.scan(one, dataclasses.replace(state, queue_s=queue_s), jnp.arange(rounds))[1]
-
-    every = jax.jit(jax.vmap(jax.vmap(run, (None, None, None, 0)), (None, None, 0, None)))
-    latency_s, bits = every(simulation.world, state, keys, queues_s)
-    return np.asarray(latency_s, np.float64), np.asarray(bits, np.float64)
-
-
-def fit_queue(overrides: list[str], budget_s: float) -> dict:
-    """Where the queue of TSFA starts, and the mean latency of the controller alone, over the budget."""
-    config = load_config(None, overrides)
-    simulation = build(config)
-    state = simulation.init(jax.random.key(config.seed))
-    trained, _ = simulation.run(state, PRACTICE_ROUNDS)
-    tails, state = tail_energies(simulation, trained), simulation.init(jax.random.key(config.seed))
-    queues = QUEUES * budget_s
-    others = jax.random.split(jax.random.fold_in(state.key, config.rounds), ELSEWHERE)
+def fit_start(
+    simulation: Simulation, state: FedState, control: TsfaConfig, tried: Sequence[float], tails: Array
+) -> dict:
+    """The V of those tried and the first queue that spend the budget, and the mean latency of the controller alone."""
+    budget_s = control.latency_budget_s
+    starts = [Start(V, float(queue)) for V in tried for queue in QUEUES]
+    V, queue = (jnp.array(column, jnp.float32) for column in zip(*starts, strict=True))
+    others = jax.random.split(jax.random.fold_in(state.key, len(tails)), ELSEWHERE)
     paths = jnp.concatenate([state.key[None], others])
-    over = alone(simulation, state, paths, jnp.float32(queues), tails, config.rounds)[0].mean(2) / budget_s
+    numbers = Numbers(V * budget_s**2, queue * budget_s)
+    latency_s, _ = alone(simulation, lambda V: tsfa_online.make(control, V), state, paths, numbers, tails)
+    over = latency_s.mean(2) / budget_s
     best, foreseen = (int(np.argmin(np.abs(mean - 1))) for mean in (over[0], over[1:].mean(0)))
     return {
-        "queue_s": float(queues[best]),
+        "start": starts[best]._asdict(),
         "latency_over_budget": float(over[0, best]),
-        "from_zero": float(over[0, 0]),
+        "from_zero": float(over[0, starts.index(Start(starts[best].V, 0.0))]),
         "foreseen": float(over[0, foreseen]),
-        "foreseen_queue_s": float(queues[foreseen]),
+        "foreseen_start": starts[foreseen]._asdict(),
         "foreseen_elsewhere": over[1:, foreseen].tolist(),
     }
 
 
+def fit_starts(shared: list[str], seed: int, budget_s: float) -> dict[str, dict]:
+    """`fit_start` of each sparsifier and limit; what the ranks are worth is of one run of each sparsifier."""
+    found = {}
+    for sparsifier, options in SPARSIFIERS.items():
+        configs = {
+            name: load_config(
+                None, [*shared, *options, *controller(name, budget_s, Start(V_PER_BUDGET[name][-1], 0.0))]
+            )
+            for name in LIMITS
+        }
+        simulation = build(configs[LIMITED])
+        state = simulation.init(jax.random.key(seed))
+        tails = tail_energies(simulation, state, configs[LIMITED].rounds)
+        for name, config in configs.items():
+            assert isinstance(config.control, TsfaConfig)  # as `controller` has it
+            fitted = fit_start(simulation, state, config.control, V_PER_BUDGET[name], tails)
+            found[f"{sparsifier} {name}"] = fitted
+    return found
+
+
 def measure_cell(files: list[str], seed: int) -> dict:
-    """What a seed's runs share: the budget, what dense sends, and where the queue of TSFA starts."""
-    shared = [*files, *SETTING, f"seed={seed}"]
+    """What a seed's runs share: the budget, what dense sends, and where TSFA starts."""
+    shared = [*files, *SETTING, *FINE, f"seed={seed}"]
     config = load_config(None, [*shared, "sparsifier.name=dense", "control.name=fixed"])
     simulation = build(config)
     state = simulation.init(jax.random.key(seed))
-    nothing = jnp.zeros((simulation.parts.cohort_size, config.lora.max_rank + 1))
-    latency_s, bits = alone(simulation, state, state.key[None], jnp.zeros(1), nothing, config.rounds)
+    nothing = jnp.zeros((config.rounds, simulation.parts.cohort_size, config.lora.max_rank + 1))
+    unused = Numbers(jnp.zeros(1), jnp.zeros(1))
+    latency_s, bits = alone(simulation, lambda _: simulation.parts.controller, state, state.key[None], unused, nothing)
     budget_s = float(np.mean(latency_s)) / 4
-    tsfa = {
-        f"{sparsifier} {name}": fit_queue([*shared, *SPARSIFIERS[sparsifier], *controller(name, budget_s)], budget_s)
-        for sparsifier in SPARSIFIERS
-        for name in LIMITS
-    }
     return {
         "dense_latency_s": latency_s[0, 0].tolist(),
         "dense_uplink_bits": int(bits.sum()),
         "budget_s": budget_s,
-        "tsfa": tsfa,
+        "tsfa": fit_starts(shared, seed, budget_s),
     }
 
 
@@ -252,13 +231,12 @@ def main() -> None:
     files += [f"data.train={options.train}", f"data.test={options.test}"]
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
     made_with = {
-        "setting": SETTING,
+        "setting": [*SETTING, *FINE],
         "sparsifiers": SPARSIFIERS,
         "V_per_budget": V_PER_BUDGET,
         "limits": LIMITS,
         "queues": QUEUES.tolist(),
         "elsewhere": ELSEWHERE,
-        "practice_rounds": PRACTICE_ROUNDS,
     }
     cells = kept.get("cells", {}) if kept.get("made_with") == made_with else {}
     runs = kept.get("runs", {})
@@ -285,9 +263,9 @@ def main() -> None:
             common.note(f"cell of seed {seed}: {cells[seed]}")
             write()
         cell = cells[seed]
-        queue_s = cell["tsfa"][f"{sparsifier} {name}"]["queue_s"] if name in LIMITS else 0.0
-        chosen = controller(name, cell["budget_s"], queue_s)
-        overrides = [*SETTING, *SPARSIFIERS[sparsifier], *chosen, f"seed={seed}"]
+        start = Start(**cell["tsfa"][f"{sparsifier} {name}"]["start"]) if name in LIMITS else None
+        chosen = controller(name, cell["budget_s"], start)
+        overrides = [*SETTING, *FINE, *SPARSIFIERS[sparsifier], *chosen, f"seed={seed}"]
         if runs.get(title, {}).get("overrides") != overrides:
             found = measure([*files, *overrides], cell)
             runs[title] = {"overrides": overrides, "git_commit": environment["git_commit"], **found}

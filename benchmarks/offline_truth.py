@@ -25,7 +25,6 @@ from fedjax_lora import build, use_cpu_cores
 from fedjax_lora.config import ExperimentConfig, load_config
 from fedjax_lora.control import tsfa_online
 from fedjax_lora.control.tsfa_online import TsfaConfig
-from fedjax_lora.io.plan import Plan
 from fedjax_lora.planner import Survey, choose, survey
 from fedjax_lora.presets import preset
 from fedjax_lora.sim.rollout import roll_out
@@ -78,10 +77,30 @@ def setting_of(row: dict) -> tuple[int, float, float]:
     return row["rank"], row["V"], row["queue_s"]
 
 
-def chosen(known: Survey, config: ExperimentConfig, **options: str) -> Plan:
-    """The plan of a configuration under other options of `PlanConfig`."""
+def chosen_row(plan: dict) -> dict:
+    """The row of the rank that a plan chose."""
+    return next(row for row in plan["rows"] if row["rank"] == plan["rank"])
+
+
+def chosen(known: Survey, config: ExperimentConfig, **options: str) -> dict:
+    """The plan of a configuration under other options of `PlanConfig`, without the configuration."""
     config = dataclasses.replace(config, plan=dataclasses.replace(config.plan, **options))
-    return choose(known, config, Console(stderr=True, quiet=True))
+    found = choose(known, config, Console(stderr=True, quiet=True))
+    return {key: value for key, value in found._asdict().items() if key != "config"}
+
+
+def complete(entry: dict, config: ExperimentConfig, commit: str) -> None:
+    """Run what the plans of an entry name and it does not hold yet: each row of the grid, and what each plan chose."""
+    rows, own = entry["plans"]["grid"]["rows"], {way: chosen_row(plan) for way, plan in entry["plans"].items()}
+    found = {setting_of(row): entry["runs"].get(str(row["rank"])) for row in rows}
+    found |= {setting_of(own[way]): run for way, run in entry["planned"].items()}
+    settings = dict.fromkeys(map(setting_of, [*rows, *own.values()]))
+    if missing := [setting for setting in settings if not found.get(setting)]:
+        found |= dict(zip(missing, measure(config, missing, entry["runs_a_rank"]), strict=True))
+        entry["git_commit"] = commit
+    entry["runs"] = {str(row["rank"]): found[setting_of(row)] for row in rows}
+    entry["planned"] = {way: found[setting_of(row)] for way, row in own.items()}
+    entry["complete"] = True
 
 
 def summarize(kept: dict[str, dict]) -> dict[str, dict]:
@@ -161,29 +180,23 @@ def main() -> None:
             name = f"{task}, budget {budget} seed {seed}"
             asked = {"task": task, "overrides": overrides, "budget": budget, "runs_a_rank": options.runs}
             if not asked.items() <= kept.get(name, {}).items():
-                kept[name] = {**asked, "plans": {}, "runs": {}, "complete": False}
+                kept[name] = {**asked, "plans": {}, "runs": {}, "planned": {}, "complete": False}
             entry = kept[name]
             ways = dict.fromkeys(["grid", *options.ways])  # the runs take V and queue from the grid
-            if entry["complete"] and ways.keys() <= entry["plans"].keys():
+            missing = [way for way in ways if way not in entry["plans"]]
+            if entry["complete"] and not missing:
                 continue
-            if not ways.keys() <= entry["plans"].keys():
+            if missing:
                 known = known or survey(load_config(None, [*files, *overrides], base=base), Console(stderr=True))
                 entry.setdefault("budget_s", budget * dense_latency_s(known))
             in_budget = f"control.latency_budget_s={entry['budget_s']}"
             config = load_config(None, [*files, *overrides, in_budget], base=base)
-            for way in ways:
-                if known and way not in entry["plans"]:
-                    found = chosen(known, config, **WAYS[way])._asdict()
-                    entry["plans"][way] = {key: value for key, value in found.items() if key != "config"}
-                    common.note(f"{name}, {way}: rank {entry['plans'][way]['rank']}")
-                    keep()
-            rows = entry["plans"]["grid"]["rows"]
-            own = [next(r for r in plan["rows"] if r["rank"] == plan["rank"]) for plan in entry["plans"].values()]
-            settings = list(dict.fromkeys(map(setting_of, [*rows, *own])))
-            found = dict(zip(settings, measure(config, settings, options.runs), strict=True))
-            entry["runs"] = {str(row["rank"]): found[setting_of(row)] for row in rows}
-            entry["planned"] = {way: found[setting_of(row)] for way, row in zip(entry["plans"], own, strict=True)}
-            entry |= {"git_commit": environment["git_commit"], "complete": True}
+            for way in missing:
+                assert known  # surveyed above
+                entry["plans"][way] = chosen(known, config, **WAYS[way]) | {"git_commit": environment["git_commit"]}
+                common.note(f"{name}, {way}: rank {entry['plans'][way]['rank']}")
+                keep()
+            complete(entry, config, environment["git_commit"])
             common.note(f"{name}: {entry['runs']}, planned: {entry['planned']}")
             keep()
     print(json.dumps(summarize(kept), indent=2))

@@ -56,7 +56,7 @@ class PlanConfig:
     paths: int = 4
     tolerance: float = 0.05
     rollout_rounds: int = 10
-    seeds: int = 3
+    seeds: int = 5
 
     def __post_init__(self):
         if list(self.candidates) != sorted(set(self.candidates)) or min(self.candidates, default=1) < 1:

@@ -35,13 +35,13 @@ def test_controllers_keep_their_word_on_a_toy_model(tmp_path, monkeypatch, capsy
     controllers = importlib.import_module("controllers")
     controller = controllers.controller
 
-    def eased(name, budget_s, queue_s=0.0):  # dense uploads take 4 budgets on average, which `greedy` can keep to
-        return controller(name, 4 * budget_s if name == "greedy" else budget_s, queue_s)
+    def eased(name, budget_s, start=None):  # dense uploads take 4 budgets on average, which `greedy` can keep to
+        return controller(name, 4 * budget_s if name == "greedy" else budget_s, start)
 
     for name, value in {
         "QUEUES": np.array([0.0, 1.0, 8.0]),
         "ELSEWHERE": 2,
-        "PRACTICE_ROUNDS": 2,
+        "FINE": [],  # the model is narrower
         "SETTING": [*controllers.SETTING, "rounds=16"],
         "SPARSIFIERS": {"soft_rotated": controllers.SPARSIFIERS["soft_rotated"]},
         "controller": eased,
@@ -75,10 +75,15 @@ def test_controllers_keep_their_word_on_a_toy_model(tmp_path, monkeypatch, capsy
         if "tsfa" in name:
             paid = (log["queue_s"]["final"] - log["queue_s"]["first"]) / len(latency_s)
             assert latency_s.mean() - budget_s <= paid + 1e-4 * budget_s
+    # The dry run by which they start foresees the latency, but for what training with other ratios changes.
+    for name in controllers.LIMITS:
+        found, run_ = cell["tsfa"][f"soft_rotated {name}"], runs[f"soft_rotated {name}"]
+        assert run_["queue_s"]["first"] == pytest.approx(found["start"]["queue"] * budget_s, rel=1e-5)
+        assert run_["latency_over_budget"] == pytest.approx(found["latency_over_budget"], rel=0.1)
     ratios = np.array(runs["soft_rotated greedy"]["keep_ratio_mean"])
     within = np.array(runs["soft_rotated greedy"]["latency_s"]) <= 4 * budget_s * (1 + 1e-5)
     assert (within | (ratios <= 1 / 8 + 1e-6)).all() and within.any() and ratios.min() < 0.5 < ratios.max()
-    assert max(runs["soft_rotated tsfa 1/4"]["keep_ratio_mean"]) <= 0.25 + 1e-6
+    assert max(runs["soft_rotated tsfa 0.28"]["keep_ratio_mean"]) <= 2 / 8 + 1e-6
     assert (np.array(runs["soft_rotated fixed"]["latency_s"]) < dense.latency_s).all()  # a quarter on the same channel
 
 

@@ -1,0 +1,101 @@
+"""A controller on the channel of a run without training, by what a run found the ranks to be worth."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from fedjax_lora import Simulation
+from fedjax_lora.base import Adapters, FedState
+from fedjax_lora.prng import round_keys
+from fedjax_lora.sim.local import Trained
+from fedjax_lora.sim.parts import Local, World
+from fedjax_lora.sim.round import (
+    advance,
+    average,
+    choose_cohort,
+    control,
+    importance,
+    round_latency,
+    sparsify,
+    train_locally,
+    transmit,
+)
+from fedjax_lora.strategies import Controller
+
+
+class Numbers(NamedTuple):
+    """Of controllers `[S]`: V, in s^2 over the unit of the tail, and the first queue, in s."""
+
+    V: Array
+    queue_s: Array
+
+
+def tail_energies(simulation: Simulation, state: FedState, rounds: int) -> Array:
+    """`[rounds, C, R + 1]` of each round's cohort after its local training."""
+    parts = simulation.parts
+
+    def one(world: World, state: FedState) -> tuple[FedState, Array]:
+        keys = round_keys(state.key, state.round)
+        link = parts.link.step(state.link, keys.channel, jnp.arange(world.data.count.shape[0]))
+        state = dataclasses.replace(state, link=link)
+        cohort = choose_cohort(parts, world, state, keys)
+        local = train_locally(parts, world, state, cohort)
+        tails = importance(parts, cohort, local)
+        decision = control(parts, state, cohort, local, tails)
+        sent, memory = sparsify(parts, cohort, local, decision, keys.sparsify)
+        uplink = transmit(parts, cohort, local, decision, sent, memory)
+        aggregate = average(parts, state, cohort, local, uplink, keys.aggregate)
+        return advance(parts, state, cohort, local, uplink, aggregate), tails
+
+    run = jax.jit(lambda world, state: lax.scan(lambda s, _: one(world, s), state, length=rounds)[1])
+    return run(simulation.world, state)
+
+
+def alone(
+    simulation: Simulation,
+    make: Callable[[Array], Controller],
+    state: FedState,
+    keys: Array,
+    numbers: Numbers,
+    tails: Array,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Latency and sent bits `[P, S, rounds]` by the fading and cohorts of keys `[P]`, for numbers `[S]`.
+
+    `make` gives the controller of a V. Nothing is trained: the tail energies are `[rounds, C, R + 1]`.
+    """
+
+    def run(world: World, state: FedState, key: Array, V: Array, queue_s: Array) -> tuple[Array, Array]:
+        parts = simulation.parts._replace(controller=make(V))
+
+        def one(state: FedState, item: tuple[Array, Array]) -> tuple[FedState, tuple[Array, Array]]:
+            number, tail_energy = item
+            keys = round_keys(state.key, number)
+            link = parts.link.step(state.link, keys.channel, jnp.arange(world.data.count.shape[0]))
+            state = dataclasses.replace(state, link=link)
+            cohort = choose_cohort(parts, world, state, keys)
+            here, weight = cohort.present, parts.client_weight(cohort.clients.examples)
+            untrained = Local(
+                trained=cast(Trained, None), shown=cast(Adapters, None), finite=here, active=here, weight=weight
+            )
+            decision = control(parts, state, cohort, untrained, tail_energy)
+
+            def bits_of(keep_ratio: Array, ranks: Array) -> Array:
+                return parts.sparsifier.payload_bits(keep_ratio, cohort.scope(ranks))
+
+            bits = jax.vmap(bits_of)(decision.keep_ratio, cohort.ranks) * here
+            delivery = parts.link.deliver(cohort.link, bits, decision, cohort.start_s, here)
+            latency_s = round_latency(delivery, here)
+            state = dataclasses.replace(state, queue_s=parts.controller.update_queue(state.queue_s, latency_s))
+            return state, (latency_s, jnp.sum(jnp.where(jnp.isfinite(delivery.latency_s), bits, 0.0)))
+
+        start = dataclasses.replace(state, key=key, queue_s=queue_s)
+        return lax.scan(one, start, (jnp.arange(len(tails)), tails))[1]
+
+    every = jax.jit(jax.vmap(jax.vmap(run, (None, None, None, 0, 0)), (None, None, 0, None, None)))
+    latency_s, bits = every(simulation.world, state, keys, numbers.V, numbers.queue_s)
+    return np.asarray(latency_s, np.float64), np.asarray(bits, np.float64)
