@@ -187,6 +187,7 @@ def main() -> None:
             if entry["complete"] and not missing:
                 continue
             if missing:
+                entry["complete"] = False
                 known = known or survey(load_config(None, [*files, *overrides], base=base), Console(stderr=True))
                 entry.setdefault("budget_s", budget * dense_latency_s(known))
             in_budget = f"control.latency_budget_s={entry['budget_s']}"

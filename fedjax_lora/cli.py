@@ -169,6 +169,7 @@ def _plan(options: argparse.Namespace) -> int:
     from fedjax_lora.config import load_config
     from fedjax_lora.io import plan as plans
     from fedjax_lora.io.files import check_can_hold_files
+    from fedjax_lora.io.log import is_run
     from fedjax_lora.planner import plan
     from fedjax_lora.presets import preset
     from fedjax_lora.report.plan import binding, choice, plan_table, plot_plan
@@ -180,6 +181,8 @@ def _plan(options: argparse.Namespace) -> int:
     folder = Path(options.out or Path("plans") / (name or Path(options.config).stem))
     console = Console(highlight=False)
     check_can_hold_files(folder)
+    if is_run(folder):
+        raise ValueError(f"--out {folder} must be a folder for a plan, got that of a run")
     found = plan(config, console)
     folder.mkdir(parents=True, exist_ok=True)
     plans.write_plan(found, folder / plans.NAME)

@@ -146,7 +146,7 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
             options.seeds,
             options.rollout_rounds,
         )
-        chosen, excess = tsfa_offline.best_rank_by_seeds(rows.latency_s, rollout.loss, allowed_s)
+        chosen, excess = tsfa_offline.best_rank_by_seeds(rows.latency_s, rollout.loss, rows.score, allowed_s)
     elif options.search == "gradient":
         chosen, rows = _descended(for_all, setting, sites, rows, allowed_s, console)
     else:

@@ -28,6 +28,8 @@ Search = Literal["grid", "gradient"]
 WEIGHTS = tuple(10.0 ** (0.5 * power) for power in range(-4, 7))
 """What `grid` tries for V, in units of `unit_of_V`."""
 
+AS_GOOD = 2.0  # standard errors by which rollouts may exceed the least loss: what they do not tell apart
+
 NEAR = 0.01  # by which share a score may exceed the least for the sake of a smaller V
 
 _PRICES, _HALVINGS = (1e-4, 1e4), 18  # of latency: between them, in units of the budget over `unit_of_V`
@@ -41,7 +43,7 @@ class PlanConfig:
 
     candidates: structural ranks; () is 1, 2, 4, ... and `lora.max_rank`.
     objective: the `bound`, or the loss after a simulated `rollout` on examples held out from training; of ranks that
-      the seeds do not tell apart the smallest.
+      the seeds do not tell apart that of least bound.
     search: `grid` tries every candidate and V; `gradient` relaxes the rank and descends in both.
     pilot_rounds: rounds that each candidate's pilot measures, after a first one.
     paths: draws of the fading over a whole run.
@@ -274,20 +276,20 @@ class Excess(NamedTuple):
     error: Array
 
 
-def best_rank_by_seeds(latency_s: Array, loss: Array, most_latency_s: Array) -> tuple[int, Excess]:
-    """Position of the smallest rank whose rollouts `[candidates, seeds]` are as good as the least loss, and by what.
+def best_rank_by_seeds(latency_s: Array, loss: Array, score: Array, most_latency_s: Array) -> tuple[int, Excess]:
+    """Position of the least bound among the ranks whose rollouts `[candidates, seeds]` are as good as any, and by what.
 
     The seeds are shared by the candidates, so that a difference is taken in each: as good is what exceeds the least
-    mean loss within the latency by no more than one standard error of that difference (the rule of L. Breiman et al.,
-    "Classification and Regression Trees", 1984, on pairs). Without it noise would choose among equal ranks, and a
-    tighter budget the higher one as often as not. A single seed has no error: the least loss is taken.
+    mean loss within the latency by no more than `AS_GOOD` standard errors of that difference. Among these noise would
+    choose, and a tighter budget the higher rank as often as not; the bound does not know that noise. With many seeds
+    the least loss is left alone; a single seed has no error, and the least loss is taken.
     """
     least = best_rank(latency_s, loss.mean(1), most_latency_s)
     over, seeds = loss - loss[least], loss.shape[1]
     error = jnp.std(over, 1, ddof=1) / math.sqrt(seeds) if seeds > 1 else jnp.zeros(loss.shape[0])
     excess = Excess(over.mean(1), error)
-    near = (latency_s <= most_latency_s) & (excess.mean <= excess.error)
-    return int(jnp.argmax(near)) if near[least] else least, excess
+    near = (latency_s <= most_latency_s) & (excess.mean <= AS_GOOD * excess.error) & jnp.isfinite(score)
+    return int(jnp.argmin(jnp.where(near, score, jnp.inf))) if near.any() else least, excess
 
 
 def at(table: Array, position: Array) -> Array:

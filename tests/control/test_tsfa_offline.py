@@ -199,27 +199,37 @@ def test_where_no_rank_is_within_the_budget_the_best_near_the_least_latency_is_t
 
 
 @pytest.mark.parametrize(
-    ("loss", "expected"),
+    ("loss", "bound", "expected"),
     [
-        ([[5.0, 9.0, 1.0], [4.9, 8.9, 0.9], [4.8, 8.8, 0.8]], 2),  # seeds differ by far more, but no pair does
-        ([[5.3, 9.3, 1.3], [4.9, 8.9, 0.9], [4.5, 9.1, 0.9]], 1),  # 0.067 +- 0.18 over the least: as good as it
-        ([[5.0, 9.0, 1.0], [5.0, 9.0, 1.0], [5.0, 9.0, 1.0]], 0),
-        ([[5.0], [4.9], [4.8]], 2),  # one seed knows no error
-        ([[5.0, 9.0, 1.0], [4.9, 8.9, 0.9], [4.8, 8.8, np.nan]], 1),
-        ([[5.3, 9.3, 1.3], [4.9, np.inf, 0.9], [4.5, 9.1, 0.9]], 2),  # one that diverged is not as good as any
-        ([[np.inf], [np.nan], [np.nan]], 0),  # nothing but the latency is left
+        (
+            [[5.0, 9.0, 1.0], [4.9, 8.9, 0.9], [4.8, 8.8, 0.8]],
+            [1, 2, 3],
+            2,
+        ),  # seeds differ by far more, but no pair does
+        (
+            [[5.6, 9.6, 1.6], [4.9, 8.9, 0.9], [4.5, 9.1, 0.9]],
+            [1, 2, 3],
+            1,
+        ),  # 0.77 +- 0.18 and 0.07 +- 0.18 over the last
+        ([[5.6, 9.6, 1.6], [4.9, 8.9, 0.9], [4.5, 9.1, 0.9]], [1, 3, 2], 2),
+        ([[5.0, 9.0, 1.0], [5.0, 9.0, 1.0], [5.0, 9.0, 1.0]], [3, 1, 2], 1),
+        ([[5.0], [4.9], [4.8]], [1, 2, 3], 2),  # one seed knows no error
+        ([[5.0, 9.0, 1.0], [4.9, 8.9, 0.9], [4.8, 8.8, np.nan]], [3, 2, 1], 1),
+        ([[5.6, 9.6, 1.6], [4.9, np.inf, 0.9], [4.5, 9.1, 0.9]], [1, 1, 2], 2),  # one that diverged is not as good
+        ([[5.6, 9.6, 1.6], [4.9, 8.9, 0.9], [4.5, 9.1, 0.9]], [1, np.inf, np.inf], 2),  # where no bound is, the loss
+        ([[np.inf], [np.nan], [np.nan]], [3, 2, 1], 0),  # nothing but the latency is left
     ],
 )
-def test_of_ranks_that_seeds_do_not_tell_apart_the_smallest_is_taken(loss, expected):
+def test_of_ranks_that_seeds_do_not_tell_apart_that_of_least_bound_is_taken(loss, bound, expected):
     """By hand, over pairs of equal seeds."""
-    loss, latency_s = jnp.array(loss), jnp.array([1.0, 1.1, 1.2])
-    assert tsfa_offline.best_rank_by_seeds(latency_s, loss, jnp.float32(1.3))[0] == expected
+    latency_s, loss, bound = jnp.array([1.0, 1.1, 1.2]), jnp.array(loss), jnp.float32(bound)
+    assert tsfa_offline.best_rank_by_seeds(latency_s, loss, bound, jnp.float32(1.3))[0] == expected
 
 
 def test_the_seeds_choose_among_ranks_within_the_latency_alone():
-    """By hand: the last would be best, the first as good as the second, but it takes too long."""
-    loss = jnp.array([[2.0, 2.1], [2.0, 2.0], [1.0, 1.0]])
-    chosen, excess = tsfa_offline.best_rank_by_seeds(jnp.array([3.0, 1.0, 9.0]), loss, jnp.float32(2.0))
+    """By hand: the last would be best, the first as good as the second, but both take too long."""
+    loss, score = jnp.array([[2.0, 2.1], [2.0, 2.0], [1.0, 1.0]]), jnp.array([1.0, 2.0, 0.0])
+    chosen, excess = tsfa_offline.best_rank_by_seeds(jnp.array([3.0, 1.0, 9.0]), loss, score, jnp.float32(2.0))
     assert chosen == 1
     np.testing.assert_allclose(excess.mean, [0.05, 0.0, -1.0], rtol=1e-5)
     np.testing.assert_allclose(excess.error, [0.05, 0.0, 0.0], rtol=1e-5)
