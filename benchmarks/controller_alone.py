@@ -69,7 +69,7 @@ def alone(
     `make` gives the controller of a V. Nothing is trained: the tail energies are `[rounds, C, R + 1]`.
     """
 
-    def run(world: World, state: FedState, key: Array, V: Array, queue_s: Array) -> tuple[Array, Array]:
+    def run(world: World, state: FedState, key: Array, V: Array, queue_s: Array, tails: Array) -> tuple[Array, Array]:
         parts = simulation.parts._replace(controller=make(V))
 
         def one(state: FedState, item: tuple[Array, Array]) -> tuple[FedState, tuple[Array, Array]]:
@@ -96,6 +96,7 @@ def alone(
         start = dataclasses.replace(state, key=key, queue_s=queue_s)
         return lax.scan(one, start, (jnp.arange(len(tails)), tails))[1]
 
-    every = jax.jit(jax.vmap(jax.vmap(run, (None, None, None, 0, 0)), (None, None, 0, None, None)))
-    latency_s, bits = every(simulation.world, state, keys, numbers.V, numbers.queue_s)
+    every = jax.jit(jax.vmap(jax.vmap(run, (None, None, None, 0, 0, None)), (None, None, 0, None, None, None)))
+    given = simulation.world, state, keys, numbers.V, numbers.queue_s, tails
+    latency_s, bits = every(*jax.device_put(given, jax.devices()[0]))  # else each device does the same
     return np.asarray(latency_s, np.float64), np.asarray(bits, np.float64)

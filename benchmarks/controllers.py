@@ -11,14 +11,15 @@ the time of a whole run, so that the mean latency comes in steps of what one ran
 that the products have the scale that they have in `sst2_accuracy.py`.
 
 TSFA's V is in units of the budget squared, which is its own unit: V_PER_BUDGET are those that are tried. They are large
-for `tsfa 0.28`: its ranks take little more than the budget, and with a small V many rounds pay for a long one by sending
-little, while none can make use of what they save.
+for `tsfa 0.28`: its ranks take little more than the budget, and with a small V many rounds pay for a long one by
+sending little, while none can make use of what they save.
 
-V and the first queue (of QUEUES, in budgets) are those at which a dry run of the controller alone, over the run's channel
-and with the tail energies of a run of `tsfa 0.28` by the largest V, has a mean latency nearest to the budget. That dry
-run knows the fading to come, as the budget does: the mean latency is fitted, not found. Beside it stands what the dry run
-gives with that V from a queue of 0 (`from_zero`), and with the V and queue that are best on `ELSEWHERE` other draws of
-fading and cohorts (`foreseen`), which an operator might know; budget and tail energies are the run's own in all of them.
+V and the first queue (of QUEUES, in budgets) are those at which a dry run of the controller alone, over the run's
+channel and with the tail energies of a run of `tsfa 0.28` by the largest V, has a mean latency nearest to the budget.
+That dry run knows the fading to come, as the budget does: the mean latency is fitted, not found. Beside it stands what
+the dry run gives with that V from a queue of 0 (`from_zero`), and with the V and queue that are best on `ELSEWHERE`
+other draws of fading and cohorts (`foreseen`), which an operator might know; budget and tail energies are the run's own
+in all of them.
 """
 
 import argparse
@@ -40,9 +41,9 @@ from fedjax_lora import Simulation, build, load_config, use_cpu_cores
 from fedjax_lora.base import FedState
 from fedjax_lora.control import TsfaConfig, tsfa_online
 
-ELSEWHERE = 4
+ELSEWHERE = 3
 SHARE = 0.28
-QUEUES = np.concatenate([[0.0], np.geomspace(1.0, 30.0, 12)])
+QUEUES = [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.5, 16.0, 20.0]
 SETTING = [
     *sst2_accuracy.SETTING,
     "rounds=112",
@@ -53,14 +54,14 @@ SETTING = [
     "engine.eval_every=16",
 ]
 
-FINE = ["lora.max_rank=18", "lora.rank=18", "lora.alpha=36"]
+OWN = ["lora.max_rank=18", "lora.rank=18", "lora.alpha=36", "engine.eval_every=28"]
 
 SPARSIFIERS = {
     "soft": ["sparsifier.name=soft"],
     "soft_rotated": ["sparsifier.name=soft_rotated", "sparsifier.keep_norm=true"],
 }
 LIMITED = f"tsfa {SHARE}"
-V_PER_BUDGET = {"tsfa": [30.0, 100.0], LIMITED: [600.0, 1000.0, 1500.0, 2000.0, 3000.0, 4500.0]}
+V_PER_BUDGET = {"tsfa": [30.0, 100.0], LIMITED: [1000.0, 2000.0, 3000.0, 4500.0]}
 LIMITS = {"tsfa": [], LIMITED: [f"control.max_keep_ratio={SHARE}"]}
 CONTROLLERS = ("ideal", *LIMITS, "uniform", "fixed", "greedy")
 
@@ -97,7 +98,7 @@ def fit_start(
 ) -> dict:
     """The V of those tried and the first queue that spend the budget, and the mean latency of the controller alone."""
     budget_s = control.latency_budget_s
-    starts = [Start(V, float(queue)) for V in tried for queue in QUEUES]
+    starts = [Start(V, queue) for V in tried for queue in QUEUES]
     V, queue = (jnp.array(column, jnp.float32) for column in zip(*starts, strict=True))
     others = jax.random.split(jax.random.fold_in(state.key, len(tails)), ELSEWHERE)
     paths = jnp.concatenate([state.key[None], others])
@@ -137,7 +138,7 @@ def fit_starts(shared: list[str], seed: int, budget_s: float) -> dict[str, dict]
 
 def measure_cell(files: list[str], seed: int) -> dict:
     """What a seed's runs share: the budget, what dense sends, and where TSFA starts."""
-    shared = [*files, *SETTING, *FINE, f"seed={seed}"]
+    shared = [*files, *SETTING, *OWN, f"seed={seed}"]
     config = load_config(None, [*shared, "sparsifier.name=dense", "control.name=fixed"])
     simulation = build(config)
     state = simulation.init(jax.random.key(seed))
@@ -231,11 +232,11 @@ def main() -> None:
     files += [f"data.train={options.train}", f"data.test={options.test}"]
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
     made_with = {
-        "setting": [*SETTING, *FINE],
+        "setting": [*SETTING, *OWN],
         "sparsifiers": SPARSIFIERS,
         "V_per_budget": V_PER_BUDGET,
         "limits": LIMITS,
-        "queues": QUEUES.tolist(),
+        "queues": QUEUES,
         "elsewhere": ELSEWHERE,
     }
     same = kept.get("made_with") == made_with
@@ -265,7 +266,7 @@ def main() -> None:
         cell = cells[seed]
         start = Start(**cell["tsfa"][f"{sparsifier} {name}"]["start"]) if name in LIMITS else None
         chosen = controller(name, cell["budget_s"], start)
-        overrides = [*SETTING, *FINE, *SPARSIFIERS[sparsifier], *chosen, f"seed={seed}"]
+        overrides = [*SETTING, *OWN, *SPARSIFIERS[sparsifier], *chosen, f"seed={seed}"]
         if runs.get(title, {}).get("overrides") != overrides:
             found = measure([*files, *overrides], cell)
             runs[title] = {"overrides": overrides, "git_commit": environment["git_commit"], **found}

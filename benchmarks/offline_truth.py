@@ -5,7 +5,8 @@ on average, over the draws of the channel that the plan has. For each seed and b
 search on the bound, and by rollout, then the run itself to its end at every candidate, with the V and the first queue
 that the grid found for that rank, and at each plan's own: `--runs` of them in the same cell, with batches and fading of
 their own, whose mean counts, since one run alone says little of a difference of 0.01. The plan never sees the test
-examples; the runs are scored on them. Sentences are in the setting of `controllers.py`.
+examples; the runs are scored on them. Sentences are in the setting of `controllers.py`, but at rank 8 at
+most.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import dataclasses
 import json
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 import common
 import controllers
@@ -39,6 +41,19 @@ WAYS = {
 }
 
 
+class Setting(NamedTuple):
+    """What a run takes from a row of a plan."""
+
+    rank: int
+    V: float
+    queue_s: float
+
+
+def setting_of(row: dict) -> Setting:
+    """That of a row, or of a run."""
+    return Setting(row["rank"], row["V"], row["queue_s"])
+
+
 def dense_latency_s(known: Survey) -> float:
     """Mean latency of a round, by the plan's draws, in which all send every rank of the highest candidate.
 
@@ -56,7 +71,7 @@ def dense_latency_s(known: Survey) -> float:
     return float(jax.vmap(jax.vmap(in_round))(bits, snr_hz, start_s).mean())
 
 
-def measure(config: ExperimentConfig, settings: list[tuple[int, float, float]], runs: int) -> list[dict]:
+def measure(config: ExperimentConfig, settings: list[Setting], runs: int) -> list[dict]:
     """Runs to their end at each rank, V and first queue, in one program; scored on the test examples."""
     simulation, control = build(config), config.control
     assert isinstance(control, TsfaConfig)  # else there would be no plan
@@ -67,40 +82,35 @@ def measure(config: ExperimentConfig, settings: list[tuple[int, float, float]], 
     found = roll_out(parts, lambda V: tsfa_online.make(control, V), score, world, state, *numbers)
     names = {"final_accuracy": found.accuracy, "final_loss": found.loss, "latency_s": found.latency_s}
     return [
-        {name: float(value[i].mean()) for name, value in names.items()} | {"accuracies": found.accuracy[i].tolist()}
-        for i in range(len(settings))
+        setting._asdict()
+        | {name: float(value[i].mean()) for name, value in names.items()}
+        | {"accuracies": found.accuracy[i].tolist()}
+        for i, setting in enumerate(settings)
     ]
 
 
-def setting_of(row: dict) -> tuple[int, float, float]:
-    """What a run takes from a row of a plan."""
-    return row["rank"], row["V"], row["queue_s"]
+def chosen(known: Survey, config: ExperimentConfig) -> dict:
+    """The plan of a configuration, with its options instead of the configuration."""
+    found = choose(known, config, Console(stderr=True, quiet=True))._asdict()
+    options = dataclasses.asdict(config.plan)
+    return {key: value for key, value in found.items() if key != "config"} | {"options": options}
 
 
-def chosen_row(plan: dict) -> dict:
-    """The row of the rank that a plan chose."""
-    return next(row for row in plan["rows"] if row["rank"] == plan["rank"])
+def rows_to_run(entry: dict) -> dict[str, dict]:
+    """Rows of the plans that are run: each of the grid, by its rank, and what each way chose, by its name."""
+    own = {way: next(r for r in plan["rows"] if r["rank"] == plan["rank"]) for way, plan in entry["plans"].items()}
+    return {str(row["rank"]): row for row in entry["plans"]["grid"]["rows"]} | own
 
 
-def chosen(known: Survey, config: ExperimentConfig, **options: str) -> dict:
-    """The plan of a configuration under other options of `PlanConfig`, without the configuration."""
-    config = dataclasses.replace(config, plan=dataclasses.replace(config.plan, **options))
-    found = choose(known, config, Console(stderr=True, quiet=True))
-    return {key: value for key, value in found._asdict().items() if key != "config"}
+def runs_of(entry: dict) -> dict[str, dict]:
+    """The runs of `rows_to_run` that have ended."""
+    found = {setting_of(run): run for run in entry["runs"]}
+    return {name: found[setting_of(row)] for name, row in rows_to_run(entry).items() if setting_of(row) in found}
 
 
-def complete(entry: dict, config: ExperimentConfig, commit: str) -> None:
-    """Run what the plans of an entry name and it does not hold yet: each row of the grid, and what each plan chose."""
-    rows, own = entry["plans"]["grid"]["rows"], {way: chosen_row(plan) for way, plan in entry["plans"].items()}
-    found = {setting_of(row): entry["runs"].get(str(row["rank"])) for row in rows}
-    found |= {setting_of(own[way]): run for way, run in entry["planned"].items()}
-    settings = dict.fromkeys(map(setting_of, [*rows, *own.values()]))
-    if missing := [setting for setting in settings if not found.get(setting)]:
-        found |= dict(zip(missing, measure(config, missing, entry["runs_a_rank"]), strict=True))
-        entry["git_commit"] = commit
-    entry["runs"] = {str(row["rank"]): found[setting_of(row)] for row in rows}
-    entry["planned"] = {way: found[setting_of(row)] for way, row in own.items()}
-    entry["complete"] = True
+def is_complete(entry: dict) -> bool:
+    """Whether all has been planned that was asked for, and all run that was planned."""
+    return entry["plans"].keys() >= set(entry["ways"]) and runs_of(entry).keys() == rows_to_run(entry).keys()
 
 
 def summarize(kept: dict[str, dict]) -> dict[str, dict]:
@@ -111,35 +121,38 @@ def summarize(kept: dict[str, dict]) -> dict[str, dict]:
     """
     table = {}
     for task, budget in sorted({(entry["task"], entry["budget"]) for entry in kept.values()}):
-        entries = [e for e in kept.values() if (e["task"], e["budget"]) == (task, budget) and e["complete"]]
+        entries = [e for e in kept.values() if (e["task"], e["budget"]) == (task, budget) and is_complete(e)]
         if not entries:
             continue
-        accuracy = {rank: [entry["runs"][rank]["final_accuracy"] for entry in entries] for rank in entries[0]["runs"]}
+        runs = [runs_of(entry) for entry in entries]
+        ranks = [row["rank"] for row in entries[0]["plans"]["grid"]["rows"]]
+        accuracy = {rank: [run[str(rank)]["final_accuracy"] for run in runs] for rank in ranks}
         means = {rank: statistics.mean(values) for rank, values in accuracy.items()}
-        best, ranks = max(means, key=lambda rank: means[rank]), [int(rank) for rank in means]
+        best = max(means, key=lambda rank: means[rank])
         table[f"{task}, budget {budget}"] = {
             "seeds": len(entries),
-            "runs_a_seed": [len(next(iter(entry["runs"].values()))["accuracies"]) for entry in entries],
+            "runs_a_seed": [entry["runs_a_rank"] for entry in entries],
             "accuracy": means,
             "deviation": {r: statistics.stdev(v) if len(v) > 1 else None for r, v in accuracy.items()},
             "latency_over_budget": {
-                rank: statistics.mean(entry["runs"][rank]["latency_s"] / entry["budget_s"] for entry in entries)
-                for rank in means
+                rank: statistics.mean(
+                    run[str(rank)]["latency_s"] / entry["budget_s"] for run, entry in zip(runs, entries, strict=True)
+                )
+                for rank in ranks
             },
-            "best_rank": int(best),
+            "best_rank": best,
             "candidates_between_grid_and_gradient": [
                 abs(ranks.index(plans["grid"]["rank"]) - ranks.index(plans["gradient"]["rank"]))
                 for plans in (entry["plans"] for entry in entries)
-                if {"grid", "gradient"} <= plans.keys()
+                if "gradient" in plans
             ],
             "planned": {
                 way: {
                     "ranks": [entry["plans"][way]["rank"] for entry in entries],
-                    "loss_to_best": means[best]
-                    - statistics.mean(entry["planned"][way]["final_accuracy"] for entry in entries),
+                    "loss_to_best": means[best] - statistics.mean(run[way]["final_accuracy"] for run in runs),
                 }
                 for way in WAYS
-                if all(way in entry["plans"] for entry in entries)
+                if all(way in run for run in runs)
             },
         }
     return table
@@ -167,6 +180,7 @@ def main() -> None:
         files = [f"model.pretrained={model}", f"data.train={options.train}", f"data.test={options.test}"]
         shared, base = [*TEXT, *shared], None
     kept = json.loads(options.out.read_text())["runs"] if options.out.exists() else {}
+    commit = {"git_commit": environment["git_commit"]}
     options.out.parent.mkdir(parents=True, exist_ok=True)
 
     def keep() -> None:
@@ -180,25 +194,26 @@ def main() -> None:
             name = f"{task}, budget {budget} seed {seed}"
             asked = {"task": task, "overrides": overrides, "budget": budget, "runs_a_rank": options.runs}
             if not asked.items() <= kept.get(name, {}).items():
-                kept[name] = {**asked, "plans": {}, "runs": {}, "planned": {}, "complete": False}
+                kept[name] = {**asked, "plans": {}, "runs": []}
             entry = kept[name]
-            ways = dict.fromkeys(["grid", *options.ways])  # the runs take V and queue from the grid
-            missing = [way for way in ways if way not in entry["plans"]]
-            if entry["complete"] and not missing:
+            entry["ways"] = list(dict.fromkeys(["grid", *options.ways]))  # the runs take V and queue from the grid
+            if is_complete(entry):
                 continue
-            if missing:
-                entry["complete"] = False
+            if missing := [way for way in entry["ways"] if way not in entry["plans"]]:
                 known = known or survey(load_config(None, [*files, *overrides], base=base), Console(stderr=True))
                 entry.setdefault("budget_s", budget * dense_latency_s(known))
             in_budget = f"control.latency_budget_s={entry['budget_s']}"
             config = load_config(None, [*files, *overrides, in_budget], base=base)
             for way in missing:
                 assert known  # surveyed above
-                entry["plans"][way] = chosen(known, config, **WAYS[way]) | {"git_commit": environment["git_commit"]}
+                planned = dataclasses.replace(config, plan=dataclasses.replace(config.plan, **WAYS[way]))
+                entry["plans"][way] = chosen(known, planned) | commit
                 common.note(f"{name}, {way}: rank {entry['plans'][way]['rank']}")
                 keep()
-            complete(entry, config, environment["git_commit"])
-            common.note(f"{name}: {entry['runs']}, planned: {entry['planned']}")
+            settings = dict.fromkeys(map(setting_of, rows_to_run(entry).values()))
+            if left := list(settings.keys() - set(map(setting_of, entry["runs"]))):
+                entry["runs"] += [run | commit for run in measure(config, sorted(left), options.runs)]
+            common.note(f"{name}: {entry['runs']}")
             keep()
     print(json.dumps(summarize(kept), indent=2))
 

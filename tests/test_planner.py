@@ -7,6 +7,7 @@ import itertools
 import json
 import shlex
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -21,6 +22,7 @@ from fedjax_lora.planner import round_factors
 from fedjax_lora.presets import preset
 from fedjax_lora.report.plan import binding, plan_table, plot_plan
 from fedjax_lora.report.tables import MISSING
+from fedjax_lora.sim.rollout import Rollout
 from toy import SETTINGS
 
 PLANNED = [
@@ -52,7 +54,7 @@ def planned(printed):
     return printed[0]
 
 
-def test_a_plan_holds_a_row_for_each_candidate_and_chooses_by_loss(planned):
+def test_a_plan_holds_a_row_for_each_candidate(planned):
     plan = read_plan(planned / "plan.json")
     assert [row["rank"] for row in plan.rows] == [1, 3]
     assert (planned / "plan.png").read_bytes()[:4] == b"\x89PNG"
@@ -70,11 +72,9 @@ def test_a_plan_holds_a_row_for_each_candidate_and_chooses_by_loss(planned):
     least = min(plan.rows, key=lambda row: row["score"])
     for row in plan.rows:
         over = np.subtract(row["losses"], least["losses"])
-        np.testing.assert_allclose(row["excess"], over.mean(), atol=1e-6)
-        np.testing.assert_allclose(row["excess_error"], stats.sem(over), atol=1e-6)
+        np.testing.assert_allclose(row["excess"], over.mean(), rtol=1e-3, atol=1e-7)
+        np.testing.assert_allclose(row["excess_error"], stats.sem(over), rtol=1e-3, atol=1e-7)
     assert all(row["within_budget"] for row in plan.rows)
-    as_good = [row for row in plan.rows if row["excess"] <= 2 * row["excess_error"]]
-    assert plan.rank == min(as_good, key=lambda row: row["bound"])["rank"]
 
 
 def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
@@ -124,12 +124,15 @@ def surveyed():
     return config, planner.survey(config, QUIET)
 
 
-def by_bound(surveyed, budget_s, search="grid"):
+def chosen(surveyed, budget_s, **options):
     config, known = surveyed
-    control, options = config.control, config.plan
-    control = dataclasses.replace(control, latency_budget_s=budget_s)
-    config = dataclasses.replace(config, control=control, plan=dataclasses.replace(options, search=search))
+    control = dataclasses.replace(config.control, latency_budget_s=budget_s)
+    config = dataclasses.replace(config, control=control, plan=dataclasses.replace(config.plan, **options))
     return planner.choose(known, config, QUIET)
+
+
+def by_bound(surveyed, budget_s, search="grid"):
+    return chosen(surveyed, budget_s, search=search)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +154,26 @@ def test_a_plan_by_bound_is_the_least_bound_within_the_budget(by_budget):
         for row in plan.rows:
             assert np.isclose(row["V"] / budget_s**2, tsfa_offline.WEIGHTS, rtol=1e-3).any()
             assert row["score"] == row["bound"]
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_rollouts_overrule_the_bound_where_they_can_tell(surveyed, by_budget, monkeypatch, seeds):
+    """Oracle: rollouts made up; as good as each other, then worse in every seed at the rank that the bound chose."""
+    plan, losses = by_budget[20.0], np.ones((3, seeds), np.float32)
+    assert all(row["within_budget"] for row in plan.rows)
+    monkeypatch.setattr(planner, "roll_out", lambda *_: Rollout(*[jnp.array(losses)] * 3))
+    equal = chosen(surveyed, 20.0, objective="rollout", seeds=seeds)
+    # One seed has no error: the first of equal losses.
+    assert equal.rank == (plan.rank if seeds > 1 else plan.rows[0]["rank"])
+    losses[plan.rows.index(plan.chosen)] += 0.1
+    overruled = chosen(surveyed, 20.0, objective="rollout", seeds=seeds)
+    others = [row for row in plan.rows if row is not plan.chosen]
+    expected = min(others, key=lambda row: row["bound"]) if seeds > 1 else others[0]
+    assert overruled.rank == expected["rank"] != plan.rank
+    assert [row["excess_error"] is None for row in overruled.rows] == [seeds == 1] * 3
+    cells = [cell for column in plan_table(overruled).columns for cell in column.cells]
+    assert any(str(cell).startswith("0.1000") for cell in cells)
+    assert any("±" in str(cell) for cell in cells) == (seeds > 1)
 
 
 def test_a_tighter_budget_never_chooses_a_higher_rank_nor_a_longer_round(by_budget):

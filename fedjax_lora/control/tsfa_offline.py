@@ -28,7 +28,8 @@ Search = Literal["grid", "gradient"]
 WEIGHTS = tuple(10.0 ** (0.5 * power) for power in range(-4, 7))
 """What `grid` tries for V, in units of `unit_of_V`."""
 
-AS_GOOD = 2.0  # standard errors by which rollouts may exceed the least loss: what they do not tell apart
+AS_GOOD = 2.0, 0.25
+"""By how much rollouts may exceed the least loss to pass for as good: standard errors, and a share of that loss."""
 
 NEAR = 0.01  # by which share a score may exceed the least for the sake of a smaller V
 
@@ -43,7 +44,7 @@ class PlanConfig:
 
     candidates: structural ranks; () is 1, 2, 4, ... and `lora.max_rank`.
     objective: the `bound`, or the loss after a simulated `rollout` on examples held out from training; of ranks that
-      the seeds do not tell apart that of least bound.
+      the seeds hardly tell apart that of least bound.
     search: `grid` tries every candidate and V; `gradient` relaxes the rank and descends in both.
     pilot_rounds: rounds that each candidate's pilot measures, after a first one.
     paths: draws of the fading over a whole run.
@@ -270,25 +271,30 @@ def best_rank(latency_s: Array, score: Array, most_latency_s: Array) -> int:
 
 
 class Excess(NamedTuple):
-    """`[candidates]`: loss over that of the least candidate, seed by seed: mean, and its standard error over seeds."""
+    """`[candidates]`: loss over that of the best candidate, seed by seed: mean, and standard error (of one seed NaN).
+
+    The best has the least mean loss within the latency; one that takes longer may have a negative excess.
+    """
 
     mean: Array
     error: Array
 
 
 def best_rank_by_seeds(latency_s: Array, loss: Array, score: Array, most_latency_s: Array) -> tuple[int, Excess]:
-    """Position of the least bound among the ranks whose rollouts `[candidates, seeds]` are as good as any, and by what.
+    """Position of the least bound among the ranks whose rollouts `[candidates, seeds]` pass for the best, and by what.
 
-    The seeds are shared by the candidates, so that a difference is taken in each: as good is what exceeds the least
-    mean loss within the latency by no more than `AS_GOOD` standard errors of that difference. Among these noise would
-    choose, and a tighter budget the higher rank as often as not; the bound does not know that noise. With many seeds
-    the least loss is left alone; a single seed has no error, and the least loss is taken.
+    The seeds are shared by the candidates, so that a difference is taken in each. What exceeds the least mean loss by
+    no more than two standard errors of that difference passes, unless it does so by a quarter of that loss: a rank that
+    goes astray in some seeds has a large error too. With many seeds the least loss is left alone; a single one has no
+    error, and the least loss is taken.
     """
     least = best_rank(latency_s, loss.mean(1), most_latency_s)
     over, seeds = loss - loss[least], loss.shape[1]
-    error = jnp.std(over, 1, ddof=1) / math.sqrt(seeds) if seeds > 1 else jnp.zeros(loss.shape[0])
+    error = jnp.std(over, 1, ddof=1) / math.sqrt(seeds) if seeds > 1 else jnp.full(loss.shape[0], jnp.nan)
     excess = Excess(over.mean(1), error)
-    near = (latency_s <= most_latency_s) & (excess.mean <= AS_GOOD * excess.error) & jnp.isfinite(score)
+    errors, share = AS_GOOD
+    passes = jnp.minimum(errors * jnp.nan_to_num(error), share * loss[least].mean())
+    near = (latency_s <= most_latency_s) & (excess.mean <= passes) & jnp.isfinite(score)
     return int(jnp.argmin(jnp.where(near, score, jnp.inf))) if near.any() else least, excess
 
 

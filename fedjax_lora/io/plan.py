@@ -29,8 +29,8 @@ class Plan(NamedTuple):
     factors: of the learning rate in each round, see `bound.terms`.
     rows: one dict a candidate rank: `rank, V, queue_s, keep_ratio, kept_ranks, latency_s, uplink_bits, final_queue_s`,
       each term of the bound, `rank_cost` (the effect of the rank on it), `bound`, `score`, of a rollout `losses` (one a
-      seed; their mean is the score), `excess` over the least rank's, seed by seed, its standard error `excess_error`,
-      `accuracy` and `rollout_latency_s`, and what the pilot measured.
+      seed; their mean is the score), `excess` and `excess_error` (see `tsfa_offline.Excess`), `accuracy` and
+      `rollout_latency_s`, and what the pilot measured.
     """
 
     config: dict[str, Any]

@@ -37,7 +37,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_column(label, justify="right")
     if plan.objective == "rollout":
         table.add_column("loss of rollout", justify="right")
-        table.add_column("over the least", justify="right")
+        table.add_column("over the best ± s.e.", justify="right")
     table.add_column("")
     for row in plan.rows:
         cells = [MISSING if row[key] is None else format(row[key], form) for key, (_, form) in _COLUMNS.items()]
@@ -45,7 +45,7 @@ def plan_table(plan: Plan) -> Table:
             score, mean, error = (
                 MISSING if x is None else f"{x:.4f}" for x in (row["score"], row["excess"], row["excess_error"])
             )
-            cells += [score, MISSING if mean == MISSING else f"{mean} ± {error}"]
+            cells += [score, mean if error == MISSING else f"{mean} ± {error}"]
         notes = (["chosen"] if row["rank"] == plan.rank else []) + ([] if row["within_budget"] else ["over budget"])
         table.add_row(*cells, ", ".join(notes))
     return table
@@ -83,9 +83,10 @@ def plot_plan(plan: Plan, path: Path) -> None:
     left.set(title=f"bound; chosen: rank {plan.rank}", xlabel="structural rank")
     left.legend(fontsize="small")
     if plan.objective == "rollout":
-        means, errors = ([math.nan if row[k] is None else row[k] for row in rows] for k in ("excess", "excess_error"))
+        means = [math.nan if row["excess"] is None else row["excess"] for row in rows]
+        errors = [row["excess_error"] or 0.0 for row in rows]
         right.errorbar(ranks, means, errors, marker="o", capsize=3, color=_COLORS[0])
-        right.set(title="loss after the rollout, over the least", xlabel="structural rank")
+        right.set(title="loss after the rollout, over the best", xlabel="structural rank")
     else:
         right.plot(ranks, [row["latency_s"] for row in rows], marker="o", color=_COLORS[0])
         right.axhline(plan.config["control.latency_budget_s"], linestyle="--", color=_COLORS[3], label="budget")
