@@ -1,4 +1,4 @@
-"""A controller on the channel of a run without training, by what a run found the ranks to be worth."""
+"""Controllers on the channel of a run without training, by what the ranks were worth to one cohort."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,17 +14,7 @@ from fedjax_lora.base import Adapters, FedState
 from fedjax_lora.prng import round_keys
 from fedjax_lora.sim.local import Trained
 from fedjax_lora.sim.parts import Local, World
-from fedjax_lora.sim.round import (
-    advance,
-    average,
-    choose_cohort,
-    control,
-    importance,
-    round_latency,
-    sparsify,
-    train_locally,
-    transmit,
-)
+from fedjax_lora.sim.round import choose_cohort, control, importance, round_latency, train_locally
 from fedjax_lora.strategies import Controller
 
 
@@ -35,25 +25,16 @@ class Numbers(NamedTuple):
     queue_s: Array
 
 
-def tail_energies(simulation: Simulation, state: FedState, rounds: int) -> Array:
-    """`[rounds, C, R + 1]` of each round's cohort after its local training."""
+def tail_energies(simulation: Simulation, state: FedState) -> Array:
+    """`[C, R + 1]` of the cohort of the next round after its local training."""
     parts = simulation.parts
 
-    def one(world: World, state: FedState) -> tuple[FedState, Array]:
-        keys = round_keys(state.key, state.round)
-        link = parts.link.step(state.link, keys.channel, jnp.arange(world.data.count.shape[0]))
-        state = dataclasses.replace(state, link=link)
-        cohort = choose_cohort(parts, world, state, keys)
-        local = train_locally(parts, world, state, cohort)
-        tails = importance(parts, cohort, local)
-        decision = control(parts, state, cohort, local, tails)
-        sent, memory = sparsify(parts, cohort, local, decision, keys.sparsify)
-        uplink = transmit(parts, cohort, local, decision, sent, memory)
-        aggregate = average(parts, state, cohort, local, uplink, keys.aggregate)
-        return advance(parts, state, cohort, local, uplink, aggregate), tails
+    @jax.jit
+    def train(world: World, state: FedState) -> Array:
+        cohort = choose_cohort(parts, world, state, round_keys(state.key, state.round))
+        return importance(parts, cohort, train_locally(parts, world, state, cohort))
 
-    run = jax.jit(lambda world, state: lax.scan(lambda s, _: one(world, s), state, length=rounds)[1])
-    return run(simulation.world, state)
+    return train(simulation.world, state)
 
 
 def alone(
@@ -63,17 +44,17 @@ def alone(
     keys: Array,
     numbers: Numbers,
     tails: Array,
+    rounds: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Latency and sent bits `[P, S, rounds]` by the fading and cohorts of keys `[P]`, for numbers `[S]`.
 
-    `make` gives the controller of a V. Nothing is trained: the tail energies are `[rounds, C, R + 1]`.
+    `make` gives the controller of a V. Nothing is trained: the tail energies `[C, R + 1]` stay.
     """
 
     def run(world: World, state: FedState, key: Array, V: Array, queue_s: Array, tails: Array) -> tuple[Array, Array]:
         parts = simulation.parts._replace(controller=make(V))
 
-        def one(state: FedState, item: tuple[Array, Array]) -> tuple[FedState, tuple[Array, Array]]:
-            number, tail_energy = item
+        def one(state: FedState, number: Array) -> tuple[FedState, tuple[Array, Array]]:
             keys = round_keys(state.key, number)
             link = parts.link.step(state.link, keys.channel, jnp.arange(world.data.count.shape[0]))
             state = dataclasses.replace(state, link=link)
@@ -82,7 +63,7 @@ def alone(
             untrained = Local(
                 trained=cast(Trained, None), shown=cast(Adapters, None), finite=here, active=here, weight=weight
             )
-            decision = control(parts, state, cohort, untrained, tail_energy)
+            decision = control(parts, state, cohort, untrained, tails)
 
             def bits_of(keep_ratio: Array, ranks: Array) -> Array:
                 return parts.sparsifier.payload_bits(keep_ratio, cohort.scope(ranks))
@@ -94,7 +75,7 @@ def alone(
             return state, (latency_s, jnp.sum(jnp.where(jnp.isfinite(delivery.latency_s), bits, 0.0)))
 
         start = dataclasses.replace(state, key=key, queue_s=queue_s)
-        return lax.scan(one, start, (jnp.arange(len(tails)), tails))[1]
+        return lax.scan(one, start, jnp.arange(rounds))[1]
 
     every = jax.jit(jax.vmap(jax.vmap(run, (None, None, None, 0, 0, None)), (None, None, 0, None, None, None)))
     given = simulation.world, state, keys, numbers.V, numbers.queue_s, tails

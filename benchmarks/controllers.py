@@ -3,29 +3,24 @@
 The setting is that of `sst2_accuracy.py` in shorter rounds, 112 of 2 steps on batches of 4, with products in bfloat16,
 in the default cell; who fades below 0.05 of the mean gain is let go, since the inverse of Rayleigh fading has no finite
 mean. A seed is a cell of its own: its budget is a quarter of the mean latency of dense uploads over the run's own
-channel, with shares of least latency. `uniform` and `fixed` send 0.28 of the ranks, `ideal` all of them without a
-network; `greedy` and `tsfa` choose. `tsfa 0.28` may keep 0.28 of the ranks at most.
-
-The rank is 18, of which 5 are 0.28, and not 8, of which 2 are a quarter: one round in a deep fade may take a seventh of
-the time of a whole run, so that the mean latency comes in steps of what one rank in that round is. Alpha follows, so
-that the products have the scale that they have in `sst2_accuracy.py`.
+channel, with shares of least latency. `uniform` and `fixed` send a quarter of the ranks, `ideal` all of them without a
+network; `greedy` and `tsfa` choose. `tsfa 1/4` may keep a quarter of the ranks at most.
 
 TSFA's V is in units of the budget squared, which is its own unit: V_PER_BUDGET are those that are tried. They are large
-for `tsfa 0.28`: its ranks take little more than the budget, and with a small V many rounds pay for a long one by
-sending little, while none can make use of what they save.
+for `tsfa 1/4`, so that the queue hardly moves the ratios: a quarter of the ranks takes about the budget, and with a
+smaller V many rounds pay for a long one by sending little, and none can make use of what they save.
 
 V and the first queue (of QUEUES, in budgets) are those at which a dry run of the controller alone, over the run's
-channel and with the tail energies of a run of `tsfa 0.28` by the largest V, has a mean latency nearest to the budget.
-That dry run knows the fading to come, as the budget does: the mean latency is fitted, not found. Beside it stands what
-the dry run gives with that V from a queue of 0 (`from_zero`), and with the V and queue that are best on `ELSEWHERE`
-other draws of fading and cohorts (`foreseen`), which an operator might know; budget and tail energies are the run's own
-in all of them.
+channel and with the tail energies of the cohort that trains after `PRACTICE_ROUNDS`, has a mean latency nearest to the
+budget. That dry run knows the fading to come, as the budget does: the mean latency is fitted, not found. Beside it
+stands what the dry run gives with that V from a queue of 0 (`from_zero`), and with the V and queue that are best on
+`ELSEWHERE` other draws of fading and cohorts (`foreseen`), which an operator might know; budget and tail energies are
+the run's own in all of them.
 """
 
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,15 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 import sst2_accuracy
 from controller_alone import Numbers, alone, tail_energies
-from jax import Array
 
-from fedjax_lora import Simulation, build, load_config, use_cpu_cores
-from fedjax_lora.base import FedState
+from fedjax_lora import build, load_config, use_cpu_cores
 from fedjax_lora.control import TsfaConfig, tsfa_online
 
-ELSEWHERE = 3
-SHARE = 0.28
-QUEUES = [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.5, 16.0, 20.0]
+ELSEWHERE = 8
+PRACTICE_ROUNDS = 28
+QUEUES = [0.0, *np.geomspace(0.3, 30.0, 24).tolist()]
 SETTING = [
     *sst2_accuracy.SETTING,
     "rounds=112",
@@ -54,15 +47,12 @@ SETTING = [
     "engine.eval_every=16",
 ]
 
-OWN = ["lora.max_rank=18", "lora.rank=18", "lora.alpha=36", "engine.eval_every=28"]
-
 SPARSIFIERS = {
     "soft": ["sparsifier.name=soft"],
     "soft_rotated": ["sparsifier.name=soft_rotated", "sparsifier.keep_norm=true"],
 }
-LIMITED = f"tsfa {SHARE}"
-V_PER_BUDGET = {"tsfa": [30.0, 100.0], LIMITED: [1000.0, 2000.0, 3000.0, 4500.0]}
-LIMITS = {"tsfa": [], LIMITED: [f"control.max_keep_ratio={SHARE}"]}
+V_PER_BUDGET = {"tsfa": [30.0], "tsfa 1/4": [3000.0, 4000.0]}
+LIMITS = {"tsfa": [], "tsfa 1/4": ["control.max_keep_ratio=0.25"]}
 CONTROLLERS = ("ideal", *LIMITS, "uniform", "fixed", "greedy")
 
 
@@ -86,24 +76,30 @@ def controller(name: str, budget_s: float, start: Start | None = None) -> list[s
         ]
     chosen = {
         "ideal": [],
-        "uniform": [f"control.keep_ratio={SHARE}"],
-        "fixed": [f"control.keep_ratio={SHARE}"],
+        "uniform": ["control.keep_ratio=0.25"],
+        "fixed": ["control.keep_ratio=0.25"],
         "greedy": [f"control.latency_budget_s={budget_s}"],
     }
     return [f"control.name={name}", *chosen[name]]
 
 
-def fit_start(
-    simulation: Simulation, state: FedState, control: TsfaConfig, tried: Sequence[float], tails: Array
-) -> dict:
-    """The V of those tried and the first queue that spend the budget, and the mean latency of the controller alone."""
-    budget_s = control.latency_budget_s
-    starts = [Start(V, queue) for V in tried for queue in QUEUES]
+def fit_start(overrides: list[str], name: str, budget_s: float) -> dict:
+    """The V and the first queue of a TSFA that spend the budget, and the mean latency of the controller alone."""
+    starts = [Start(V, queue) for V in V_PER_BUDGET[name] for queue in QUEUES]
+    config = load_config(None, [*overrides, *controller(name, budget_s, starts[0])])
+    options = config.control
+    assert isinstance(options, TsfaConfig)  # as `controller` has it
+    simulation = build(config)
+    state = simulation.init(jax.random.key(config.seed))
+    trained, _ = simulation.run(state, PRACTICE_ROUNDS)
+    tails, state = tail_energies(simulation, trained), simulation.init(jax.random.key(config.seed))
     V, queue = (jnp.array(column, jnp.float32) for column in zip(*starts, strict=True))
-    others = jax.random.split(jax.random.fold_in(state.key, len(tails)), ELSEWHERE)
+    others = jax.random.split(jax.random.fold_in(state.key, config.rounds), ELSEWHERE)
     paths = jnp.concatenate([state.key[None], others])
     numbers = Numbers(V * budget_s**2, queue * budget_s)
-    latency_s, _ = alone(simulation, lambda V: tsfa_online.make(control, V), state, paths, numbers, tails)
+    latency_s, _ = alone(
+        simulation, lambda V: tsfa_online.make(options, V), state, paths, numbers, tails, config.rounds
+    )
     over = latency_s.mean(2) / budget_s
     best, foreseen = (int(np.argmin(np.abs(mean - 1))) for mean in (over[0], over[1:].mean(0)))
     return {
@@ -116,41 +112,26 @@ def fit_start(
     }
 
 
-def fit_starts(shared: list[str], seed: int, budget_s: float) -> dict[str, dict]:
-    """`fit_start` of each sparsifier and limit; what the ranks are worth is of one run of each sparsifier."""
-    found = {}
-    for sparsifier, options in SPARSIFIERS.items():
-        configs = {
-            name: load_config(
-                None, [*shared, *options, *controller(name, budget_s, Start(V_PER_BUDGET[name][-1], 0.0))]
-            )
-            for name in LIMITS
-        }
-        simulation = build(configs[LIMITED])
-        state = simulation.init(jax.random.key(seed))
-        tails = tail_energies(simulation, state, configs[LIMITED].rounds)
-        for name, config in configs.items():
-            assert isinstance(config.control, TsfaConfig)  # as `controller` has it
-            fitted = fit_start(simulation, state, config.control, V_PER_BUDGET[name], tails)
-            found[f"{sparsifier} {name}"] = fitted
-    return found
-
-
 def measure_cell(files: list[str], seed: int) -> dict:
     """What a seed's runs share: the budget, what dense sends, and where TSFA starts."""
-    shared = [*files, *SETTING, *OWN, f"seed={seed}"]
+    shared = [*files, *SETTING, f"seed={seed}"]
     config = load_config(None, [*shared, "sparsifier.name=dense", "control.name=fixed"])
     simulation = build(config)
     state = simulation.init(jax.random.key(seed))
-    nothing = jnp.zeros((config.rounds, simulation.parts.cohort_size, config.lora.max_rank + 1))
+    nothing = jnp.zeros((simulation.parts.cohort_size, config.lora.max_rank + 1))
     unused = Numbers(jnp.zeros(1), jnp.zeros(1))
-    latency_s, bits = alone(simulation, lambda _: simulation.parts.controller, state, state.key[None], unused, nothing)
+    fixed = simulation.parts.controller
+    latency_s, bits = alone(simulation, lambda _: fixed, state, state.key[None], unused, nothing, config.rounds)
     budget_s = float(np.mean(latency_s)) / 4
     return {
         "dense_latency_s": latency_s[0, 0].tolist(),
         "dense_uplink_bits": int(bits.sum()),
         "budget_s": budget_s,
-        "tsfa": fit_starts(shared, seed, budget_s),
+        "tsfa": {
+            f"{sparsifier} {name}": fit_start([*shared, *SPARSIFIERS[sparsifier]], name, budget_s)
+            for sparsifier in SPARSIFIERS
+            for name in LIMITS
+        },
     }
 
 
@@ -232,12 +213,13 @@ def main() -> None:
     files += [f"data.train={options.train}", f"data.test={options.test}"]
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
     made_with = {
-        "setting": [*SETTING, *OWN],
+        "setting": SETTING,
         "sparsifiers": SPARSIFIERS,
         "V_per_budget": V_PER_BUDGET,
         "limits": LIMITS,
         "queues": QUEUES,
         "elsewhere": ELSEWHERE,
+        "practice_rounds": PRACTICE_ROUNDS,
     }
     same = kept.get("made_with") == made_with
     cells, runs = (kept["cells"], kept["runs"]) if same else ({}, {})
@@ -266,7 +248,7 @@ def main() -> None:
         cell = cells[seed]
         start = Start(**cell["tsfa"][f"{sparsifier} {name}"]["start"]) if name in LIMITS else None
         chosen = controller(name, cell["budget_s"], start)
-        overrides = [*SETTING, *OWN, *SPARSIFIERS[sparsifier], *chosen, f"seed={seed}"]
+        overrides = [*SETTING, *SPARSIFIERS[sparsifier], *chosen, f"seed={seed}"]
         if runs.get(title, {}).get("overrides") != overrides:
             found = measure([*files, *overrides], cell)
             runs[title] = {"overrides": overrides, "git_commit": environment["git_commit"], **found}

@@ -5,8 +5,7 @@ on average, over the draws of the channel that the plan has. For each seed and b
 search on the bound, and by rollout, then the run itself to its end at every candidate, with the V and the first queue
 that the grid found for that rank, and at each plan's own: `--runs` of them in the same cell, with batches and fading of
 their own, whose mean counts, since one run alone says little of a difference of 0.01. The plan never sees the test
-examples; the runs are scored on them. Sentences are in the setting of `controllers.py`, but at rank 8 at
-most.
+examples; the runs are scored on them. Sentences are in the setting of `controllers.py`.
 """
 
 import argparse

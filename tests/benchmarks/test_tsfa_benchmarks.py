@@ -41,7 +41,7 @@ def test_controllers_keep_their_word_on_a_toy_model(tmp_path, monkeypatch, capsy
     for name, value in {
         "QUEUES": [0.0, 1.0, 8.0],
         "ELSEWHERE": 2,
-        "OWN": [],  # the model is narrower
+        "PRACTICE_ROUNDS": 2,
         "SETTING": [*controllers.SETTING, "rounds=16"],
         "SPARSIFIERS": {"soft_rotated": controllers.SPARSIFIERS["soft_rotated"]},
         "controller": eased,
@@ -83,7 +83,7 @@ def test_controllers_keep_their_word_on_a_toy_model(tmp_path, monkeypatch, capsy
     ratios = np.array(runs["soft_rotated greedy"]["keep_ratio_mean"])
     within = np.array(runs["soft_rotated greedy"]["latency_s"]) <= 4 * budget_s * (1 + 1e-5)
     assert (within | (ratios <= 1 / 8 + 1e-6)).all() and within.any() and ratios.min() < 0.5 < ratios.max()
-    assert max(runs["soft_rotated tsfa 0.28"]["keep_ratio_mean"]) <= 2 / 8 + 1e-6
+    assert max(runs["soft_rotated tsfa 1/4"]["keep_ratio_mean"]) <= 0.25 + 1e-6
     assert (np.array(runs["soft_rotated fixed"]["latency_s"]) < dense.latency_s).all()  # a quarter on the same channel
 
 
