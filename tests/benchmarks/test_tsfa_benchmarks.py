@@ -86,6 +86,12 @@ def test_controllers_keep_their_word_on_a_toy_model(tmp_path, monkeypatch, capsy
     assert max(runs["soft_rotated tsfa 1/4"]["keep_ratio_mean"]) <= 0.25 + 1e-6
     assert (np.array(runs["soft_rotated fixed"]["latency_s"]) < dense.latency_s).all()  # a quarter on the same channel
 
+    for name in ("measure", "measure_cell"):  # called again it has nothing to do
+        monkeypatch.delattr(controllers, name)
+    kept = out.read_text()
+    controllers.main()
+    assert json.loads(capsys.readouterr().out) == table and out.read_text() == kept
+
 
 def benchmark(out, toy):
     return run("offline_truth.py", "--seeds", 1, "--runs", 2, "--budgets", 0.5, "--out", out, "--set", *toy)
