@@ -170,9 +170,22 @@ def run_seed(title: str) -> str:
     return title.rsplit(" ", 1)[1]
 
 
+def planned(cells: dict[str, dict]) -> dict[str, list[str]]:
+    """The overrides of each run by its title, in the cells that are measured."""
+    overrides = {}
+    for seed, cell in cells.items():
+        for sparsifier, options in SPARSIFIERS.items():
+            for name in CONTROLLERS:
+                fitted = cell["tsfa"].get(f"{sparsifier} {name}")
+                chosen = controller(name, cell["budget_s"], Start(**fitted["start"]) if fitted else None)
+                overrides[f"{sparsifier} {name} seed {seed}"] = [*SETTING, *options, *chosen, f"seed={seed}"]
+    return overrides
+
+
 def summarize(runs: dict[str, dict], cells: dict[str, dict]) -> dict[str, dict]:
     """Means over the seeds that have ended, the distance of the accuracy from `ideal`, and how the budget was kept."""
-    table, runs = {}, {key: run for key, run in runs.items() if run_seed(key) in cells}
+    asked = planned(cells)
+    table, runs = {}, {key: run for key, run in runs.items() if run["overrides"] == asked.get(key)}
     for sparsifier in SPARSIFIERS:
         for name in CONTROLLERS:
             mine = {key: run for key, run in runs.items() if key.startswith(f"{sparsifier} {name} seed ")}
@@ -221,11 +234,11 @@ def main() -> None:
         "elsewhere": ELSEWHERE,
         "practice_rounds": PRACTICE_ROUNDS,
     }
-    same = kept.get("made_with") == made_with
-    cells, runs = (kept["cells"], kept["runs"]) if same else ({}, {})
+    cells = kept["cells"] if kept.get("made_with") == made_with else {}
+    runs = kept.get("runs", {})  # each counts where its overrides are those that are asked for
     options.out.parent.mkdir(parents=True, exist_ok=True)
 
-    def write() -> dict:
+    def write() -> None:
         result = {
             "made_with": made_with,
             "environment": environment,
@@ -234,27 +247,24 @@ def main() -> None:
             "runs": runs,
         }
         options.out.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-        return result
 
-    plan = [(seed, s, name) for seed in map(str, range(options.seeds)) for s in SPARSIFIERS for name in CONTROLLERS]
-    for seed, sparsifier, name in plan:
-        title = f"{sparsifier} {name} seed {seed}"
+    titles = [
+        (seed, f"{s} {name} seed {seed}") for seed in range(options.seeds) for s in SPARSIFIERS for name in CONTROLLERS
+    ]
+    for seed, title in titles:
         if options.only not in title:
             continue
-        if seed not in cells:
-            cells[seed] = measure_cell(files, int(seed))
-            common.note(f"cell of seed {seed}: {cells[seed]}")
+        if str(seed) not in cells:
+            cells[str(seed)] = measure_cell(files, seed)
+            common.note(f"cell of seed {seed}: {cells[str(seed)]}")
             write()
-        cell = cells[seed]
-        start = Start(**cell["tsfa"][f"{sparsifier} {name}"]["start"]) if name in LIMITS else None
-        chosen = controller(name, cell["budget_s"], start)
-        overrides = [*SETTING, *SPARSIFIERS[sparsifier], *chosen, f"seed={seed}"]
+        overrides = planned(cells)[title]
         if runs.get(title, {}).get("overrides") != overrides:
-            found = measure([*files, *overrides], cell)
+            found = measure([*files, *overrides], cells[str(seed)])
             runs[title] = {"overrides": overrides, "git_commit": environment["git_commit"], **found}
             common.note(f"{title}: {runs[title]}")
             write()
-    print(json.dumps(write()["table"], indent=2))
+    print(json.dumps(summarize(runs, cells), indent=2))
 
 
 if __name__ == "__main__":

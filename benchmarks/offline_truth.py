@@ -178,7 +178,13 @@ def main() -> None:
         model = common.model_folder(options.model)
         files = [f"model.pretrained={model}", f"data.train={options.train}", f"data.test={options.test}"]
         shared, base = [*TEXT, *shared], None
-    kept = json.loads(options.out.read_text())["runs"] if options.out.exists() else {}
+    held = json.loads(options.out.read_text())["runs"] if options.out.exists() else {}
+    setting = shared, options.runs  # entries of this task in another are not gone on with
+    kept = {
+        name: entry
+        for name, entry in held.items()
+        if entry["task"] != task or (entry["overrides"][:-1], entry["runs_a_rank"]) == setting
+    }
     commit = {"git_commit": environment["git_commit"]}
     options.out.parent.mkdir(parents=True, exist_ok=True)
 
@@ -192,9 +198,7 @@ def main() -> None:
             overrides = [*shared, f"seed={seed}"]
             name = f"{task}, budget {budget} seed {seed}"
             asked = {"task": task, "overrides": overrides, "budget": budget, "runs_a_rank": options.runs}
-            if not asked.items() <= kept.get(name, {}).items():
-                kept[name] = {**asked, "plans": {}, "runs": []}
-            entry = kept[name]
+            entry = kept.setdefault(name, {**asked, "plans": {}, "runs": []})
             entry["ways"] = list(dict.fromkeys(["grid", *options.ways]))  # the runs take V and queue from the grid
             if is_complete(entry):
                 continue

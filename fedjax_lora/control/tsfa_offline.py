@@ -285,8 +285,8 @@ def best_rank_by_seeds(latency_s: Array, loss: Array, score: Array, most_latency
 
     The seeds are shared by the candidates, so that a difference is taken in each. What exceeds the least mean loss by
     no more than two standard errors of that difference passes, unless it does so by a quarter of that loss: a rank that
-    goes astray in some seeds has a large error too. With many seeds the least loss is left alone; a single one has no
-    error, and the least loss is taken.
+    goes astray in some seeds has a large error too. With many seeds the least loss is left alone, and so it is by a
+    single one, which has no error.
     """
     least = best_rank(latency_s, loss.mean(1), most_latency_s)
     over, seeds = loss - loss[least], loss.shape[1]
