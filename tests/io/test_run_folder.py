@@ -205,7 +205,8 @@ def test_summary_adds_up_the_log_oracle_python_loop(run):
         "peak_memory_bytes": None,
         "samples_per_s": math.inf,
     }
-    summary = run.write_summary(told | {"device": "cpu", "versions": {"jax": "1"}, "seed": 3, "partition_hash": "ab"})
+    told |= {"device": "cpu", "versions": {"jax": "1"}, "seed": 3, "partition_hash": "ab", "plan": None}
+    summary = run.write_summary(told | {"bound_effects": {"training": np.float32(0.5), "rank": jnp.float32(jnp.nan)}})
     assert summary == read_summary(run.path)
     assert summary == {
         "initial_accuracy": 0.1,
@@ -226,6 +227,8 @@ def test_summary_adds_up_the_log_oracle_python_loop(run):
         "versions": {"jax": "1"},
         "seed": 3,
         "partition_hash": "ab",
+        "plan": None,
+        "bound_effects": {"training": 0.5, "rank": None},
     }
     with pytest.raises(ValueError, match="got wall"):
         run.write_summary({"wall": 1.0})
