@@ -63,9 +63,10 @@ class Peer:
       workload: what a round computes.
       dtype: of the matrix products; bfloat16 is autocast.
       settings: what tuning found best, or is trying.
+      device: of PyTorch.
     """
 
-    def __init__(self, workload: Workload, dtype: Dtype, settings: PeerSettings):
+    def __init__(self, workload: Workload, dtype: Dtype, settings: PeerSettings, device: str = "cpu"):
         started = time.perf_counter()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -75,17 +76,21 @@ class Peer:
         self._workload = workload
         self._dtype = dtype
         self._settings = settings
-        self._model = Classifier(workload.model, 2, settings).train()
+        self._device = device
+        self._model = Classifier(workload.model, 2, settings).to(device).train()
         self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         self._logits: Callable[..., torch.Tensor] = torch.compile(self._model) if settings.compile else self._model
         self._setup_s = time.perf_counter() - started
 
     def start(self, adapters: dict[str, np.ndarray], input_ids: np.ndarray, labels: np.ndarray) -> float:
         """Begin from the engine's global adapters and pool; returns seconds until the program is compiled."""
-        self._global = {name: torch.tensor(np.ascontiguousarray(_pick(adapters, name).T)) for name in self._trained}
-        self._input_ids = torch.tensor(input_ids, dtype=torch.long)
+        self._global = {
+            name: torch.tensor(np.ascontiguousarray(_pick(adapters, name).T), device=self._device)
+            for name in self._trained
+        }
+        self._input_ids = torch.tensor(input_ids, dtype=torch.long, device=self._device)
         self._mask = torch.ones_like(self._input_ids)
-        self._labels = torch.tensor(labels, dtype=torch.long)
+        self._labels = torch.tensor(labels, dtype=torch.long, device=self._device)
         started = time.perf_counter()
         self._train_client(np.zeros((1, self._workload.batch), np.int64))
         return time.perf_counter() - started
@@ -107,7 +112,7 @@ class Peer:
         apart = size = 0.0
         for name, value in self._global.items():
             theirs = _pick(adapters, name).T
-            apart += float(np.sum((value.numpy() - theirs) ** 2))
+            apart += float(np.sum((value.cpu().numpy() - theirs) ** 2))
             size += float(np.sum(theirs**2))
         return (apart / size) ** 0.5
 
@@ -135,8 +140,8 @@ class Peer:
             for name, p in self._trained.items():
                 p.copy_(self._global[name])
         optimizer = torch.optim.AdamW(self._trained.values(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-        total = torch.zeros(())
-        for batch in torch.from_numpy(rows).long():
+        total = torch.zeros((), device=self._device)
+        for batch in torch.from_numpy(rows).long().to(self._device):
             with self._precision():
                 logits = self._logits(self._input_ids[batch], self._mask[batch])
             loss = nn.functional.cross_entropy(logits.float(), self._labels[batch])
@@ -149,7 +154,7 @@ class Peer:
     def _precision(self) -> contextlib.AbstractContextManager:
         if self._dtype == "float32":
             return contextlib.nullcontext()
-        return torch.autocast("cpu", dtype=torch.bfloat16)
+        return torch.autocast(self._device, dtype=torch.bfloat16)
 
 
 def _pick(adapters: dict[str, np.ndarray], name: str) -> np.ndarray:
