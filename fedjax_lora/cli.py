@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedjax_lora import __version__
-from fedjax_lora.reading import ConfigWarning
+from fedjax_lora.reading import Notice
 
 _OUT_OF_MEMORY = (
     "fedjax-lora: error: out of memory; lower engine.client_chunk, engine.eval_batch_size or local.batch_size, "
@@ -43,13 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """A ConfigWarning is a line on stderr, each time, without the line of code that Python would name."""
+    """A Notice is a line on stderr, each time, without the line of code that Python would name."""
     with warnings.catch_warnings():
-        warnings.simplefilter("always", ConfigWarning)
+        warnings.simplefilter("always", Notice)
         show = warnings.showwarning
 
         def show_line(message: Warning | str, category: type[Warning], *where: Any, **to: Any) -> None:
-            if issubclass(category, ConfigWarning):
+            if issubclass(category, Notice):
                 print(f"fedjax-lora: warning: {message}", file=sys.stderr)
             else:
                 show(message, category, *where, **to)

@@ -180,6 +180,20 @@ def load_config(
     return _structure(_over(to_dict(base), given) if base else given)
 
 
+def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
+    """The same configuration from whichever directory it is read again: its files and folders by absolute paths."""
+
+    def absolute(path: str | None) -> str | None:
+        return path if path is None else str(Path(path).expanduser().absolute())
+
+    data = dataclasses.replace(config.data, train=absolute(config.data.train), test=absolute(config.data.test))
+    pretrained = config.model.pretrained
+    if pretrained is not None and Path(pretrained).expanduser().is_dir():  # else it is the id of a model on the hub
+        pretrained = absolute(pretrained)
+    model = dataclasses.replace(config.model, pretrained=pretrained)
+    return dataclasses.replace(config, data=data, model=model)
+
+
 def to_dict(config: ExperimentConfig) -> dict[str, Any]:
     """Nested plain dict of every field, as `dump` writes it."""
     return dataclasses.asdict(config)

@@ -28,8 +28,9 @@ def export_run(run: str | Path, folder: str | Path) -> None:
             f"aggregation.name must be one that leaves the base as it is to export to peft, "
             f"got {config.aggregation.name!r} in {run}"
         )
-    state = checkpoint.restore(RunFolder(run).checkpoints, like)
-    if state is None:
+    found = RunFolder(run).last_checkpoint()
+    if found is None:
         raise ValueError(f"{run} must hold a checkpoint to export, got none")
+    state = checkpoint.restore(found, like)
     lora, adapters = config.lora, deployed(state.adapters, state.clients)
     peft.export(folder, adapters, MODULE_NAMES, lora.rank, lora.alpha, config.model.pretrained)

@@ -12,8 +12,16 @@ class ConfigError(ValueError):
     """A user's mistake in a configuration, in one line."""
 
 
-class ConfigWarning(UserWarning):
+class Notice(UserWarning):
+    """What a user should know, in one line."""
+
+
+class ConfigWarning(Notice):
     """What a configuration turns into without saying so, in one line."""
+
+
+class RunWarning(Notice):
+    """What a run came upon, in one line."""
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,10 +1,13 @@
 """One run, start to end, in a folder: build, restore, advance, log, checkpoint, report."""
 
+import datetime
 import importlib.metadata
 import platform
 import resource
+import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fedjax_lora import __version__, trees
-from fedjax_lora.base import Metrics
+from fedjax_lora.base import FedState, Metrics
 from fedjax_lora.build import build
-from fedjax_lora.config import ExperimentConfig, dump
+from fedjax_lora.config import ExperimentConfig, dump, with_absolute_paths
 from fedjax_lora.io import checkpoint
-from fedjax_lora.io.log import RunFolder, read_metrics, read_summary
+from fedjax_lora.io.log import RunFolder, read_metrics
 from fedjax_lora.io.plan import Plan, effects_of_run
+from fedjax_lora.io.summary import nothing_learned
+from fedjax_lora.reading import RunWarning
 from fedjax_lora.report.html import write_report
 from fedjax_lora.sim.engine import Simulation
 
@@ -26,7 +31,7 @@ from fedjax_lora.sim.engine import Simulation
 def run(
     config: ExperimentConfig, path: Path, resume: bool, console: Console, plan: Plan | None = None
 ) -> dict[str, Any]:
-    """Run an experiment to its last round, or continue it from its last checkpoint.
+    """Run an experiment to its last round, or continue it from its last good checkpoint.
 
     The program is built, compiled and evaluated once before the folder is made: a mistake in the configuration
     leaves nothing behind. Times in the summary are those of the last session of a resumed run. With the plan that the
@@ -39,26 +44,60 @@ def run(
       ValueError: the folder is in use, or cannot be resumed with this configuration, these weights or these data.
     """
     started = time.perf_counter()
-    if resume:
-        RunFolder.check_configuration(path, dump(config))
-        if (ended := read_summary(path)) is not None:
-            write_report([path], RunFolder(path).report)
-            return ended
+    config, folder = with_absolute_paths(config), RunFolder(path)
+    ended = begin = None
+    if resume:  # what is on disk is read before anything is built
+        folder.check_configuration(path, dump(config))
+        ended, begin = folder.ended(), folder.last_checkpoint()
     else:
-        RunFolder.check_free(path)
+        folder.check_free(path)
     with console.status("reading the model and the data"):
         simulation = build(config)
+    data = {name: getattr(simulation, name) for name in _SAME}
+    if resume:
+        folder.check_data(path, data)
+    if ended and ended["rounds"] == config.rounds:
+        write_report([path], folder.report)
+        return ended
     for note in _notes(config, simulation):
         console.print(f"note: {note}", soft_wrap=True)
     with console.status("compiling a round"):
         state = simulation.init(jax.random.key(config.seed))
         _, initial_accuracy = simulation.evaluate(state)
-    data = {name: getattr(simulation, name) for name in ("examples_hash", "partition_hash", "base_hash")}
-    folder = (RunFolder.resume if resume else RunFolder.create)(path, dump(config), data)
     if resume:
-        state = checkpoint.restore(folder.checkpoints, state) or state
+        state = checkpoint.restore(begin, state) if begin else state
         folder.truncate(int(state.round))
-    done = int(state.round)
+    else:
+        folder.create(path, dump(config), data | {"started": _now(), "commit": _commit()})
+    rounds = config.rounds - int(state.round)
+    _announce(config, simulation, initial_accuracy, console)
+    training_s = _train(config, simulation, state, folder, console)
+    summary = folder.write_summary(
+        {
+            "initial_accuracy": initial_accuracy,
+            "wall_s": time.perf_counter() - started,
+            "compile_s": simulation.compile_s,
+            "samples_per_s": _samples(config, simulation, rounds) / training_s,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "device": device_name(),
+            "versions": versions(),
+            "seed": config.seed,
+            "partition_hash": simulation.partition_hash,
+            "latency_budget_s": getattr(config.control, "latency_budget_s", None),
+            **_planned(plan, folder),
+        }
+    )
+    for trouble in summary["warnings"]:
+        warnings.warn(trouble, RunWarning, stacklevel=2)
+    write_report([path], folder.report)
+    return summary
+
+
+_SAME = ("examples_hash", "partition_hash", "base_hash")
+"""Attributes of a simulation that a run goes on with alone."""
+
+
+def _announce(config: ExperimentConfig, simulation: Simulation, initial_accuracy: float, console: Console) -> None:
     console.print(
         f"{config.clients.count} clients, {simulation.parts.cohort_size} a round, "
         f"{simulation.parts.chunk} at once; compiled in {simulation.compile_s:.1f} s; "
@@ -66,37 +105,44 @@ def run(
         soft_wrap=True,
     )
 
-    training_started = time.perf_counter()
+
+def _train(
+    config: ExperimentConfig, simulation: Simulation, state: FedState, folder: RunFolder, console: Console
+) -> float:
+    """Run what is left, segment by segment, each logged and saved as it ends; returns the seconds that it took."""
+    started, done = time.perf_counter(), int(state.round)
     with _progress(console) as progress:
         task = progress.add_task("", total=config.rounds, completed=done, status="")
         for state, metrics in simulation.segments(state, config.rounds - done):
-            folder.append(metrics)
-            checkpoint.save(folder.checkpoints, state)
+            lines = folder.append(metrics)
+            folder.save(state)
+            if all(line["participants"] == 0 for line in lines) and (trouble := nothing_learned(lines)):
+                warnings.warn(trouble, RunWarning, stacklevel=2)
             progress.update(task, completed=int(metrics.round[-1]), status=_status(metrics))
             if not console.is_terminal:
                 console.print(f"round {int(metrics.round[-1])}/{config.rounds}  {_status(metrics)}", soft_wrap=True)
-    training_s = time.perf_counter() - training_started
+    return time.perf_counter() - started
 
-    planned = {}
-    if plan:
-        effects = effects_of_run(plan, read_metrics(folder.path))
-        planned = {"plan": plan.taken, "bound_effects": effects._asdict()}
-    summary = folder.write_summary(
-        {
-            "initial_accuracy": initial_accuracy,
-            "wall_s": time.perf_counter() - started,
-            "compile_s": simulation.compile_s,
-            "samples_per_s": _samples(config, simulation, config.rounds - done) / training_s,
-            "peak_memory_bytes": peak_memory_bytes(),
-            "device": device_name(),
-            "versions": versions(),
-            "seed": config.seed,
-            "partition_hash": simulation.partition_hash,
-            **planned,
-        }
-    )
-    write_report([path], folder.report)
-    return summary
+
+def _planned(plan: Plan | None, folder: RunFolder) -> dict[str, Any]:
+    """What the summary says of the plan."""
+    if plan is None:
+        return {}
+    effects = effects_of_run(plan, read_metrics(folder.path))
+    return {"plan": plan.taken, "bound_effects": effects._asdict()}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _commit() -> str | None:
+    """The commit of the Git repository that the run is started in, where there is one."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def _notes(config: ExperimentConfig, simulation: Simulation) -> list[str]:

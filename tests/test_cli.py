@@ -76,8 +76,8 @@ def test_a_killed_run_resumes_bit_for_bit_as_if_it_had_not_been(finished, tmp_pa
     assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     simulation = build(load_config(whole / "config.yaml"))
     like = simulation.init(jax.random.key(0))
-    one, other = (checkpoint.restore(folder / "checkpoints", like) for folder in (out, whole))
-    assert one is not None and other is not None
+    found = [next(checkpoint.whole(folder / "checkpoints")) for folder in (out, whole)]
+    one, other = (checkpoint.restore(checkpoint_, like) for checkpoint_ in found)
     for x, y in zip(jax.tree.leaves(one.adapters), jax.tree.leaves(other.adapters), strict=True):
         np.testing.assert_array_equal(x, y)
 

@@ -1,90 +1,154 @@
-"""Checkpoints of a run's state, written by Orbax.
+"""Checkpoints of a run's state, written by Orbax, each with the hashes of its files.
 
-A checkpoint is a folder named by its round. Orbax writes it under another name and renames it when it is whole,
-so a process killed midway leaves the checkpoints before it as they were.
+A checkpoint is a folder named by its round: `state/` of Orbax and `sha256.json`. It is filled under another name and
+renamed when it is whole, so a process killed midway leaves the checkpoints before it as they were; what was damaged
+later does not match its hashes, and is not believed.
 """
 
-import contextlib
+import hashlib
+import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import orbax.checkpoint as ocp
-import tensorstore
 from absl import logging
 
 from fedjax_lora.base import FedState
+from fedjax_lora.io.files import atomic_folder, remove
+from fedjax_lora.reading import RunWarning
 
 _KEPT = 2
+_STATE, _HASHES = "state", "sha256.json"
 
 
-def save(folder: str | Path, state: FedState) -> None:
-    """Write `state` as the checkpoint of its round and keep the last two; done when it returns.
+class Checkpoint(NamedTuple):
+    """A checkpoint whose files are as they were written.
 
-    A round that is saved already stays as it is: a run's state is a function of its configuration and the round.
+    path: its folder. step: its round. log_sha256: of the run's log up to that round.
+    """
+
+    path: Path
+    step: int
+    log_sha256: str
+
+
+def save(folder: str | Path, state: FedState, log_sha256: str = "") -> None:
+    """Write `state` as the checkpoint of its round and keep the last two up to it; done when it returns.
 
     Raises:
       ValueError: the folder cannot be written.
     """
-    step = int(state.round)
+    path = Path(folder) / str(int(state.round))
     try:
-        with _manager(folder) as manager:
-            if step not in manager.all_steps():
-                manager.save(step, args=ocp.args.StandardSave(state), force=True)
+        if path.exists():  # damaged, or of the same round of the same run
+            remove(path)
+        with atomic_folder(path) as partial:
+            with _checkpointer() as checkpointer:
+                checkpointer.save(partial / _STATE, state)
+                checkpointer.wait_until_finished()
+            text = json.dumps({"log": log_sha256, "files": _hashes(partial)}, indent=2)
+            (partial / _HASHES).write_text(text + "\n", encoding="utf-8")
+        _clear(Path(folder), int(path.name))
     except Exception as error:  # Orbax and TensorStore share no base class
-        raise ValueError(f"checkpoint {Path(folder) / str(step)} cannot be written: {_one_line(error)}") from error
+        raise ValueError(f"checkpoint {path} cannot be written: {_one_line(error)}") from error
 
 
-def restore(folder: str | Path, like: FedState) -> FedState | None:
-    """The latest whole checkpoint, bit for bit, or None if there is none.
+def whole(folder: str | Path) -> Iterator[Checkpoint]:
+    """The checkpoints that are as they were written, newest first; warns of each that is not, by name."""
+    for step in _steps(folder):
+        path = Path(folder) / str(step)
+        try:
+            yield _verified(path, step)
+        except (OSError, ValueError) as error:
+            warnings.warn(f"checkpoint {path} is damaged and passed over: {error}", RunWarning, stacklevel=2)
+
+
+def restore(found: Checkpoint, like: FedState) -> FedState:
+    """The state of a checkpoint, bit for bit.
 
     Args:
-      folder: where `save` wrote.
+      found: one of `whole`.
       like: a state of the same structure, shapes, dtypes and placement, such as a run's first.
 
     Raises:
-      ValueError: the checkpoint cannot be read, or is of another structure.
+      ValueError: the checkpoint is of another structure.
     """
-    if not Path(folder).is_dir():
-        return None
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    step = None
+    return cast(FedState, _read(found, jax.tree.map(ocp.utils.to_shape_dtype_struct, like)))
+
+
+def restore_plain(found: Checkpoint) -> dict[str, Any]:
+    """The state of a checkpoint as nested dictionaries of arrays, for who knows no state like it.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
+    return _read(found)
+
+
+def _read(found: Checkpoint, *like: Any) -> Any:
     try:
-        with _manager(folder) as manager:
-            step = manager.latest_step()
-            if step is None:
-                return None
-            _check_readable(Path(folder).absolute() / str(step))
-            return cast(FedState, manager.restore(step, args=ocp.args.StandardRestore(abstract)))
+        with _checkpointer() as checkpointer:
+            return checkpointer.restore((found.path / _STATE).absolute(), *like)
     except Exception as error:  # Orbax and TensorStore share no base class
-        raise ValueError(f"checkpoint {Path(folder) / str(step)} cannot be read: {_one_line(error)}") from error
+        raise ValueError(f"checkpoint {found.path} cannot be read: {_one_line(error)}") from error
 
 
-@contextlib.contextmanager
-def _manager(folder: str | Path) -> Iterator[ocp.CheckpointManager]:
-    """A synchronous manager of the folder that logs nothing below errors."""
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=_KEPT, enable_async_checkpointing=False, cleanup_tmp_directories=True
-    )
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+class _checkpointer(ocp.StandardCheckpointer):
+    """Orbax's own, which logs nothing below errors while it is open."""
+
+    def __enter__(self):
+        self._verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any):
+        try:
+            return super().__exit__(*exception)
+        finally:
+            logging.set_verbosity(self._verbosity)
+
+
+def _steps(folder: str | Path) -> list[int]:
+    """Rounds of all that is named as a checkpoint is, whole or not, newest first."""
+    names = [path.name for path in Path(folder).iterdir()] if Path(folder).is_dir() else []
+    return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
+
+
+def _clear(folder: Path, step: int) -> None:
+    """Remove what is older than the last two, what a damaged run held beyond, and what a kill left half written."""
+    past = [number for number in _steps(folder) if number <= step][_KEPT:]
+    beyond = [number for number in _steps(folder) if number > step]
+    for path in [*(folder / str(number) for number in (*past, *beyond)), *folder.glob(".*.partial-*")]:
+        remove(path)
+
+
+def _verified(path: Path, step: int) -> Checkpoint:
+    """Raises OSError or ValueError where a file is not what it was."""
     try:
-        with ocp.CheckpointManager(Path(folder).absolute(), options=options) as manager:
-            yield manager
-    finally:
-        logging.set_verbosity(verbosity)
+        found = json.loads((path / _HASHES).read_text(encoding="utf-8"))
+        log, files = str(found["log"]), dict(found["files"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{_HASHES} is not what was written") from error
+    there = _hashes(path)
+    for name in sorted(files.keys() | there.keys()):
+        if files.get(name) != there.get(name):
+            what = "is missing" if name not in there else "was not there" if name not in files else "has changed"
+            raise ValueError(f"{name} {what}")
+    return Checkpoint(path, step, log)
 
 
-def _check_readable(checkpoint: Path) -> None:
-    """Read every stored value once, one after the other.
+def _hashes(folder: Path) -> dict[str, str]:
+    """Path of each file within the folder, but for the list of hashes itself -> SHA-256 of its content."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / _HASHES]
+    return {str(path.relative_to(folder)): _sha256(path) for path in files}
 
-    Orbax reads all arrays at a time; where one is damaged, the others' callbacks print tracebacks past the error.
-    """
-    base = {"driver": "file", "path": f"{checkpoint}/default/"}
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-    for key in store.list().result():
-        store.read(key).result()
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _one_line(error: Exception) -> str:

@@ -1,8 +1,10 @@
 """The folder of a run: `config.yaml`, `data.json`, `metrics.jsonl`, `summary.json`, `checkpoints/`, `report.html`."""
 
+import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fedjax_lora.base import Metrics
-from fedjax_lora.io.files import atomic_folder, check_can_hold_files, write_atomically
+from fedjax_lora.base import FedState, Metrics
+from fedjax_lora.io import checkpoint, sealed
+from fedjax_lora.io.files import atomic_folder, check_can_hold_files
+from fedjax_lora.io.summary import summarize, troubles
+from fedjax_lora.reading import RunWarning
 
 FIELDS = {
     "round": "round",
@@ -49,6 +54,7 @@ RUN_FIELDS = (
     "versions",
     "seed",
     "partition_hash",
+    "latency_budget_s",
     "plan",
     "bound_effects",
 )
@@ -60,8 +66,9 @@ _CONFIG, _DATA, _METRICS, _SUMMARY = "config.yaml", "data.json", "metrics.jsonl"
 class RunFolder:
     """One run on disk. Made by `create` or `resume`; read with `read_config`, `read_metrics`, `read_summary`.
 
-    A round counts once its line ends in a newline. Lines are written before the checkpoint of their last round,
-    so the log is never behind a checkpoint; `truncate` drops what is ahead of it.
+    A round counts once its line ends in a newline. Lines are written before the checkpoint of their last round, which
+    holds a hash of the log so far: a run goes on from the newest checkpoint that is whole and whose rounds the log
+    still holds as they were, and what the log holds beyond it is dropped.
     """
 
     def __init__(self, path: str | Path):
@@ -105,13 +112,13 @@ class RunFolder:
         _check_same(before, now, Path(path) / _CONFIG)
 
     @classmethod
-    def create(cls, path: str | Path, config_text: str, data: Mapping[str, str]) -> "RunFolder":
+    def create(cls, path: str | Path, config_text: str, data: Mapping[str, Any]) -> "RunFolder":
         """A new run folder that holds `config.yaml` and `data.json`; it appears in full or not at all.
 
         Args:
           path: of the folder.
           config_text: YAML of the resolved configuration.
-          data: hashes that tell the data from any other.
+          data: what the run is started with, see `read_data`.
 
         Raises:
           ValueError: `check_free` refuses the path, or it cannot be written.
@@ -120,41 +127,63 @@ class RunFolder:
         with atomic_folder(path) as partial:
             (partial / "checkpoints").mkdir()
             (partial / _CONFIG).write_text(config_text, encoding="utf-8")
-            (partial / _DATA).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+            sealed.write(partial / _DATA, data)
             (partial / _METRICS).touch()
         return cls(path)
 
-    @classmethod
-    def resume(cls, path: str | Path, config_text: str, data: Mapping[str, str]) -> "RunFolder":
-        """The run that `path` holds, if it was started with the same configuration and data; arguments as of `create`.
+    @staticmethod
+    def check_data(path: str | Path, data: Mapping[str, Any]) -> None:
+        """Refuse to go on with other weights, data or classes than those the run was started with.
 
         Raises:
-          ValueError: there is no run, or its configuration or data differ; names the first key that does.
+          ValueError: names the first key of `data` that differs.
         """
-        run = cls(path)
-        cls.check_configuration(path, config_text)
-        _check_same({"data": _read_json(run.path / _DATA) or {}}, {"data": data}, run.path / _DATA)
-        return run
+        before = read_data(path)
+        _check_same({key: before.get(key) for key in data}, data, Path(path) / _DATA)
 
-    def append(self, metrics: Metrics) -> None:
-        """Add one line for each of the stacked rounds of `metrics`, leaves `[rounds, ...]`."""
-        lines = "".join(json.dumps(line, allow_nan=False) + "\n" for line in _lines(metrics))
+    def last_checkpoint(self) -> checkpoint.Checkpoint | None:
+        """The newest checkpoint that is whole and whose rounds the log holds as they were; None where there is none.
+
+        Warns of each that is passed over.
+
+        Raises:
+          ValueError: there is no log.
+        """
+        for found in checkpoint.whole(self.checkpoints):
+            if self._log_sha256(found.step) == found.log_sha256:
+                return found
+            warnings.warn(
+                f"checkpoint {found.path} is passed over: {self.path / _METRICS} does not hold its rounds as they were",
+                RunWarning,
+                stacklevel=2,
+            )
+        return None
+
+    def save(self, state: FedState) -> None:
+        """Write the checkpoint of rounds whose lines the log holds already.
+
+        Raises:
+          ValueError: it cannot be written.
+        """
+        checkpoint.save(self.checkpoints, state, self._log_sha256(int(state.round)) or "")
+
+    def _log_sha256(self, rounds: int) -> str | None:
+        """Hash of the first lines of the log; None where it holds fewer."""
+        lines = _whole_lines(self.path)
+        return hashlib.sha256(b"".join(lines[:rounds])).hexdigest() if len(lines) >= rounds else None
+
+    def append(self, metrics: Metrics) -> list[dict[str, Any]]:
+        """Add one line for each of the stacked rounds of `metrics`, leaves `[rounds, ...]`; returns the lines."""
+        lines = list(_lines(metrics))
         with (self.path / _METRICS).open("a", encoding="utf-8") as file:
-            file.write(lines)
+            file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
+        return lines
 
     def truncate(self, rounds: int) -> None:
-        """Drop every line after round `rounds`, and a last line that a kill has torn.
-
-        Raises:
-          ValueError: the log ends before `rounds`, or cannot be read.
-        """
-        path = self.path / _METRICS
-        found = len(read_metrics(self.path))
-        if found < rounds:
-            raise ValueError(f"{path} must hold the {rounds} rounds of the checkpoint, got {found}")
-        os.truncate(path, sum(map(len, path.read_bytes().splitlines(keepends=True)[:rounds])))
+        """Drop every line after round `rounds`, and a last line that a kill has torn."""
+        os.truncate(self.path / _METRICS, sum(map(len, _whole_lines(self.path)[:rounds])))
 
     def write_summary(self, run: Mapping[str, Any]) -> dict[str, Any]:
         """Write `summary.json` from the log and from `run`, whose keys are of `RUN_FIELDS` (absent: null).
@@ -166,28 +195,25 @@ class RunFolder:
         if unknown:
             raise ValueError(f"summary field must be one of {', '.join(RUN_FIELDS)}, got {unknown[0]}")
         told = {name: _plain(run.get(name)) for name in RUN_FIELDS}
-        summary = {"initial_accuracy": told["initial_accuracy"], **summarize(read_metrics(self.path)), **told}
-        write_atomically(self.path / _SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
-        return summary
+        lines = read_metrics(self.path)
+        summary = {"initial_accuracy": told["initial_accuracy"], **summarize(lines, told["latency_budget_s"]), **told}
+        summary["warnings"] = troubles(lines, summary)
+        summary["metrics_sha256"] = self._log_sha256(len(lines))
+        return sealed.write(self.path / _SUMMARY, summary)
 
+    def ended(self) -> dict[str, Any] | None:
+        """The summary of a run that has ended; None where it has not, or where summary or log were damaged since.
 
-def summarize(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """The part of a summary that the lines of `metrics.jsonl` tell."""
-    accuracies, personal = (
-        [line[field] for line in metrics if line[field] is not None] for field in ("eval_accuracy", "personal_accuracy")
-    )
-    total_s = metrics[-1]["cumulative_latency_s"] if metrics else None
-    return {
-        "final_accuracy": accuracies[-1] if accuracies else None,
-        "best_accuracy": max(accuracies, default=None),
-        "personal_accuracy": personal[-1] if personal else None,
-        "total_uplink_bits": sum(line["uplink_bits"] for line in metrics),
-        "total_downlink_bits": sum(line["downlink_bits"] for line in metrics),
-        "total_latency_s": total_s,
-        "mean_latency_s": None if total_s is None else total_s / len(metrics),
-        "final_queue_s": metrics[-1]["queue_s"] if metrics else None,
-        "rounds": len(metrics),
-    }
+        Warns of the damage: such a run is to be ended anew from its last good checkpoint.
+        """
+        try:
+            summary = read_summary(self.path)
+        except ValueError as error:
+            warnings.warn(str(error), RunWarning, stacklevel=2)
+            return None
+        if summary is None or summary["metrics_sha256"] == self._log_sha256(summary["rounds"]):
+            return summary
+        return None  # `last_checkpoint` says what became of the log
 
 
 def is_run(folder: str | Path) -> bool:
@@ -219,36 +245,51 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: there is no log, or a line is not the JSON object of the round that follows the line before.
     """
-    path = Path(folder) / _METRICS
-    if not path.is_file():
-        raise ValueError(f"{folder} must be the folder of a run, got no {_METRICS} in it")
     metrics = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
-            break
+    for number, line in enumerate(_whole_lines(folder), start=1):
         try:
             record = json.loads(line)
         except ValueError:
             record = None
         if not isinstance(record, dict) or record.get("round") != number:
-            raise ValueError(f"{path} line {number} must be the JSON object of round {number}, got {line[:40]!r}")
+            raise ValueError(
+                f"{Path(folder) / _METRICS} line {number} must be the JSON object of round {number}, got {line[:40]!r}"
+            )
         metrics.append(record)
     return metrics
 
 
-def read_summary(folder: str | Path) -> dict[str, Any] | None:
-    """The summary of a run; None as long as the run has not ended."""
-    return _read_json(Path(folder) / _SUMMARY)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """What a file holds; None where there is none."""
+def _whole_lines(folder: str | Path) -> list[bytes]:
+    """Lines of a run's log, but for a last one without its newline."""
+    path = Path(folder) / _METRICS
     if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON, got {error}") from error
+        raise ValueError(f"{folder} must be the folder of a run, got no {_METRICS} in it")
+    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def read_data(folder: str | Path) -> dict[str, Any]:
+    """What a run was started with: `data.json`.
+
+    `examples_hash`, `partition_hash`, `base_hash`, `model_config_hash`, `tokenizer_hash`: of the data and of the model.
+    `class_names`: of the columns of the task head. `started`: when, ISO 8601. `commit`: of the Git repository that the
+    run was started in, or null.
+
+    Raises:
+      ValueError: it is missing, or was changed since.
+    """
+    found = sealed.read(Path(folder) / _DATA)
+    if found is None:
+        raise ValueError(f"{folder} must be the folder of a run, got no {_DATA} in it")
+    return found
+
+
+def read_summary(folder: str | Path) -> dict[str, Any] | None:
+    """The summary of a run; None as long as the run has not ended.
+
+    Raises:
+      ValueError: it was changed since.
+    """
+    return sealed.read(Path(folder) / _SUMMARY)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedjax_lora.io.log import flatten, is_run, read_config, read_metrics, read_summary, summarize
+from fedjax_lora.io.log import flatten, is_run, read_config, read_metrics, read_summary
+from fedjax_lora.io.summary import summarize
 
 
 class Run(NamedTuple):

@@ -1,4 +1,4 @@
-"""Checkpoints: bit for bit, the latest whole one, the last two kept. The oracle is the state that was saved."""
+"""Checkpoints: bit for bit, the newest good one, the last two kept. The oracle is the state that was saved."""
 
 import os
 import shutil
@@ -14,6 +14,7 @@ import pytest
 
 from fedjax_lora.base import Adapters, ClientState, Factors, FedState, Hyper, LinkState
 from fedjax_lora.io import checkpoint
+from fedjax_lora.reading import RunWarning
 
 
 def make_state(round_number, memory=()):
@@ -39,6 +40,10 @@ def make_state(round_number, memory=()):
     )
 
 
+def newest(folder, like):
+    return checkpoint.restore(next(checkpoint.whole(folder)), like)
+
+
 def assert_same_bits(actual, expected):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -54,15 +59,23 @@ def test_restore_returns_the_bits_that_were_saved(tmp_path, memory):
     state = make_state(3, memory)
     folder = tmp_path / "a run #1 at 50%20?"
     checkpoint.save(folder, state)
-    restored = checkpoint.restore(folder, make_state(0, memory))
+    restored = newest(folder, make_state(0, memory))
     assert_same_bits(restored, state)
     draws = [jax.random.normal(jax.random.fold_in(s.key, 1), (3,)) for s in (restored, state)]
     np.testing.assert_array_equal(*draws)
 
 
-def test_nothing_saved_is_none(tmp_path):
-    assert checkpoint.restore(tmp_path, make_state(0)) is None
-    assert checkpoint.restore(tmp_path / "absent", make_state(0)) is None
+def test_the_plain_state_is_the_same_by_name(tmp_path):
+    state = make_state(3)
+    checkpoint.save(tmp_path, state)
+    plain = checkpoint.restore_plain(next(checkpoint.whole(tmp_path)))
+    np.testing.assert_array_equal(plain["adapters"]["modules"]["query"]["a"], state.adapters.modules["query"].a)
+    np.testing.assert_array_equal(plain["adapters"]["head"]["bias"], state.adapters.head["bias"])
+
+
+def test_nothing_saved_is_nothing(tmp_path):
+    assert not list(checkpoint.whole(tmp_path))
+    assert not list(checkpoint.whole(tmp_path / "absent"))
     assert not (tmp_path / "absent").exists()
 
 
@@ -71,16 +84,62 @@ def test_the_last_two_are_kept_and_a_round_is_saved_once(tmp_path):
         checkpoint.save(tmp_path, make_state(round_number))
     checkpoint.save(tmp_path, make_state(10))
     assert sorted(os.listdir(tmp_path)) == ["10", "5"]
-    assert_same_bits(checkpoint.restore(tmp_path, make_state(0)), make_state(10))
+    assert_same_bits(newest(tmp_path, make_state(0)), make_state(10))
 
 
 def test_a_save_that_was_interrupted_is_ignored_and_cleared(tmp_path):
     checkpoint.save(tmp_path, make_state(2))
-    shutil.copytree(tmp_path / "2", tmp_path / "4.orbax-checkpoint-tmp")
-    shutil.rmtree(tmp_path / "4.orbax-checkpoint-tmp" / "default" / "d")
-    assert_same_bits(checkpoint.restore(tmp_path, make_state(0)), make_state(2))
+    shutil.copytree(tmp_path / "2", tmp_path / ".4.partial-1")
+    shutil.rmtree(tmp_path / ".4.partial-1" / "state")
+    assert_same_bits(newest(tmp_path, make_state(0)), make_state(2))
     checkpoint.save(tmp_path, make_state(4))
-    assert_same_bits(checkpoint.restore(tmp_path, make_state(0)), make_state(4))
+    assert_same_bits(newest(tmp_path, make_state(0)), make_state(4))
+    assert sorted(os.listdir(tmp_path)) == ["2", "4"]
+
+
+def flip(path):
+    """64 bytes in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    middle = slice(max(0, len(content) // 2 - 32), len(content) // 2 + 32)
+    content[middle] = bytes(255 - byte for byte in content[middle])
+    path.write_bytes(content)
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+DAMAGE = {
+    "flipped": (lambda folder: flip(largest(folder)), "has changed"),
+    "truncated": (lambda folder: os.truncate(largest(folder), 10), "has changed"),
+    "a file gone": (lambda folder: largest(folder).unlink(), "is missing"),
+    "a file more": (lambda folder: (folder / "state" / "x").write_text("x"), "x was not there"),
+    "hashes flipped": (lambda folder: flip(folder / "sha256.json"), "sha256.json"),
+    "hashes gone": (lambda folder: (folder / "sha256.json").unlink(), "sha256.json"),
+    "a list of hashes": (lambda folder: (folder / "sha256.json").write_text("[]"), "not what was written"),
+    "empty": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "sha256.json"),
+    "a file instead": (lambda folder: (shutil.rmtree(folder), folder.write_text("x")), "Not a directory"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_by_name_and_replaced_oracle_the_one_before(tmp_path, damage, capfd):
+    for round_number in (2, 4):
+        checkpoint.save(tmp_path, make_state(round_number))
+    apply, word = DAMAGE[damage]
+    apply(tmp_path / "4")
+    with pytest.warns(RunWarning, match=rf"checkpoint {tmp_path / '4'} is damaged and passed over: .*{word}"):
+        assert_same_bits(newest(tmp_path, make_state(0)), make_state(2))
+    checkpoint.save(tmp_path, make_state(4))
+    assert_same_bits(newest(tmp_path, make_state(0)), make_state(4))
+    assert sorted(os.listdir(tmp_path)) == ["2", "4"]
+    assert capfd.readouterr().err == ""
+
+
+def test_what_is_ahead_of_the_run_goes_once_it_saves(tmp_path):
+    checkpoint.save(tmp_path, make_state(2))
+    (tmp_path / "9").mkdir()
+    checkpoint.save(tmp_path, make_state(4))
     assert sorted(os.listdir(tmp_path)) == ["2", "4"]
 
 
@@ -103,20 +162,15 @@ def test_a_process_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path):
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert len(os.listdir(tmp_path)) == 2
-    assert_same_bits(checkpoint.restore(tmp_path, make_state(0)), make_state(1))
+    assert_same_bits(newest(tmp_path, make_state(0)), make_state(1))
 
 
-def test_a_checkpoint_of_another_structure_or_damaged_is_one_line(tmp_path, capfd):
+def test_a_checkpoint_of_another_structure_is_one_line(tmp_path, capfd):
     checkpoint.save(tmp_path, make_state(2))
-    damaged = tmp_path / "damaged"
-    shutil.copytree(tmp_path / "2", damaged / "2")
-    shutil.rmtree(damaged / "2" / "default" / "d")
-    memory = {"error": jnp.zeros(3)}
-    for folder, like in [(tmp_path, make_state(0, memory)), (damaged, make_state(0))]:
-        with pytest.raises(ValueError, match="cannot be read") as caught:
-            checkpoint.restore(folder, like)
-        assert "\n" not in str(caught.value)
-        assert str(folder / "2") in str(caught.value)
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        newest(tmp_path, make_state(0, {"error": jnp.zeros(3)}))
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "2") in str(caught.value)
     assert capfd.readouterr().err == ""
 
 

@@ -1,5 +1,6 @@
 """The folder of a run: created whole or not at all, append-only, resumed only as it was."""
 
+import hashlib
 import json
 import math
 import os
@@ -89,11 +90,11 @@ def test_create_refuses_what_is_in_use_and_leaves_it_as_it_is(run, tmp_path):
 
 
 def test_resume_takes_the_same_configuration_in_another_spelling(run):
-    assert RunFolder.resume(run.path, "{lora: {targets: [query], rank: 8}, seed: 0}", DATA).path == run.path
+    run.check_configuration(run.path, "{lora: {targets: [query], rank: 8}, seed: 0}")
 
 
 def test_resume_does_not_mind_how_a_plan_would_be_made(run):
-    assert RunFolder.resume(run.path, CONFIG + "plan: {seeds: 3}\n", DATA).path == run.path
+    run.check_configuration(run.path, CONFIG + "plan: {seeds: 3}\n")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_resume_does_not_mind_how_a_plan_would_be_made(run):
 )
 def test_resume_refuses_another_configuration_by_key_and_values(run, text, fragments):
     with pytest.raises(ValueError, match="to resume") as caught:
-        RunFolder.resume(run.path, text, DATA)
+        run.check_configuration(run.path, text)
     assert not [fragment for fragment in fragments if fragment not in str(caught.value)]
 
 
@@ -118,14 +119,14 @@ def test_resume_refuses_other_data_by_key_and_hashes_and_touches_nothing(run, ke
         ValueError,
         match=rf"data\.{key} must be '{DATA[key]}' .*data\.json to resume .* got 'ef'; or choose another --out$",
     ):
-        RunFolder.resume(run.path, CONFIG, DATA | {key: "ef"})
+        run.check_data(run.path, DATA | {key: "ef"})
     after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.path.rglob("*") if path.is_file()}
     assert after == before
 
 
 def test_resume_without_a_run_is_an_error_that_names_the_folder(tmp_path):
     with pytest.raises(ValueError, match=r"config\.yaml") as caught:
-        RunFolder.resume(tmp_path, CONFIG, DATA)
+        RunFolder.check_configuration(tmp_path, CONFIG)
     assert str(tmp_path) in str(caught.value)
 
 
@@ -183,10 +184,8 @@ def test_truncate_then_append_gives_the_log_of_an_uninterrupted_run(run, tmp_pat
     assert [line["round"] for line in read_metrics(run.path)] == [1, 2, 3, 4, 5]
 
 
-def test_a_log_behind_its_checkpoint_or_damaged_is_an_error_that_names_the_line(run):
+def test_a_damaged_log_is_an_error_that_names_the_line(run):
     run.append(make_metrics())
-    with pytest.raises(ValueError, match="hold the 4 rounds of the checkpoint, got 3"):
-        run.truncate(4)
     path = run.path / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     for damaged in (["{\n", *lines[1:]], [*lines[1:]], ["3\n"]):
@@ -206,8 +205,13 @@ def test_summary_adds_up_the_log_oracle_python_loop(run):
         "samples_per_s": math.inf,
     }
     told |= {"device": "cpu", "versions": {"jax": "1"}, "seed": 3, "partition_hash": "ab", "plan": None}
+    told |= {"latency_budget_s": 0.5}
     summary = run.write_summary(told | {"bound_effects": {"training": np.float32(0.5), "rank": jnp.float32(jnp.nan)}})
-    assert summary == read_summary(run.path)
+    assert summary == read_summary(run.path) == run.ended()
+    assert summary.pop("metrics_sha256") == hashlib.sha256((run.path / "metrics.jsonl").read_bytes()).hexdigest()
+    assert len(summary.pop("sha256")) == 64
+    (missed,) = summary.pop("warnings")
+    assert missed.startswith("the latency budget was missed: a round took 0.775 s on average, 1.55 times")
     assert summary == {
         "initial_accuracy": 0.1,
         "final_accuracy": 0.75,
@@ -217,8 +221,12 @@ def test_summary_adds_up_the_log_oracle_python_loop(run):
         "total_downlink_bits": 0,
         "total_latency_s": 3.1,
         "mean_latency_s": 3.1 / 4,
+        "latency_over_budget": 3.1 / 4 / 0.5,
         "final_queue_s": 3.1,
         "rounds": 4,
+        "lost_rounds": 0,
+        "diverged_rounds": 4,
+        "latency_budget_s": 0.5,
         "wall_s": 2.5,
         "compile_s": None,
         "samples_per_s": None,

@@ -150,7 +150,7 @@ def test_what_was_merged_survives_a_checkpoint(run, tmp_path):
     """Oracle: the run that was never interrupted, to the bit."""
     sim, state, _ = run
     checkpoint.save(tmp_path, state)
-    restored = checkpoint.restore(tmp_path, sim.init(jax.random.key(3)))
+    restored = checkpoint.restore(next(checkpoint.whole(tmp_path)), sim.init(jax.random.key(3)))
     (further, _), (other, _) = sim.run(state, 2), sim.run(restored, 2)
     for x, y in zip(
         jax.tree.leaves((further.merged, further.adapters)),
