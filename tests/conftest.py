@@ -8,6 +8,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 
 import pytest
 
@@ -21,7 +22,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # One device, on however many cores: a command that is called in this process finds the number chosen.
 os.environ["JAX_NUM_CPU_DEVICES"] = "1"
 _IN_FULL = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "").lower() in ("0", "false")
-if not _IN_FULL:  # fusion by emitters takes more than half of the time of compiling for a processor
+_EMITTERS_ARE_OPTIONAL = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
+if not _IN_FULL and _EMITTERS_ARE_OPTIONAL:  # they take more than half of the time of compiling for a processor
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 # Modules whose programs take longer to run than to compile.
