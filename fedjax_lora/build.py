@@ -19,7 +19,7 @@ from fedjax_lora.data import sources, tokens
 from fedjax_lora.data.batches import federated_dataset
 from fedjax_lora.data.partition import partition
 from fedjax_lora.lora import adapters, targets
-from fedjax_lora.models import load
+from fedjax_lora.models import bert, load
 from fedjax_lora.sim import drift, optimizers
 from fedjax_lora.sim.chunk import activation_budget_bytes, activation_bytes, choose_chunk
 from fedjax_lora.sim.cohort import client_mesh
@@ -143,6 +143,9 @@ def _build(config: ExperimentConfig) -> Simulation:
         base_hash=_hash(base, head),
         examples_hash=examples.fingerprint,
         partition_hash=split.hash,
+        tokenizer_hash=examples.tokenizer_hash,
+        model_config_hash=load.model_config_hash(config.model),
+        class_names=examples.class_names,
         truncated=examples.truncated,
         full_gradient=make_full_gradient(_exact(config, model, examples), batch_size),
     )
@@ -200,8 +203,12 @@ def _examples(config: ExperimentConfig) -> sources.Examples:
             f"model.pretrained must be a folder or a Hugging Face model id where data.source is "
             f"{config.data.source}, got null"
         )
+    shape = load.read_shape(config.model.pretrained)
+    bert.check_length(shape, config.data.max_length)
     tokenizer = load.load_tokenizer(config.model.pretrained)
-    return sources.load(config.data, tokenizer, config.model.pretrained)
+    examples = sources.load(config.data, tokenizer, config.model.pretrained)
+    load.check_ids(shape, examples.train["input_ids"], examples.test["input_ids"])
+    return examples
 
 
 def _model(config: ExperimentConfig, examples: sources.Examples) -> tuple[Model, Base, dict | None]:

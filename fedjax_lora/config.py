@@ -1,12 +1,13 @@
 """The configuration of an experiment: one frozen dataclass, composed of each module's own, and its YAML form.
 
 A file names only what differs from the defaults. Reading is strict: every key must exist and every value must be
-of its field's type, with two liberties: an integer stands for a float, and `1e-3` is a number, as in YAML 1.2
-(YAML 1.1 wants `1.0e-3`). Whatever is wrong ends in one `ConfigError` of one line.
+of its field's type, with two liberties: an integer stands for a float, and the name of a variant for its section, as
+in `sparsifier: dense`. Scalars are those of YAML 1.2. Whatever is wrong ends in one `ConfigError` of one line.
 """
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +16,6 @@ from typing import Any, Literal
 
 import cattrs
 import numpy as np
-import yaml
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
 from cattrs.gen import make_dict_structure_fn
 
@@ -39,7 +39,7 @@ from fedjax_lora.lora.adapters import LoraConfig
 from fedjax_lora.models.load import ModelConfig
 from fedjax_lora.reading import ConfigError as ConfigError
 from fedjax_lora.reading import ConfigWarning as ConfigWarning
-from fedjax_lora.reading import put, read
+from fedjax_lora.reading import merge, read, read_override, write_value
 from fedjax_lora.sim.drift import FedProxConfig, NoDriftConfig, ScaffoldConfig
 from fedjax_lora.sim.engine import EngineConfig
 from fedjax_lora.sim.local import LocalConfig
@@ -114,7 +114,7 @@ VARIANTS: dict[str, dict[str, type]] = {
         "proportional": ProportionalConfig,
     },
 }
-"""Section -> `name` -> its configuration; the first is the default, also where a section leaves `name` out."""
+"""Section -> `name` -> its configuration; the first is the default."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,19 +165,21 @@ def load_config(
 ) -> ExperimentConfig:
     """The configuration that a file and overrides describe, over `base` (the defaults if None).
 
+    What is given is laid over what is below it, level by level: the file over `base`, then all overrides over both.
+    Another variant's `name` replaces its whole section: what is below was of the old variant.
+
     Args:
       path: YAML file; None for none.
-      overrides: `a.b=value`, where the value is YAML; later ones win, and all win over the file.
-      base: a preset. Where the file or an override names another variant of a section, that section starts from
-        the variant's defaults instead of the base's values.
+      overrides: `a.b=value`, where the value is YAML, a mapping too; later ones are laid over earlier ones.
+      base: a preset.
 
     Raises:
       ConfigError: names the key, the value it got and what is allowed.
     """
-    given = {} if path is None else read(Path(path))
-    for override in overrides:
-        put(given, override)
-    return _structure(_over(to_dict(base), given) if base else given)
+    over = functools.partial(merge, variants=VARIANTS)
+    file = {} if path is None else _spelled_out(read(Path(path)))
+    asked = functools.reduce(over, (_spelled_out(read_override(override)) for override in overrides), {})
+    return _structure(over(over(to_dict(base or ExperimentConfig()), file), asked))
 
 
 def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
@@ -201,20 +203,14 @@ def to_dict(config: ExperimentConfig) -> dict[str, Any]:
 
 def dump(config: ExperimentConfig) -> str:
     """YAML text of every field; loading it gives an equal configuration."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return write_value(to_dict(config))
 
 
-def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` laid over `base`, level by level; a section of another variant replaces the base's as a whole."""
-    merged = dict(base)
-    for key, value in given.items():
-        below = base.get(key)
-        if isinstance(value, dict) and isinstance(below, dict):
-            other = key in VARIANTS and value.get("name", below.get("name")) != below.get("name")
-            merged[key] = value if other else _over(below, value)
-        else:
-            merged[key] = value
-    return merged
+def _spelled_out(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given`, in which a word that stands for a section with variants is its name."""
+    return {
+        key: {"name": value} if key in VARIANTS and isinstance(value, str) else value for key, value in given.items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------ structure
@@ -222,25 +218,17 @@ def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _structure(raw: dict[str, Any]) -> ExperimentConfig:
     """Dataclasses from nested dicts; the first thing that is wrong is raised as a ConfigError."""
-    named = _with_names(raw)
-    try:
-        return _CONVERTER.structure(named, ExperimentConfig)
-    except ClassValidationError as error:
-        raise ConfigError(_problem(error, named, "")) from error
-
-
-def _with_names(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`raw` with the `name` of every section that has variants, checked."""
-    named = dict(raw)
     for section, variants in VARIANTS.items():
-        given = raw.get(section, {})
-        if isinstance(given, dict):
-            named[section] = {"name": next(iter(variants)), **given}
-            name = named[section]["name"]
-            if name not in list(variants):
-                allowed = ", ".join(variants)
-                raise ConfigError(f"{section}.name must be one of {allowed}, got {name!r}{_near(name, variants)}")
-    return named
+        given = raw[section]
+        if not isinstance(given, dict):
+            raise ConfigError(f"{section} must be a mapping of keys or one of {', '.join(variants)}, got {given!r}")
+        if (name := given.get("name")) not in list(variants):
+            allowed = ", ".join(variants)
+            raise ConfigError(f"{section}.name must be one of {allowed}, got {name!r}{_near(name, variants)}")
+    try:
+        return _CONVERTER.structure(raw, ExperimentConfig)
+    except ClassValidationError as error:
+        raise ConfigError(_problem(error, raw, "")) from error
 
 
 def _section(cls: type, converter: cattrs.Converter) -> Callable[[Any, Any], Any]:
@@ -269,7 +257,7 @@ def _leaf(value: Any, kind: Any) -> Any:
     """`value` if it is of type `kind`; an integer stands for a float, a list for a tuple."""
     members = _members(kind)
     typed = tuple(value) if isinstance(value, list) else value
-    if type(value) is int and float in members and int not in members:
+    if type(value) is int and float in members and int not in members and abs(value) <= _LARGEST:
         typed = float(value)
     if any(_is(typed, member) for member in members):
         return typed
@@ -340,14 +328,31 @@ def _problem(error: Exception, raw: Any, path: str) -> str:
 
 def _unknown_key(error: ForbiddenExtraKeysError, raw: Mapping[str, Any], path: str) -> str:
     key = min(error.extra_fields, key=str)
+    dotted, got = _join(path, key), f"got it with value {raw[key]!r}"
+    others = _keys_of_variants(path)
+    if key in others:
+        return f"{dotted} is a key of {path}.name = {', '.join(others[key])}, not of {raw['name']}; {got}"
     valid = [field.name for field in dataclasses.fields(error.cl)]
-    near = [_join(path, name) for name in difflib.get_close_matches(str(key), valid, n=1)]
-    hint = near or _elsewhere(str(key), path)
-    hint = f"did you mean {' or '.join(hint)}?" if hint else f"valid keys are {', '.join(valid)}"
-    return f"{_join(path, str(key))} is not a known key, got it with value {raw[key]!r}; {hint}"
+    near = [_join(path, name) for name in difflib.get_close_matches(str(key), valid, n=1)] or _elsewhere(key, path)
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
+    elif other := difflib.get_close_matches(str(key), others, n=1):
+        hint = f"did you mean {_join(path, other[0])}, a key of {path}.name = {', '.join(others[other[0]])}?"
+    else:
+        hint = f"valid keys are {', '.join(valid)}"
+    return f"{dotted} is not a known key, {got}; {hint}"
 
 
-def _elsewhere(key: str, path: str) -> list[str]:
+def _keys_of_variants(section: str) -> dict[str, list[str]]:
+    """Key -> names of the variants of `section` that have it."""
+    keys: dict[str, list[str]] = {}
+    for name, kind in VARIANTS.get(section, {}).items():
+        for field in dataclasses.fields(kind):
+            keys.setdefault(field.name, []).append(name)
+    return keys
+
+
+def _elsewhere(key: Any, path: str) -> list[str]:
     """Dotted keys of other sections that end in `key`; only those below `path` where there are such."""
     found = [name for name in _all_keys(ExperimentConfig()) if name.split(".")[-1] == key]
     found = [name for name in found if name != _join(path, key)]
@@ -367,5 +372,6 @@ def _near(value: Any, options: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
+def _join(path: str, key: Any) -> str:
+    word = str(key) if str(key).isprintable() else repr(key)
+    return f"{path}.{word}" if path else word

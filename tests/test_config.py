@@ -1,11 +1,14 @@
 """The YAML form of a configuration: strict, forgiving of nothing, one line for each mistake."""
 
 import dataclasses
+import math
 
 import pytest
+import yaml
 
 from fedjax_lora.config import VARIANTS, ConfigError, ExperimentConfig, dump, load_config, to_dict
 from fedjax_lora.presets import PRESETS, preset
+from fedjax_lora.reading import parse_value
 from fedjax_lora.sparsifiers.dense import DenseConfig
 from fedjax_lora.sparsifiers.soft import SoftConfig
 
@@ -33,7 +36,7 @@ MISTAKES = {
     "not a string": ("1: 2", ["1 ", "2", "valid keys are seed, rounds, model"]),
     "of another variant": (
         "sparsifier: {name: dense, form: a}",
-        ["sparsifier.form ", "'a'", "valid keys are name"],
+        ["sparsifier.form is a key of sparsifier.name = soft, not of dense", "'a'"],
     ),
     # wrong types
     "string for int": ("lora: {rank: '8'}", ["lora.rank ", "'8'", "an integer"]),
@@ -158,11 +161,11 @@ MISTAKES = {
     ),
     "momentum of another server": (
         "server: {name: adam, momentum: 0.5}",
-        ["server.momentum is not a known key", "0.5", "mean local.optimizer.momentum?"],
+        ["server.momentum is a key of server.name = momentum, not of adam", "0.5"],
     ),
     "moments of another server": (
         "server: {beta2: 0.9}",
-        ["server.beta2 is not a known key", "0.9", "valid keys are name, learning_rate"],
+        ["server.beta2 is a key of server.name = adam, yogi, not of sgd", "0.9"],
     ),
     "momentum of no optimizer": (
         "local: {optimizer: {name: sgd, momentum: 0.9}}",
@@ -170,8 +173,27 @@ MISTAKES = {
     ),
     "start of another aggregation": (
         "aggregation: {name: fedit, start: reinit}",
-        ["aggregation.start is not a known key", "'reinit'", "valid keys are name"],
+        ["aggregation.start is a key of aggregation.name = fedex, not of fedit", "'reinit'"],
     ),
+    "of all other variants that have it": (
+        "control: {name: fixed, latency_budget_s: 3}",
+        ["control.latency_budget_s is a key of control.name = tsfa, greedy, proportional, not of fixed", "value 3"],
+    ),
+    "near one of another variant": (
+        "control: {latency_budget: 3}",
+        ["control.latency_budget is not a known key", "mean control.latency_budget_s, a key of control.name = tsfa,"],
+    ),
+    "word for a section of one kind": ("clients: many", ["clients ", "'many'", "a mapping of keys"]),
+    "word for no variant": ("sparsifier: dens", ["sparsifier.name ", "'dens'", "one of soft,", "mean dense?"]),
+    "number for a variant": ("control: 3", ["control ", "3", "a mapping of keys or one of fixed, uniform"]),
+    "null for a variant": ("server:", ["server ", "None", "a mapping of keys or one of sgd, momentum"]),
+    # what YAML 1.1 would take for another number, for a truth value or for a date
+    "sexagesimal": ("rounds: 1:30", ["rounds ", "'1:30'", "an integer"]),
+    "underscore": ("rounds: 1_000", ["rounds ", "'1_000'", "an integer"]),
+    "yes": ("wireless: {downlink: yes}", ["wireless.downlink ", "'yes'", "true or false"]),
+    "date": ("seed: 2020-01-01", ["seed ", "'2020-01-01'", "an integer"]),
+    "beyond every float": (f"lora: {{alpha: 1{'0' * 400}}}", ["lora.alpha ", "1000", "a finite number"]),
+    "key of two lines": ('"a\\nb": 1', ["'a\\nb' is not a known key"]),
     "warm-up": ("{rounds: 2, local: {steps: 3, optimizer: {warmup_steps: 6}}}", ["warmup_steps ", "below", "6"]),
     # files
     "empty": ("", ["empty configuration file"]),
@@ -181,7 +203,11 @@ MISTAKES = {
     "tab": ("lora:\n\trank: 2", ["line 2", "valid YAML"]),
     "twice": ("rounds: 3\nrounds: 4", ["line 2", "'rounds' twice"]),
     "key that is a list": ("? [1]\n: 2", ["line 1", "a key that is not a word"]),
-    "no such day": ("seed: 2020-99-99", ["valid YAML", "month"]),
+    "digits without end": (f"seed: {'9' * 5000}", ["valid YAML", "5000 digits"]),
+    "a value that holds itself": ("lora: &x {rank: *x}", ["line 1", "valid YAML", "recursive"]),
+    "brackets without end": ("[" * 3000, ["valid YAML", "nested too deeply"]),
+    "a tag that does not fit": ("seed: !!int many", ["line 1", "valid YAML", "'many'"]),
+    "a tag of YAML 1.1": ("seed: !!timestamp x", ["line 1", "valid YAML", "timestamp"]),
     "tag that executes": ("seed: !!python/object/apply:os.getcwd []", ["line 1", "valid YAML"]),
 }
 
@@ -229,7 +255,7 @@ def test_what_the_mistakes_say_is_allowed_is_read(load, text):
         ("rounds.a=3", ["rounds ", "{'a': 3}", "an integer"]),
         ("lora.targets=[query", ["'lora.targets=[query'", "valid YAML"]),
         ("lora..rank=2", ["lora. ", "valid keys are max_rank"]),
-        ("sparsifier.name=dense", ["sparsifier.orthogonality ", "2", "valid keys are name"]),
+        ("sparsifier={name: dense, orthogonality: 2}", ["sparsifier.orthogonality is a key of ", "= soft", "2"]),
     ],
 )
 def test_a_mistake_in_an_override_is_one_line_as_specified(load, override, fragments):
@@ -247,6 +273,90 @@ def test_a_missing_file_a_folder_and_bytes_are_one_line_as_specified(tmp_path):
         with pytest.raises(ConfigError, match=reason) as caught:
             load_config(path)
         assert str(path) in str(caught.value)
+
+
+SOFT = {"clients": {"count": 50, "per_round": 10, "weighting": "equal"}, "sparsifier": {"orthogonality": 0.5}}
+
+
+@pytest.mark.parametrize("over", ["file", "preset"])
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["clients={count: 20}"], {"clients": {"count": 20, "per_round": 10, "weighting": "equal"}}),
+        (["clients={count: 20}", "clients.count=30"], {"clients": {"count": 30, "per_round": 10}}),
+        (["clients.count=30", "clients={count: 20}"], {"clients": {"count": 20, "per_round": 10}}),
+        (["clients={partition: {alpha: 2}}", "clients={partition: {kind: iid}}"], {"clients": {"count": 50}}),
+        (["local.optimizer={clip_norm: 1.0}"], {"local": {"optimizer": {"learning_rate": 0.5, "clip_norm": 1.0}}}),
+        (["sparsifier={form: a_only}"], {"sparsifier": {"orthogonality": 0.5}}),
+        (["sparsifier=soft"], {"sparsifier": {"name": "soft", "orthogonality": 0.5}}),
+        (["sparsifier=dense"], {"sparsifier": {"name": "dense"}}),
+        (["sparsifier={name: dense}"], {"sparsifier": {"name": "dense"}}),
+        (["sparsifier.name=top_k"], {"sparsifier": {"name": "top_k"}}),
+        (["sparsifier=dense", "sparsifier={name: soft, orthogonality: 2}"], {"sparsifier": {"orthogonality": 2.0}}),
+        (["sparsifier={name: soft, orthogonality: 2}", "sparsifier=dense"], {"sparsifier": {"name": "dense"}}),
+        (["control=tsfa", "control.V=3"], {"control": {"name": "tsfa", "V": 3.0}}),
+        (["control.V=3", "control=tsfa"], {"control": {"name": "tsfa", "V": 3.0}}),
+    ],
+)
+def test_an_override_is_laid_over_file_and_preset_alike_oracle_table(load, over, overrides, expected):
+    """The rows say what must be there after the override; the same whether the file or a preset says the rest."""
+    text = yaml.safe_dump({**SOFT, "local": {"optimizer": {"learning_rate": 0.5}}})
+    config = load(text, *overrides) if over == "file" else load("seed: 0", *overrides, base=load(text))
+
+    def check(found, wanted):
+        for key, value in wanted.items():
+            if isinstance(value, dict):
+                check(found[key], value)
+            else:
+                assert found[key] == value, key
+
+    check(to_dict(config), expected)
+    rest = {key: value for key, value in SOFT.items() if key not in expected}
+    check(to_dict(config), rest)
+
+
+@pytest.mark.parametrize("section", VARIANTS)
+def test_a_word_stands_for_a_variant_oracle_its_mapping(load, section):
+    for name in VARIANTS[section]:
+        try:
+            expected = load(f"{section}: {{name: {name}}}")
+        except ConfigError:  # does not go with the defaults of another section
+            continue
+        assert load(f"{section}: {name}") == load("seed: 0", f"{section}={name}") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[(text, 10) for text in ("10", "010", "+10", "0o12", "0xA")],
+        *[(text, 0.5) for text in (".5", "0.5", "5e-1", "5.E-1", "+.5")],
+        *[(text, 1.0) for text in ("1.", "1.0", "1e0")],
+        *[(text, True) for text in ("true", "True", "TRUE")],
+        *[(text, None) for text in ("", "~", "null", "Null", "NULL")],
+        *[
+            (text, text)
+            for text in ("yes", "No", "on", "off", "y", "1:30", "1:30.5", "1_000", "0b1", "08:00", "2020-01-01")
+        ],
+        *[(text, text) for text in ("=", ".", "1e", "0o9", "0x", "none", "tRue", "inf", "nan")],
+        (".inf", math.inf),
+        ("-.INF", -math.inf),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2_oracle_its_core_schema(text, value):
+    found = parse_value(text, "value")
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["010", "0o10", "1e-3", "1:30", "yes", "on", "1_000", ".5", "null", "~", "<<", "=", "2020-01-01", "a: b", "é\n"],
+)
+def test_a_dumped_word_stays_a_word_round_trip(load, word):
+    """By the reader of this project and by one of YAML 1.1."""
+    config = load("seed: 0")
+    config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, targets=(word,)))
+    assert load(dump(config)) == config
+    assert yaml.safe_load(dump(config))["lora"]["targets"] == [word]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -274,7 +384,7 @@ def test_a_file_names_only_what_differs_oracle_hand_made_dataclass(load):
     assert type(config.lora.alpha) is float
 
 
-def test_a_variant_without_name_is_the_default_oracle_dataclass_defaults(load):
+def test_a_section_without_name_is_the_default_variant_oracle_dataclass_defaults(load):
     assert load("sparsifier: {orthogonality: 2}").sparsifier == SoftConfig(orthogonality=2.0)
     raw = to_dict(ExperimentConfig())
     for section, variants in VARIANTS.items():

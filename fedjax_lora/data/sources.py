@@ -57,6 +57,7 @@ class Examples(NamedTuple):
     image_shape: `(height, width, channels)` of an image, None for text.
     truncated: sentences of train and test that were cut to `max_length` tokens.
     fingerprint: SHA-256 of the arrays and the class names.
+    tokenizer_hash: SHA-256 of what decides tokens, as `tokens.tokenizer_hash`; empty for images.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Examples(NamedTuple):
     image_shape: tuple[int, int, int] | None
     truncated: int
     fingerprint: str
+    tokenizer_hash: str = ""
 
 
 def load(
@@ -89,13 +91,13 @@ def load(
       `attention_mask [N, max_length]` int32, padded on the right.
 
     Raises:
-      ValueError: a file is missing or malformed, or the tokenizer is missing.
+      ValueError: a file is missing or malformed, the tokenizer is missing, or it can make nothing of a sentence.
     """
     if config.source == "digits":
         return _digits()
     if tokenizer is None:
         raise ValueError(f"source must be digits for a model without a tokenizer, got {config.source!r}")
-    return _sentences(config, tokenizer, tokens.Cache(tokenizer_id, cache_dir))
+    return _sentences(config, tokens.Cache(tokenizer, tokenizer_id, cache_dir))
 
 
 def _examples(
@@ -106,11 +108,12 @@ def _examples(
     public: dict[str, np.ndarray] | None = None,
     image_shape: tuple[int, int, int] | None = None,
     truncated: int = 0,
+    tokenizer_hash: str = "",
 ) -> Examples:
     parts = {"train": train, "test": test, "public": public or {}}
     arrays = {f"{part}/{leaf}": value for part, leaves in parts.items() for leaf, value in leaves.items()}
     fingerprint = tokens.digest(arrays, *class_names)
-    return Examples(name, train, test, public, class_names, image_shape, truncated, fingerprint)
+    return Examples(name, train, test, public, class_names, image_shape, truncated, fingerprint, tokenizer_hash)
 
 
 def _digits() -> Examples:
@@ -150,7 +153,7 @@ def _digits() -> Examples:
     )
 
 
-def _sentences(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", cache: tokens.Cache) -> Examples:
+def _sentences(config: DataConfig, cache: tokens.Cache) -> Examples:
     assert config.train is not None and config.test is not None  # as DataConfig demands of this source
     train, test = tsv.read(config.train, "data.train"), tsv.read(config.test, "data.test")
     class_names = tsv.class_names(train, test)
@@ -158,8 +161,8 @@ def _sentences(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", cache: 
     pools = []
     truncated = 0
     for table in (train, test):
-        result = cache.tokenize(tokenizer, table, config.max_length)
+        result = cache.tokenize(table, config.max_length)
         labels = np.asarray([ids[label] for label in table.labels], np.int32)
         pools.append({**result.arrays, "label": labels})
         truncated += result.truncated
-    return _examples("tsv", pools[0], pools[1], class_names, truncated=truncated)
+    return _examples("tsv", pools[0], pools[1], class_names, truncated=truncated, tokenizer_hash=cache.tokenizer_hash)

@@ -1,6 +1,7 @@
 """Sentences to token ids, once: the result is kept in a cache on disk."""
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import tempfile
@@ -15,12 +16,14 @@ import safetensors
 import safetensors.numpy
 
 from fedjax_lora.data.cache import cache_folder
-from fedjax_lora.data.tsv import Table
+from fedjax_lora.data.tsv import Table, shorten
+from fedjax_lora.reading import reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 1  # part of the cache's key: raise it when the content of a cache file changes
+_FORMAT = 2  # part of the cache's key: raise it when the content of a cache file changes
+_SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 class Tokens(NamedTuple):
@@ -58,27 +61,48 @@ class Cache:
     """Tokenised files on disk, one safetensors file for each content, tokenizer and length.
 
     A file carries a digest of its arrays; one that is damaged is written anew.
+
+    tokenizer_hash: as the function of that name gives it.
     """
 
-    def __init__(self, tokenizer_id: str, folder: str | PathLike[str] | None = None):
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", tokenizer_id: str, folder: str | PathLike[str] | None = None
+    ):
         """`tokenizer_id` names the tokenizer; when empty, nothing is kept. `folder` as in `sources.load`."""
-        self.tokenizer_id = tokenizer_id
-        self.folder = Path(folder) if folder else cache_folder()
+        self.tokenizer_hash = tokenizer_hash(tokenizer)
+        self._tokenizer = tokenizer
+        self._id = tokenizer_id
+        self._folder = Path(folder) if folder else cache_folder()
 
-    def tokenize(self, tokenizer: "PreTrainedTokenizerBase", table: Table, max_length: int) -> Tokens:
-        """Tokens of `table`, from the cache where it holds them."""
-        if not self.tokenizer_id:
-            return tokenize(tokenizer, table.sentences, max_length)
-        key = json.dumps([_FORMAT, table.sha256, self.tokenizer_id, _describe(tokenizer), max_length])
-        path = self.folder / f"tokens-{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+    def tokenize(self, table: Table, max_length: int) -> Tokens:
+        """Tokens of `table`, from the cache where it holds them.
+
+        Raises:
+          ValueError: the tokenizer can make nothing of a sentence; names its line.
+        """
+        if not self._id:
+            return _tokenize_table(self._tokenizer, table, max_length)
+        libraries = [importlib.metadata.version(name) for name in ("tokenizers", "transformers")]
+        key = json.dumps([_FORMAT, table.sha256, self._id, self.tokenizer_hash, libraries, max_length])
+        path = self._folder / f"tokens-{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
         tokens = _read(path)
         if tokens is None:
-            tokens = tokenize(tokenizer, table.sentences, max_length)
+            tokens = _tokenize_table(self._tokenizer, table, max_length)
             try:
                 _write(path, tokens)
             except OSError as error:  # a read-only home should cost time, not the run
-                warnings.warn(f"tokens are not cached, {self.folder}: {error.strerror}", stacklevel=2)
+                warnings.warn(f"tokens are not cached, {self._folder}: {error.strerror}", stacklevel=2)
         return tokens
+
+
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """SHA-256 of all that decides tokens: class, vocabulary, rules, special tokens and the files it was read from."""
+    files = {}
+    if tokenizer.name_or_path:
+        names = {"tokenizer.json", *_SETTINGS_FILES, *tokenizer.vocab_files_names.values()}
+        paths = [Path(tokenizer.name_or_path) / name for name in sorted(names)]
+        files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
+    return hashlib.sha256(json.dumps([_describe(tokenizer), files], sort_keys=True).encode()).hexdigest()
 
 
 def digest(arrays: Mapping[str, np.ndarray], *texts: str) -> str:
@@ -91,12 +115,46 @@ def digest(arrays: Mapping[str, np.ndarray], *texts: str) -> str:
 
 
 def _describe(tokenizer: "PreTrainedTokenizerBase") -> dict:
-    """What a tokenizer does: its name alone may be a relative path, or a folder whose files have changed."""
+    """What a tokenizer does, whatever it was read from."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     description = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
     # these two are set by the last call
-    settings = {name: value for name, value in description.items() if name not in ("truncation", "padding")}
-    return {**settings, "pad": tokenizer.pad_token_id}
+    rules = {name: value for name, value in description.items() if name not in ("truncation", "padding")}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    sides = [tokenizer.truncation_side, tokenizer.padding_side]
+    return {
+        "class": type(tokenizer).__name__,
+        **rules,
+        "special": special,
+        "pad": tokenizer.pad_token_id,
+        "sides": sides,
+    }
+
+
+def _tokenize_table(tokenizer: "PreTrainedTokenizerBase", table: Table, max_length: int) -> Tokens:
+    """`tokenize`, whose mistakes name a line of the file."""
+    try:
+        tokens = tokenize(tokenizer, table.sentences, max_length)
+    except Exception as error:  # that of the tokenizer's library, which says neither where nor which class
+        _check_each(tokenizer, table)
+        raise ValueError(f"{table.name}: must be text that the tokenizer reads, got {reason_of(error)}") from None
+    if (empty := np.flatnonzero(~tokens.arrays["attention_mask"].any(axis=1))).size:
+        raise _unknown(table, int(empty[0]), "no token")
+    return tokens
+
+
+def _check_each(tokenizer: "PreTrainedTokenizerBase", table: Table) -> None:
+    """Raise ValueError for the first sentence that the tokenizer refuses."""
+    for row, sentence in enumerate(table.sentences):
+        try:
+            tokenizer(sentence, verbose=False)
+        except Exception as error:  # as above
+            raise _unknown(table, row, reason_of(error)) from None
+
+
+def _unknown(table: Table, row: int, reason: str) -> ValueError:
+    where, got = f"{table.name}, line {table.lines[row]}", shorten(table.sentences[row])
+    return ValueError(f"{where}: must be words that the model's tokenizer knows, got {got}: {reason}")
 
 
 def _read(path: Path) -> Tokens | None:

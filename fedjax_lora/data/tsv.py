@@ -1,10 +1,14 @@
-"""Files of labelled sentences: `sentence<TAB>label`, UTF-8, one example a line, no header."""
+"""Files of labelled sentences: `sentence<TAB>label`, UTF-8, one example a line, with or without a known header."""
 
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-_GLUE_HEADER = ("sentence", "label")
+from fedjax_lora.reading import reason_of
+
+_TEXT_COLUMNS = {"sentence", "text", "review", "content", "comment", "tweet", "message", "document", "phrase"}
+_LABEL_COLUMNS = {"label", "labels", "class", "target", "sentiment", "category", "polarity"}
+_OTHER_COLUMNS = {"id", "idx", "index", "sentence1", "sentence2", "title"}
 
 
 class Table(NamedTuple):
@@ -26,15 +30,17 @@ class Table(NamedTuple):
 def read(path: str, field: str) -> Table:
     """Reads one file; `field` names it in messages.
 
-    Blank lines are skipped. The label stands after a line's last tab, so a sentence may hold tabs.
+    Blank lines are skipped, and so is a header: a first line whose two fields are known names of columns, such as
+    `text<TAB>label`. The label stands after a line's last tab, so a sentence may hold tabs.
 
     Raises:
-      ValueError: the file is missing, empty or not UTF-8, has GLUE's header, or a line has no sentence or no label.
+      ValueError: the file is missing, empty or not UTF-8, has a header of other columns, or a line has no sentence or
+        no label.
     """
     try:
         content = Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{field} must be a file that can be read, got {path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        raise ValueError(f"{field} must be a file that can be read, got {path}: {reason_of(error)}") from None
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -42,16 +48,13 @@ def read(path: str, field: str) -> Table:
         raise ValueError(f"{field} {path}, line {line}: must be UTF-8, got {error.object[error.start]:#04x}") from None
     table = Table(f"{field} {path}", [], [], [], hashlib.sha256(content).hexdigest())
     # not str.splitlines: it also breaks at characters that a sentence may hold
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if lines and _is_header(*lines[0], table.name):
+        del lines[0]
+    for number, line in lines:
         sentence, _, label = (part.strip() for part in line.rpartition("\t"))
         if not sentence or not label:
-            raise ValueError(f"{table.name}, line {number}: must be sentence<TAB>label, got {_shorten(line)}")
-        if not table.sentences and (sentence, label) == _GLUE_HEADER:
-            raise ValueError(
-                f"{table.name}, line {number}: must be sentence<TAB>label, got the header {_shorten(line)}"
-            )
+            raise ValueError(f"{table.name}, line {number}: must be sentence<TAB>label, got {shorten(line)}")
         table.sentences.append(sentence)
         table.labels.append(label)
         table.lines.append(number)
@@ -71,7 +74,7 @@ def class_names(train: Table, test: Table) -> tuple[str, ...]:
         raise ValueError(f"{train.name}: must hold at least 2 labels, got only {train.labels[0]!r}")
     for label, number in zip(test.labels, test.lines, strict=True):
         if label not in known:
-            allowed = _shorten(", ".join(sorted(known)))
+            allowed = shorten(", ".join(sorted(known)))
             raise ValueError(f"{test.name}, line {number}: must be a label of data.train, {allowed}, got {label!r}")
     by_text = sorted(known)
     try:
@@ -80,5 +83,18 @@ def class_names(train: Table, test: Table) -> tuple[str, ...]:
         return tuple(by_text)
 
 
-def _shorten(line: str, width: int = 60) -> str:
+def _is_header(number: int, line: str, name: str) -> bool:
+    """Whether a first line names the two columns; ValueError where it names others, or these the other way round."""
+    fields = [field.strip().lower() for field in line.split("\t")]
+    if not set(fields) <= _TEXT_COLUMNS | _LABEL_COLUMNS | _OTHER_COLUMNS or _LABEL_COLUMNS.isdisjoint(fields):
+        return False
+    if len(fields) == 2 and fields[0] in _TEXT_COLUMNS and fields[1] in _LABEL_COLUMNS:
+        return True
+    if len(fields) > 1 and set(fields) - _LABEL_COLUMNS:
+        raise ValueError(f"{name}, line {number}: must be sentence<TAB>label, got the header {shorten(line)}")
+    return False
+
+
+def shorten(line: str, width: int = 60) -> str:
+    """`line` in quotes, cut to `width` characters."""
     return repr(line if len(line) <= width else line[:width] + "...")

@@ -62,8 +62,14 @@ RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.b
 PREFIXES = ("", "bert.")
 """What may stand before the names: nothing (BertModel) or `bert.` (a model with a head)."""
 
-IGNORED = ("embeddings.position_ids", "cls.*", "classifier.*", "pooler.*")
-"""Tensors that a checkpoint may hold and the model does not need."""
+IGNORED = ("embeddings.position_ids", "pooler.*")
+"""Tensors that an encoder may hold and the model does not need."""
+
+POOLER = "pooler.dense.weight"
+"""A checkpoint that holds it has a pretrained pooler."""
+
+
+_MOST, _MOST_LAYERS = 2**24, 2**10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,24 +97,27 @@ class BertConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "width", "num_layers", "num_heads", "mlp_width", "max_positions", "num_types"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}")
+            value, most = getattr(self, name), _MOST_LAYERS if name == "num_layers" else _MOST
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name} must be an integer from 1 to {most}, got {value!r}")
         if self.width % self.num_heads:
             raise ValueError(f"num_heads must divide width = {self.width}, got {self.num_heads}")
-        if self.activation not in layers.ACTIVATIONS:
+        if not isinstance(self.activation, str) or self.activation not in layers.ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(layers.ACTIVATIONS)}, got {self.activation!r}")
+        if type(self.norm_eps) is not float or not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps must be a number above 0 and below 1, got {self.norm_eps!r}")
 
 
 def read_config(fields: Mapping[str, Any], **ours: Any) -> BertConfig:
     """BertConfig from the fields of a Hugging Face `config.json` and our own options.
 
     Raises:
-      ValueError: for a variant of BERT that this encoder does not compute.
+      ValueError: for a variant of BERT that this encoder does not compute; names the field as `config.json` does.
     """
     if (kind := fields.get("position_embedding_type") or "absolute") != "absolute":
         raise ValueError(f"position_embedding_type must be 'absolute', got {kind!r}")
-    if fields.get("is_decoder"):
-        raise ValueError("is_decoder must be false, got true")
+    if (decodes := fields.get("is_decoder")) not in (None, False):
+        raise ValueError(f"is_decoder must be false, got {decodes!r}")
     names = {
         "vocab_size": "vocab_size",
         "width": "hidden_size",
@@ -120,7 +129,11 @@ def read_config(fields: Mapping[str, Any], **ours: Any) -> BertConfig:
         "activation": "hidden_act",
         "norm_eps": "layer_norm_eps",
     }
-    return BertConfig(**{name: fields[theirs] for name, theirs in names.items() if theirs in fields}, **ours)
+    try:
+        return BertConfig(**{name: fields[theirs] for name, theirs in names.items() if theirs in fields}, **ours)
+    except ValueError as error:
+        name, _, problem = str(error).partition(" ")
+        raise ValueError(f"{names.get(name, name)} {problem}") from None
 
 
 def weight_map(config: BertConfig) -> dict[str, Weight]:
@@ -174,15 +187,20 @@ def init(config: BertConfig, key: Array) -> Base:
 def embed(config: BertConfig, base: Base, batch: Batch, key: Array | None) -> Hidden:
     """Words, positions and types, normalised."""
     ids, tables = batch["input_ids"], base["embeddings"]
-    if ids.shape[1] > config.max_positions:
-        raise ValueError(
-            f"data.max_length must be at most {config.max_positions}, the model's positions, got {ids.shape[1]}"
-        )
+    check_length(config, ids.shape[1])
     types = batch["token_type_ids"] if "token_type_ids" in batch else jnp.zeros_like(ids)
     values = tables["word"][ids] + tables["type"][types] + tables["position"][: ids.shape[1]]
     values = layer_norm(values, (tables["norm"]["scale"], tables["norm"]["bias"]), config.norm_eps)
     values = layers.dropout(values, config.dropout, None if key is None else jax.random.fold_in(key, 0))
     return Hidden(values=values, mask=batch["attention_mask"].astype(jnp.float32))
+
+
+def check_length(config: BertConfig, max_length: int) -> None:
+    """Raise ValueError for a sequence that is longer than the model's table of positions."""
+    if max_length > config.max_positions:
+        raise ValueError(
+            f"data.max_length must be at most {config.max_positions}, the model's positions, got {max_length}"
+        )
 
 
 def encode(config: BertConfig, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:

@@ -1,13 +1,17 @@
 """From a model's configuration to the model, its pretrained weights and its tokenizer."""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
+import numpy as np
 
 from fedjax_lora.base import Base
 from fedjax_lora.models import bert, safetensors, vit
+from fedjax_lora.reading import reason_of
 from fedjax_lora.strategies import Model
 
 if TYPE_CHECKING:
@@ -75,6 +79,37 @@ def build_model(
     return vit.vit(vit.tiny(image_shape, **options), num_classes), None
 
 
+def read_shape(pretrained: str) -> bert.BertConfig:
+    """The shape of the encoder that a Hugging Face folder or hub id holds, as its `config.json` has it.
+
+    Raises:
+      ValueError: there is none, or it is of another model than this encoder.
+    """
+    return _read_shape(safetensors.resolve(pretrained))
+
+
+def model_config_hash(config: ModelConfig) -> str:
+    """SHA-256 of what `config.json` says of the computation, whatever else is in it; empty without a pretrained model.
+
+    Raises:
+      ValueError: as `read_shape`.
+    """
+    if config.pretrained is None:
+        return ""
+    shape = dataclasses.asdict(read_shape(config.pretrained))
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
+
+
+def check_ids(shape: bert.BertConfig, *input_ids: np.ndarray) -> None:
+    """Raise ValueError where a token id, of `[N, S]` each, is beyond the model's table of words."""
+    largest = max(int(ids.max()) for ids in input_ids)
+    if largest >= shape.vocab_size:
+        raise ValueError(
+            "model.pretrained must have a row for every token of its tokenizer, got the largest token id "
+            f"{largest} where vocab_size in config.json is {shape.vocab_size}"
+        )
+
+
 def load_tokenizer(pretrained: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a Hugging Face folder or hub id; code that comes with a model is never run.
 
@@ -91,13 +126,13 @@ def load_tokenizer(pretrained: str) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
     except Exception as error:  # it raises errors of several libraries
-        reason = safetensors.reason_of(error)
+        reason = reason_of(error)
         raise ValueError(f"model.pretrained must hold a readable tokenizer, got {folder} ({reason})") from None
 
 
 def _pretrained_bert(config: ModelConfig, pretrained: str, num_classes: int) -> tuple[Model, Base]:
     folder = safetensors.resolve(pretrained)
-    has_pooler = any("pooler." in name for name in safetensors.tensor_files(folder))
+    has_pooler = not {prefix + bert.POOLER for prefix in bert.PREFIXES}.isdisjoint(safetensors.tensor_files(folder))
     shape = _read_shape(
         folder,
         pooling=config.pooling,

@@ -21,9 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fedjax_lora.base import Base
+from fedjax_lora.reading import reason_of
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_DTYPES = ("F64", "F32", "F16", "BF16")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -60,12 +62,6 @@ def resolve(pretrained: str) -> Path:
         ) from None
 
 
-def reason_of(error: Exception) -> str:
-    """What an error of another library says, in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Fields of a JSON file.
 
@@ -74,28 +70,41 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.pretrained must hold a readable {path.name}, got {path} ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = reason_of(error)
+        raise ValueError(f"model.pretrained must hold a readable {path.name}, got {path} ({reason})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"model.pretrained must hold a JSON object in {path.name}, got {path}")
     return fields
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file that holds it, for all tensors of a folder.
+    """Tensor name -> file that holds it, for all tensors that transformers would load from a folder.
+
+    That is the whole file, or else what the index's shards hold; where `config.json` has `transformers_weights`, the
+    file or the index of that name.
 
     Raises:
       ValueError: where the folder holds no safetensors, or a damaged file.
     """
-    if (folder / _INDEX).is_file():
-        shards = read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not all(Path(str(shard)).name == shard for shard in shards.values()):
-            raise ValueError(f"model.pretrained must map tensors to files beside it in {folder / _INDEX}")
-        return {name: folder / shard for name, shard in shards.items()}
-    if not (folder / _WHOLE).is_file():
-        raise ValueError(f"model.pretrained must hold {_WHOLE} or {_INDEX}, got {folder} without either")
-    with _open(folder / _WHOLE) as handle:
-        return dict.fromkeys(handle.keys(), folder / _WHOLE)
+    named = read_json(folder / "config.json").get("transformers_weights")
+    choices = (_WHOLE, _INDEX) if named is None else (str(named),)
+    chosen = next((name for name in choices if Path(name).name == name and (folder / name).is_file()), None)
+    if chosen is None:
+        raise ValueError(f"model.pretrained must hold {' or '.join(choices)}, got {folder} without")
+    tensors = {}
+    for shard in _shards(folder / chosen) if chosen.endswith(".index.json") else (chosen,):
+        with _open(folder / shard) as handle:
+            tensors |= dict.fromkeys(handle.keys(), folder / shard)
+    return tensors
+
+
+def _shards(index: Path) -> list[str]:
+    """Names of the files that an index lists, all beside it."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(Path(str(shard)).name == shard for shard in shards.values()):
+        raise ValueError(f"model.pretrained must map tensors to files beside it in {index}")
+    return sorted(set(shards.values()))
 
 
 def load(
@@ -114,28 +123,28 @@ def load(
       shapes: tree of shapes and dtypes, as `jax.eval_shape(model.init, key)` gives it; a leaf of a name with
         `{layer}` is stacked to `[L, ...]`.
       prefixes: what may stand before all names; the one under which most are found is taken.
-      ignored: patterns (with `*`) of names that need no place in the model.
+      ignored: patterns (with `*`) of names that need no place in the model. What lies under none of the prefixes nor
+        in a module of the model is of a task head, and needs none either.
       renamed: how a name may end in older checkpoints -> how it ends in `weight_map`.
 
     Raises:
-      ValueError: for tensors that are missing, unexpected or of another shape, and for a damaged file.
+      ValueError: for tensors that are missing, unexpected, of another shape or type or not finite, and for a damaged
+        file.
     """
     files = tensor_files(folder)
     stored = {_current(name, renamed or {}): name for name in files}
     leaves: dict[str, Any] = flatten_dict(shapes, sep="/")
     wanted = {name for path, weight in weight_map.items() for name in _names(weight, leaves[path].shape)}
     prefix = max(prefixes, key=lambda prefix: sum(prefix + name in stored for name in wanted))
-    _check(folder, {name.removeprefix(prefix) for name in stored}, wanted, ignored)
+    inside = tuple({f"{name.partition('.')[0]}." for name in wanted} | {*prefixes} - {""})
+    found = {name for name in stored if name.startswith(inside)}
+    _check(folder, found, {prefix + name for name in wanted}, [prefix + pattern for pattern in ignored])
     with contextlib.ExitStack() as stack:
         handles = {file: stack.enter_context(_open(file)) for file in set(files.values())}
 
         def read(name: str) -> np.ndarray:
             name = stored[prefix + name]
-            file = files[name]
-            try:
-                return handles[file].get_tensor(name)
-            except SafetensorError as error:
-                raise ValueError(f"model.pretrained must hold readable files, got {file} ({error})") from None
+            return _read(handles[files[name]], files[name], name)
 
         return unflatten_dict({path: _leaf(weight, leaves[path], read) for path, weight in weight_map.items()}, sep="/")
 
@@ -164,7 +173,25 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="np")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"model.pretrained must hold readable files, got {file} ({error})") from None
+        raise ValueError(f"model.pretrained must hold readable files, got {file} ({reason_of(error)})") from None
+
+
+def _read(handle: Any, file: Path, name: str) -> np.ndarray:
+    """A tensor in float32, checked."""
+    try:
+        dtype = handle.get_slice(name).get_dtype()
+        if dtype not in _DTYPES:
+            raise ValueError(
+                f"model.pretrained must hold tensors of {', '.join(_DTYPES)}, got {dtype} of {name} in {file}"
+            )
+        tensor = handle.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"model.pretrained must hold readable files, got {file} ({reason_of(error)})") from None
+    with np.errstate(over="ignore"):
+        tensor = tensor.astype(np.float32, copy=False)
+    if not np.isfinite(tensor).all():
+        raise ValueError(f"model.pretrained must hold finite weights, got NaN or infinity in {name} of {file}")
+    return tensor
 
 
 def _current(name: str, renamed: Mapping[str, str]) -> str:

@@ -107,6 +107,8 @@ class Simulation:
       base_hash: of the frozen weights, and of the task head where it is not drawn.
       examples_hash: of the examples, those for pre-training and testing included.
       partition_hash: of who holds which examples.
+      tokenizer_hash, model_config_hash: of the pretrained model's tokenizer and `config.json`; empty without one.
+      class_names: name of each label, in the order of the head's columns.
       truncated: sentences that were cut to the maximum length.
       full_gradient: loss and gradient by the weights themselves, for what measures rather than trains.
       score: loss and accuracy on a pool.
@@ -124,6 +126,9 @@ class Simulation:
         base_hash: str,
         examples_hash: str,
         partition_hash: str,
+        tokenizer_hash: str,
+        model_config_hash: str,
+        class_names: tuple[str, ...],
         truncated: int,
         full_gradient: FullGradient,
     ):
@@ -132,6 +137,9 @@ class Simulation:
         self.base_hash = base_hash
         self.examples_hash = examples_hash
         self.partition_hash = partition_hash
+        self.tokenizer_hash = tokenizer_hash
+        self.model_config_hash = model_config_hash
+        self.class_names = class_names
         self.truncated = truncated
         self.full_gradient = full_gradient
         self.score = evaluate

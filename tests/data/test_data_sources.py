@@ -1,5 +1,6 @@
 """Sources: the fixed split of the digits; files, their errors, tokens against Hugging Face, and the cache."""
 
+import json
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from fedjax_lora.data.sources import DataConfig, load
+from fedjax_lora.data.tokens import tokenizer_hash
 
 TRAIN = "good film\tpos\nbad\tneg\n\nso so long and bad a film\tneg\n"
 TEST = "a bad film\tneg\r\n"
@@ -81,6 +83,7 @@ def test_digits_split_is_stratified_and_public_holds_0_to_4_only():
     np.testing.assert_array_equal(np.bincount(examples.public["label"], minlength=10), public)
     np.testing.assert_array_equal(np.bincount(examples.train["label"]), whole - test - public)
     assert examples.class_names == tuple("0123456789")
+    assert examples.tokenizer_hash == ""
 
 
 def test_digits_split_is_the_recorded_one():
@@ -139,10 +142,18 @@ def test_sentence_may_hold_tabs_and_odd_line_breaks(files):
             TEST,
             r"^data\.train .*train\.tsv, line 3: must be sentence<TAB>label, got 'bad\\t'$",
         ),
+        *[
+            (
+                f"{header}\n{TRAIN}",
+                TEST,
+                rf"^data\.train .*train\.tsv, line 1: must be sentence<TAB>label, got the header .*{last}'$",
+            )
+            for header, last in (("label\tsentence", "sentence"), ("idx\tSentence\tLabel", "Label"))
+        ],
         (
-            "sentence\tlabel\n" + TRAIN,
+            "text\tlabel\n",
             TEST,
-            r"^data\.train .*train\.tsv, line 1: .* got the header 'sentence\\tlabel'$",
+            r"^data\.train must hold at least one sentence<TAB>label line, got none in .*train\.tsv$",
         ),
         (TRAIN, "\tneg\n", r"^data\.test .*test\.tsv, line 1: must be sentence<TAB>label, got '\\tneg'$"),
         ("", TEST, r"^data\.train must hold at least one sentence<TAB>label line, got none in .*train\.tsv$"),
@@ -166,10 +177,60 @@ def test_a_bad_file_is_one_line_that_says_where(files, train, test, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        "sentence\tlabel",
+        "Text\tLABEL",
+        "review\tsentiment",
+        " text \tclass\r",
+        "\ufeffcontent\ttarget",
+        "\ntext\tlabels",
+    ],
+)
+def test_a_known_header_is_skipped_invariance(files, header):
+    """The same examples with it and without it, in either file."""
+    plain = load(files(), make_tokenizer()).fingerprint
+    assert load(files(f"{header}\n{TRAIN}", TEST), make_tokenizer()).fingerprint == plain
+    assert load(files(TRAIN, f"{header}\n{TEST}"), make_tokenizer()).fingerprint == plain
+
+
+@pytest.mark.parametrize("line", ["a long text\tlabel", "text\tpos", "label\ttarget", "good film\tclass"])
+def test_a_first_line_that_only_resembles_a_header_is_an_example_count(files, line):
+    examples = load(files(f"{line}\n{TRAIN}"), make_tokenizer())
+    assert len(examples.train["label"]) == 4
+    assert examples.class_names[examples.train["label"][0]] == line.split("\t")[1]
+
+
+@pytest.mark.parametrize(
+    ("core", "reason"),
+    [
+        (models.WordLevel({"good": 0, "film": 1, "bad": 2}, unk_token="[UNK]"), "Missing \\[UNK\\] token"),
+        (models.BPE({letter: i for i, letter in enumerate("godfilmba")}, []), "no token"),
+    ],
+)
+def test_a_sentence_that_the_tokenizer_cannot_read_is_one_line(files, tmp_path, core, reason):
+    """Where a tokenizer raises, and where it drops a word without saying so."""
+    backend = Tokenizer(core)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    config = files("good film\tpos\nbad\tneg\n\nzzz\tneg\n", "good\tpos")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    message = (
+        rf"^data\.train .*train\.tsv, line 4: must be words that the model's tokenizer knows, got 'zzz': .*{reason}"
+    )
+    for name in ("", "words"):
+        with pytest.raises(ValueError, match=message) as caught:
+            load(config, tokenizer, name, tmp_path / "cache")
+        assert "\n" not in str(caught.value)
+
+
 def test_a_missing_file_is_named(tmp_path):
     config = DataConfig(source="tsv", train=str(tmp_path / "no.tsv"), test="x")
     with pytest.raises(ValueError, match=r"^data\.train must be a file that can be read, got .*no\.tsv: No such file"):
         load(config, make_tokenizer())
+    for path, reason in (("a\0b", "null byte"), (str(tmp_path), "Is a directory")):
+        with pytest.raises(ValueError, match=rf"^data\.train must be a file that can be read, got .*: .*{reason}"):
+            load(DataConfig(source="tsv", train=path, test="x"), make_tokenizer())
 
 
 def test_tsv_without_a_tokenizer_is_refused(files):
@@ -222,6 +283,44 @@ def test_cache_tells_tokenizers_of_one_name_apart(files, tmp_path):
     first = load(files(), make_tokenizer(), "words", cache)
     second = load(files(), make_tokenizer(words=other), "words", cache)
     assert second.fingerprint == load(files(), make_tokenizer(words=other)).fingerprint != first.fingerprint
+
+
+def saved(folder, **settings):
+    """The tokenizer of words as a folder gives it, its `tokenizer_config.json` changed."""
+    make_tokenizer().save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def test_cache_tells_settings_of_a_tokenizer_apart(files, tmp_path):
+    """Invariance: sentences that are cut on the other side are what they are without a cache."""
+    cut = [saved(tmp_path / side, truncation_side=side) for side in ("right", "left")]
+    first, second = (load(files(), tokenizer, "words", tmp_path / "cache") for tokenizer in cut)
+    assert second.fingerprint == load(files(), cut[1]).fingerprint != first.fingerprint
+
+
+def test_tokenizer_hash_is_of_all_that_decides_tokens_and_of_nothing_else(tmp_path):
+    """Counting: equal for copies of a folder and after use, another for each change."""
+    plain = saved(tmp_path / "plain")
+    plain(["good"], truncation=True, max_length=3, padding="max_length")
+    assert tokenizer_hash(saved(tmp_path / "copy")) == tokenizer_hash(plain)
+    added, in_memory = saved(tmp_path / "added"), make_tokenizer()
+    added.add_tokens(["dull"])
+    changed = [
+        added,
+        in_memory,
+        make_tokenizer(padding_side="left"),
+        make_tokenizer(pad_token=None),
+        make_tokenizer(words=[*WORDS, "dull"]),
+        *[
+            saved(tmp_path / str(i), **settings)
+            for i, settings in enumerate(
+                [{"truncation_side": "left"}, {"model_max_length": 5}, {"do_lower_case": True}, {"cls_token": "[CLS]"}]
+            )
+        ],
+    ]
+    assert len({tokenizer_hash(tokenizer) for tokenizer in [plain, *changed]}) == 1 + len(changed)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])

@@ -1,6 +1,7 @@
 """The BERT encoder, against PyTorch, against itself with merged weights, and by finite differences."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import jax
@@ -256,12 +257,32 @@ def test_too_long_a_sequence_is_refused(tiny):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_attention_heads": 5, "hidden_size": 24}, "num_heads must divide width = 24, got 5"),
-        ({"hidden_act": "swish"}, "activation must be one of gelu, gelu_new, gelu_pytorch_tanh, relu, got 'swish'"),
+        ({"num_attention_heads": 5, "hidden_size": 24}, "num_attention_heads must divide width = 24, got 5"),
+        ({"hidden_act": "swish"}, "hidden_act must be one of gelu, gelu_new, gelu_pytorch_tanh, relu, got 'swish'"),
         ({"position_embedding_type": "relative_key"}, "must be 'absolute', got 'relative_key'"),
         ({"is_decoder": True}, "is_decoder must be false"),
-        ({"num_hidden_layers": 0}, "num_layers must be an integer of at least 1, got 0"),
-        ({"hidden_size": "24"}, "width must be an integer of at least 1, got .24."),
+        ({"is_decoder": [1]}, r"is_decoder must be false, got \[1\]"),
+        *[
+            ({name: value}, rf"^{name} must be an integer from 1 to \d+, got {re.escape(repr(value))}$")
+            for name in (
+                "vocab_size",
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "intermediate_size",
+                "max_position_embeddings",
+                "type_vocab_size",
+            )
+            for value in (0, -1, "24", True, None, 24.0, [24], {}, 10**30)
+        ],
+        *[
+            ({"hidden_act": value}, rf"^hidden_act must be one of gelu, .*, got {re.escape(repr(value))}$")
+            for value in (["gelu"], {}, None, 3)
+        ],
+        *[
+            ({"layer_norm_eps": value}, rf"^layer_norm_eps must be a number above 0 and below 1, got {value!r}$")
+            for value in (float("nan"), float("inf"), 0, -1e-12, True, None)
+        ],
     ],
 )
 def test_variants_that_it_does_not_compute_are_refused(fields, message):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import torch as torch_file
 from safetensors.numpy import load_file, save_file
 
 from fedjax_lora.base import Adapters
@@ -111,12 +112,130 @@ def test_missing_tensor_is_named(folder):
         build(folder)
 
 
-def test_unexpected_tensor_is_named_and_ignored_ones_are_not(folder):
-    rewrite(folder, lambda tensors: tensors.update({"cls.predictions.bias": np.zeros(3, np.float32)}))
+HEADS = (
+    "cls.predictions.bias",
+    "qa_outputs.weight",
+    "classifier.weight",
+    "lm_head.weight",
+    "score.weight",
+    "own.head.w",
+)
+
+
+@pytest.mark.parametrize("head", ["BertForQuestionAnswering", "BertForPreTraining", "BertForTokenClassification"])
+def test_heads_of_any_task_are_ignored_against_pytorch(tmp_path, head):
+    getattr(transformers, head)(transformers.BertConfig(**SHAPE)).save_pretrained(tmp_path)
+    assert_matches_pytorch(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_unexpected_tensor_of_the_encoder_is_named_and_those_of_heads_are_not(folder, prefix):
+    def change(tensors):
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+        tensors.update({name: np.zeros(3, np.float32) for name in HEADS})
+
+    rewrite(folder, change)
     build(folder)
-    rewrite(folder, lambda tensors: tensors.update({"encoder.layer.2.output.dense.bias": np.zeros(3, np.float32)}))
-    with pytest.raises(ValueError, match=r"has unexpected 1 tensors: encoder.layer.2.output.dense.bias$"):
+    unknown = f"{prefix}encoder.layer.2.output.dense.bias"
+    rewrite(folder, lambda tensors: tensors.update({unknown: np.zeros(3, np.float32)}))
+    with pytest.raises(ValueError, match=rf"has unexpected 1 tensors: {unknown}$"):
         build(folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["embeddings.word_embeddings.weight", "encoder.layer.1.output.dense.bias"])
+def test_weights_that_are_not_finite_are_named(folder, name, value):
+    rewrite(folder, lambda tensors: tensors[name].flat.__setitem__(-1, value))
+    with pytest.raises(
+        ValueError, match=rf"must hold finite weights, got NaN or infinity in {name} of .*model.safetensors$"
+    ):
+        build(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_other_float_types_are_read_oracle_their_rounding(folder, dtype):
+    name = "encoder.layer.1.output.dense.bias"
+    rounded = torch.tensor(load_file(folder / "model.safetensors")[name]).to(getattr(torch, dtype))
+    tensors = torch_file.load_file(folder / "model.safetensors")
+    torch_file.save_file({**tensors, name: rounded}, folder / "model.safetensors")
+    _, base = build(folder)
+    np.testing.assert_array_equal(base["layers"]["down"]["b"][1], rounded.float())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [("float8_e4m3fn", "F8_E4M3"), ("float8_e5m2", "F8_E5M2"), ("int8", "I8"), ("int64", "I64"), ("bool", "BOOL")],
+)
+def test_types_that_are_no_weights_are_named(folder, dtype, stored):
+    name = "encoder.layer.1.output.dense.weight"
+    tensors = torch_file.load_file(folder / "model.safetensors")
+    torch_file.save_file({**tensors, name: tensors[name].to(getattr(torch, dtype))}, folder / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=rf"must hold tensors of F64, F32, F16, BF16, got {stored} of {name} in .*"
+    ) as error:
+        build(folder)
+    assert "\n" not in str(error.value)
+
+
+def doubled_shards(folder):
+    """An index and shards beside the whole file, with weights of their own."""
+    other = folder / "other"
+    model = transformers.BertModel.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    model.save_pretrained(other, max_shard_size="15KB")
+    for path in other.glob("model*"):
+        path.rename(folder / path.name)
+
+
+def test_two_checkpoints_in_one_folder_against_pytorch(folder):
+    whole = build(folder)[1]["embeddings"]["word"]
+    doubled_shards(folder)
+    assert_matches_pytorch(folder)
+    np.testing.assert_array_equal(build(folder)[1]["embeddings"]["word"], whole)
+    (folder / "model.safetensors").unlink()
+    assert_matches_pytorch(folder)
+    np.testing.assert_array_equal(build(folder)[1]["embeddings"]["word"], 2 * whole)
+
+
+def test_a_stale_index_against_pytorch(folder):
+    """Beside a whole file it is not read; alone, its shards are, wherever it says that a tensor lies."""
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"gone": "model-00001-of-00001.safetensors"}}))
+    assert_matches_pytorch(folder)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    assert_matches_pytorch(folder)
+    (folder / "model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"must hold readable files, got .*model-00001-of-00001.safetensors"):
+        build(folder)
+
+
+def test_a_checkpoint_that_the_configuration_names_against_pytorch(folder):
+    doubled_shards(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "model.safetensors.index.json"}))
+    assert_matches_pytorch(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "../model.safetensors"}))
+    with pytest.raises(ValueError, match=r"must hold ../model.safetensors, got .* without"):
+        build(folder)
+
+
+def test_model_config_hash_is_of_the_computation_alone(folder):
+    """Counting: what changes a forward pass changes it, and what does not leaves it."""
+    path, config = folder / "config.json", load.ModelConfig(pretrained=str(folder))
+    fields = json.loads(path.read_text())
+
+    def hash_with(**changed):
+        path.write_text(json.dumps({**fields, **changed}))
+        return load.model_config_hash(config)
+
+    plain = hash_with()
+    assert hash_with(transformers_version="4.1", id2label={"0": "bad"}, _name_or_path="elsewhere") == plain
+    changed = [{"hidden_act": "relu"}, {"num_attention_heads": 4}, {"layer_norm_eps": 1e-5}, {"vocab_size": 30}]
+    assert len({plain, *(hash_with(**change) for change in changed)}) == 5
+    assert load.model_config_hash(load.ModelConfig()) == ""
 
 
 @pytest.mark.parametrize(
@@ -149,6 +268,7 @@ def test_pickled_weights_are_not_read(folder):
 
 
 def test_index_cannot_point_outside_the_folder(folder):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../secret.safetensors"}}))
     with pytest.raises(ValueError, match="must map tensors to files beside it"):
         build(folder)
@@ -162,12 +282,17 @@ def test_index_cannot_point_outside_the_folder(folder):
         ("{", "must hold a readable config.json"),
         ("[]", "must hold a JSON object in config.json"),
         (
+            '{"model_type": "bert", "hidden_act": ["gelu"]}',
+            r"^model.pretrained must .* where hidden_act must be one of gelu, .*, got \['gelu'\]",
+        ),
+        ("[" * 100_000, "must hold a readable config.json"),
+        (
             '{"model_type": "bert", "num_attention_heads": 7}',
-            "^model.pretrained must hold a config.json of BERT, got .* where num_heads must divide width = 768, got 7",
+            "^model.pretrained must .* where num_attention_heads must divide width = 768, got 7",
         ),
         (
             '{"model_type": "bert", "num_hidden_layers": "six"}',
-            "^model.pretrained must .* where num_layers must be an integer of at least 1, got 'six'",
+            "^model.pretrained must .* where num_hidden_layers must be an integer from 1 to 1024, got 'six'",
         ),
     ],
 )

@@ -1,0 +1,124 @@
+"""Broken configurations and sentence files, made at random: each is read, or refused in one line that names the place.
+
+The oracle is the kind of the error and the shape of its message. The examples are the same each time.
+"""
+
+import dataclasses
+import re
+import string
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedjax_lora.config import ConfigError, ExperimentConfig, dump, load_config, to_dict
+from fedjax_lora.data import tsv
+from fedjax_lora.presets import PRESETS, preset
+
+SAME_EACH_TIME = settings(
+    derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def places(fields: dict, above: tuple = ()) -> list[tuple[str, ...]]:
+    """The path of every section and of every key."""
+    here = [(*above, key) for key in fields]
+    return here + [
+        place for key, value in fields.items() if isinstance(value, dict) for place in places(value, (*above, key))
+    ]
+
+
+PLACES = sorted({place for make in (ExperimentConfig, *PRESETS.values()) for place in places(to_dict(make()))})
+
+WORDS = st.sampled_from(
+    ["yes", "010", "1:30", "1e999", "-0", "0x", ".nan", "dense", "tsfa", "sgd", "none", "a.b", "a\nb"]
+)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | WORDS
+    | st.text(max_size=8)
+    | st.sampled_from([10**40, -1])
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | WORDS, inner, max_size=3)
+)
+JUNK = st.text(alphabet=string.printable + "\x00\ufeff\u2028é", max_size=30)
+
+
+@st.composite
+def broken(draw) -> tuple[str, list[str]]:
+    """Text of a file that changes one thing, and the words of which an error must hold one."""
+    keys = list(draw(st.sampled_from(PLACES)))
+    if draw(st.integers(0, 3)) == 0:
+        keys[-1] = draw(
+            st.sampled_from([keys[-1] + "x", keys[-1][1:], keys[-1].upper(), "V", "latency_budget_s", "é\n"])
+        )
+    value = draw(VALUES)
+    for key in reversed(keys):
+        value = {key: value}
+    text = yaml.safe_dump(value, allow_unicode=draw(st.booleans()))
+    if draw(st.integers(0, 4)) == 0:
+        cut = draw(st.integers(0, len(text)))
+        text = text[:cut] + draw(JUNK) + text[cut:]
+        keys += re.findall(r"\w+", text)
+    return text, keys
+
+
+def is_named(message: str, keys: list[str]) -> bool:
+    """Whether the message has one of the keys, as it is or in quotes, or says that the text is no YAML."""
+    words = re.findall(r"\w+", message)
+    return any(key in words or repr(key) in message for key in keys) or "configuration" in message
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return tmp_path_factory.mktemp("broken") / "file"
+
+
+@settings(SAME_EACH_TIME, max_examples=250)
+@given(broken(), st.sampled_from([None, *PRESETS]))
+def test_a_broken_configuration_is_read_or_refused_in_one_line(file, change, base):
+    text, keys = change
+    file.write_text(text, encoding="utf-8", errors="surrogatepass")
+    try:
+        config = load_config(file, base=preset(base) if base else None)
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1
+        assert is_named(str(error), keys), str(error)
+    else:
+        assert dataclasses.is_dataclass(config)
+        file.write_text(dump(config), encoding="utf-8")
+        assert load_config(file) == config
+
+
+PIECES = st.sampled_from(
+    [b"good film", b"\t", b"\t1\n", b"\t0\n", b"\n", b"\r\n", b"\r", b"text\tlabel\n", b"label\ttext\n", b"\x00",
+     b"\xff", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\xc2\x85", b" ", b"nan", b"1e999", "é".encode()]
+)  # fmt: skip
+CONTENTS = st.lists(PIECES | st.binary(max_size=4), max_size=12).map(b"".join)
+
+
+@settings(SAME_EACH_TIME, max_examples=250)
+@given(CONTENTS, st.one_of(st.just(b"good\t1\nbad\t0\n"), CONTENTS))
+def test_a_broken_sentence_file_is_read_or_refused_in_one_line(file, test, train):
+    tables = []
+    try:
+        for field, content in (("data.train", train), ("data.test", test)):
+            file.write_bytes(content)
+            tables.append(tsv.read(str(file), field))
+        names = tsv.class_names(*tables)
+    except ValueError as error:
+        assert type(error) is ValueError and len(str(error).splitlines()) == 1
+        assert str(error).startswith(("data.train ", "data.test "))
+    else:
+        assert len(names) == len(set(names)) >= 2
+        assert set(names) == set(tables[0].labels) >= set(tables[1].labels)
+        assert all(
+            sentence and label
+            for table in tables
+            for sentence, label in zip(table.sentences, table.labels, strict=True)
+        )
