@@ -53,7 +53,7 @@ def run(
         folder.check_free(path)
     with console.status("reading the model and the data"):
         simulation = build(config)
-    data = {name: getattr(simulation, name) for name in _SAME}
+    data = {name: getattr(simulation, name) for name in _SAME} | {"class_names": list(simulation.class_names)}
     if resume:
         folder.check_data(path, data)
     if ended and ended["rounds"] == config.rounds:
@@ -93,13 +93,15 @@ def run(
     return summary
 
 
-_SAME = ("examples_hash", "partition_hash", "base_hash")
+_SAME = ("examples_hash", "partition_hash", "base_hash", "model_config_hash", "tokenizer_hash")
 """Attributes of a simulation that a run goes on with alone."""
 
 
 def _announce(config: ExperimentConfig, simulation: Simulation, initial_accuracy: float, console: Console) -> None:
+    names = simulation.class_names
+    listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     console.print(
-        f"{config.clients.count} clients, {simulation.parts.cohort_size} a round, "
+        f"{len(names)} classes: {listed}; {config.clients.count} clients, {simulation.parts.cohort_size} a round, "
         f"{simulation.parts.chunk} at once; compiled in {simulation.compile_s:.1f} s; "
         f"accuracy before: {initial_accuracy:.4f}",
         soft_wrap=True,

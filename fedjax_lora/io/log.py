@@ -139,7 +139,7 @@ class RunFolder:
           ValueError: names the first key of `data` that differs.
         """
         before = read_data(path)
-        _check_same({key: before.get(key) for key in data}, data, Path(path) / _DATA)
+        _check_same({"data": {key: before.get(key) for key in data}}, {"data": data}, Path(path) / _DATA)
 
     def last_checkpoint(self) -> checkpoint.Checkpoint | None:
         """The newest checkpoint that is whole and whose rounds the log holds as they were; None where there is none.
@@ -150,7 +150,7 @@ class RunFolder:
           ValueError: there is no log.
         """
         for found in checkpoint.whole(self.checkpoints):
-            if self._log_sha256(found.step) == found.log_sha256:
+            if _log_sha256(self.path, found.step) == found.log_sha256:
                 return found
             warnings.warn(
                 f"checkpoint {found.path} is passed over: {self.path / _METRICS} does not hold its rounds as they were",
@@ -165,12 +165,7 @@ class RunFolder:
         Raises:
           ValueError: it cannot be written.
         """
-        checkpoint.save(self.checkpoints, state, self._log_sha256(int(state.round)) or "")
-
-    def _log_sha256(self, rounds: int) -> str | None:
-        """Hash of the first lines of the log; None where it holds fewer."""
-        lines = _whole_lines(self.path)
-        return hashlib.sha256(b"".join(lines[:rounds])).hexdigest() if len(lines) >= rounds else None
+        checkpoint.save(self.checkpoints, state, _log_sha256(self.path, int(state.round)) or "")
 
     def append(self, metrics: Metrics) -> list[dict[str, Any]]:
         """Add one line for each of the stacked rounds of `metrics`, leaves `[rounds, ...]`; returns the lines."""
@@ -198,7 +193,7 @@ class RunFolder:
         lines = read_metrics(self.path)
         summary = {"initial_accuracy": told["initial_accuracy"], **summarize(lines, told["latency_budget_s"]), **told}
         summary["warnings"] = troubles(lines, summary)
-        summary["metrics_sha256"] = self._log_sha256(len(lines))
+        summary["metrics_sha256"] = _log_sha256(self.path, len(lines))
         return sealed.write(self.path / _SUMMARY, summary)
 
     def ended(self) -> dict[str, Any] | None:
@@ -208,12 +203,12 @@ class RunFolder:
         """
         try:
             summary = read_summary(self.path)
+            if summary is not None:
+                check_log(self.path, summary)
         except ValueError as error:
             warnings.warn(str(error), RunWarning, stacklevel=2)
             return None
-        if summary is None or summary["metrics_sha256"] == self._log_sha256(summary["rounds"]):
-            return summary
-        return None  # `last_checkpoint` says what became of the log
+        return summary
 
 
 def is_run(folder: str | Path) -> bool:
@@ -265,6 +260,22 @@ def _whole_lines(folder: str | Path) -> list[bytes]:
     if not path.is_file():
         raise ValueError(f"{folder} must be the folder of a run, got no {_METRICS} in it")
     return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def check_log(folder: str | Path, summary: Mapping[str, Any]) -> None:
+    """Refuse a log that is not the one that a summary was made of.
+
+    Raises:
+      ValueError: a line has changed or is missing.
+    """
+    if _log_sha256(folder, summary["rounds"]) != summary["metrics_sha256"]:
+        raise ValueError(f"{Path(folder) / _METRICS} must be as it was when the run ended, got one that was changed")
+
+
+def _log_sha256(folder: str | Path, rounds: int) -> str | None:
+    """Hash of the first lines of a log; None where it holds fewer."""
+    lines = _whole_lines(folder)
+    return hashlib.sha256(b"".join(lines[:rounds])).hexdigest() if len(lines) >= rounds else None
 
 
 def read_data(folder: str | Path) -> dict[str, Any]:

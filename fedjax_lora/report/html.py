@@ -1,95 +1,155 @@
 """The report: one HTML file that needs nothing beside it."""
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
 from fedjax_lora.io.files import write_atomically
-from fedjax_lora.report.plots import Plot, all_plots, run_colors
-from fedjax_lora.report.runs import Run, load_runs
-from fedjax_lora.report.tables import summary_rows
+from fedjax_lora.report.drawing import Key, Plot, run_colors
+from fedjax_lora.report.plots import all_plots
+from fedjax_lora.report.runs import Run, differing_keys, load_runs
+from fedjax_lora.report.settings import heading, other_than_default
+from fedjax_lora.report.style import CSS
+from fedjax_lora.report.tables import Row, setting_rows, summary_rows
 
-_STYLE = """
-:root { color-scheme: light dark;
-  --ink: #1c2024; --soft: #60646c; --paper: #fcfcfd; --card: #fff; --grid: #d9dbe0; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #edeef0; --soft: #b0b4ba; --paper: #111214; --card: #18191b; --grid: #3a3d42; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 72rem; color: var(--ink); background: var(--paper);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 1rem; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-.card { background: var(--card); border: 1px solid var(--grid); border-radius: 8px; padding: 1rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--grid); }
-tbody th { font-weight: normal; color: var(--soft); white-space: nowrap; }
-td { overflow-wrap: anywhere; min-width: 7rem; }
-.swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em; }
-.plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-figure { margin: 0; }
-figcaption { font-weight: 600; margin-bottom: .5rem; }
-svg { width: 100%; height: auto; display: block; }
-svg text { font-family: system-ui, sans-serif !important; }
-.note { color: var(--soft); }
-"""
+_GENERATOR = '<meta name="generator" content="fedjax-lora report">'
+_LONGEST_LEGEND = 8  # entries
+_MOST_NAMES = 4  # in the title
 
 
 def write_report(run_folders: Iterable[str | Path], out_path: str | Path) -> None:
-    """Write the report of one run, or of several side by side, to `out_path`.
+    """Write the report of one run, or of several side by side, to `out_path`; an older report there is replaced.
 
     Raises:
-      ValueError: a folder is not a run's, or has no round in its log; or `out_path` cannot be written.
+      ValueError: a folder is not a run's, or has no round in its log; or `out_path` cannot be written, or is
+        another file than a report.
     """
-    if Path(out_path).is_dir():
-        raise ValueError(f"report {out_path} must be a path that can be written, got a folder")
-    runs = load_runs(run_folders)
-    text = _page(runs, all_plots(runs))
+    path = Path(out_path)
     try:
-        write_atomically(Path(out_path), text)
+        check_replaceable(path)
+        runs = load_runs(run_folders)
+        write_atomically(path, _page(runs, all_plots(runs)))
     except OSError as error:
-        raise ValueError(f"report {out_path} must be a path that can be written, got {error.strerror}") from error
+        raise ValueError(f"report {path} must be a path that can be written, got {error.strerror}") from error
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse a place where a report would overwrite anything but a report.
+
+    Raises:
+      ValueError: `path` is something else, or there is no folder to hold it.
+      OSError: what is there cannot be read.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"report {path} must be a path that can be written, got no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"report {path} must be a path that can be written, got a folder")
+    if path.exists() and not (path.is_file() and _is_report(path)):
+        raise ValueError(f"report {path} must be a new file, or a report to replace, got a file that is none")
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is one of ours: by its generator, or by its title where it is too old to name one."""
+    with path.open("rb") as file:
+        head = file.read(1 << 20).decode("utf-8", "replace").partition("</head>")[0]
+    if not head.startswith("<!DOCTYPE html>"):
+        return False
+    if 'name="generator"' in head:
+        return _GENERATOR in head
+    return re.search(r"<title>[^<]* - fedjax-lora</title>", head) is not None
 
 
 def _page(runs: Sequence[Run], plots: Sequence[Plot]) -> str:
-    title = escape(", ".join(run.name for run in runs))
+    names = [run.name for run in runs]
+    title = escape(", ".join(names) if len(names) <= _MOST_NAMES else f"{len(names)} runs")
     figures = "\n".join(map(_figure, plots))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+{_GENERATOR}
 <title>{title} - fedjax-lora</title>
-<style>{_STYLE}</style>
+<style>{CSS}</style>
 </head>
 <body>
 <h1>{title}</h1>
+{_about(runs)}
+{_warnings(runs)}
 <div class="card scroll">
-{_table(runs)}
+{_table(runs, summary_rows(runs))}
 </div>
 <h2>Rounds</h2>
 <div class="plots">
 {figures}
 </div>
+<h2>Configuration</h2>
+{_configuration(runs)}
 </body>
 </html>
 """
 
 
-def _table(runs: Sequence[Run]) -> str:
+def _about(runs: Sequence[Run]) -> str:
+    """What was run, in one line."""
+    parts = (f"<span><b>{escape(label)}</b> {escape(text)}</span>" for label, text in heading(runs).items())
+    return f'<p class="about">{" ".join(parts)}</p>'
+
+
+def _warnings(runs: Sequence[Run]) -> str:
+    """A box for each run that has any."""
+    boxes = []
+    for run in runs:
+        if warnings := run.summary.get("warnings"):
+            items = "\n".join(f"<li>{escape(str(warning))}</li>" for warning in warnings)
+            name = f": {escape(run.name)}" if len(runs) > 1 else ""
+            boxes.append(f'<section class="card warning">\n<h2>Warnings{name}</h2>\n<ul>\n{items}\n</ul>\n</section>')
+    return "\n".join(boxes)
+
+
+def _configuration(runs: Sequence[Run]) -> str:
+    """All options, those that differ between the runs first; and those that are not the defaults."""
+    differing = differing_keys(runs)
+    every = dict.fromkeys([*differing, *(key for run in runs for key in run.config)])
+    chosen = {key for run in runs for key in other_than_default(run.config)}
+    tables = {
+        "What differs from the defaults": [key for key in every if key in chosen],
+        "All options": list(every),
+    }
+    return "\n".join(
+        f'<details class="card">\n<summary>{label}</summary>\n<div class="scroll">\n'
+        f"{_table(runs, setting_rows(runs, keys), set(differing))}\n</div>\n</details>"
+        for label, keys in tables.items()
+    )
+
+
+def _table(runs: Sequence[Run], rows: Iterable[Row], marked: Iterable[str] = ()) -> str:
     heads = "".join(
         f'<th scope="col"><span class="swatch" style="background: {color}"></span>{escape(run.name)}</th>'
         for run, color in zip(runs, run_colors(len(runs)), strict=True)
     )
-    rows = "\n".join(
-        f'<tr><th scope="row">{escape(label)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
-        for label, cells in summary_rows(runs)
-    )
-    return f"<table>\n<thead><tr><td></td>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
+    lines = []
+    for label, cells in rows:
+        mark = ' class="differs"' if label in marked else ""
+        titles = (f' title="{escape(cell.exact)}"' if cell.exact else "" for cell in cells)
+        values = "".join(f"<td{title}>{escape(cell.text)}</td>" for title, cell in zip(titles, cells, strict=True))
+        lines.append(f'<tr{mark}><th scope="row">{escape(label)}</th>{values}</tr>')
+    body = "\n".join(lines)
+    return f"<table>\n<thead><tr><td></td>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
 
 def _figure(plot: Plot) -> str:
-    body = plot.svg or f'<p class="note">{escape(plot.note)}</p>'
+    body = f"{plot.svg}\n{_legend(plot.legend)}" if plot.svg else f'<p class="note">{escape(plot.note)}</p>'
     return f'<figure class="card">\n<figcaption>{escape(plot.title)}</figcaption>\n{body}\n</figure>'
+
+
+def _legend(keys: Sequence[Key]) -> str:
+    """Beside the lines and not over them; of many runs the first, since the table has the colours of all."""
+    items = [
+        f'<li><i style="border-top-style: {key.stroke}; border-top-color: {key.color}"></i>{escape(key.label)}</li>'
+        for key in keys[:_LONGEST_LEGEND]
+    ]
+    if more := len(keys) - len(items):
+        items.append(f'<li class="note">and {more} more, coloured as in the table</li>')
+    return f'<ul class="legend">{"".join(items)}</ul>'

@@ -11,21 +11,21 @@ from rich.table import Table
 
 from fedjax_lora.control.bound import BoundTerms, Effects
 from fedjax_lora.io.plan import Plan
-from fedjax_lora.report.tables import MISSING
+from fedjax_lora.report.formats import MISSING, bits, count, number
 
 _COLUMNS = {
-    "rank": ("rank", "d"),
-    "keep_ratio": ("keep ratio", ".3f"),
-    "latency_s": ("latency, s", ".4g"),
-    "uplink_bits": ("bits a client", ",.0f"),
-    "V": ("V", ".4g"),
-    "queue_s": ("first queue, s", ".4g"),
-    "descent": ("descent", ".4g"),
-    "noise": ("noise", ".4g"),
-    "rank_cost": ("of both, rank", ".4g"),
-    "sparsification": ("sparsification", ".4g"),
-    "covariance": ("covariance", ".4g"),
-    "bound": ("bound", ".4g"),
+    "rank": ("rank", count),
+    "keep_ratio": ("keep ratio", number),
+    "latency_s": ("latency, s", number),
+    "uplink_bits": ("uplink of a client", bits),
+    "V": ("V", number),
+    "queue_s": ("first queue, s", number),
+    "descent": ("descent", number),
+    "noise": ("noise", number),
+    "rank_cost": ("of both, rank", number),
+    "sparsification": ("sparsification", number),
+    "covariance": ("covariance", number),
+    "bound": ("bound", number),
 }
 _COLORS = ("#3b82f6", "#06b6d4", "#f59e0b", "#ef4444")
 
@@ -40,7 +40,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_column("over the best ± s.e.", justify="right")
     table.add_column("")
     for row in plan.rows:
-        cells = [MISSING if row[key] is None else format(row[key], form) for key, (_, form) in _COLUMNS.items()]
+        cells = [MISSING if row[key] is None else form(row[key]).text for key, (_, form) in _COLUMNS.items()]
         if plan.objective == "rollout":
             score, mean, error = (
                 MISSING if x is None else f"{x:.4f}" for x in (row["score"], row["excess"], row["excess_error"])
@@ -63,7 +63,7 @@ def binding(found: Effects) -> str:
     """
     parts = {name: float(value) for name, value in found._asdict().items()}
     three = [name for name in parts if name != "training"]
-    listed = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
+    listed = ", ".join(f"{name} {number(value).text}" for name, value in parts.items())
     known = not any(math.isnan(parts[name]) for name in three)
     return f"bound: {listed}; binding: {max(three, key=lambda name: parts[name]) if known else 'not known'}"
 

@@ -4,8 +4,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedjax_lora.io.log import flatten, is_run, read_config, read_metrics, read_summary
-from fedjax_lora.io.summary import summarize
+from fedjax_lora.io.log import check_log, flatten, is_run, read_config, read_metrics, read_summary
+from fedjax_lora.io.summary import summarize, troubles
+from fedjax_lora.report.formats import last_name, option, setting
+
+_LONGEST_LABEL = 48  # characters
+BUDGET = "control.latency_budget_s"
 
 
 class Run(NamedTuple):
@@ -43,6 +47,23 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
     return [key for key in keys if any(run.config.get(key) != runs[0].config.get(key) for run in runs)]
 
 
+def labels(runs: Sequence[Run]) -> list[str]:
+    """Names of the runs for a legend: by what differs where that is short and tells them apart, else their own.
+
+    Where runs differ in the `name` of a section, that stands for the options that only some of them have.
+    """
+    keys = [key for key in differing_keys(runs) if all(key in run.config for run in runs)]
+    short = [", ".join(_part(key, run.config[key]) for key in keys) for run in runs]
+    distinct = len(set(short)) == len(runs)
+    return short if distinct and keys and max(map(len, short)) <= _LONGEST_LABEL else [run.name for run in runs]
+
+
+def _part(key: str, value: Any) -> str:
+    if key.endswith(".name") or isinstance(value, str):
+        return last_name(setting(value).text)
+    return option(key, value)
+
+
 def _runs_in(folder: Path) -> list[Path]:
     held = [] if is_run(folder) else sorted(path for path in folder.glob("*") if is_run(path))
     return held or [folder]
@@ -52,4 +73,11 @@ def _load(path: Path, name: str) -> Run:
     config, metrics = flatten(read_config(path)), read_metrics(path)
     if not metrics:
         raise ValueError(f"{path} must hold the metrics of at least one round, got none")
-    return Run(name, config, metrics, read_summary(path) or summarize(metrics))
+    summary = read_summary(path)
+    if summary is None:
+        budget_s = config.get(BUDGET)
+        summary = summarize(metrics, budget_s) | {"latency_budget_s": budget_s}
+        summary["warnings"] = troubles(metrics, summary)
+    else:
+        check_log(path, summary)
+    return Run(name, config, metrics, summary)

@@ -3,34 +3,44 @@
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedjax_lora.report import formats
+from fedjax_lora.report.formats import MISSING, Shown
 from fedjax_lora.report.runs import Run, differing_keys, load_runs
 
-MISSING = "–"
-"""What stands for a value that was not measured."""
+Row = tuple[str, list[Shown]]  # label, one cell a run
 
-_Cell = Callable[[Mapping[str, Any]], str]  # of a summary
-
-
-def summary_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Rows `(label, one cell a run)`: the keys in which the runs differ, then what came out."""
-    settings = [(key, [_cell(run.config.get(key)) for run in runs]) for key in differing_keys(runs)]
-    columns = _measured(_HEADLINE | _DETAILS, [run.summary for run in runs])
-    results = [(label, [cell(run.summary) for run in runs]) for label, cell in columns.items()]
-    return [*settings, *results, ("participants a round", [_participants(run) for run in runs])]
+_Summary = Mapping[str, Any]
 
 
-def summary_lines(summary: Mapping[str, Any]) -> str:
-    """Plain text for a terminal: the headline numbers of one summary, one a line."""
-    headline = _measured(_HEADLINE, [summary])
-    width = max(map(len, headline))
-    return "\n".join(f"{label:<{width}}  {cell(summary)}" for label, cell in headline.items())
+def summary_rows(runs: Sequence[Run]) -> list[Row]:
+    """The keys in which the runs differ, then what came out."""
+    summaries = [run.summary for run in runs]
+    results = [
+        (number.label, [number.of(summary) for summary in summaries])
+        for number in _worth_showing([*_HEADLINE, *_DETAILS], summaries)
+    ]
+    return [*setting_rows(runs, differing_keys(runs)), *results, ("participants a round", list(map(_present, runs)))]
+
+
+def setting_rows(runs: Sequence[Run], keys: Iterable[str]) -> list[Row]:
+    """Options of the configurations, by their dotted keys."""
+    return [(key, [formats.setting(run.config.get(key)) for run in runs]) for key in keys]
+
+
+def summary_lines(summary: _Summary) -> str:
+    """Plain text for a terminal: the headline numbers of one summary, one a line, in full where they are rounded."""
+    cells = {number.label: number.of(summary) for number in _worth_showing(_HEADLINE, [summary])}
+    width = max(map(len, cells))
+    return "\n".join(
+        f"{label:<{width}}  {cell.text}" + (f" ({cell.exact})" if cell.exact else "") for label, cell in cells.items()
+    )
 
 
 def comparison(run_folders: Iterable[str | Path]) -> str:
@@ -42,18 +52,18 @@ def comparison(run_folders: Iterable[str | Path]) -> str:
       ValueError: a folder is not a run's, or has no round in its log.
     """
     runs = load_runs(run_folders)
-    keys, headline = differing_keys(runs), _measured(_HEADLINE, [run.summary for run in runs])
-    rows = [["run", *keys, *headline]]
-    for run in runs:
-        settings = [_cell(run.config.get(key)) for key in keys]
-        rows.append([run.name, *settings, *(cell(run.summary) for cell in headline.values())])
-    if len(rows) < len(rows[0]):
-        rows = list(zip(*rows, strict=True))
+    summaries = [run.summary for run in runs]
+    columns = [("run", [Shown(run.name) for run in runs]), *setting_rows(runs, differing_keys(runs))]
+    for number in _worth_showing(_HEADLINE, summaries):
+        columns.append((number.label, [number.of(summary) for summary in summaries]))
+    lines = [[label, *(cell.text for cell in cells)] for label, cells in columns]
+    if len(runs) + 1 >= len(lines):
+        lines = list(zip(*lines, strict=True))
     table = Table(box=box.SIMPLE_HEAD)
-    for number, label in enumerate(rows[0]):
-        table.add_column(Text(label), justify="right" if number else "left")
-    for row in rows[1:]:
-        table.add_row(*map(Text, row))
+    for place, label in enumerate(lines[0]):
+        table.add_column(Text(label), justify="right" if place else "left")
+    for line in lines[1:]:
+        table.add_row(*map(Text, line))
     # Wide enough never to wrap: a terminal or a pager cuts better than a table does.
     console = Console(file=io.StringIO(), width=10_000, color_system=None)
     with console.capture() as capture:
@@ -61,70 +71,69 @@ def comparison(run_folders: Iterable[str | Path]) -> str:
     return "\n".join(line.rstrip() for line in capture.get().strip("\n").splitlines()) + "\n"
 
 
-def _measured(columns: Mapping[str, _Cell], summaries: Sequence[Mapping[str, Any]]) -> dict[str, _Cell]:
-    """The columns without those of `_OPTIONAL` that none of the runs has."""
-    absent = {label for label, key in _OPTIONAL.items() if all(summary.get(key) is None for summary in summaries)}
-    return {label: cell for label, cell in columns.items() if label not in absent}
+def _always(summary: _Summary) -> bool:
+    del summary
+    return True
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return MISSING
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(_cell, value))
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+def _has(key: str) -> Callable[[_Summary], bool]:
+    """Whether a summary has a value there."""
+    return lambda summary: summary.get(key) is not None
 
 
-def _formatted(key: str, form: str) -> _Cell:
-    """A number of the summary, formatted."""
-
-    def cell(summary: Mapping[str, Any]) -> str:
-        value = summary.get(key)
-        return MISSING if value is None else format(value, form)
-
-    return cell
+def _counts(key: str) -> Callable[[_Summary], bool]:
+    """Whether a summary has counted any."""
+    return lambda summary: bool(summary.get(key))
 
 
-def _text(key: str) -> _Cell:
-    return lambda summary: _cell(summary.get(key))
+class _Number(NamedTuple):
+    """One number of a summary; a row of it stands where one of the runs is `worth` it."""
+
+    label: str
+    key: str
+    form: formats.Format
+    worth: Callable[[_Summary], bool] = _always
+
+    def of(self, summary: _Summary) -> Shown:
+        value = summary.get(self.key)
+        return Shown(MISSING) if value is None else self.form(value)
 
 
-def _participants(run: Run) -> str:
-    """Mean over the rounds."""
-    counts = [line["participants"] for line in run.metrics]
-    return f"{sum(counts) / len(counts):.4g}"
+def _worth_showing(numbers: Iterable[_Number], summaries: Sequence[_Summary]) -> list[_Number]:
+    return [number for number in numbers if any(map(number.worth, summaries))]
 
 
-_OPTIONAL = {
-    "personal accuracy": "personal_accuracy",
-    "taken of the plan": "plan",
-    "bound, by effect": "bound_effects",
-}
+def _present(run: Run) -> Shown:
+    """Participants of a round, on average."""
+    counts = [line["participants"] for line in run.metrics if line.get("participants") is not None]
+    return formats.number(sum(counts) / len(counts)) if counts else Shown(MISSING)
 
-_HEADLINE: dict[str, _Cell] = {
-    "initial accuracy": _formatted("initial_accuracy", ".4f"),
-    "final accuracy": _formatted("final_accuracy", ".4f"),
-    "best accuracy": _formatted("best_accuracy", ".4f"),
-    "personal accuracy": _formatted("personal_accuracy", ".4f"),
-    "rounds": _formatted("rounds", "d"),
-    "simulated time, s": _formatted("total_latency_s", ".6g"),
-    "latency a round, s": _formatted("mean_latency_s", ".4g"),
-    "uplink, bits": _formatted("total_uplink_bits", ",d"),
-}
 
-_DETAILS: dict[str, _Cell] = {
-    "queue at the end, s": _formatted("final_queue_s", ".4g"),
-    "taken of the plan": _text("plan"),
-    "bound, by effect": _text("bound_effects"),
-    "downlink, bits": _formatted("total_downlink_bits", ",d"),
-    "wall time, s": _formatted("wall_s", ".4g"),
-    "of it compiling, s": _formatted("compile_s", ".4g"),
-    "samples/s": _formatted("samples_per_s", ".4g"),
-    "peak memory, bytes": _formatted("peak_memory_bytes", ",d"),
-    "device": _text("device"),
-    "versions": _text("versions"),
-    "seed": _text("seed"),
-    "partition": _text("partition_hash"),
-}
+_HEADLINE = [
+    _Number("initial accuracy", "initial_accuracy", formats.accuracy),
+    _Number("final accuracy", "final_accuracy", formats.accuracy),
+    _Number("best accuracy", "best_accuracy", formats.accuracy),
+    _Number("personal accuracy", "personal_accuracy", formats.accuracy, _has("personal_accuracy")),
+    _Number("rounds", "rounds", formats.count),
+    _Number("lost rounds", "lost_rounds", formats.count, _counts("lost_rounds")),
+    _Number("diverged rounds", "diverged_rounds", formats.count, _counts("diverged_rounds")),
+    _Number("simulated time, s", "total_latency_s", formats.number),
+    _Number("latency a round, s", "mean_latency_s", formats.number),
+    _Number("latency budget, s", "latency_budget_s", formats.number, _has("latency_budget_s")),
+    _Number("mean latency over budget", "latency_over_budget", formats.times, _has("latency_budget_s")),
+    _Number("queue at the end, s", "final_queue_s", formats.number, _has("latency_budget_s")),
+    _Number("uplink", "total_uplink_bits", formats.bits),
+]
+
+_DETAILS = [
+    _Number("downlink", "total_downlink_bits", formats.bits),
+    _Number("taken of the plan", "plan", formats.found, _has("plan")),
+    _Number("bound, by effect", "bound_effects", formats.found, _has("bound_effects")),
+    _Number("wall time, s", "wall_s", formats.number),
+    _Number("of it compiling, s", "compile_s", formats.number),
+    _Number("samples/s", "samples_per_s", formats.number),
+    _Number("peak memory", "peak_memory_bytes", formats.memory),
+    _Number("device", "device", formats.found),
+    _Number("versions", "versions", formats.found),
+    _Number("partition", "partition_hash", formats.found),
+]

@@ -1,75 +1,54 @@
 """Reports and tables: the log's own values, whatever is missing in it. The oracle is the log that was written."""
 
 import json
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-import yaml
 
-from fedjax_lora.io.log import FIELDS, RunFolder
+from fedjax_lora.io.log import RunFolder
+from fedjax_lora.report import drawing
+from fedjax_lora.report.formats import MISSING
 from fedjax_lora.report.html import write_report
-from fedjax_lora.report.plots import _accuracy, all_plots, run_colors
+from fedjax_lora.report.plots import _accuracy, _column, all_plots
 from fedjax_lora.report.runs import differing_keys, load_runs
-from fedjax_lora.report.tables import MISSING, comparison, summary_lines, summary_rows
+from fedjax_lora.report.tables import comparison, summary_lines, summary_rows
+from report.folders import ROUNDS, write_run
 
-ROUNDS = 6
+PLOTS = 12
+SVG = "{http://www.w3.org/2000/svg}"
 
 
-class Page(HTMLParser):
-    """Cells of the table by row, number of plots, ids, and whatever would have to be fetched."""
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Plots without content; `test_plots.py` looks at the real ones."""
+    monkeypatch.setattr(drawing, "_svg", lambda figure, title: '<svg xmlns="http://www.w3.org/2000/svg"/>')
+
+
+class Page:
+    """The parts of a page, whose body is read as XML: strictly, so that nothing unescaped gets by."""
 
     def __init__(self, text):
-        super().__init__()
-        self.rows, self.plots, self.ids, self.fetched, self.notes, self.inside = [], 0, [], [], [], []
-        self.feed(text)
+        self.head, _, body = text.partition("<body>")
+        self.body = ElementTree.fromstring(f"<body>{body.partition('</body>')[0]}</body>")
+        self.tables = [
+            [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]
+            for table in self.body.iter("table")
+        ]
+        self.rows = self.tables[0]
+        self.plots = len(list(self.body.iter(f"{SVG}svg")))
+        self.legends = [self.texts("li", legend) for legend in self.classed("legend")]
+        self.notes = ["".join(note.itertext()) for note in self.classed("note") if note.tag == "p"]
+        self.exact = {"".join(cell.itertext()): cell.get("title") for cell in self.body.iter("td") if cell.get("title")}
 
-    def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
-        self.inside.append(tag)
-        self.plots += tag == "svg"
-        self.ids += [attributes["id"]] if "id" in attributes else []
-        self.fetched += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value[0] != "#"]
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("th", "td"):
-            self.rows[-1].append("")
-        if tag == "p":
-            self.notes.append("")
+    def classed(self, name):
+        return [element for element in self.body.iter() if name in element.get("class", "").split()]
 
-    def handle_endtag(self, tag):
-        while self.inside and self.inside.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        if "th" in self.inside or "td" in self.inside:
-            self.rows[-1][-1] += data
-        elif self.inside and self.inside[-1] == "p":
-            self.notes[-1] += data
-
-
-def write_run(folder, config=None, ended=True, **columns):
-    run = RunFolder.create(folder, yaml.safe_dump(config or {"seed": 0}), {})
-    with (run.path / "metrics.jsonl").open("a") as file:
-        for i in range(ROUNDS):
-            line = dict.fromkeys(FIELDS, 0.5) | {
-                "round": i + 1,
-                "personal_accuracy": None,
-                "participants": 3 + i % 2,
-                "uplink_bits": 10**9 + i,
-            }
-            line |= {"downlink_bits": 7, "latency_s": 1.5, "cumulative_latency_s": 1.5 * (i + 1)}
-            line |= {"eval_accuracy": (i + 1) / 7 if i % 2 else None, "eval_loss": 0.25 if i % 2 else None}
-            file.write(json.dumps(line | {name: values[i] for name, values in columns.items()}) + "\n")
-    if ended:
-        run.write_summary(
-            {"initial_accuracy": 0.1, "wall_s": 12.5, "compile_s": 2.0, "device": "1 x cpu", "seed": 0}
-            | {"versions": {"jax": "0.10"}, "partition_hash": "abc", "peak_memory_bytes": 2048}
-        )
-    return run.path
+    def texts(self, tag, within=None):
+        return ["".join(element.itertext()) for element in (self.body if within is None else within).iter(tag)]
 
 
 def render(folders, out):
+    """The page of the report that is written to `out`."""
     write_report(folders, out)
     return Page(out.read_text())
 
@@ -85,26 +64,32 @@ def test_a_report_of_one_run_shows_the_values_of_its_log(tmp_path):
         "rounds": "6",
         "simulated time, s": "9",
         "latency a round, s": "1.5",
-        "queue at the end, s": "0.5",
-        "uplink, bits": f"{6 * 10**9 + 15:,}",
-        "downlink, bits": "42",
+        "uplink": "6 Gbit",
+        "downlink": "42 bit",
         "participants a round": "3.5",
         "wall time, s": "12.5",
         "of it compiling, s": "2",
         "samples/s": MISSING,
-        "peak memory, bytes": "2,048",
+        "peak memory": "2.048 kB",
         "device": "1 x cpu",
         "versions": "jax 0.10",
-        "seed": "0",
         "partition": "abc",
     }
-    assert page.plots == 8
+    assert page.exact == {"6 Gbit": f"{6 * 10**9 + 15:,} bits", "2.048 kB": "2,048 bytes"}
+    assert page.plots == PLOTS
 
 
-def test_a_report_is_self_contained_and_its_ids_are_unique_oracle_html_rules(tmp_path):
-    page = render([write_run(tmp_path / "a"), write_run(tmp_path / "b")], tmp_path / "report.html")
-    assert page.fetched == []
-    assert len(set(page.ids)) == len(page.ids)
+def test_whatever_stands_in_a_run_is_text_on_its_page_oracle_xml_parser(tmp_path):
+    nasty = '<script>alert("&")</script>'
+    folders = [
+        write_run(tmp_path / f"<b>{i}&", {"seed": i, "model": {"pretrained": nasty}}, summary={"warnings": [nasty]})
+        for i in range(2)
+    ]
+    page = render(folders, tmp_path / "report.html")
+    assert not {"script", "b"} & {e.tag for e in page.classed("scroll")[0].iter()} and not page.texts("script")
+    assert page.texts("h1") == ["<b>0&, <b>1&"] and page.rows[0] == ["", "<b>0&", "<b>1&"]
+    assert [page.texts("li", box) for box in page.classed("warning")] == [[nasty]] * 2
+    assert ["model.pretrained", nasty, nasty] in page.tables[-1]
 
 
 def test_several_runs_stand_side_by_side_with_the_keys_in_which_they_differ(tmp_path):
@@ -114,7 +99,7 @@ def test_several_runs_stand_side_by_side_with_the_keys_in_which_they_differ(tmp_
     assert page.rows[0] == ["", "rank <0>", "rank <1>"]
     assert page.rows[1] == ["lora.rank", "4", "8"]
     assert not [row for row in page.rows if row[0] == "lora.alpha"]
-    assert page.plots == 8
+    assert page.plots == PLOTS
 
 
 def test_runs_of_one_name_go_by_their_paths(tmp_path):
@@ -138,25 +123,25 @@ def test_differing_keys_counts_a_key_that_one_run_lacks_oracle_by_hand(tmp_path)
 @pytest.mark.parametrize(
     ("columns", "plots", "note"),
     [
-        ({"cumulative_latency_s": [None] * ROUNDS, "latency_s": [None] * ROUNDS}, 6, "unbounded"),
-        ({"cumulative_latency_s": [0.0] * ROUNDS}, 7, "no simulated time"),
-        ({"sparsification_error": [None] * ROUNDS, "covariance_error": [None] * ROUNDS}, 7, "Not measured"),
-        ({"dropped_energy": [None] * ROUNDS}, 7, "Not measured"),
-        ({"eval_loss": [None] * ROUNDS}, 8, None),
-        ({"train_loss": [None, 1.0, None, None, 2.0, 3.0]}, 8, None),
-        ({"cumulative_latency_s": [1.0, 2.0] + [None] * 4}, 8, None),
+        ({"cumulative_latency_s": [None] * ROUNDS, "latency_s": [None] * ROUNDS}, PLOTS - 2, "unbounded"),
+        ({"cumulative_latency_s": [0.0] * ROUNDS}, PLOTS - 1, "no simulated time"),
+        ({"sparsification_error": [None] * ROUNDS, "covariance_error": [None] * ROUNDS}, PLOTS - 1, "Not measured"),
+        ({"dropped_energy": [None] * ROUNDS}, PLOTS - 1, "Not measured"),
+        ({"eval_loss": [None] * ROUNDS}, PLOTS, None),
+        ({"train_loss": [None, 1.0, None, None, 2.0, 3.0]}, PLOTS, None),
+        ({"cumulative_latency_s": [1.0, 2.0] + [None] * 4}, PLOTS, None),
     ],
 )
 def test_values_that_are_missing_leave_a_note_where_nothing_is_left_to_draw(tmp_path, columns, plots, note):
     page = render([write_run(tmp_path / "run", **columns)], tmp_path / "report.html")
     assert page.plots == plots
-    assert len(page.notes) == 8 - plots
+    assert len(page.notes) == PLOTS - plots
     assert note is None or any(note in text for text in page.notes)
 
 
 def test_a_log_without_the_energy_is_reported_without_it(tmp_path):
     """Oracle: the report of the same log with nulls."""
-    path = write_run(tmp_path / "run")
+    path = write_run(tmp_path / "run", ended=False)
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     pages = []
     for energy in ({"dropped_energy": None}, {}):
@@ -170,23 +155,9 @@ def test_a_log_without_the_energy_is_reported_without_it(tmp_path):
 def test_a_run_that_has_not_ended_is_told_by_its_metrics(tmp_path):
     path = write_run(tmp_path / "run", ended=False)
     rows = dict(summary_rows(load_runs([path])))
-    assert rows["final accuracy"] == [f"{6 / 7:.4f}"]
-    assert rows["initial accuracy"] == rows["wall time, s"] == [MISSING]
-    assert render([path], tmp_path / "report.html").plots == 8
-
-
-def test_every_plot_is_well_formed_and_takes_its_ink_from_the_page_oracle_xml_parser(tmp_path):
-    for plot in all_plots(load_runs([write_run(tmp_path / "run")])):
-        root = ElementTree.fromstring(plot.svg)
-        assert {"width", "height"}.isdisjoint(root.attrib)
-        assert "currentColor" in plot.svg
-        assert "#01020" not in plot.svg
-        assert "#000000" not in plot.svg
-
-
-def test_each_run_has_a_colour_of_its_own_oracle_a_set():
-    for count in (1, 8, 9, 30):
-        assert len(set(run_colors(count))) == count
+    assert rows["final accuracy"] == [(f"{6 / 7:.4f}", "")]
+    assert rows["initial accuracy"] == rows["wall time, s"] == [(MISSING, "")]
+    assert render([path], tmp_path / "report.html").plots == PLOTS
 
 
 def test_comparison_of_many_runs_in_the_terminal_has_one_line_a_run(tmp_path):
@@ -194,7 +165,7 @@ def test_comparison_of_many_runs_in_the_terminal_has_one_line_a_run(tmp_path):
     lines = comparison(folders).splitlines()
     rows = [next(line.split() for line in lines if f"[red]{x}" in line) for x in (1, None)]
     accuracy = f"{6 / 7:.4f}"
-    assert rows[0] == ["[red]1", "1", "0.1000", accuracy, accuracy, "6", "9", "1.5", f"{6 * 10**9 + 15:,}"]
+    assert rows[0] == ["[red]1", "1", "0.1000", accuracy, accuracy, "6", "9", "1.5", "6", "Gbit"]
     assert rows[1][1] == MISSING
     assert max(map(len, lines)) < 160
 
@@ -207,15 +178,14 @@ def test_comparison_of_few_runs_in_the_terminal_has_one_column_a_run(tmp_path):
 
 def test_summary_lines_show_the_headline_of_a_summary(tmp_path):
     summary = load_runs([write_run(tmp_path / "run")])[0].summary
-    lines = summary_lines(summary).splitlines()
-    assert [line.split()[-1] for line in lines] == [
-        "0.1000",
-        "0.8571",
-        "0.8571",
-        "6",
-        "9",
-        "1.5",
-        f"{6 * 10**9 + 15:,}",
+    assert summary_lines(summary).splitlines() == [
+        "initial accuracy    0.1000",
+        "final accuracy      0.8571",
+        "best accuracy       0.8571",
+        "rounds              6",
+        "simulated time, s   9",
+        "latency a round, s  1.5",
+        f"uplink              6 Gbit ({6 * 10**9 + 15:,} bits)",
     ]
 
 
@@ -223,15 +193,14 @@ def test_personal_accuracy_stands_beside_the_global_one_where_a_run_has_it(tmp_p
     personal = [None, 0.5, None, 0.625, None, 0.75]
     folders = [write_run(tmp_path / "fedsa", personal_accuracy=personal), write_run(tmp_path / "fedit")]
     runs = load_runs(folders)
-    assert dict(summary_rows(runs))["personal accuracy"] == ["0.7500", MISSING]
+    assert dict(summary_rows(runs))["personal accuracy"] == [("0.7500", ""), (MISSING, "")]
     assert "personal accuracy   0.7500" in summary_lines(runs[0].summary)
     assert "personal accuracy" not in summary_lines(runs[1].summary)
     assert "personal accuracy" in comparison(folders) and "personal accuracy" not in comparison(folders[1:])
-    with_own, without = all_plots(runs[:1])[0].svg, all_plots(runs[1:])[0].svg
-    assert "clients' own" in with_own and "global" in with_own
-    assert "clients' own" not in without and "global" not in without
+    with_own, without = ([key.label for key in all_plots([run])[0].legend] for run in runs)
+    assert with_own == ["global", "clients' own"] and without == ["test accuracy"]
     # Oracle: a line's points are those of the log; the second begins with the first round that measured it.
-    lines = _accuracy(lambda line: line["round"])(runs[0])
+    lines = _accuracy(runs[0], _column(runs[0], "round"))
     assert (lines[1].x, lines[1].y) == ([2, 4, 6], [0.5, 0.625, 0.75])
 
 
@@ -247,3 +216,99 @@ def test_folders_that_are_no_runs_are_one_line_errors(tmp_path):
     assert not out.exists()
     with pytest.raises(ValueError, match="can be written"):
         write_report([run], absent / "report.html")
+
+
+def test_what_was_run_stands_under_the_title_and_its_configuration_below(tmp_path):
+    """Oracle: the configurations that were written."""
+    configs = [
+        {"seed": 3, "rounds": 9, "control": {"name": "fixed", "keep_ratio": ratio}, "local": {"steps": 10}}
+        for ratio in (0.25, 0.5)
+    ]
+    folders = [write_run(tmp_path / f"run{i}", config) for i, config in enumerate(configs)]
+    page = render(folders[:1], tmp_path / "report.html")
+    assert page.texts("p")[0] == "control fixed, keep ratio 0.25 training 9 rounds seed 3"
+    page = render(folders, tmp_path / "report.html")
+    assert page.texts("p")[0] == "control fixed training 9 rounds seed 3"
+    chosen, every = page.tables[1:]
+    assert [row[0] for row in every[1:]] == ["control.keep_ratio", "control.name", "local.steps", "rounds", "seed"]
+    assert chosen[1:] == [["control.keep_ratio", "0.25", "0.5"], ["rounds", "9", "9"], ["seed", "3", "3"]]
+    assert len(page.classed("differs")) == 2 and page.texts("details") and not page.body.findall(".//details[@open]")
+
+
+def test_every_plot_has_a_legend_and_a_long_one_ends_in_a_note(tmp_path):
+    folders = [write_run(tmp_path / f"run{i}", {"seed": i}) for i in range(12)]
+    page = render(folders[:1], tmp_path / "report.html")
+    assert len(page.legends) == page.plots and all(page.legends)
+    page = render(folders, tmp_path / "report.html")
+    assert page.legends[0] == [*(f"seed {i}" for i in range(8)), "and 4 more, coloured as in the table"]
+    loss = page.legends[3]
+    assert loss == ["test", "training", *(f"seed {i}" for i in range(6)), "and 6 more, coloured as in the table"]
+
+
+def test_the_latency_budget_is_a_headline_number_and_lost_rounds_are_told_oracle_the_summary(tmp_path):
+    measured = {"latency_budget_s": 0.5, "latency_over_budget": 33.4444, "final_queue_s": 1234.5678}
+    summary = measured | {"lost_rounds": 2, "diverged_rounds": 0}
+    plain = write_run(tmp_path / "plain", summary={"lost_rounds": 0, "latency_budget_s": None})
+    late = write_run(tmp_path / "late", summary=summary)
+    lines = summary_lines(load_runs([late])[0].summary).splitlines()
+    assert "latency budget, s         0.5" in lines
+    assert "mean latency over budget  33.44× (33.4444×)" in lines
+    assert "queue at the end, s       1,235 (1,234.5678)" in lines
+    assert "lost rounds               2" in lines and "diverged" not in "".join(lines)
+    rows = {row[0]: row[1:] for row in render([plain, late], tmp_path / "report.html").rows}
+    assert rows["mean latency over budget"] == [MISSING, "33.44×"] and rows["lost rounds"] == ["0", "2"]
+    headline = summary_lines(load_runs([plain])[0].summary)
+    assert "budget" not in headline and "queue" not in headline and "lost" not in headline
+
+
+def test_a_run_that_has_not_ended_takes_its_budget_from_the_configuration_oracle_by_hand(tmp_path):
+    config = {"control": {"name": "tsfa", "latency_budget_s": 0.5}}
+    (run,) = load_runs([write_run(tmp_path / "run", config, ended=False)])
+    assert dict(summary_rows([run]))["mean latency over budget"] == [("3×", "")]
+
+
+def test_a_log_that_changed_since_the_run_ended_is_one_line(tmp_path):
+    path = write_run(tmp_path / "run")
+    log = (path / "metrics.jsonl").read_text()
+    (path / "metrics.jsonl").write_text(log.replace("0.25", "0.75", 1))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl must be as it was when the run ended"):
+        load_runs([path])
+
+
+OURS = '<!DOCTYPE html>\n<html lang="en">\n<head>\n<title>a, b - fedjax-lora</title>\n</head>\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "ours"),
+    [
+        (OURS, True),
+        (OURS.replace("<title>", '<meta name="generator" content="mkdocs-1.6.1"><title>'), False),
+        (OURS.replace("fedjax-lora<", "notes<"), False),
+        ("<!DOCTYPE html><head><title>x</title></head><p><title>y - fedjax-lora</title></p>", False),
+        ("fedjax-lora", False),
+        ("", False),
+    ],
+)
+def test_a_report_replaces_nothing_but_a_report_oracle_the_bytes_before(tmp_path, text, ours):
+    run, out = write_run(tmp_path / "run"), tmp_path / "notes.html"
+    out.write_text(text)
+    if ours:
+        for _ in range(2):  # an older report, then a new one
+            assert render([run], out).plots == PLOTS
+    else:
+        with pytest.raises(ValueError, match=r"^report .*notes.html must be a new file, or a report to replace.*none$"):
+            write_report([run], out)
+        assert out.read_text() == text
+
+
+def test_a_report_spares_the_files_of_a_run_and_needs_its_folder(tmp_path):
+    """Oracle: the bytes before."""
+    run = write_run(tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    (tmp_path / "link.html").symlink_to(run / "config.yaml")
+    for out in [*before, tmp_path / "link.html", run]:
+        with pytest.raises(ValueError, match="report"):
+            write_report([run], out)
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    with pytest.raises(ValueError, match="got no folder"):
+        write_report([run], tmp_path / "absent" / "report.html")
