@@ -44,7 +44,9 @@ def main() -> None:
         parts = importlib.import_module("accelerator_parts")
         print(json.dumps(getattr(parts, options.part)(options.model, options.quick)))
         return
-    found = json.loads(options.out.read_text()) if options.out.exists() else {"benchmark": "accelerator"}
+    found: dict[str, Any] = (
+        json.loads(options.out.read_text()) if options.out.exists() else {"benchmark": "accelerator"}
+    )
     found["environment"] = environment()
     for part in options.only:
         if part in found.get("parts", {}) and "error" not in found["parts"][part]:

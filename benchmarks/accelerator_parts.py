@@ -1,5 +1,6 @@
 """The parts of `accelerator.py`: each is `(folder with a tokenizer, quick) -> what goes into the JSON`."""
 
+import functools
 import gc
 import json
 import shutil
@@ -18,6 +19,9 @@ from common import RANK, TARGETS, Dtype, PeerSettings, Workload
 
 ROBERTA_BASE = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
 MINILM = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+IMPLEMENTATIONS: tuple[Literal["xla", "pallas"], ...] = ("xla", "pallas")
+PEERS: tuple[tuple[Dtype, Dtype], ...] = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
+"""Dtype of the products and of the frozen matrices."""
 SMALL = {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96}
 
 
@@ -215,17 +219,18 @@ def kernels(model: str, quick: bool) -> dict[str, Any]:
     for leading, width, rank in ((4, 32, 8),) if quick else ((6144, 768, 8), (6144, 768, 16), (1024, 4096, 64)):
         x, x0 = jax.random.normal(jax.random.key(0), (2, leading, width, rank))
         row: dict[str, Any] = {}
-        for implementation in ("xla", "pallas"):
-            program = jax.jit(lambda x, x0, way=implementation: rank_energy(x, x0, axis=-2, implementation=way))
+        results = []
+        for implementation in IMPLEMENTATIONS:
+            program = jax.jit(functools.partial(rank_energy, axis=-2, implementation=implementation))
             try:
                 row[f"{implementation}, GB/s"] = 2e-9 * x.nbytes / timed(program, x, x0)
-                row[implementation] = program(x, x0)
-            except Exception as error:
+                results.append(program(x, x0))
+            except Exception as error:  # what a compiler refuses is a result
                 row[f"{implementation}, error"] = str(error).splitlines()[0][:300]
-        if "xla" in row and "pallas" in row:
-            apart = [jnp.max(jnp.abs(p - q) / jnp.abs(q).max()) for p, q in zip(row["pallas"], row["xla"], strict=True)]
+        if len(results) == len(IMPLEMENTATIONS):
+            apart = [jnp.max(jnp.abs(p - q)) / jnp.max(jnp.abs(p)) for p, q in zip(*results, strict=True)]
             row["largest relative difference"] = max(map(float, apart))
-        found[f"{leading} x {width} x {rank}"] = {k: v for k, v in row.items() if k not in ("xla", "pallas")}
+        found[f"{leading} x {width} x {rank}"] = row
     return found
 
 
@@ -251,12 +256,8 @@ def peer(model: str, quick: bool) -> dict[str, Any]:
         ids = torch.randint(1000, 2000, (work.samples, work.length), generator=generator).numpy()
         labels = torch.arange(work.samples).numpy() % 2
         rows = torch.arange(work.samples).reshape(work.clients, work.steps, work.batch).numpy()
-        for dtype, attention, frozen in (
-            ("bfloat16", "sdpa", "bfloat16"),
-            ("bfloat16", "sdpa", "float32"),
-            ("float32", "sdpa", "float32"),
-        ):
-            side = Peer(work, dtype, PeerSettings(attention, frozen, compile=False), device=device)
+        for dtype, frozen in PEERS:
+            side = Peer(work, dtype, PeerSettings("sdpa", frozen, compile=False), device=device)
             side.start(_zero_adapters(shape), ids, labels)
             side.round(rows)
             seconds = min(side.round(rows)[0] for _ in range(3))
