@@ -53,8 +53,7 @@ def run(
     with console.status("compiling a round"):
         state = simulation.init(jax.random.key(config.seed))
         _, initial_accuracy = simulation.evaluate(state)
-    data = {name: getattr(simulation, name) for name in ("examples_hash", "partition_hash", "base_hash")}
-    folder = (RunFolder.resume if resume else RunFolder.create)(path, dump(config), data)
+    folder = (RunFolder.resume if resume else RunFolder.create)(path, dump(config), started_with(simulation))
     if resume:
         state = checkpoint.restore(folder.checkpoints, state) or state
         folder.truncate(int(state.round))
@@ -97,6 +96,11 @@ def run(
     )
     write_report([path], folder.report)
     return summary
+
+
+def started_with(simulation: Simulation) -> dict[str, Any]:
+    """What `data.json` tells: the hashes that tell a run's data and model from any other."""
+    return {name: getattr(simulation, name) for name in ("examples_hash", "partition_hash", "base_hash")}
 
 
 def _notes(config: ExperimentConfig, simulation: Simulation) -> list[str]:

@@ -7,14 +7,15 @@ so a process killed midway leaves the checkpoints before it as they were.
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from absl import logging
 
-from fedjax_lora.base import FedState
+from fedjax_lora.base import Adapters, ClientState, Factors, FedState
 
 _KEPT = 2
 
@@ -61,6 +62,56 @@ def restore(folder: str | Path, like: FedState) -> FedState | None:
         raise ValueError(f"checkpoint {Path(folder) / str(step)} cannot be read: {_one_line(error)}") from error
 
 
+class Trained(NamedTuple):
+    """What a checkpoint's model is made of, beside the frozen weights: fields as of FedState, NumPy arrays.
+
+    clients: their `rank` and `kept` alone.
+    """
+
+    round: int
+    adapters: Adapters
+    merged: dict[str, np.ndarray]
+    clients: ClientState
+
+
+def restore_trained(folder: str | Path) -> Trained | None:
+    """The model of the latest checkpoint, on any machine and without a state to compare with, or None if there is none.
+
+    Raises:
+      ValueError: the checkpoint cannot be read.
+    """
+    if not Path(folder).is_dir():
+        return None
+    with _manager(folder) as manager:
+        step = manager.latest_step()
+    if step is None:
+        return None
+    checkpoint = Path(folder).absolute() / str(step)
+    try:
+        _check_readable(checkpoint)
+        held = _read_parts(checkpoint)
+        modules = {name: Factors(**factors) for name, factors in held["adapters"]["modules"].items()}
+        clients = ClientState(rank=held["clients"]["rank"], kept=held["clients"]["kept"], memory=None, drift=None)
+        return Trained(step, Adapters(modules=modules, head=held["adapters"]["head"]), held["merged"], clients)
+    except Exception as error:  # Orbax and TensorStore share no base class
+        raise ValueError(f"checkpoint {Path(folder) / str(step)} cannot be read: {_one_line(error)}") from error
+
+
+def _read_parts(checkpoint: Path) -> dict[str, Any]:
+    """The parts of a state that `Trained` is made of, as nested dicts of NumPy arrays.
+
+    Arrays of JAX would be asked back onto the devices that they were saved from.
+    """
+    handler = ocp.PyTreeCheckpointHandler()
+    place: Any = checkpoint / "default"  # a path of etils by Orbax's types, which takes any
+    stored = handler.metadata(place).tree
+    parts = {"adapters": stored["adapters"], "merged": stored["merged"]}
+    parts["clients"] = {name: stored["clients"][name] for name in ("rank", "kept")}
+    to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), parts)
+    wanted = ocp.args.PyTreeRestore(item=parts, restore_args=to_numpy, partial_restore=True)
+    return handler.restore(place, args=wanted)
+
+
 @contextlib.contextmanager
 def _manager(folder: str | Path) -> Iterator[ocp.CheckpointManager]:
     """A synchronous manager of the folder that logs nothing below errors."""
@@ -81,7 +132,7 @@ def _check_readable(checkpoint: Path) -> None:
 
     Orbax reads all arrays at a time; where one is damaged, the others' callbacks print tracebacks past the error.
     """
-    base = {"driver": "file", "path": f"{checkpoint}/default/"}
+    base = {"driver": "file", "path": f"{checkpoint.resolve()}/default/"}  # TensorStore takes no `..`
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
     for key in store.list().result():
         store.read(key).result()

@@ -56,6 +56,9 @@ RUN_FIELDS = (
 
 _CONFIG, _DATA, _METRICS, _SUMMARY = "config.yaml", "data.json", "metrics.jsonl", "summary.json"
 
+_CIRCUMSTANCES = ("started", "commit")
+"""Of `data.json`, what may differ when a run is continued."""
+
 
 class RunFolder:
     """One run on disk. Made by `create` or `resume`; read with `read_config`, `read_metrics`, `read_summary`.
@@ -104,6 +107,19 @@ class RunFolder:
         )
         _check_same(before, now, Path(path) / _CONFIG)
 
+    @staticmethod
+    def check_data(path: str | Path, data: Mapping[str, Any]) -> None:
+        """Refuse to go on with other data or another model than the run was started with; arguments as of `create`.
+
+        Raises:
+          ValueError: `data.json` is missing, damaged or differs; names the first key that does.
+        """
+        before, now = (
+            {key: value for key, value in found.items() if key not in _CIRCUMSTANCES}
+            for found in (read_data(path), data)
+        )
+        _check_same({"data": before}, {"data": now}, Path(path) / _DATA)
+
     @classmethod
     def create(cls, path: str | Path, config_text: str, data: Mapping[str, str]) -> "RunFolder":
         """A new run folder that holds `config.yaml` and `data.json`; it appears in full or not at all.
@@ -131,10 +147,9 @@ class RunFolder:
         Raises:
           ValueError: there is no run, or its configuration or data differ; names the first key that does.
         """
-        run = cls(path)
         cls.check_configuration(path, config_text)
-        _check_same({"data": _read_json(run.path / _DATA) or {}}, {"data": data}, run.path / _DATA)
-        return run
+        cls.check_data(path, data)
+        return cls(path)
 
     def append(self, metrics: Metrics) -> None:
         """Add one line for each of the stacked rounds of `metrics`, leaves `[rounds, ...]`."""
@@ -234,6 +249,19 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path} line {number} must be the JSON object of round {number}, got {line[:40]!r}")
         metrics.append(record)
     return metrics
+
+
+def read_data(folder: str | Path) -> dict[str, Any]:
+    """What a run was started with: hashes, and the names of the classes.
+
+    Raises:
+      ValueError: there is no such file, or it holds no JSON object.
+    """
+    path = Path(folder) / _DATA
+    found = _read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold the JSON object that a run writes, got {found!r:.40}")
+    return found
 
 
 def read_summary(folder: str | Path) -> dict[str, Any] | None:
