@@ -140,7 +140,7 @@ def _build(config: ExperimentConfig) -> Simulation:
         evaluate=make_evaluate(model, batch_size, parts.mesh),
         evaluate_personal=personal if aggregator.keeps else nothing_personal,
         eval_every=min(config.engine.eval_every, config.rounds),  # a segment's metrics are held on the device
-        base_hash=_hash(base, head),
+        base_hash=hash_weights(base, head),
         examples_hash=examples.fingerprint,
         partition_hash=split.hash,
         tokenizer_hash=examples.tokenizer_hash,
@@ -151,7 +151,7 @@ def _build(config: ExperimentConfig) -> Simulation:
     )
 
 
-def _hash(base: Base, head: dict | None) -> str:
+def hash_weights(base: Base, head: dict | None = None) -> str:
     """SHA-256 of what a run starts from: the frozen weights, and the task head where there is one."""
     leaves = jax.tree_util.tree_leaves_with_path((base, head))
     return tokens.digest({jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})

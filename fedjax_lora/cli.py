@@ -204,20 +204,20 @@ def _plan(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from fedjax_lora.config import load_config
+    from fedjax_lora.config import ExperimentConfig, load_config
     from fedjax_lora.presets import preset
     from fedjax_lora.sim.cohort import use_cpu_cores
-    from fedjax_lora.sweep import combinations, sweep
+    from fedjax_lora.sweep import sweep
 
     use_cpu_cores()
     name = _preset_name(options)
     base = preset(name) if name else None
-    configs = {
-        folder: load_config(options.config, [*options.overrides, *values], base=base)
-        for folder, values in combinations(options.over).items()
-    }
+
+    def load(values: list[str]) -> ExperimentConfig:
+        return load_config(options.config, [*options.overrides, *values], base=base)
+
     path = Path(options.out or Path("runs") / f"{name or Path(options.config).stem}-sweep")
-    print(sweep(configs, path, Console(highlight=False)))
+    print(sweep(options.over, load, path, Console(highlight=False)))
     print(f"report: {path / 'report.html'}")
     return 0
 

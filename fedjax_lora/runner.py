@@ -53,7 +53,7 @@ def run(
         folder.check_free(path)
     with console.status("reading the model and the data"):
         simulation = build(config)
-    data = {name: getattr(simulation, name) for name in _SAME} | {"class_names": list(simulation.class_names)}
+    data = started_with(simulation)
     if resume:
         folder.check_data(path, data)
     if ended and ended["rounds"] == config.rounds:
@@ -93,8 +93,10 @@ def run(
     return summary
 
 
-_SAME = ("examples_hash", "partition_hash", "base_hash", "model_config_hash", "tokenizer_hash")
-"""Attributes of a simulation that a run goes on with alone."""
+def started_with(simulation: Simulation) -> dict[str, Any]:
+    """What tells a run's data and model from any other: of `data.json`, what stays when a run is continued."""
+    hashes = ("examples_hash", "partition_hash", "base_hash", "model_config_hash", "tokenizer_hash")
+    return {name: getattr(simulation, name) for name in hashes} | {"class_names": list(simulation.class_names)}
 
 
 def _announce(config: ExperimentConfig, simulation: Simulation, initial_accuracy: float, console: Console) -> None:

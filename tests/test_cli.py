@@ -203,6 +203,11 @@ def test_a_sweep_runs_every_combination_once(finished, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(folder in printed for folder in folders)
 
+    data = out / folders[1] / "data.json"
+    data.write_text(data.read_text().replace('"examples_hash": "', '"examples_hash": "0'))
+    line = one_line(capsys, command)
+    assert "data.examples_hash" in line and str(data) in line and "another --out" in line
+
 
 @pytest.mark.parametrize(
     ("over", "message"),

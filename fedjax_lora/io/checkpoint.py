@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from fedjax_lora.base import FedState
+from fedjax_lora.base import Adapters, ClientState, Factors, FedState
 from fedjax_lora.io.files import atomic_folder, remove
 from fedjax_lora.reading import RunWarning
 
@@ -47,7 +48,7 @@ def save(folder: str | Path, state: FedState, log_sha256: str = "") -> None:
             remove(path)
         with atomic_folder(path) as partial:
             with _checkpointer() as checkpointer:
-                checkpointer.save(partial / _STATE, state)
+                checkpointer.save(partial.resolve() / _STATE, state)
                 checkpointer.wait_until_finished()
             text = json.dumps({"log": log_sha256, "files": _hashes(partial)}, indent=2)
             (partial / _HASHES).write_text(text + "\n", encoding="utf-8")
@@ -76,24 +77,54 @@ def restore(found: Checkpoint, like: FedState) -> FedState:
     Raises:
       ValueError: the checkpoint is of another structure.
     """
-    return cast(FedState, _read(found, jax.tree.map(ocp.utils.to_shape_dtype_struct, like)))
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    try:
+        with _checkpointer() as checkpointer:
+            return cast(FedState, checkpointer.restore(found.path.resolve() / _STATE, abstract))
+    except Exception as error:  # Orbax and TensorStore share no base class
+        raise ValueError(f"checkpoint {found.path} cannot be read: {_one_line(error)}") from error
 
 
-def restore_plain(found: Checkpoint) -> dict[str, Any]:
-    """The state of a checkpoint as nested dictionaries of arrays, for who knows no state like it.
+class Trained(NamedTuple):
+    """What a checkpoint's model is made of, beside the frozen weights: fields as of FedState, NumPy arrays.
+
+    clients: their `rank` and `kept` alone.
+    """
+
+    round: int
+    adapters: Adapters
+    merged: dict[str, np.ndarray]
+    clients: ClientState
+
+
+def restore_trained(found: Checkpoint) -> Trained:
+    """The model of a checkpoint, on any machine and without a state to compare with.
 
     Raises:
       ValueError: it cannot be read.
     """
-    return _read(found)
-
-
-def _read(found: Checkpoint, *like: Any) -> Any:
     try:
-        with _checkpointer() as checkpointer:
-            return checkpointer.restore((found.path / _STATE).absolute(), *like)
+        held = _read_parts(found.path.absolute() / _STATE)
+        modules = {name: Factors(**factors) for name, factors in held["adapters"]["modules"].items()}
+        clients = ClientState(rank=held["clients"]["rank"], kept=held["clients"]["kept"], memory=None, drift=None)
     except Exception as error:  # Orbax and TensorStore share no base class
         raise ValueError(f"checkpoint {found.path} cannot be read: {_one_line(error)}") from error
+    return Trained(found.step, Adapters(modules=modules, head=held["adapters"]["head"]), held["merged"], clients)
+
+
+def _read_parts(state: Path) -> dict[str, Any]:
+    """The parts of a state that `Trained` is made of, as nested dicts of NumPy arrays.
+
+    Arrays of JAX would be asked back onto the devices that they were saved from.
+    """
+    handler = ocp.PyTreeCheckpointHandler()
+    place: Any = state.resolve()  # of etils by Orbax's types, which takes any; TensorStore takes no `..`
+    stored = handler.metadata(place).tree
+    parts = {"adapters": stored["adapters"], "merged": stored["merged"]}
+    parts["clients"] = {name: stored["clients"][name] for name in ("rank", "kept")}
+    to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), parts)
+    wanted = ocp.args.PyTreeRestore(item=parts, restore_args=to_numpy, partial_restore=True)
+    return handler.restore(place, args=wanted)
 
 
 class _checkpointer(ocp.StandardCheckpointer):

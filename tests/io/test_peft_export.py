@@ -9,7 +9,7 @@ import transformers
 from safetensors.numpy import load_file
 
 from fedjax_lora.base import Adapters, Factors
-from fedjax_lora.io.peft import export
+from fedjax_lora.io.peft import Card, export
 from fedjax_lora.lora import adapters as lora
 from fedjax_lora.models import bert, load
 
@@ -25,6 +25,10 @@ def folder(tmp_path_factory):
     return path
 
 
+def card(base_model):
+    return Card(base_model=base_model, labels=["a", "b", "c"], pooling="mean", pooler=False, facts={})
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # raised inside PEFT
 @pytest.mark.parametrize("targets", [("query", "up"), ("down",)])
 def test_peft_computes_with_exported_adapters_what_the_model_does(folder, tmp_path, targets):
@@ -35,7 +39,7 @@ def test_peft_computes_with_exported_adapters_what_the_model_does(folder, tmp_pa
         name: Factors(a=f.a, b=0.3 * jax.random.normal(jax.random.key(2), f.b.shape)) for name, f in modules.items()
     }
     adapters = Adapters(modules=modules, head=model.init_head(jax.random.key(3)))
-    export(tmp_path / "out", adapters, bert.MODULE_NAMES, rank, alpha, str(folder))
+    export(tmp_path / "out", adapters, bert.MODULE_NAMES, rank, alpha, card(str(folder)))
 
     ids = np.arange(12).reshape(2, 6) % 40
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
@@ -54,4 +58,4 @@ def test_peft_computes_with_exported_adapters_what_the_model_does(folder, tmp_pa
 def test_a_folder_in_use_is_refused_by_name(tmp_path):
     (tmp_path / "kept").write_text("mine")
     with pytest.raises(ValueError, match="must be a new or an empty folder"):
-        export(tmp_path, Adapters(modules={}, head={}), {}, 1, 1.0, "base")
+        export(tmp_path, Adapters(modules={}, head={}), {}, 1, 1.0, card("base"))

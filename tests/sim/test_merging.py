@@ -11,7 +11,6 @@ from fedjax_lora import runner
 from fedjax_lora.base import Adapters, ClientState, Factors
 from fedjax_lora.build import build
 from fedjax_lora.config import ConfigError, load_config
-from fedjax_lora.export import export_run
 from fedjax_lora.io import checkpoint
 from fedjax_lora.lora.adapters import add_to_base, effective, merge, rank_mask
 from fedjax_lora.models.load import ModelConfig, build_model
@@ -171,28 +170,6 @@ def test_downlink_is_charged_with_the_residual(run):
         values += layers * min(18 * (n_in + n_out), n_in * n_out)
     extra = metrics.client_downlink_bits - alone.client_downlink_bits
     np.testing.assert_array_equal(extra, [[0] * 6, [32 * values] * 6, [32 * values] * 6])
-
-
-def test_export_refuses_adapters_that_are_not_the_model(tmp_path, monkeypatch):
-    """The message itself; the model is replaced by the toy, since only its merged base matters."""
-    settings = config("aggregation.name=fedex")
-    pretrained = dataclasses.replace(settings.model, pretrained="some/model")
-    monkeypatch.setattr("fedjax_lora.export.load_config", lambda path: _Like(settings, pretrained))
-    monkeypatch.setattr("fedjax_lora.export.build", lambda like: build(settings))
-    with pytest.raises(
-        ValueError, match=r"aggregation\.name must be one that leaves the base .* got 'fedex'"
-    ) as caught:
-        export_run(tmp_path / "run", tmp_path / "out")
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
-
-
-class _Like:
-    """A configuration with another model, which the checks of the real one would refuse beside digits."""
-
-    def __init__(self, settings, model):
-        self.__dict__.update(vars(settings))
-        self.model = model
 
 
 def test_notes_name_the_memory_of_clients_and_of_the_base():
