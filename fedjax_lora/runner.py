@@ -10,15 +10,14 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fedjax_lora import __version__, trees
-from fedjax_lora.base import Metrics
 from fedjax_lora.build import build
 from fedjax_lora.config import ExperimentConfig, dump
 from fedjax_lora.io import checkpoint
 from fedjax_lora.io.log import RunFolder, read_metrics, read_summary
 from fedjax_lora.io.plan import Plan, effects_of_run
+from fedjax_lora.progress import Progress
 from fedjax_lora.report.html import write_report
 from fedjax_lora.sim.engine import Simulation
 
@@ -38,44 +37,44 @@ def run(
     Raises:
       ValueError: the folder is in use, or cannot be resumed with this configuration, these weights or these data.
     """
+    with Progress(console) as progress:
+        return _run(config, path, resume, progress, plan)
+
+
+def _run(config: ExperimentConfig, path: Path, resume: bool, progress: Progress, plan: Plan | None) -> dict[str, Any]:
     started = time.perf_counter()
     if resume:
         RunFolder.check_configuration(path, dump(config))
-        if (ended := read_summary(path)) is not None:
+        if (ended := read_summary(path)) is not None and ended["rounds"] == config.rounds:
             write_report([path], RunFolder(path).report)
             return ended
     else:
         RunFolder.check_free(path)
-    with console.status("reading the model and the data"):
-        simulation = build(config)
+    progress.stage("reading the model and the data")
+    simulation = build(config)
     for note in _notes(config, simulation):
-        console.print(f"note: {note}", soft_wrap=True)
-    with console.status("compiling a round"):
-        state = simulation.init(jax.random.key(config.seed))
-        _, initial_accuracy = simulation.evaluate(state)
+        progress.print(f"note: {note}")
+    progress.stage("compiling a round")
+    state = simulation.init(jax.random.key(config.seed))
+    _, initial_accuracy = simulation.evaluate(state)
     data = {name: getattr(simulation, name) for name in ("examples_hash", "partition_hash", "base_hash")}
     folder = (RunFolder.resume if resume else RunFolder.create)(path, dump(config), data)
     if resume:
         state = checkpoint.restore(folder.checkpoints, state) or state
         folder.truncate(int(state.round))
     done = int(state.round)
-    console.print(
+    progress.print(
         f"{config.clients.count} clients, {simulation.parts.cohort_size} a round, "
         f"{simulation.parts.chunk} at once; compiled in {simulation.compile_s:.1f} s; "
-        f"accuracy before: {initial_accuracy:.4f}",
-        soft_wrap=True,
+        f"accuracy before: {initial_accuracy:.4f}"
     )
 
     training_started = time.perf_counter()
-    with _progress(console) as progress:
-        task = progress.add_task("", total=config.rounds, completed=done, status="")
-        for state, metrics in simulation.segments(state, config.rounds - done):
-            folder.append(metrics)
-            checkpoint.save(folder.checkpoints, state)
-            progress.update(task, completed=int(metrics.round[-1]), status=_status(metrics))
-            if not console.is_terminal:
-                console.print(f"round {int(metrics.round[-1])}/{config.rounds}  {_status(metrics)}", soft_wrap=True)
+    for state, metrics in progress.rounds(simulation.segments(state, config.rounds - done), done, config.rounds):
+        folder.append(metrics)
+        checkpoint.save(folder.checkpoints, state)
     training_s = time.perf_counter() - training_started
+    progress.stage("writing the report")
 
     planned = {}
     if plan:
@@ -114,28 +113,6 @@ def _notes(config: ExperimentConfig, simulation: Simulation) -> list[str]:
 def _samples(config: ExperimentConfig, simulation: Simulation, rounds: int) -> int:
     """Places in the batches that were trained on."""
     return rounds * simulation.parts.cohort_size * config.local.steps * config.local.batch_size
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("round"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[status]}"),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-
-
-def _status(metrics: Metrics) -> str:
-    """The rounds since the last evaluation in a few words: the loss of the last one, and means."""
-    uplink_mb = int(metrics.uplink_bits.sum()) / 8e6
-    return (
-        f"loss {metrics.train_loss[-1]:.3f}  accuracy {metrics.eval_accuracy[-1]:.4f}  "
-        f"latency {float(metrics.latency_s.mean()):.2f} s, uplink {uplink_mb / len(metrics.round):.2f} MB a round"
-    )
 
 
 def peak_memory_bytes() -> int:

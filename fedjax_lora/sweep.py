@@ -5,11 +5,10 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jax
 from rich.console import Console
 
 from fedjax_lora.config import ConfigError, ExperimentConfig, load_config
-from fedjax_lora.data.cache import cache_folder
+from fedjax_lora.data.cache import keep_programs
 from fedjax_lora.io.log import read_summary
 from fedjax_lora.reading import parse_value
 from fedjax_lora.report.html import write_report
@@ -46,7 +45,7 @@ def sweep(configs: Mapping[str, ExperimentConfig], path: Path, console: Console)
     Raises:
       ValueError: a folder is in use by another configuration.
     """
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
+    keep_programs()
     for number, (name, config) in enumerate(configs.items(), 1):
         console.print(f"run {number} of {len(configs)}: {name}", soft_wrap=True)
         if not _ended(config, path / name):

@@ -12,6 +12,7 @@ import yaml
 
 from fedjax_lora.base import Metrics
 from fedjax_lora.io.files import atomic_folder, check_can_hold_files, write_atomically
+from fedjax_lora.sim.optimizers import OptimizerConfig, depends_on_rounds
 
 FIELDS = {
     "round": "round",
@@ -93,7 +94,9 @@ class RunFolder:
 
     @staticmethod
     def check_configuration(path: str | Path, config_text: str) -> None:
-        """Refuse to resume with a configuration that is not the run's; `plan`, which a run ignores, may differ.
+        """Refuse to resume with a configuration that is not the run's.
+
+        `plan`, which a run ignores, may differ, and `rounds` as `may_extend` says.
 
         Raises:
           ValueError: there is no run, or its configuration differs; names the first key that does.
@@ -102,6 +105,8 @@ class RunFolder:
             {section: value for section, value in config.items() if section != "plan"}
             for config in (read_config(path), yaml.safe_load(config_text))
         )
+        if may_extend(before, now):
+            before["rounds"] = now["rounds"]
         _check_same(before, now, Path(path) / _CONFIG)
 
     @classmethod
@@ -128,12 +133,17 @@ class RunFolder:
     def resume(cls, path: str | Path, config_text: str, data: Mapping[str, str]) -> "RunFolder":
         """The run that `path` holds, if it was started with the same configuration and data; arguments as of `create`.
 
+        Where it is to have more rounds than before it has not ended any more.
+
         Raises:
           ValueError: there is no run, or its configuration or data differ; names the first key that does.
         """
         run = cls(path)
         cls.check_configuration(path, config_text)
         _check_same({"data": _read_json(run.path / _DATA) or {}}, {"data": data}, run.path / _DATA)
+        if may_extend(read_config(path), yaml.safe_load(config_text)):
+            (run.path / _SUMMARY).unlink(missing_ok=True)
+            write_atomically(run.path / _CONFIG, config_text)
         return run
 
     def append(self, metrics: Metrics) -> None:
@@ -188,6 +198,14 @@ def summarize(metrics: list[dict[str, Any]]) -> dict[str, Any]:
         "final_queue_s": metrics[-1]["queue_s"] if metrics else None,
         "rounds": len(metrics),
     }
+
+
+def may_extend(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether the configuration `now` asks for more rounds than `before`, and no rate depends on their number."""
+    had, has = before.get("rounds"), now.get("rounds")
+    if not (type(had) is int and type(has) is int and had < has):
+        return False
+    return not depends_on_rounds(OptimizerConfig(**now["local"]["optimizer"]))
 
 
 def is_run(folder: str | Path) -> bool:

@@ -1,6 +1,7 @@
 """From a model's configuration to the model, its pretrained weights and its tokenizer."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -81,6 +82,7 @@ def load_tokenizer(pretrained: str) -> "PreTrainedTokenizerBase":
     Raises:
       ValueError: where there is none.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing: nothing needs it
     from transformers import AutoTokenizer  # slow to import: not before it is needed
 
     folder = safetensors.resolve(pretrained)

@@ -14,12 +14,14 @@ class Run(NamedTuple):
     config: resolved configuration with dotted keys.
     metrics: one dict a round, oldest first; at least one.
     summary: of `summary.json`; as far as the metrics tell it while the run has not ended.
+    folder: of the run.
     """
 
     name: str
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     summary: dict[str, Any]
+    folder: Path
 
 
 def load_runs(folders: Iterable[str | Path]) -> list[Run]:
@@ -51,4 +53,4 @@ def _load(path: Path, name: str) -> Run:
     config, metrics = flatten(read_config(path)), read_metrics(path)
     if not metrics:
         raise ValueError(f"{path} must hold the metrics of at least one round, got none")
-    return Run(name, config, metrics, read_summary(path) or summarize(metrics))
+    return Run(name, config, metrics, read_summary(path) or summarize(metrics), path)
