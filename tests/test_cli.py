@@ -401,15 +401,3 @@ def test_quiet_prints_errors_alone(finished, capsys, tmp_path):
     assert cli.main([*report, "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) and not captured.err
-
-
-def test_an_ended_run_may_get_more_rounds_where_no_rate_depends_on_them(finished, capsys, tmp_path):
-    """Oracle: the run that had as many from the start; it evaluates in the same rounds."""
-    more = shutil.copytree(finished, tmp_path / "more")
-    assert cli.main(["run", "--out", str(more), "--resume", "--quiet", "--set", *SETTINGS, "rounds=9"]) == 0
-    assert cli.main(["run", "--out", str(tmp_path / "whole"), "--quiet", "--set", *SETTINGS, "rounds=9"]) == 0
-    for name in ("metrics.jsonl", "config.yaml", "data.json"):
-        assert (more / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert json.loads((more / "summary.json").read_text())["rounds"] == 9
-    line = one_line(capsys, ["run", "--out", str(more), "--resume", "--set", *SETTINGS])
-    assert "rounds must be 9" in line and "got 6" in line
