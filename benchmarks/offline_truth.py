@@ -28,6 +28,7 @@ from fedjax_lora.control import tsfa_online
 from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.planner import Survey, choose, survey
 from fedjax_lora.presets import preset
+from fedjax_lora.progress import Progress
 from fedjax_lora.sim.rollout import roll_out
 from fedjax_lora.wireless import min_max_latency
 
@@ -90,7 +91,7 @@ def measure(config: ExperimentConfig, settings: list[Setting], runs: int) -> lis
 
 def chosen(known: Survey, config: ExperimentConfig) -> dict:
     """The plan of a configuration, with its options instead of the configuration."""
-    found = choose(known, config, Console(stderr=True, quiet=True))._asdict()
+    found = choose(known, config, Progress(Console(stderr=True, quiet=True)))._asdict()
     options = dataclasses.asdict(config.plan)
     return {key: value for key, value in found.items() if key != "config"} | {"options": options}
 
@@ -203,7 +204,9 @@ def main() -> None:
             if is_complete(entry):
                 continue
             if missing := [way for way in entry["ways"] if way not in entry["plans"]]:
-                known = known or survey(load_config(None, [*files, *overrides], base=base), Console(stderr=True))
+                surveyed = load_config(None, [*files, *overrides], base=base)
+                with Progress(Console(stderr=True)) as progress:
+                    known = known or survey(surveyed, progress)
                 entry.setdefault("budget_s", budget * dense_latency_s(known))
             in_budget = f"control.latency_budget_s={entry['budget_s']}"
             config = load_config(None, [*files, *overrides, in_budget], base=base)

@@ -16,6 +16,7 @@ from fedjax_lora.control.tsfa_offline import Outlook, Setting, Site
 from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.data.batches import hold_out
 from fedjax_lora.io.plan import Plan, described
+from fedjax_lora.progress import Progress
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.optimizers import schedule
 from fedjax_lora.sim.parts import World
@@ -50,24 +51,26 @@ def plan(config: ExperimentConfig, console: Console) -> Plan:
     Raises:
       ConfigError: the configuration has nothing to plan, or its parts do not fit together.
     """
-    return choose(survey(config, console), config, console)
+    with Progress(console) as progress:
+        return choose(survey(config, progress), config, progress)
 
 
-def survey(config: ExperimentConfig, console: Console) -> Survey:
+def survey(config: ExperimentConfig, progress: Progress) -> Survey:
     """Pilots at the candidate ranks, and draws of the channel."""
     _check(config)
+    progress.stage("reading the model and the data")
     simulation = build(config)
     candidates = tsfa_offline.candidates_of(config.plan, config.lora.max_rank)
     world = dataclasses.replace(simulation.world, data=hold_out(simulation.world.data, HELD_OUT))
     state = simulation.init(jax.random.key(config.seed))
     # A round's number that the run does not reach: nothing is drawn twice.
     pilot_key, channel_key, rollout_key = jax.random.split(jax.random.fold_in(state.key, config.rounds), 3)
-    console.print(f"pilot: {config.plan.pilot_rounds} rounds at rank {', '.join(map(str, candidates))}")
+    progress.begin(f"pilot: {config.plan.pilot_rounds} rounds at rank {', '.join(map(str, candidates))}")
     at_pilot, ranks = dataclasses.replace(state, key=pilot_key), jnp.array(candidates, jnp.float32)
     factors = round_factors(config)
     pilots = run_pilots(simulation, world, at_pilot, ranks, factors[: 1 + config.plan.pilot_rounds])
     if clipped := [rank for rank, L in zip(candidates, pilots.measured.smoothness, strict=True) if L == 0]:
-        console.print(
+        progress.print(
             f"note: at rank {', '.join(map(str, clipped))} the loss fell faster than its slope in the pilot: the bound "
             "knows no noise there; more plan.pilot_rounds may tell"
         )
@@ -109,7 +112,7 @@ def _check(config: ExperimentConfig) -> None:
             raise ConfigError(f"{key} must be {allowed}, for a plan, got {got!r}")
 
 
-def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
+def choose(known: Survey, config: ExperimentConfig, progress: Progress) -> Plan:
     """The plan under the latency budget of the configuration, by its objective and search.
 
     Raises:
@@ -121,7 +124,7 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
     hyper = _on_one_device(known.state.hyper)
     setting = Setting(control.latency_budget_s, known.factors, bandwidth_hz, hyper)
     most_s = control.latency_budget_s * (1.0 + options.tolerance)
-    console.print(f"control: {config.rounds} rounds, {options.paths} draws of the channel")
+    progress.begin(f"control: {config.rounds} rounds, {options.paths} draws of the channel")
     for_all = dataclasses.replace(control, latency_budget_s=1.0, queue_s=0.0, V=1.0)  # one program serves every budget
     rows = tsfa_offline.best_V(tsfa_offline.grid(for_all, setting, sites), most_s)
     allowed_s = tsfa_offline.most_latency(rows.latency_s, control.latency_budget_s, options.tolerance)
@@ -133,7 +136,7 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
         )
     rollout = excess = None
     if options.objective == "rollout":
-        console.print(f"rollout: {options.rollout_rounds} rounds, {options.seeds} seeds")
+        progress.begin(f"rollout: {options.rollout_rounds} rounds, {options.seeds} seeds")
         rollout = roll_out(
             known.simulation.parts,
             lambda V: tsfa_online.make(control, V),
@@ -148,7 +151,7 @@ def choose(known: Survey, config: ExperimentConfig, console: Console) -> Plan:
         )
         chosen, excess = tsfa_offline.best_rank_by_seeds(rows.latency_s, rollout.loss, rows.score, allowed_s)
     elif options.search == "gradient":
-        chosen, rows = _descended(for_all, setting, sites, rows, allowed_s, console)
+        chosen, rows = _descended(for_all, setting, sites, rows, allowed_s, progress)
     else:
         chosen = tsfa_offline.best_rank(rows.latency_s, rows.score, allowed_s)
     found = jax.device_get((known.factors, rows, sites.measured, rollout, excess))
@@ -199,7 +202,7 @@ def round_factors(config: ExperimentConfig) -> Array:
 
 
 def _descended(
-    control: TsfaConfig, setting: Setting, sites: Site, rows: Outlook, most_s: Array, console: Console
+    control: TsfaConfig, setting: Setting, sites: Site, rows: Outlook, most_s: Array, progress: Progress
 ) -> tuple[int, Outlook]:
     """The candidate next to where the gradient search ended, and the rows with its V and first queue in that one.
 
@@ -218,8 +221,8 @@ def _descended(
     V, price = found.weight * tsfa_offline.unit_of_V(control, setting, site), rows.queue_s[chosen] / rows.V[chosen]
     queue_s = tsfa_offline.first_queue(price, V, setting.budget_s)
     row = tsfa_offline.outlook(tsfa_offline.whole_ranks(control), setting, site, V, queue_s)
-    console.print(f"gradient search: ended at rank {found.rank:.3f}; the candidate is {site.rank:.0f}")
+    progress.print(f"gradient search: ended at rank {found.rank:.3f}; the candidate is {site.rank:.0f}")
     if row.latency_s > most_s:
-        console.print(f"note: V {V:.4g} of the search takes too long there; V is the grid's")
+        progress.print(f"note: V {V:.4g} of the search takes too long there; V is the grid's")
         return chosen, rows
     return chosen, jax.tree.map(lambda all_rows, x: all_rows.at[chosen].set(x), rows, row)

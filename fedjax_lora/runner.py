@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fedjax_lora import __version__, trees
-from fedjax_lora.base import FedState, Metrics
+from fedjax_lora.base import FedState
 from fedjax_lora.build import build
 from fedjax_lora.config import ExperimentConfig, dump, with_absolute_paths
 from fedjax_lora.io import checkpoint
 from fedjax_lora.io.log import RunFolder, read_metrics
 from fedjax_lora.io.plan import Plan, effects_of_run
 from fedjax_lora.io.summary import nothing_learned
+from fedjax_lora.progress import Progress
 from fedjax_lora.reading import RunWarning
 from fedjax_lora.report.html import write_report
 from fedjax_lora.sim.engine import Simulation
@@ -43,6 +44,11 @@ def run(
     Raises:
       ValueError: the folder is in use, or cannot be resumed with this configuration, these weights or these data.
     """
+    with Progress(console) as progress:
+        return _run(config, path, resume, progress, plan)
+
+
+def _run(config: ExperimentConfig, path: Path, resume: bool, progress: Progress, plan: Plan | None) -> dict[str, Any]:
     started = time.perf_counter()
     config, folder = with_absolute_paths(config), RunFolder(path)
     ended = begin = None
@@ -51,8 +57,8 @@ def run(
         ended, begin = folder.ended(), folder.last_checkpoint()
     else:
         folder.check_free(path)
-    with console.status("reading the model and the data"):
-        simulation = build(config)
+    progress.stage("reading the model and the data")
+    simulation = build(config)
     data = started_with(simulation)
     if resume:
         folder.check_data(path, data)
@@ -60,35 +66,25 @@ def run(
         write_report([path], folder.report)
         return ended
     for note in _notes(config, simulation):
-        console.print(f"note: {note}", soft_wrap=True)
-    with console.status("compiling a round"):
-        state = simulation.init(jax.random.key(config.seed))
-        _, initial_accuracy = simulation.evaluate(state)
+        progress.print(f"note: {note}")
+    progress.stage("compiling a round")
+    state = simulation.init(jax.random.key(config.seed))
+    _, initial_accuracy = simulation.evaluate(state)
     if resume:
         state = checkpoint.restore(begin, state) if begin else state
         folder.truncate(int(state.round))
+        folder.take_configuration(dump(config))
     else:
         folder.create(path, dump(config), data | {"started": _now(), "commit": _commit()})
+    progress.print(_setting(config, simulation, initial_accuracy))
     rounds = config.rounds - int(state.round)
-    _announce(config, simulation, initial_accuracy, console)
-    training_s = _train(config, simulation, state, folder, console)
-    summary = folder.write_summary(
-        {
-            "initial_accuracy": initial_accuracy,
-            "wall_s": time.perf_counter() - started,
-            "compile_s": simulation.compile_s,
-            "samples_per_s": _samples(config, simulation, rounds) / training_s,
-            "peak_memory_bytes": peak_memory_bytes(),
-            "device": device_name(),
-            "versions": versions(),
-            "seed": config.seed,
-            "partition_hash": simulation.partition_hash,
-            "latency_budget_s": getattr(config.control, "latency_budget_s", None),
-            **_planned(plan, folder),
-        }
-    )
+    training_s = _train(config, simulation, state, folder, progress)
+    progress.stage("writing the report")
+    told = {"initial_accuracy": initial_accuracy, "wall_s": time.perf_counter() - started}
+    told["samples_per_s"] = _samples(simulation, rounds) / training_s
+    summary = folder.write_summary(told | _circumstances(config, simulation) | _planned(plan, folder))
     for trouble in summary["warnings"]:
-        warnings.warn(trouble, RunWarning, stacklevel=2)
+        warnings.warn(trouble, RunWarning, stacklevel=3)
     write_report([path], folder.report)
     return summary
 
@@ -99,33 +95,42 @@ def started_with(simulation: Simulation) -> dict[str, Any]:
     return {name: getattr(simulation, name) for name in hashes} | {"class_names": list(simulation.class_names)}
 
 
-def _announce(config: ExperimentConfig, simulation: Simulation, initial_accuracy: float, console: Console) -> None:
+def _setting(config: ExperimentConfig, simulation: Simulation, initial_accuracy: float) -> str:
+    """What a run begins with, in one line."""
     names = simulation.class_names
     listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    console.print(
+    return (
         f"{len(names)} classes: {listed}; {config.clients.count} clients, {simulation.parts.cohort_size} a round, "
         f"{simulation.parts.chunk} at once; compiled in {simulation.compile_s:.1f} s; "
-        f"accuracy before: {initial_accuracy:.4f}",
-        soft_wrap=True,
+        f"accuracy before: {initial_accuracy:.4f}"
     )
 
 
 def _train(
-    config: ExperimentConfig, simulation: Simulation, state: FedState, folder: RunFolder, console: Console
+    config: ExperimentConfig, simulation: Simulation, state: FedState, folder: RunFolder, progress: Progress
 ) -> float:
     """Run what is left, segment by segment, each logged and saved as it ends; returns the seconds that it took."""
     started, done = time.perf_counter(), int(state.round)
-    with _progress(console) as progress:
-        task = progress.add_task("", total=config.rounds, completed=done, status="")
-        for state, metrics in simulation.segments(state, config.rounds - done):
-            lines = folder.append(metrics)
-            folder.save(state)
-            if all(line["participants"] == 0 for line in lines) and (trouble := nothing_learned(lines)):
-                warnings.warn(trouble, RunWarning, stacklevel=2)
-            progress.update(task, completed=int(metrics.round[-1]), status=_status(metrics))
-            if not console.is_terminal:
-                console.print(f"round {int(metrics.round[-1])}/{config.rounds}  {_status(metrics)}", soft_wrap=True)
+    segments = simulation.segments(state, config.rounds - done)
+    for state, metrics in progress.rounds(segments, done, config.rounds):
+        lines = folder.append(metrics)
+        folder.save(state)
+        if all(line["participants"] == 0 for line in lines) and (trouble := nothing_learned(lines)):
+            warnings.warn(trouble, RunWarning, stacklevel=4)
     return time.perf_counter() - started
+
+
+def _circumstances(config: ExperimentConfig, simulation: Simulation) -> dict[str, Any]:
+    """What the summary says of the run's setting and of the machine."""
+    return {
+        "compile_s": simulation.compile_s,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "device": device_name(),
+        "versions": versions(),
+        "seed": config.seed,
+        "partition_hash": simulation.partition_hash,
+        "latency_budget_s": getattr(config.control, "latency_budget_s", None),
+    }
 
 
 def _planned(plan: Plan | None, folder: RunFolder) -> dict[str, Any]:
@@ -161,31 +166,10 @@ def _notes(config: ExperimentConfig, simulation: Simulation) -> list[str]:
     return notes
 
 
-def _samples(config: ExperimentConfig, simulation: Simulation, rounds: int) -> int:
-    """Places in the batches that were trained on."""
-    return rounds * simulation.parts.cohort_size * config.local.steps * config.local.batch_size
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("round"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[status]}"),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-
-
-def _status(metrics: Metrics) -> str:
-    """The rounds since the last evaluation in a few words: the loss of the last one, and means."""
-    uplink_mb = int(metrics.uplink_bits.sum()) / 8e6
-    return (
-        f"loss {metrics.train_loss[-1]:.3f}  accuracy {metrics.eval_accuracy[-1]:.4f}  "
-        f"latency {float(metrics.latency_s.mean()):.2f} s, uplink {uplink_mb / len(metrics.round):.2f} MB a round"
-    )
+def _samples(simulation: Simulation, rounds: int) -> float:
+    """Examples that were trained on, for a cohort that holds as many as the mean of all clients."""
+    parts = simulation.parts
+    return rounds * parts.cohort_size * float(jnp.mean(parts.samples(simulation.world.data.count)))
 
 
 def peak_memory_bytes() -> int:

@@ -8,15 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from fedjax_lora.build import build
 from fedjax_lora.config import ConfigError, ExperimentConfig, dump, with_absolute_paths
-from fedjax_lora.data.cache import cache_folder
+from fedjax_lora.data.cache import keep_programs
 from fedjax_lora.io.log import RunFolder
 from fedjax_lora.reading import parse_value
-from fedjax_lora.report.html import write_report
+from fedjax_lora.report.html import check_replaceable, write_report
 from fedjax_lora.report.tables import comparison
 from fedjax_lora.runner import run, started_with
 
@@ -82,7 +81,8 @@ def sweep(over: Sequence[str], load: Callable[[list[str]], ExperimentConfig], pa
       ValueError: a folder is in use by another configuration, or by a run of other data or another model; two
         combinations are one configuration; or all are refused: the first reason.
     """
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
+    keep_programs()
+    check_replaceable(path / "report.html")
     configs, refused = _load(combinations(over), load)
     ended = _ended({path / name: config for name, config in configs.items()})
     for number, (name, config) in enumerate(configs.items(), 1):
@@ -134,7 +134,12 @@ def _ended(configs: Mapping[Path, ExperimentConfig]) -> set[Path]:
             if decisive not in now:
                 now[decisive] = started_with(build(config))
             RunFolder.check_data(folder, now[decisive])
-    return {folder for folder in configs if folder.exists() and RunFolder(folder).ended() is not None}
+    return {folder for folder, config in configs.items() if folder.exists() and _has_ended(folder, config)}
+
+
+def _has_ended(folder: Path, config: ExperimentConfig) -> bool:
+    summary = RunFolder(folder).ended()
+    return summary is not None and summary["rounds"] == config.rounds
 
 
 def _one_line(error: ValueError | OSError) -> str:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from fedjax_lora import cli
+from fedjax_lora.arguments import make_parser, take_files
 from fedjax_lora.build import build
 from fedjax_lora.config import ConfigWarning, load_config
 from fedjax_lora.data import sources
@@ -303,7 +304,7 @@ def test_a_file_and_a_preset_and_overrides_are_merged_in_that_order(tmp_path, ca
     assert "digits" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["report"], ["export"], ["presets"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in cli._COMMANDS)])
 def test_help_is_everywhere(command, capsys):
     with pytest.raises(SystemExit) as exit_info:
         cli.main([*command, "--help"])
@@ -327,3 +328,81 @@ def test_reports_compare_runs_and_refuse_a_folder_that_is_none(finished, tmp_pat
     assert str(tmp_path) in line
     line = one_line(capsys, ["report", str(finished), "--out", str(tmp_path)])
     assert f"report {tmp_path} must be a path that can be written, got a folder" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config", "values"),
+    [
+        (["--set", "rounds=1", "sst2.yaml"], "sst2.yaml", ["rounds=1"]),
+        (
+            ["--set", "rounds=1", "seed=2", "sst2.yaml", "--set", "seed=3"],
+            "sst2.yaml",
+            ["rounds=1", "seed=2", "seed=3"],
+        ),
+        (["sst2.yaml", "--set", "rounds=1"], "sst2.yaml", ["rounds=1"]),
+        (["--set", "a=b.yaml"], None, ["a=b.yaml"]),
+        (["--set", "rounds", "--preset", "digits"], None, ["rounds"]),  # a mistake that is for load_config to name
+        (["--set", "rounds=1", "a=1/mine"], "a=1/mine", ["rounds=1"]),
+    ],
+)
+@pytest.mark.parametrize("command", [["run"], ["sweep", "--over", "seed=[0]"]])
+def test_a_file_after_the_values_is_the_configuration(command, arguments, config, values, tmp_path, monkeypatch):
+    """By hand; `a=1/mine` is a file that exists."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=1").mkdir()
+    (tmp_path / "a=1" / "mine").write_text("rounds: 3")
+    options = make_parser().parse_args([*command, *arguments])
+    take_files(options)
+    assert (options.config, options.overrides) == (config, values)
+
+
+def test_a_file_after_what_is_swept_is_the_configuration():
+    options = make_parser().parse_args(["sweep", "--over", "seed=[0, 1]", "rounds=[1]", "sst2.yaml"])
+    take_files(options)
+    assert (options.config, options.over) == ("sst2.yaml", ["seed=[0, 1]", "rounds=[1]"])
+
+
+def test_two_configuration_files_are_one_line(capsys):
+    line = one_line(capsys, ["run", "one.yaml", "--set", "rounds=1", "other.yml"])
+    assert line == "fedjax-lora: error: CONFIG.yaml must be one file, got one.yaml and other.yml\n"
+
+
+def test_a_bare_command_says_which_preset_it_takes(capsys, monkeypatch):
+    taken = []
+    monkeypatch.setattr("fedjax_lora.runner.run", lambda config, *_: taken.append(config) or {})
+    assert cli.main(["run"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "preset digits, as neither a file nor --preset is given"
+    assert cli.main(["run", "--preset", "digits"]) == 0
+    assert "preset" not in capsys.readouterr().out
+    assert taken == [preset("digits")] * 2
+
+
+def test_json_is_one_document_on_stdout(finished, capsys, tmp_path):
+    """Oracle: what the folder holds; a run that has ended is not run again."""
+    again = ["run", "--out", str(finished), "--resume", "--set", *SETTINGS]
+    assert cli.main([*again, "--json"]) == 0
+    captured = capsys.readouterr()
+    summary = json.loads((finished / "summary.json").read_text())
+    document = json.loads(captured.out)
+    assert document == {**summary, "folder": str(finished), "report": str(finished / "report.html")}
+    assert "final accuracy" in captured.err
+
+    other = shutil.copytree(finished, tmp_path / "other")
+    (other / "config.yaml").write_text((finished / "config.yaml").read_text().replace("seed: 0", "seed: 7"))
+    assert cli.main(["report", str(finished), str(other), "--out", str(tmp_path / "report.html"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [
+        {"name": "toy", "folder": str(finished), "config": {"seed": 0}, "summary": summary},
+        {"name": "other", "folder": str(other), "config": {"seed": 7}, "summary": summary},
+    ]
+    assert (tmp_path / "report.html").exists()
+
+
+def test_quiet_prints_errors_alone(finished, capsys, tmp_path):
+    report = ["report", str(finished), "--out", str(tmp_path / "report.html"), "--quiet"]
+    for command in (["run", "--out", str(finished), "--resume", "--quiet", "--set", *SETTINGS], report):
+        assert cli.main(command) == 0
+        assert capsys.readouterr() == ("", "")
+    assert str(tmp_path) in one_line(capsys, ["report", str(tmp_path), "--quiet"])
+    assert cli.main([*report, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) and not captured.err

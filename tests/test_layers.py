@@ -9,12 +9,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     ("fedjax_lora_kernels",),
-    ("base", "strategies", "options", "prng", "trees", "units", "reading", "compatibility"),
+    ("base", "strategies", "options", "prng", "trees", "units", "reading", "compatibility", "progress"),
     ("ops", "lora", "wireless", "sparsifiers", "aggregation"),
     ("models", "data", "control", "split"),
     ("sim",),
     ("config", "build", "presets", "io"),
-    ("report", "export", "runner", "planner", "sweep", "cli"),
+    ("report", "export", "runner", "planner", "sweep", "arguments", "cli"),
 )
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 
@@ -27,6 +27,8 @@ SAME_LEVEL = {
     ("presets", "config"),
     ("io", "config"),
     ("runner", "report"),
+    ("progress", "base"),
+    ("cli", "arguments"),
     ("cli", "report"),
     ("cli", "runner"),
     ("cli", "export"),
@@ -37,7 +39,7 @@ SAME_LEVEL = {
 }
 """(importer, imported): the pairs of one level that may."""
 
-VERSION_READERS = {"runner", "cli"}
+VERSION_READERS = {"runner", "arguments"}
 """Who may import the root package, for its version."""
 
 

@@ -20,6 +20,7 @@ from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.io.plan import apply_plan, effects_of_plan, effects_of_run, read_plan, write_plan
 from fedjax_lora.planner import round_factors
 from fedjax_lora.presets import preset
+from fedjax_lora.progress import Progress
 from fedjax_lora.report.plan import binding, plan_table, plot_plan
 from fedjax_lora.report.tables import MISSING
 from fedjax_lora.sim.rollout import Rollout
@@ -83,6 +84,18 @@ def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
     assert read_plan(tmp_path / "again.json") == plan
 
 
+def test_a_plan_as_json_is_one_document(planned, tmp_path, monkeypatch, capsys):
+    """Oracle: the file that the command writes; the plan itself is one made before."""
+    made, out = read_plan(planned / "plan.json"), tmp_path / "plan"
+    monkeypatch.setattr(planner, "plan", lambda config, console: made)
+    assert cli.main(["plan", "--json", "--out", str(out), "--set", *PLANNED]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {**json.loads((out / "plan.json").read_text()), "folder": str(out)}
+    assert "take it with" in captured.err
+    assert cli.main(["plan", "--quiet", "--out", str(out), "--set", *PLANNED]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_run_takes_rank_V_and_first_queue_of_a_plan_and_says_what_binds(printed, tmp_path, capsys):
     """The command is the one that the plan's last line says, with a folder of its own."""
     planned, said = printed
@@ -114,7 +127,7 @@ def test_a_run_takes_rank_V_and_first_queue_of_a_plan_and_says_what_binds(printe
     assert f"by the plan: rank {plan.rank}, V {plan.V:.6g}, first queue {plan.queue_s:.6g} s" in said
 
 
-QUIET = Console(file=io.StringIO())
+QUIET = Progress(Console(file=io.StringIO()))
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ import yaml
 
 from fedjax_lora.base import FedState, Metrics
 from fedjax_lora.io import checkpoint, sealed
-from fedjax_lora.io.files import atomic_folder, check_can_hold_files
+from fedjax_lora.io.files import atomic_folder, check_can_hold_files, write_atomically
 from fedjax_lora.io.summary import summarize, troubles
 from fedjax_lora.reading import RunWarning
+from fedjax_lora.sim.optimizers import OptimizerConfig, depends_on_rounds
 
 FIELDS = {
     "round": "round",
@@ -100,7 +101,9 @@ class RunFolder:
 
     @staticmethod
     def check_configuration(path: str | Path, config_text: str) -> None:
-        """Refuse to resume with a configuration that is not the run's; `plan`, which a run ignores, may differ.
+        """Refuse to resume with a configuration that is not the run's.
+
+        `plan`, which a run ignores, may differ, and `rounds` as `may_extend` says.
 
         Raises:
           ValueError: there is no run, or its configuration differs; names the first key that does.
@@ -109,6 +112,8 @@ class RunFolder:
             {section: value for section, value in config.items() if section != "plan"}
             for config in (read_config(path), yaml.safe_load(config_text))
         )
+        if may_extend(before, now):
+            before["rounds"] = now["rounds"]
         _check_same(before, now, Path(path) / _CONFIG)
 
     @classmethod
@@ -140,6 +145,12 @@ class RunFolder:
         """
         before = read_data(path)
         _check_same({"data": {key: before.get(key) for key in data}}, {"data": data}, Path(path) / _DATA)
+
+    def take_configuration(self, config_text: str) -> None:
+        """Go on with a configuration that `check_configuration` allows: with more rounds the run has not ended yet."""
+        if may_extend(read_config(self.path), yaml.safe_load(config_text)):
+            (self.path / _SUMMARY).unlink(missing_ok=True)
+            write_atomically(self.path / _CONFIG, config_text)
 
     def last_checkpoint(self) -> checkpoint.Checkpoint | None:
         """The newest checkpoint that is whole and whose rounds the log holds as they were; None where there is none.
@@ -209,6 +220,14 @@ class RunFolder:
             warnings.warn(str(error), RunWarning, stacklevel=2)
             return None
         return summary
+
+
+def may_extend(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether the configuration `now` asks for more rounds than `before`, and no rate depends on their number."""
+    had, has = before.get("rounds"), now.get("rounds")
+    if not (type(had) is int and type(has) is int and had < has):
+        return False
+    return not depends_on_rounds(OptimizerConfig(**now["local"]["optimizer"]))
 
 
 def is_run(folder: str | Path) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -116,6 +117,7 @@ def load_tokenizer(pretrained: str) -> "PreTrainedTokenizerBase":
     Raises:
       ValueError: where there is none.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing: nothing needs it
     from transformers import AutoTokenizer  # slow to import: not before it is needed
 
     folder = safetensors.resolve(pretrained)

@@ -19,12 +19,14 @@ class Run(NamedTuple):
     config: resolved configuration with dotted keys.
     metrics: one dict a round, oldest first; at least one.
     summary: of `summary.json`; as far as the metrics tell it while the run has not ended.
+    folder: of the run.
     """
 
     name: str
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     summary: dict[str, Any]
+    folder: Path
 
 
 def load_runs(folders: Iterable[str | Path]) -> list[Run]:
@@ -80,4 +82,4 @@ def _load(path: Path, name: str) -> Run:
         summary["warnings"] = troubles(metrics, summary)
     else:
         check_log(path, summary)
-    return Run(name, config, metrics, summary)
+    return Run(name, config, metrics, summary, path)

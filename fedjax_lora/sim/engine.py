@@ -207,11 +207,14 @@ class Simulation:
             done += number
             yield state, metrics
 
-    def run(self, state: FedState, rounds: int) -> tuple[FedState, Metrics]:
-        """Advance by `rounds` >= 1; the metrics are stacked to `[rounds]`, on the host."""
+    def run(self, state: FedState, rounds: int, progress: bool = False) -> tuple[FedState, Metrics]:
+        """Advance by `rounds` >= 1; the metrics are stacked to `[rounds]`, on the host.
+
+        `progress` shows how far it is: a bar in a terminal, elsewhere lines, at least one every 30 s.
+        """
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds}")
-        segments = list(self.segments(state, rounds))
+        segments = list(self._shown(state, rounds) if progress else self.segments(state, rounds))
         metrics = jax.tree.map(lambda *parts: np.concatenate(parts), *(row for _, row in segments))
         return segments[-1][0], metrics
 
@@ -221,6 +224,18 @@ class Simulation:
         self.compile(state)
         scores = self._call(state, 0)[2]
         return float(scores.loss), float(scores.accuracy)
+
+    def _shown(self, state: FedState, rounds: int) -> Iterator[tuple[FedState, Metrics]]:
+        """`segments`, with their progress on stdout."""
+        from rich.console import Console  # only where it is asked for
+
+        from fedjax_lora.progress import Progress
+
+        done = int(state.round)
+        with Progress(Console(highlight=False)) as shown:
+            shown.stage("compiling a round")
+            self.compile(jax.device_put(state, self._everywhere))
+            yield from shown.rounds(self.segments(state, rounds), done, done + rounds)
 
     def _run_segment(self, state: FedState, number: int) -> tuple[FedState, Metrics]:
         state, rows, scores = self._call(state, number)

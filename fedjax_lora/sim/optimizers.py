@@ -176,3 +176,8 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         return decay
     rise = optax.schedules.linear_schedule(1 / config.warmup_steps, 1.0, config.warmup_steps - 1)
     return optax.schedules.join_schedules([rise, decay], [config.warmup_steps])
+
+
+def depends_on_rounds(config: OptimizerConfig) -> bool:
+    """Whether the rates of the first rounds are others where more rounds follow."""
+    return config.schedule != "constant"

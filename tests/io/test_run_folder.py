@@ -12,7 +12,7 @@ import yaml
 
 from fedjax_lora.base import Metrics
 from fedjax_lora.io.files import write_atomically
-from fedjax_lora.io.log import FIELDS, RunFolder, flatten, read_config, read_metrics, read_summary
+from fedjax_lora.io.log import FIELDS, RunFolder, flatten, may_extend, read_config, read_metrics, read_summary
 
 DATA = {"examples_hash": "ab", "partition_hash": "cd"}
 CONFIG = "seed: 0\nlora:\n  rank: 8\n  targets:\n  - query\n"
@@ -122,6 +122,26 @@ def test_resume_refuses_other_data_by_key_and_hashes_and_touches_nothing(run, ke
         run.check_data(run.path, DATA | {key: "ef"})
     after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.path.rglob("*") if path.is_file()}
     assert after == before
+
+
+@pytest.mark.parametrize(
+    ("rounds", "schedule", "extends"),
+    [(9, "constant", True), (6, "constant", False), (5, "constant", False), (9, "linear", False), (9, "cosine", False)],
+)
+def test_only_more_rounds_at_rates_that_do_not_depend_on_them_extend_a_run(run, rounds, schedule, extends):
+    """By the definition of the schedules; a run that is extended has not ended any more, one that is refused stays."""
+    local = f"local: {{optimizer: {{schedule: {schedule}, warmup_steps: 2}}}}\n"
+    before, now = (f"{CONFIG}rounds: {number}\n{local}" for number in (6, rounds))
+    (run.path / "config.yaml").write_text(before)
+    (run.path / "summary.json").write_text("{}")
+    assert may_extend(yaml.safe_load(before), yaml.safe_load(now)) == extends
+    if extends or rounds == 6:
+        RunFolder.resume(run.path, now, DATA)
+    else:
+        with pytest.raises(ValueError, match=rf"rounds must be 6 .* got {rounds}"):
+            RunFolder.resume(run.path, now, DATA)
+    assert (run.path / "config.yaml").read_text() == (now if extends else before)
+    assert (run.path / "summary.json").exists() != extends
 
 
 def test_resume_without_a_run_is_an_error_that_names_the_folder(tmp_path):

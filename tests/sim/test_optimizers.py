@@ -1,3 +1,5 @@
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 
 from fedjax_lora.build import SERVERS
 from fedjax_lora.config import VARIANTS
-from fedjax_lora.sim.optimizers import OptimizerConfig, direction, schedule
+from fedjax_lora.sim.optimizers import OptimizerConfig, depends_on_rounds, direction, schedule
 
 OPTAX = {
     "sgd": lambda rate: optax.sgd(rate),
@@ -162,3 +164,12 @@ def test_a_server_value_out_of_range_is_refused_by_name(name, values, message):
 def test_a_value_out_of_range_is_refused_by_name(values, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**values)
+
+
+@pytest.mark.parametrize("name", get_args(OptimizerConfig.__dataclass_fields__["schedule"].type))
+@pytest.mark.parametrize("warmup_steps", [0, 5])
+def test_rates_depend_on_the_number_of_rounds_as_said(name, warmup_steps):
+    """Oracle: the factors of the first twelve steps, where as many more follow and where none does."""
+    config = OptimizerConfig(schedule=name, warmup_steps=warmup_steps)
+    short, long = (schedule(config, total)(jnp.arange(12)) for total in (12, 24))
+    assert depends_on_rounds(config) == (not np.allclose(short, long))

@@ -123,6 +123,16 @@ def test_rounds_one_at_a_time_equal_a_run(reference):
     np.testing.assert_array_equal(np.concatenate([row.train_loss for row in rows]), metrics.train_loss)
 
 
+def test_a_run_shows_its_progress_where_that_is_asked_for(reference, capsys):
+    """The run is the same; a silent one prints nothing."""
+    sim, state, metrics = reference
+    start = sim.init(jax.random.key(3))
+    sim.run(start, 1)
+    assert capsys.readouterr().out == ""
+    assert_same_run((state, metrics), sim.run(start, 3, progress=True), rtol=0)
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["round 3/3"]
+
+
 def test_run_leaves_the_given_state_valid(reference):
     sim, _, _ = reference
     state = sim.init(jax.random.key(4))

@@ -1,0 +1,120 @@
+"""The arguments of the command line, and their help."""
+
+import argparse
+from pathlib import Path
+
+from fedjax_lora import __version__
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The commands, their arguments and their help."""
+    parser = _Parser(prog="fedjax-lora", description="Federated LoRA fine-tuning over wireless networks, in JAX.")
+    parser.add_argument("--version", action="version", version=f"fedjax-lora {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run an experiment", description="Run an experiment.")
+    _experiment_arguments(run)
+    run.add_argument("--out", metavar="DIR", help="folder of the run; runs/<preset or file name> by default")
+    run.add_argument("--plan", metavar="PLAN.json", help="take rank, V and queue from what `fedjax-lora plan` wrote")
+    run.add_argument("--resume", action="store_true", help="continue the run that DIR holds")
+    _output_arguments(run)
+    run.set_defaults(command="run")
+
+    plan = commands.add_parser(
+        "plan",
+        help="choose rank, V and first queue before a run",
+        description="Choose the structural rank, and V and queue_s of control.name=tsfa, by a pilot and the channel.",
+    )
+    _experiment_arguments(plan)
+    plan.add_argument("--out", metavar="DIR", help="folder of the plan; plans/<preset or file name> by default")
+    _output_arguments(plan)
+    plan.set_defaults(command="plan")
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="run every combination of values",
+        description="Run every combination of the values of some keys; runs that have ended are not run again.",
+    )
+    _experiment_arguments(sweep)
+    sweep.add_argument("--out", metavar="DIR", help="folder of the runs; runs/<preset or file name>-sweep by default")
+    sweep.add_argument(
+        "--over",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="a.b=[v1,v2]",
+        help="a key and its values; may be repeated",
+    )
+    _output_arguments(sweep, has_json=False)
+    sweep.set_defaults(command="sweep")
+
+    report = commands.add_parser("report", help="compare runs", description="Write one report over several runs.")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or of the runs of a sweep")
+    report.add_argument("--out", default="report.html", metavar="FILE", help="report.html by default")
+    _output_arguments(report)
+    report.set_defaults(command="report")
+
+    export = commands.add_parser("export", help="export adapters", description="Export a run's adapters.")
+    export.add_argument("run", metavar="RUN", help="folder of a run")
+    export.add_argument("folder", metavar="DIR", help="new folder to write to")
+    export.add_argument("--format", choices=["peft"], default="peft", help="peft: a folder for PeftModel")
+    _output_arguments(export, has_json=False)
+    export.set_defaults(command="export")
+
+    presets = commands.add_parser("presets", help="list the presets", description="List the presets.")
+    presets.set_defaults(command="presets")
+
+    cache = commands.add_parser(
+        "cache",
+        help="show or clear what is kept on disk",
+        description="Show what is kept on disk so that a second run starts fast: compiled programs, tokens, models.",
+    )
+    cache.add_argument("--clear", action="store_true", help="remove it; other files in its folder stay")
+    cache.set_defaults(command="cache")
+    return parser
+
+
+def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="what differs from the defaults or the preset")
+    parser.add_argument("--preset", metavar="NAME", help="start from a preset (see `fedjax-lora presets`)")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="a.b=value",
+        dest="overrides",
+        help="override a key; may be repeated",
+    )
+
+
+def _output_arguments(parser: argparse.ArgumentParser, has_json: bool = True) -> None:
+    parser.add_argument("--quiet", action="store_true", help="print errors and warnings alone")
+    if has_json:
+        parser.add_argument("--json", action="store_true", help="print one JSON document; all else goes to stderr")
+    parser.set_defaults(json=False)
+
+
+def take_files(options: argparse.Namespace) -> None:
+    """A configuration file that follows the values of --set or --over is CONFIG.yaml: argparse takes it for a value.
+
+    Raises:
+      ValueError: there are two.
+    """
+    files = [options.config] if getattr(options, "config", None) else []
+    for name in ("overrides", "over"):
+        values = getattr(options, name, [])
+        files += filter(_is_file, values)
+        values[:] = [value for value in values if not _is_file(value)]
+    if len(files) > 1:
+        raise ValueError(f"CONFIG.yaml must be one file, got {' and '.join(files)}")
+    options.config = next(iter(files), None)
+
+
+def _is_file(value: str) -> bool:
+    return Path(value).is_file() or ("=" not in value and Path(value).suffix in (".yaml", ".yml"))
