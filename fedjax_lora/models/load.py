@@ -75,6 +75,15 @@ def build_model(
     return vit.vit(vit.tiny(image_shape, **options), num_classes), None
 
 
+def max_positions(pretrained: str) -> int:
+    """The longest sequence, in tokens, that the model of a Hugging Face folder or hub id reads.
+
+    Raises:
+      ValueError: where there is no such model.
+    """
+    return _read_shape(safetensors.resolve(pretrained)).max_positions
+
+
 def load_tokenizer(pretrained: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a Hugging Face folder or hub id; code that comes with a model is never run.
 
