@@ -69,7 +69,7 @@ def alone(
                 return parts.sparsifier.payload_bits(keep_ratio, cohort.scope(ranks))
 
             bits = jax.vmap(bits_of)(decision.keep_ratio, cohort.ranks) * here
-            delivery = parts.link.deliver(cohort.link, bits, decision, cohort.start_s, here)
+            delivery = parts.link.deliver(cohort.link, cohort.samples, bits, decision, cohort.start_s, here)
             latency_s = round_latency(delivery, here)
             state = dataclasses.replace(state, queue_s=parts.controller.update_queue(state.queue_s, latency_s))
             return state, (latency_s, jnp.sum(jnp.where(jnp.isfinite(delivery.latency_s), bits, 0.0)))

@@ -1,6 +1,7 @@
 """From a configuration to a simulation: the only place where a name becomes a function."""
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,15 +18,15 @@ from fedjax_lora.config import ConfigError, ConfigWarning, ExperimentConfig
 from fedjax_lora.control import baselines, budgeted, tsfa_online
 from fedjax_lora.data import sources, tokens
 from fedjax_lora.data.batches import federated_dataset
-from fedjax_lora.data.partition import partition
+from fedjax_lora.data.partition import Partition, partition
 from fedjax_lora.lora import adapters, targets
 from fedjax_lora.models import bert, load
-from fedjax_lora.sim import drift, optimizers
+from fedjax_lora.sim import drift, memory, optimizers
 from fedjax_lora.sim.chunk import activation_budget_bytes, activation_bytes, choose_chunk
 from fedjax_lora.sim.cohort import client_mesh
-from fedjax_lora.sim.engine import Initial, Simulation
+from fedjax_lora.sim.engine import Initial, Simulation, first_state
 from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal, nothing_personal
-from fedjax_lora.sim.local import make_train
+from fedjax_lora.sim.local import LocalConfig, make_train
 from fedjax_lora.sim.optimizers import Optimizer, direction, schedule
 from fedjax_lora.sim.parts import Parts, World
 from fedjax_lora.sim.pilot import make_full_gradient
@@ -121,25 +122,24 @@ def _build(config: ExperimentConfig) -> Simulation:
     world = World(base=base, data=federated_dataset(examples, split))
     initial_adapters = _initial_adapters(config, model, head)
     like = jax.eval_shape(initial_adapters, jax.random.key(0))
-    hyper = _hyper(config)
-    parts = _parts(config, model, world, like, hyper)
+    hyper, local = _hyper(config), _filled(config.local, split)
+    parts = _parts(config, local, model, like)
     batch_size, aggregator = config.engine.eval_batch_size, parts.aggregator
+    activations = activation_bytes(model, parts.sparsifier, aggregator, world, like, hyper, local.batch_size)
+    parts = parts._replace(chunk=_chunk(config, parts, activations))
     personal = make_evaluate_personal(model, batch_size, len(examples.class_names), parts.mesh)
+    initial = _initial(config, parts, initial_adapters, hyper)
+    state = jax.eval_shape(functools.partial(first_state, parts, initial, config.clients.count), jax.random.key(0))
+    engine = dataclasses.replace(config.engine, eval_every=min(config.engine.eval_every, config.rounds))
+    held = memory.run_terms(parts, world, state, activations, model.num_layers, config.local, engine)
+    memory.check(held, parts.mesh.size)
     return Simulation(
         parts=parts,
         world=world,
-        initial=Initial(
-            adapters=initial_adapters,
-            memory=parts.sparsifier.init,
-            server=parts.optimizer.init,
-            merged=_nothing_merged if aggregator.merges else lambda adapters: {},
-            ranks=_client_ranks(config),
-            link=parts.link,
-            hyper=hyper,
-        ),
+        initial=initial,
         evaluate=make_evaluate(model, batch_size, parts.mesh),
         evaluate_personal=personal if aggregator.keeps else nothing_personal,
-        eval_every=min(config.engine.eval_every, config.rounds),  # a segment's metrics are held on the device
+        eval_every=engine.eval_every,
         base_hash=hash_weights(base, head),
         examples_hash=examples.fingerprint,
         partition_hash=split.hash,
@@ -157,9 +157,13 @@ def hash_weights(base: Base, head: dict | None = None) -> str:
     return tokens.digest({jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
 
 
-def _parts(config: ExperimentConfig, model: Model, world: World, like: Adapters, hyper: Hyper) -> Parts:
-    """What a round is made of; raises ValueError where its bits could not be counted."""
-    local, mesh = config.local, client_mesh()
+def _filled(local: LocalConfig, split: Partition) -> LocalConfig:
+    """Local training with no more places in a batch than the largest client fills."""
+    return dataclasses.replace(local, batch_size=min(local.batch_size, int(split.count.max())))
+
+
+def _parts(config: ExperimentConfig, local: LocalConfig, model: Model, like: Adapters) -> Parts:
+    """What a round is made of, one client at a time; raises ValueError where its bits could not be counted."""
     cohort_size = config.clients.per_round or config.clients.count
     sparsifier = SPARSIFIERS[config.sparsifier.name](config.sparsifier, like, make_wire(config.wire))
     aggregator = AGGREGATORS[config.aggregation.name](config.aggregation)
@@ -188,10 +192,11 @@ def _parts(config: ExperimentConfig, model: Model, world: World, like: Adapters,
         link=_link(config),
         optimizer=SERVERS[config.server.name](config.server),
         client_weight=CLIENT_WEIGHTS[config.clients.weighting],
+        samples=local.samples,
         one_rank=not config.lora.client_ranks and aggregator.next_rank is None,
         cohort_size=cohort_size,
-        chunk=_chunk(config, model, sparsifier, aggregator, world, like, hyper, -(-cohort_size // mesh.size)),
-        mesh=mesh,
+        chunk=1,
+        mesh=client_mesh(),
     )
 
 
@@ -248,9 +253,23 @@ def _initial_adapters(config: ExperimentConfig, model: Model, head: dict | None)
     return initial_adapters
 
 
+def _initial(
+    config: ExperimentConfig, parts: Parts, initial_adapters: Callable[[jax.Array], Adapters], hyper: Hyper
+) -> Initial:
+    return Initial(
+        adapters=initial_adapters,
+        memory=parts.sparsifier.init,
+        server=parts.optimizer.init,
+        merged=_nothing_merged if parts.aggregator.merges else lambda adapters: {},
+        ranks=_client_ranks(config),
+        link=parts.link,
+        hyper=hyper,
+    )
+
+
 def _link(config: ExperimentConfig) -> Link:
     make = perfect_link if config.control.name == "ideal" else make_link
-    return make(config.wireless, config.local.steps * config.local.batch_size)
+    return make(config.wireless)
 
 
 def _hyper(config: ExperimentConfig) -> Hyper:
@@ -300,17 +319,9 @@ def _client_ranks(config: ExperimentConfig) -> jax.Array:
     return jnp.float32(jnp.resize(jnp.array(dealt), (config.clients.count,)))
 
 
-def _chunk(
-    config: ExperimentConfig,
-    model: Model,
-    sparsifier: Sparsifier,
-    aggregator: Aggregator,
-    world: World,
-    like: Adapters,
-    hyper: Hyper,
-    cohort_per_device: int,
-) -> int:
+def _chunk(config: ExperimentConfig, parts: Parts, activations: int) -> int:
+    """Clients at once on each device, where one client's activations take so many bytes."""
+    cohort_per_device = -(-parts.cohort_size // parts.mesh.size)
     if config.engine.client_chunk != "auto":
         return min(config.engine.client_chunk, cohort_per_device)
-    needed = activation_bytes(model, sparsifier, aggregator, world, like, hyper, config.local.batch_size)
-    return choose_chunk(cohort_per_device, needed, activation_budget_bytes())
+    return choose_chunk(cohort_per_device, activations, activation_budget_bytes())

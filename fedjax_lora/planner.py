@@ -17,6 +17,7 @@ from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.data.batches import hold_out
 from fedjax_lora.io.plan import Plan, described
 from fedjax_lora.progress import Progress
+from fedjax_lora.sim import memory
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.optimizers import schedule
 from fedjax_lora.sim.parts import World
@@ -61,6 +62,9 @@ def survey(config: ExperimentConfig, progress: Progress) -> Survey:
     progress.stage("reading the model and the data")
     simulation = build(config)
     candidates = tsfa_offline.candidates_of(config.plan, config.lora.max_rank)
+    # Of each client of a cohort two numbers, see `Weather`.
+    drawn = 8 * len(candidates) * config.plan.paths * config.rounds * simulation.parts.cohort_size
+    memory.check([memory.Term(drawn, f"lower plan.paths, got {config.plan.paths}")], 1)
     world = dataclasses.replace(simulation.world, data=hold_out(simulation.world.data, HELD_OUT))
     state = simulation.init(jax.random.key(config.seed))
     # A round's number that the run does not reach: nothing is drawn twice.

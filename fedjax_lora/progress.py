@@ -1,5 +1,6 @@
 """What a long computation is at: a bar in a terminal, lines elsewhere, at least one every half a minute."""
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -109,6 +110,11 @@ def _status(metrics: Metrics) -> str:
     """The rounds since the last evaluation in a few words: the loss of the last one, and means."""
     uplink_mb = int(metrics.uplink_bits.sum()) / 8e6
     return (
-        f"loss {metrics.train_loss[-1]:.3f}  accuracy {metrics.eval_accuracy[-1]:.4f}  "
+        f"loss {measured(metrics.train_loss[-1], '.3f')}  accuracy {measured(metrics.eval_accuracy[-1])}  "
         f"latency {float(metrics.latency_s.mean()):.2f} s, uplink {uplink_mb / len(metrics.round):.2f} MB a round"
     )
+
+
+def measured(value: float, form: str = ".4f") -> str:
+    """A number, or that it was not measured where it is NaN."""
+    return "not measured" if math.isnan(value) else format(value, form)

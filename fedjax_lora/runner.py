@@ -23,7 +23,7 @@ from fedjax_lora.io import checkpoint
 from fedjax_lora.io.log import RunFolder, read_metrics
 from fedjax_lora.io.plan import Plan, effects_of_run
 from fedjax_lora.io.summary import nothing_learned
-from fedjax_lora.progress import Progress
+from fedjax_lora.progress import Progress, measured
 from fedjax_lora.reading import RunWarning
 from fedjax_lora.report.html import write_report
 from fedjax_lora.sim.engine import Simulation
@@ -102,7 +102,7 @@ def _setting(config: ExperimentConfig, simulation: Simulation, initial_accuracy:
     return (
         f"{len(names)} classes: {listed}; {config.clients.count} clients, {simulation.parts.cohort_size} a round, "
         f"{simulation.parts.chunk} at once; compiled in {simulation.compile_s:.1f} s; "
-        f"accuracy before: {initial_accuracy:.4f}"
+        f"accuracy before: {measured(initial_accuracy)}"
     )
 
 

@@ -270,15 +270,16 @@ class Link(NamedTuple):
     init: `(key, client_ids [K]) -> LinkState`.
     step: `(state, key, client_ids [K]) -> LinkState`: the next round's fading.
     snr_hz: `(state of the cohort) -> [C]` as control knows it.
-    start_s: `(state of the cohort, downlink_bits, present [C]) -> [C]`: downlink broadcast plus compute.
-    deliver: `(state of the cohort, bits [C], decision, start_s [C], present [C]) -> Delivery`.
+    start_s: `(state of the cohort, samples [C], downlink_bits, present [C]) -> [C]`: downlink broadcast plus compute,
+      where `samples` are the examples that each client computes before it sends.
+    deliver: `(state of the cohort, samples [C], bits [C], decision, start_s [C], present [C]) -> Delivery`.
     bandwidth_hz: the uplink band. power_w: of a client's transmitter.
     """
 
     init: Callable[[Array, Array], LinkState]
     step: Callable[[LinkState, Array, Array], LinkState]
     snr_hz: Callable[[LinkState], Array]
-    start_s: Callable[[LinkState, Array, Array], Array]
-    deliver: Callable[[LinkState, Array, Decision, Array, Array], Delivery]
+    start_s: Callable[[LinkState, Array, Array, Array], Array]
+    deliver: Callable[[LinkState, Array, Array, Decision, Array, Array], Delivery]
     bandwidth_hz: float
     power_w: float

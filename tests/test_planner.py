@@ -339,6 +339,7 @@ def test_a_plan_with_a_number_missing_is_one_line(planned, capsys, tmp_path):
             ["aggregation.start must be average or reinit", "'keep'"],
         ),
         (["server.learning_rate=0.5"], ["server.learning_rate must be 1.0", "0.5"]),
+        (["plan.paths=100000000000"], ["memory must hold about", "lower plan.paths, got 100000000000"]),
         (["plan.pilot_rounds=3"], ["plan.pilot_rounds must be below rounds = 3", "3"]),
         (
             ["plan.objective=rollout", "plan.rollout_rounds=4"],

@@ -46,13 +46,14 @@ def gather(pool: Mapping[str, Array], rows: Array) -> dict[str, Array]:
     return trees.take(dict(pool), rows)
 
 
-def evaluation_batches(num_examples: int, batch_size: int, num_batches: int) -> tuple[np.ndarray, np.ndarray]:
+def evaluation_batches(num_examples: int, batch_size: int, num_devices: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Rows of a whole pool in its order, `[M, B]` int32, and weight `[M, B]` float32.
 
-    What `num_batches` = M batches hold beyond the pool is filled up with row 0 at weight 0.
+    B is `batch_size`, or a device's share of the pool where that is less; M is the fewest batches that hold the pool,
+    as many for each device. What they hold beyond it is filled up with row 0 at weight 0.
     """
-    if num_batches * batch_size < num_examples:
-        raise ValueError(f"num_batches must hold all {num_examples} examples, got {num_batches} of {batch_size}")
+    batch_size = min(batch_size, -(-num_examples // num_devices))
+    num_batches = num_devices * -(-num_examples // (num_devices * batch_size))
     rows = np.arange(num_batches * batch_size, dtype=np.int32).reshape(num_batches, batch_size)
     own = rows < num_examples
     return np.where(own, rows, 0), own.astype(np.float32)

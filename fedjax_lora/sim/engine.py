@@ -1,6 +1,7 @@
 """The engine: rounds as one compiled, donated program, run a segment at a time between evaluations."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -58,6 +59,34 @@ class Initial:
     ranks: Array
     link: Link
     hyper: Hyper
+
+
+def first_state(parts: Parts, initial: Initial, num_clients: int, key: Array) -> FedState:
+    """The state before round 1."""
+    run_key, adapter_key, link_key = jax.random.split(key, 3)
+    adapters = initial.adapters(adapter_key)
+    one = ClientState(
+        rank=jnp.float32(0),
+        kept=extract(adapters, parts.aggregator.keeps),
+        memory=initial.memory(adapters),
+        drift=parts.drift.init_client(adapters),
+        own=adapters.modules if parts.aggregator.resumes else {},
+    )
+    clients = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)), one)
+    return FedState(
+        key=run_key,
+        round=jnp.int32(0),
+        adapters=adapters,
+        server=initial.server(adapters),
+        link=initial.link.init(link_key, jnp.arange(num_clients)),
+        queue_s=jnp.float32(parts.controller.queue_s),
+        energy_queue_j=jnp.float32(0),
+        elapsed_s=jnp.float32(0),
+        merged=initial.merged(adapters),
+        drift=parts.drift.init_server(adapters),
+        clients=dataclasses.replace(clients, rank=initial.ranks),
+        hyper=initial.hyper,
+    )
 
 
 BaseOf = Callable[[World, FedState], Base]
@@ -153,35 +182,7 @@ class Simulation:
 
     def init(self, key: Array) -> FedState:
         """The state before round 1: fresh adapters, a cell drawn anew, the controller's first queue."""
-        num_clients = self.world.data.count.shape[0]
-        initial = self._initial
-
-        def make(key: Array) -> FedState:
-            run_key, adapter_key, link_key = jax.random.split(key, 3)
-            adapters = initial.adapters(adapter_key)
-            one = ClientState(
-                rank=jnp.float32(0),
-                kept=extract(adapters, self.parts.aggregator.keeps),
-                memory=initial.memory(adapters),
-                drift=self.parts.drift.init_client(adapters),
-                own=adapters.modules if self.parts.aggregator.resumes else {},
-            )
-            clients = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)), one)
-            return FedState(
-                key=run_key,
-                round=jnp.int32(0),
-                adapters=adapters,
-                server=initial.server(adapters),
-                link=initial.link.init(link_key, jnp.arange(num_clients)),
-                queue_s=jnp.float32(self.parts.controller.queue_s),
-                energy_queue_j=jnp.float32(0),
-                elapsed_s=jnp.float32(0),
-                merged=initial.merged(adapters),
-                drift=self.parts.drift.init_server(adapters),
-                clients=dataclasses.replace(clients, rank=initial.ranks),
-                hyper=initial.hyper,
-            )
-
+        make = functools.partial(first_state, self.parts, self._initial, self.world.data.count.shape[0])
         return jax.jit(make, out_shardings=self._everywhere)(key)
 
     def compile(self, state: FedState) -> None:

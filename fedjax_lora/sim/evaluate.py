@@ -24,13 +24,12 @@ EvaluatePersonal = Callable[[Base, Dataset, Adapters, ClientState, Hyper], Array
 def make_evaluate(model: Model, batch_size: int, mesh: Mesh) -> Evaluate:
     """`(base, pool, adapters, hyper) -> (mean cross-entropy in nats, accuracy)` over the whole pool.
 
-    The devices share the batches.
+    The devices share the batches. The accuracy is NaN, "not measured", where a logit is not finite.
     """
 
     def evaluate(base: Base, pool: Mapping[str, Array], adapters: Adapters, hyper: Hyper) -> tuple[Array, Array]:
         num_examples = pool["label"].shape[0]
-        num_batches = padded_size(-(-num_examples // batch_size), 1, mesh.size)
-        batches = evaluation_batches(num_examples, batch_size, num_batches)
+        batches = evaluation_batches(num_examples, batch_size, mesh.size)
         used = effective(adapters, rank_mask(hyper.rank, max_rank(adapters)), hyper.alpha / hyper.rank)
 
         def score(shared, rows_and_weight: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -39,8 +38,7 @@ def make_evaluate(model: Model, batch_size: int, mesh: Mesh) -> Evaluate:
             batch = gather(pool, rows)
             logits = model.apply(base, used, batch)
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-            correct = jnp.argmax(logits, -1) == batch["label"]
-            return jnp.sum(loss * weight), jnp.sum(correct * weight)
+            return jnp.sum(loss * weight), jnp.sum(hits(logits, batch["label"]) * weight)
 
         loss, correct = map_over_devices(score, (base, pool, used), batches, 1, mesh)
         return jnp.sum(loss) / num_examples, jnp.sum(correct) / num_examples
@@ -54,7 +52,8 @@ def make_evaluate_personal(model: Model, batch_size: int, num_classes: int, mesh
     A client's own adapters are what it keeps within the global ones, in its own ranks; who has never taken part still
     keeps the start. They are scored where the client would use them: an example of label y in the held-out pool
     weighs `p_client(y) / p_test(y)`, the ratio of y's shares of the client's training examples and of the pool, and
-    the accuracy is the weighted mean. A client of whose labels the pool has none does not enter the mean.
+    the accuracy is the weighted mean, NaN where a logit is not finite. A client of whose labels the pool has none does
+    not enter the mean.
 
     One client is scored at a time on each device, and each goes through the whole pool: memory is that of one global
     evaluation, time is K of them.
@@ -62,7 +61,7 @@ def make_evaluate_personal(model: Model, batch_size: int, num_classes: int, mesh
 
     def evaluate(base: Base, data: Dataset, adapters: Adapters, clients: ClientState, hyper: Hyper) -> Array:
         num_clients, num_examples = data.count.shape[0], data.test["label"].shape[0]
-        batches = evaluation_batches(num_examples, batch_size, -(-num_examples // batch_size))
+        batches = evaluation_batches(num_examples, batch_size)
         size = padded_size(num_clients, 1, mesh.size)
         items = clients.rank, clients.kept, data.index, data.count
         items = jax.tree.map(lambda leaf: leaf[np.arange(size) % num_clients], items)
@@ -75,11 +74,11 @@ def make_evaluate_personal(model: Model, batch_size: int, num_classes: int, mesh
 
             def correct(rows_and_weight: tuple[Array, Array]) -> Array:
                 batch = gather(data.test, rows_and_weight[0])
-                return jnp.argmax(model.apply(base, used, batch), -1) == batch["label"]
+                return hits(model.apply(base, used, batch), batch["label"])
 
             right = lax.map(correct, batches).ravel()[:num_examples]
             weight = label_weights(data.train["label"][rows], count, data.test["label"], num_classes)
-            return jnp.sum(right * weight), jnp.sum(weight)
+            return jnp.sum(jnp.where(weight > 0, right * weight, 0.0)), jnp.sum(weight)
 
         right, weight = map_over_devices(score, (base, data, adapters, hyper), items, 1, mesh)
         scored = weight[:num_clients] > 0
@@ -87,6 +86,12 @@ def make_evaluate_personal(model: Model, batch_size: int, num_classes: int, mesh
         return jnp.sum(accuracy) / jnp.sum(scored)
 
     return evaluate
+
+
+def hits(logits: Array, label: Array) -> Array:
+    """`[B]`: 1 where the label has the largest of the logits `[B, classes]`, else 0; NaN where one is not finite."""
+    finite = jnp.all(jnp.isfinite(logits), -1)
+    return jnp.where(finite, jnp.argmax(logits, -1) == label, jnp.nan)
 
 
 def label_weights(own: Array, count: Array, pool: Array, num_classes: int) -> Array:

@@ -21,7 +21,10 @@ from fedjax_lora.strategies import Aggregator, Drift, Live, Model, Sparsifier
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LocalConfig:
-    """Local training: `steps` optimizer steps a round on batches of `batch_size` examples."""
+    """Local training: `steps` optimizer steps a round on batches of `batch_size` examples.
+
+    A client that holds fewer has all of its own in each batch.
+    """
 
     steps: int = 10
     batch_size: int = 8
@@ -32,6 +35,10 @@ class LocalConfig:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+    def samples(self, count: Array) -> Array:
+        """`[...]` float32 examples that clients who hold `count` `[...]` compute in a round, see `local_batches`."""
+        return self.steps * jnp.minimum(count, self.batch_size).astype(jnp.float32)
 
 
 class Client(NamedTuple):

@@ -32,6 +32,7 @@ class Parts(NamedTuple):
     extra_downlink_bits: `rank -> uint32` bits of each broadcast but the first, for what the aggregator has merged.
     current_base: `(world, state) -> base`: the frozen weights with all that was merged into them.
     client_weight: examples `[C]` -> weights `[C]` in the average, not yet normalised.
+    samples: examples `[C]` that clients hold -> examples `[C]` that they compute in a round.
     one_rank: whether all clients have the structural rank, in every round.
     cohort_size: C, clients a round. chunk: clients trained at once on each device.
     """
@@ -48,6 +49,7 @@ class Parts(NamedTuple):
     link: Link
     optimizer: Optimizer
     client_weight: Callable[[Array], Array]
+    samples: Callable[[Array], Array]
     one_rank: bool
     cohort_size: int
     chunk: int
@@ -61,7 +63,7 @@ class Cohort(NamedTuple):
     clients: what they train on, with leaves `[C, ...]`.
     ranks: `[C, R]` masks of their ranks in use. sends: the parts of the adapters that all of them send.
     start: the adapters that are broadcast to them. downlink_bits: `[C]` uint32.
-    start_s: `[C]` seconds at which they can begin their upload.
+    samples: `[C]` examples that they compute. start_s: `[C]` seconds at which they can begin their upload.
     """
 
     ids: Array
@@ -72,6 +74,7 @@ class Cohort(NamedTuple):
     sends: Live
     start: Adapters
     downlink_bits: Array
+    samples: Array
     start_s: Array
 
     def scope(self, ranks: Array) -> Scope:

@@ -85,7 +85,7 @@ def make_full_gradient(model: Model, batch_size: int) -> FullGradient:
             return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(start, *batch)), None
 
         start = Gradient(nothing, used.head)
-        batches = evaluation_batches(num_examples, batch_size, -(-num_examples // batch_size))
+        batches = evaluation_batches(num_examples, batch_size)
         zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, start)
         return lax.scan(add, zero, jax.tree.map(jnp.asarray, batches))[0]
 

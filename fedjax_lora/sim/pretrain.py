@@ -12,10 +12,12 @@ import numpy as np
 import optax
 from jax import Array, lax
 
+from fedjax_lora import trees
 from fedjax_lora.base import Adapters, Base
 from fedjax_lora.data.batches import gather
 from fedjax_lora.data.cache import cache_folder
 from fedjax_lora.models import safetensors
+from fedjax_lora.sim import memory
 from fedjax_lora.sim.local import cross_entropy
 from fedjax_lora.strategies import Model
 
@@ -51,6 +53,9 @@ def pretrain(
 
     Returns:
       The trained base and task head.
+
+    Raises:
+      ValueError: a batch cannot be held in memory.
     """
     base_key, head_key, batch_key = jax.random.split(key, 3)
     params = (model.init(base_key), model.init_head(head_key))
@@ -61,6 +66,13 @@ def pretrain(
         base, head = params
         logits = model.apply(base, Adapters(modules={}, head=head), batch, key)
         return cross_entropy(logits, batch["label"], jnp.ones(config.batch_size))
+
+    def backward(params, batch: Mapping[str, Array], key: Array):
+        return jax.vjp(lambda params: loss(params, batch, key), params)[1]
+
+    one_batch = jax.eval_shape(lambda pool: gather(pool, jnp.zeros(config.batch_size, jnp.int32)), dict(pool))
+    kept = trees.num_bytes(jax.eval_shape(backward, params, one_batch, key))
+    memory.check([memory.Term(kept, f"lower pretrain.batch_size, got {config.batch_size}")], 1)
 
     def step(carry, key: Array):
         params, optimizer_state = carry

@@ -83,9 +83,9 @@ def draw_weather(
             keys = round_keys(key, number)
             link_state = parts.link.step(link_state, keys.channel, jnp.arange(num_clients))
             ids, present = choose(keys.cohort, num_clients, parts.cohort_size, size)
-            cohort = trees.take(link_state, ids)
+            cohort, samples = trees.take(link_state, ids), parts.samples(world.data.count[ids])
             bits = jnp.broadcast_to(downlink_bits, ids.shape)
-            return link_state, Weather(parts.link.snr_hz(cohort), parts.link.start_s(cohort, bits, present))
+            return link_state, Weather(parts.link.snr_hz(cohort), parts.link.start_s(cohort, samples, bits, present))
 
         return lax.scan(step, state.link, jnp.arange(rounds))[1]
 

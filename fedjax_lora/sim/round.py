@@ -75,16 +75,19 @@ def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) 
 
     start, downlink_bits = jax.vmap(broadcast, out_axes=(None, 0))(ranks)
     downlink_bits += jnp.where(state.round > 0, parts.extra_downlink_bits(state.hyper.rank), 0)
+    count = world.data.count[ids]
+    samples = parts.samples(count)
     return Cohort(
         ids=ids,
         present=present,
         link=link,
-        clients=Client(world.data.index[ids], world.data.count[ids], client_keys(keys.local, ids), own),
+        clients=Client(world.data.index[ids], count, client_keys(keys.local, ids), own),
         ranks=ranks,
         sends=sends,
         start=start,
         downlink_bits=downlink_bits,
-        start_s=parts.link.start_s(link, downlink_bits, present),
+        samples=samples,
+        start_s=parts.link.start_s(link, samples, downlink_bits, present),
     )
 
 
@@ -174,7 +177,7 @@ def sparsify(parts: Parts, cohort: Cohort, local: Local, decision: Decision, key
 
 def transmit(parts: Parts, cohort: Cohort, local: Local, decision: Decision, sent: Sent, memory: Any) -> Uplink:
     """Step 7: who is heard, and when the round ends."""
-    delivery = parts.link.deliver(cohort.link, sent.bits, decision, cohort.start_s, cohort.present)
+    delivery = parts.link.deliver(cohort.link, cohort.samples, sent.bits, decision, cohort.start_s, cohort.present)
     return Uplink(
         decision=decision,
         sent=sent,

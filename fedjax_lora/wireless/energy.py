@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def compute_energy_j(cycles: float, cpu_hz: Array, capacitance: float) -> Array:
-    """`[C]` joules of `cycles` at frequency `cpu_hz`: `capacitance · cycles · cpu_hz^2`."""
+def compute_energy_j(cycles: Array, cpu_hz: Array, capacitance: float) -> Array:
+    """`[C]` joules of `cycles` `[C]` at frequency `cpu_hz`: `capacitance · cycles · cpu_hz^2`."""
     return capacitance * cycles * jnp.square(cpu_hz)
 
 

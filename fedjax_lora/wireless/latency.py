@@ -7,8 +7,8 @@ from jax.typing import ArrayLike
 from fedjax_lora.wireless.rate import uplink_rate
 
 
-def compute_time_s(cycles: float, cpu_hz: Array) -> Array:
-    """`[C]` seconds that `cycles` processor cycles take."""
+def compute_time_s(cycles: Array, cpu_hz: Array) -> Array:
+    """`[C]` seconds that `cycles` `[C]` processor cycles take."""
     return cycles / cpu_hz
 
 

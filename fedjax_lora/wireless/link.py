@@ -96,37 +96,33 @@ class WirelessConfig:
             raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
 
-def make_link(config: WirelessConfig, samples_per_round: int) -> Link:
-    """An FDMA uplink; a client trains on `samples_per_round` examples before it sends.
-
-    Raises:
-      ValueError: if samples_per_round is under 1.
-    """
-    if samples_per_round < 1:
-        raise ValueError(f"samples_per_round must be at least 1, got {samples_per_round}")
+def make_link(config: WirelessConfig) -> Link:
+    """An FDMA uplink."""
     cell = _Cell(config, channel.fading_law(config.fading, config.rician_k_db))
     power_w = dbm_to_watt(config.power_dbm)
     # Ratios are taken in Python's double precision: noise density over power is far below float32's range of ease.
     snr_per_gain_hz = power_w / (THERMAL_NOISE_W_PER_HZ * db_to_linear(config.noise_figure_db))
     downlink_gain = db_to_linear(config.downlink_power_dbm - config.power_dbm)
-    cycles = samples_per_round * config.cycles_per_sample
 
     def snr_hz(state: LinkState) -> Array:
         return snr_per_gain_hz * state.mean_gain * cell.planned_power(state)
 
-    def start_s(state: LinkState, downlink_bits: Array, present: Array) -> Array:
-        ready_s = latency.compute_time_s(cycles, state.cpu_hz)
+    def start_s(state: LinkState, samples: Array, downlink_bits: Array, present: Array) -> Array:
+        ready_s = latency.compute_time_s(samples * config.cycles_per_sample, state.cpu_hz)
         if config.downlink:
             server_snr_hz = downlink_gain * snr_hz(state)
             waited_for = (present > 0) & cell.is_kept(state)
             ready_s += latency.broadcast_time_s(downlink_bits, config.bandwidth_hz, server_snr_hz, waited_for)
         return jnp.where(present > 0, ready_s, 0.0)
 
-    def deliver(state: LinkState, bits: Array, decision: Decision, start_s: Array, present: Array) -> Delivery:
+    def deliver(
+        state: LinkState, samples: Array, bits: Array, decision: Decision, start_s: Array, present: Array
+    ) -> Delivery:
         attempt_s = latency.transfer_time_s(bits, uplink_rate(decision.bandwidth_hz, snr_hz(state)))
         failed = jnp.cumprod(~(cell.carried(state) | (bits == 0)[:, None]), 1)  # `[C, 1 + retransmissions]`
         upload_s = attempt_s * (1 + jnp.sum(failed[:, :-1], 1))
         end_s = start_s + upload_s
+        cycles = samples * config.cycles_per_sample
         compute_j = energy.compute_energy_j(cycles, state.cpu_hz, config.capacitance)
         energy_j = compute_j + energy.transmit_energy_j(power_w, upload_s)
         here = present > 0
@@ -209,17 +205,16 @@ class _Cell(NamedTuple):
         return power >= self.planned_power(state)[:, None]
 
 
-def perfect_link(config: WirelessConfig, samples_per_round: int) -> Link:
+def perfect_link(config: WirelessConfig) -> Link:
     """No network: transfers take no time and no energy and never fail; computing costs as in `make_link`.
 
     The channel is drawn all the same, so that turning the network off changes nothing else.
-
-    Raises:
-      ValueError: if samples_per_round is under 1.
     """
-    link = make_link(dataclasses.replace(config, downlink=False), samples_per_round)
+    link = make_link(dataclasses.replace(config, downlink=False))
 
-    def deliver(state: LinkState, bits: Array, decision: Decision, start_s: Array, present: Array) -> Delivery:
-        return link.deliver(state, jnp.zeros_like(bits), decision, start_s, present)
+    def deliver(
+        state: LinkState, samples: Array, bits: Array, decision: Decision, start_s: Array, present: Array
+    ) -> Delivery:
+        return link.deliver(state, samples, jnp.zeros_like(bits), decision, start_s, present)
 
     return link._replace(deliver=deliver)

@@ -8,6 +8,7 @@ import pytest
 from fedjax_lora.data.batches import evaluation_batches, federated_dataset, gather, local_batches
 from fedjax_lora.data.partition import PartitionConfig, partition
 from fedjax_lora.data.sources import Examples
+from fedjax_lora.sim.local import LocalConfig
 
 N_MAX = 13
 ROW = np.random.default_rng(0).permutation(50)[:N_MAX].astype(np.int32)
@@ -37,6 +38,13 @@ def test_rows_and_weights_equal_numpy_loop(count, steps, batch_size):
     assert weight.dtype == jnp.float32 and rows.dtype == jnp.int32
     for got, expected in zip(np.asarray(rows).ravel(), np.ravel(expected_rows), strict=True):
         assert got in ROW if expected is None else got == expected
+
+
+@pytest.mark.parametrize(("count", "steps", "batch_size"), CASES)
+def test_a_client_computes_the_samples_that_its_batches_hold(count, steps, batch_size):
+    """Counting: what the radio charges is what has weight, not the places of a batch that stay empty."""
+    _, weight = local_batches(jax.random.key(1), jnp.asarray(ROW), jnp.int32(count), steps, batch_size)
+    assert LocalConfig(steps=steps, batch_size=batch_size).samples(jnp.int32(count)) == weight.sum()
 
 
 @pytest.mark.parametrize(("count", "steps", "batch_size"), [(13, 9, 4), (5, 7, 3), (3, 4, 5)])
@@ -81,6 +89,17 @@ def test_padding_of_the_index_changes_nothing():
         np.testing.assert_array_equal(np.where(wa, a, -1), np.where(wb, b, -1))
 
 
+def test_places_that_no_client_fills_change_nothing():
+    """Invariance: a batch as large as the largest client has the rows and weights of a larger one, and no others."""
+    key, row = jax.random.key(5), jnp.asarray(ROW)
+    for count in (13, 7, 0):
+        few, weight = local_batches(key, row, jnp.int32(count), 4, 13)
+        many, all_weight = local_batches(key, row, jnp.int32(count), 4, 40)
+        np.testing.assert_array_equal(many[:, :13], few)
+        np.testing.assert_array_equal(all_weight[:, :13], weight)
+        assert not all_weight[:, 13:].any()
+
+
 def test_jit_equals_eager_and_vmap_equals_loop_and_traces_once():
     traces = []
 
@@ -115,19 +134,25 @@ def test_gather_equals_numpy_indexing():
         np.testing.assert_array_equal(value, pool[name][rows])
 
 
-@pytest.mark.parametrize(("num_examples", "batch_size", "num_batches"), [(10, 4, 3), (8, 4, 2), (3, 5, 2), (1, 1, 1)])
-def test_evaluation_batches_cover_the_pool_once_in_order(num_examples, batch_size, num_batches):
-    """Conservation: the rows of weight 1 are 0 ... N - 1."""
-    rows, weight = evaluation_batches(num_examples, batch_size, num_batches)
-    assert rows.shape == weight.shape == (num_batches, batch_size)
+@pytest.mark.parametrize(
+    ("num_examples", "batch_size", "num_devices", "shape"),
+    [
+        (10, 4, 1, (3, 4)),
+        (8, 4, 1, (2, 4)),
+        (1, 1, 1, (1, 1)),
+        (10, 2, 4, (8, 2)),
+        (3, 5, 2, (2, 2)),
+        (7, 10**12, 1, (1, 7)),
+        (7, 10**12, 3, (3, 3)),
+    ],
+)
+def test_evaluation_batches_cover_the_pool_once_in_order(num_examples, batch_size, num_devices, shape):
+    """Conservation: the rows of weight 1 are 0 ... N - 1. By hand: no batch is larger than a device's share."""
+    rows, weight = evaluation_batches(num_examples, batch_size, num_devices)
+    assert rows.shape == weight.shape == shape
     np.testing.assert_array_equal(rows[weight == 1], np.arange(num_examples))
     assert weight.sum() == num_examples
     assert rows.min() >= 0 and rows.max() < num_examples
-
-
-def test_too_few_evaluation_batches_are_refused():
-    with pytest.raises(ValueError, match="num_batches must hold all 9 examples, got 2 of 4"):
-        evaluation_batches(9, 4, 2)
 
 
 def make_examples(num_train):

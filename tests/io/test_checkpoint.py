@@ -65,12 +65,13 @@ def test_restore_returns_the_bits_that_were_saved(tmp_path, memory):
     np.testing.assert_array_equal(*draws)
 
 
-def test_the_plain_state_is_the_same_by_name(tmp_path):
+def test_what_was_trained_is_the_same_without_a_state_like_it(tmp_path):
     state = make_state(3)
     checkpoint.save(tmp_path, state)
-    plain = checkpoint.restore_plain(next(checkpoint.whole(tmp_path)))
-    np.testing.assert_array_equal(plain["adapters"]["modules"]["query"]["a"], state.adapters.modules["query"].a)
-    np.testing.assert_array_equal(plain["adapters"]["head"]["bias"], state.adapters.head["bias"])
+    trained = checkpoint.restore_trained(next(checkpoint.whole(tmp_path)))
+    assert trained.round == 3
+    np.testing.assert_array_equal(trained.adapters.modules["query"].a, state.adapters.modules["query"].a)
+    np.testing.assert_array_equal(trained.adapters.head["bias"], state.adapters.head["bias"])
 
 
 def test_nothing_saved_is_nothing(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedjax_lora.base import Adapters, Factors
-from fedjax_lora.models import load, vit
+from fedjax_lora.models import layers, load, vit
 
 
 def build(pooling="mean"):
@@ -94,3 +94,10 @@ def test_an_image_of_another_shape_is_refused(small):
     model, base, adapters, _ = small
     with pytest.raises(ValueError, match=r"image must be \[B, 6, 8, 2\], got \(3, 8, 6, 2\)"):
         model.apply(base, adapters, {"image": jnp.zeros((3, 8, 6, 2))})
+
+
+def test_dropout_of_an_example_does_not_depend_on_the_places_after_it():
+    """Invariance, bit for bit: a batch cut to what is filled drops what the whole batch did."""
+    x, key = np.random.default_rng(0).normal(size=(40, 3, 5)), jax.random.key(1)
+    few, all_places = (layers.dropout(jnp.float32(part), 0.3, key) for part in (x[:13], x))
+    np.testing.assert_array_equal(all_places[:13], few)

@@ -25,10 +25,12 @@ DECISION = Decision(keep_ratio=jnp.ones(3), bandwidth_hz=jnp.array([5e6, 8e6, 2e
 BITS = jnp.array([1_000_000, 30_000, 200_000], jnp.uint32)
 SNR_PER_GAIN_HZ = 0.01 / 10**-20.4
 ALL, AT_ONCE = jnp.ones(3), jnp.zeros(3)
+SAMPLES = jnp.float32([80, 24, 8])
+CYCLES = np.array([80, 24, 8]) * 1e7
 
 
-def delivered(link, state=STATE, bits=BITS, decision=DECISION, start_s=AT_ONCE, present=ALL):
-    return jax.jit(link.deliver)(state, bits, decision, start_s, present)
+def delivered(link, state=STATE, bits=BITS, decision=DECISION, start_s=AT_ONCE, present=ALL, samples=SAMPLES):
+    return jax.jit(link.deliver)(state, samples, bits, decision, start_s, present)
 
 
 def assert_same(left, right):
@@ -37,7 +39,7 @@ def assert_same(left, right):
 
 def test_draws_follow_the_client_and_not_its_place():
     """Invariance under permutation and padding, bit for bit, at the start and after a step."""
-    link = make_link(WirelessConfig(path_loss="uma", fading_correlation=0.5), 8)
+    link = make_link(WirelessConfig(path_loss="uma", fading_correlation=0.5))
     init, step = jax.jit(link.init), jax.jit(link.step)
     state = init(KEY, IDS)
     order = jnp.array([4, 1, 0, 3, 2])
@@ -54,7 +56,7 @@ def test_draws_follow_the_client_and_not_its_place():
 def test_init_draws_each_quantity_from_its_own_law():
     """Kolmogorov-Smirnov for processors and distances in closed form (no shadowing: the gain is the distance)."""
     config = WirelessConfig(shadowing_db=0, fading="none")
-    state = jax.jit(make_link(config, 8).init)(KEY, jnp.arange(5000))
+    state = jax.jit(make_link(config).init)(KEY, jnp.arange(5000))
     assert stats.kstest(np.asarray(state.cpu_hz) / 1e9 - 1, "uniform").pvalue > 0.01
     distance_m = 10 ** ((-10 * np.log10(np.asarray(state.mean_gain)) - 128.1) / 37.6 + 3)
     assert stats.kstest(np.clip((distance_m**2 - 35**2) / (500**2 - 35**2), 0, 1), "uniform").pvalue > 0.01
@@ -62,50 +64,50 @@ def test_init_draws_each_quantity_from_its_own_law():
 
 
 def test_correlation_of_one_freezes_the_fading():
-    link = make_link(WirelessConfig(fading="rician", fading_correlation=1.0), 8)
+    link = make_link(WirelessConfig(fading="rician", fading_correlation=1.0))
     state = jax.jit(link.init)(KEY, IDS)
     np.testing.assert_allclose(jax.jit(link.step)(state, jax.random.key(1), IDS).fading, state.fading, atol=1e-6)
 
 
 def test_snr_matches_its_closed_form_with_either_knowledge():
     gain = np.asarray(STATE.mean_gain, np.float64)
-    perfect = make_link(WirelessConfig(), 8).snr_hz(STATE)
+    perfect = make_link(WirelessConfig()).snr_hz(STATE)
     np.testing.assert_allclose(perfect, SNR_PER_GAIN_HZ * gain * POWER_GAIN, rtol=1e-6)
-    mean = make_link(WirelessConfig(csi="mean", fade_margin_db=20, noise_figure_db=10), 8).snr_hz(STATE)
+    mean = make_link(WirelessConfig(csi="mean", fade_margin_db=20, noise_figure_db=10)).snr_hz(STATE)
     np.testing.assert_allclose(mean, SNR_PER_GAIN_HZ * gain / 1000, rtol=1e-6)
 
 
 def test_start_is_compute_time_in_closed_form_and_zero_for_an_absent_client():
-    start = make_link(WirelessConfig(), 80).start_s(STATE, jnp.uint32(10**6), jnp.array([1.0, 0.0, 0.5]))
-    np.testing.assert_allclose(start, [80 * 1e7 / 1e9, 0, 80 * 1e7 / 1.6e9], rtol=1e-6)
+    start = make_link(WirelessConfig()).start_s(STATE, SAMPLES, jnp.uint32(10**6), jnp.array([1.0, 0.0, 0.5]))
+    np.testing.assert_allclose(start, [80 * 1e7 / 1e9, 0, 8 * 1e7 / 1.6e9], rtol=1e-6)
 
 
 def test_downlink_runs_at_the_worst_present_clients_rate():
     """NumPy in float64, at 46 dBm over 10 dBm; the last client is the worst and leaves."""
-    link = make_link(WirelessConfig(downlink=True), 80)
+    link = make_link(WirelessConfig(downlink=True))
     snr = 10**3.6 * SNR_PER_GAIN_HZ * np.asarray(STATE.mean_gain, np.float64) * POWER_GAIN
-    compute = 80 * 1e7 / np.asarray(STATE.cpu_hz)
-    everyone = link.start_s(STATE, jnp.uint32(10**8), ALL)
+    compute = CYCLES / np.asarray(STATE.cpu_hz)
+    everyone = link.start_s(STATE, SAMPLES, jnp.uint32(10**8), ALL)
     np.testing.assert_allclose(everyone, compute + 1e8 / wireless_oracle.rate(2e7, snr[2]), rtol=1e-6)
-    two = link.start_s(STATE, jnp.uint32(10**8), jnp.array([1, 1, 0]))
+    two = link.start_s(STATE, SAMPLES, jnp.uint32(10**8), jnp.array([1, 1, 0]))
     np.testing.assert_allclose(two[:2], (compute + 1e8 / wireless_oracle.rate(2e7, snr[1]))[:2], rtol=1e-6)
-    np.testing.assert_array_equal(link.start_s(STATE, jnp.uint32(10**8), jnp.zeros(3)), 0)
+    np.testing.assert_array_equal(link.start_s(STATE, SAMPLES, jnp.uint32(10**8), jnp.zeros(3)), 0)
 
 
 def test_delivery_matches_numpy_in_float64():
     start = jnp.array([0.5, 0.25, 0.75])
-    delivery = delivered(make_link(WirelessConfig(), 80), start_s=start)
+    delivery = delivered(make_link(WirelessConfig()), start_s=start)
     snr = SNR_PER_GAIN_HZ * np.asarray(STATE.mean_gain, np.float64) * POWER_GAIN
     upload = np.asarray(BITS) / wireless_oracle.rate(np.asarray(DECISION.bandwidth_hz), snr)
     np.testing.assert_allclose(delivery.latency_s, start + upload, rtol=1e-6)
-    compute_j = 1e-28 * 80 * 1e7 * np.asarray(STATE.cpu_hz, np.float64) ** 2
+    compute_j = 1e-28 * CYCLES * np.asarray(STATE.cpu_hz, np.float64) ** 2
     np.testing.assert_allclose(delivery.energy_j, compute_j + 0.01 * upload, rtol=1e-6)
     np.testing.assert_array_equal(delivery.delivered, True)
 
 
 def test_with_mean_knowledge_delivery_keeps_the_plan_and_fails_below_the_margin():
     """By hand: power gains 1, 1, 0.05 against a margin of 10 dB; time and energy are those of the plan."""
-    link = make_link(WirelessConfig(csi="mean"), 80)
+    link = make_link(WirelessConfig(csi="mean"))
     delivery = delivered(link)
     np.testing.assert_array_equal(delivery.delivered, [True, True, False])
     planned = wireless_oracle.rate(
@@ -118,10 +120,11 @@ def test_with_mean_knowledge_delivery_keeps_the_plan_and_fails_below_the_margin(
 def test_share_of_outages_matches_the_closed_form_within_five_standard_errors():
     """The planned rate is that of c_mean / 10: outage 1 - exp(-0.1), by `rayleigh_outage` too."""
     clients, band = 20_000, 1e3
-    link = make_link(WirelessConfig(csi="mean"), 8)
+    link = make_link(WirelessConfig(csi="mean"))
     state = jax.jit(link.init)(KEY, jnp.arange(clients))
     decision = Decision(jnp.ones(clients), jnp.full(clients, band))
-    arrived = delivered(link, state, jnp.full(clients, 10, jnp.uint32), decision, jnp.zeros(clients), jnp.ones(clients))
+    bits, present = jnp.full(clients, 10, jnp.uint32), jnp.ones(clients)
+    arrived = delivered(link, state, bits, decision, jnp.zeros(clients), present, jnp.full(clients, 8.0))
     expected = 1 - np.exp(-0.1)
     failed = 1 - np.mean(arrived.delivered)
     assert abs(failed - expected) < 5 * np.sqrt(expected * (1 - expected) / clients)
@@ -134,28 +137,28 @@ def test_who_cannot_send_is_late_for_ever_and_spends_on_computing_alone(csi):
     """By definition: no band, no gain, and beside them a client that has nothing to send."""
     state = STATE.replace(mean_gain=jnp.array([1e-9, 0, 0]))
     decision = Decision(jnp.ones(3), jnp.array([0.0, 1e6, 0.0]))
-    delivery = delivered(make_link(WirelessConfig(csi=csi), 80), state, jnp.array([9, 9, 0], jnp.uint32), decision)
+    delivery = delivered(make_link(WirelessConfig(csi=csi)), state, jnp.array([9, 9, 0], jnp.uint32), decision)
     np.testing.assert_array_equal(delivery.latency_s, [np.inf, np.inf, 0])
     np.testing.assert_array_equal(delivery.delivered, [False, False, True])
-    np.testing.assert_allclose(delivery.energy_j, 1e-28 * 80 * 1e7 * np.asarray(STATE.cpu_hz) ** 2, rtol=1e-6)
+    np.testing.assert_allclose(delivery.energy_j, 1e-28 * CYCLES * np.asarray(STATE.cpu_hz) ** 2, rtol=1e-6)
 
 
 def test_an_absent_client_takes_no_time_and_no_energy():
-    delivery = delivered(make_link(WirelessConfig(), 8), present=jnp.array([1.0, 0.0, 1.0]))
+    delivery = delivered(make_link(WirelessConfig()), present=jnp.array([1.0, 0.0, 1.0]))
     np.testing.assert_array_equal([leaf[1] for leaf in delivery], 0)
     np.testing.assert_array_equal(delivery.delivered, [True, False, True])
 
 
 def test_perfect_link_only_computes():
     """Closed form: latency is the start, energy the processor's, whatever band, gain and downlink are."""
-    link = perfect_link(WirelessConfig(csi="mean", downlink=True), 80)
+    link = perfect_link(WirelessConfig(csi="mean", downlink=True))
     state = STATE.replace(mean_gain=jnp.array([1e-9, 0, 1e-30]))
-    start = link.start_s(state, jnp.uint32(10**9), ALL)
-    np.testing.assert_allclose(start, 80 * 1e7 / np.asarray(STATE.cpu_hz), rtol=1e-6)
+    start = link.start_s(state, SAMPLES, jnp.uint32(10**9), ALL)
+    np.testing.assert_allclose(start, CYCLES / np.asarray(STATE.cpu_hz), rtol=1e-6)
     delivery = delivered(link, state, decision=Decision(jnp.ones(3), jnp.zeros(3)), start_s=start)
     np.testing.assert_array_equal(delivery.latency_s, start)
     np.testing.assert_array_equal(delivery.delivered, True)
-    np.testing.assert_allclose(delivery.energy_j, 1e-28 * 80 * 1e7 * np.asarray(STATE.cpu_hz) ** 2, rtol=1e-6)
+    np.testing.assert_allclose(delivery.energy_j, 1e-28 * CYCLES * np.asarray(STATE.cpu_hz) ** 2, rtol=1e-6)
 
 
 CLIENTS, BAND_HZ = 20_000, 1e3
@@ -163,12 +166,12 @@ CLIENTS, BAND_HZ = 20_000, 1e3
 
 def many(csi, margin_db=0.0, **options):
     """A link, its state after a step and the delivery of 10 bits each; gains alike: outage is the fading's alone."""
-    link = make_link(WirelessConfig(csi=csi, fade_margin_db=margin_db, shadowing_db=0, **options), 8)
+    link = make_link(WirelessConfig(csi=csi, fade_margin_db=margin_db, shadowing_db=0, **options))
     state = jax.jit(link.init)(KEY, jnp.arange(CLIENTS)).replace(mean_gain=jnp.full(CLIENTS, 1e-9))
     state = jax.jit(link.step)(state, jax.random.key(8), jnp.arange(CLIENTS))
     decision = Decision(jnp.ones(CLIENTS), jnp.full(CLIENTS, BAND_HZ))
     bits, start_s = jnp.full(CLIENTS, 10, jnp.uint32), jnp.zeros(CLIENTS)
-    return link, state, delivered(link, state, bits, decision, start_s, jnp.ones(CLIENTS))
+    return link, state, delivered(link, state, bits, decision, start_s, jnp.ones(CLIENTS), jnp.full(CLIENTS, 8.0))
 
 
 def assert_share(found, expected):
@@ -233,11 +236,11 @@ def test_attempts_are_geometric_and_their_time_and_energy_add_up():
 def test_truncated_inversion_lets_go_of_a_share_and_makes_the_inverse_gain_finite():
     """Closed form under Rayleigh: outages with 1 - exp(-t); the others' mean inverse gain is exp(t) E1(t)."""
     threshold, clients = 0.05, 200_000
-    link = make_link(WirelessConfig(fade_threshold=threshold, shadowing_db=0), 8)
+    link = make_link(WirelessConfig(fade_threshold=threshold, shadowing_db=0))
     state = jax.jit(link.init)(KEY, jnp.arange(clients))
     decision = Decision(jnp.ones(clients), jnp.full(clients, BAND_HZ))
     bits, start_s, present = jnp.full(clients, 10, jnp.uint32), jnp.zeros(clients), jnp.ones(clients)
-    delivery = delivered(link, state, bits, decision, start_s, present)
+    delivery = delivered(link, state, bits, decision, start_s, present, jnp.full(clients, 8.0))
     heard = np.asarray(delivery.delivered)
     assert_share(~heard, -np.expm1(-threshold))
     np.testing.assert_array_equal(heard, np.isfinite(delivery.latency_s))
@@ -255,7 +258,7 @@ def test_a_threshold_changes_nothing_for_who_is_above_it(csi):
     With mean knowledge nobody is known to be in a fade; with an estimate the known gain counts, without its margin.
     """
     config = WirelessConfig(csi=csi, csi_error=0.3)
-    link, plain = make_link(dataclasses.replace(config, fade_threshold=0.5), 8), make_link(config, 8)
+    link, plain = make_link(dataclasses.replace(config, fade_threshold=0.5)), make_link(config)
     state = jax.jit(link.init)(KEY, jnp.arange(500))
     kept = np.asarray(link.snr_hz(state)) > 0
     known = np.asarray(plain.snr_hz(state)) / (SNR_PER_GAIN_HZ * np.asarray(state.mean_gain))
@@ -263,7 +266,7 @@ def test_a_threshold_changes_nothing_for_who_is_above_it(csi):
     np.testing.assert_array_equal(kept, known >= 0.5 * margin)
     assert kept.all() == (csi == "mean")
     decision = Decision(jnp.ones(500), jnp.full(500, BAND_HZ))
-    rest = jnp.full(500, 10, jnp.uint32), decision, jnp.zeros(500), jnp.ones(500)
+    rest = jnp.full(500, 10, jnp.uint32), decision, jnp.zeros(500), jnp.ones(500), jnp.full(500, 8.0)
     found, expected = delivered(link, state, *rest), delivered(plain, state, *rest)
     assert_same(*(jax.tree.map(lambda leaf: leaf[kept], x) for x in (found, expected)))
     assert not np.asarray(found.delivered)[~kept].any()
@@ -271,8 +274,10 @@ def test_a_threshold_changes_nothing_for_who_is_above_it(csi):
 
 def test_the_broadcast_does_not_wait_for_who_is_let_go():
     """Invariance: the start is that of a cohort without the third client, whose power gain is 0.05."""
-    link = make_link(WirelessConfig(downlink=True, fade_threshold=0.1), 80)
-    everyone, two = (link.start_s(STATE, jnp.uint32(10**8), jnp.array(here)) for here in ([1, 1, 1], [1, 1, 0]))
+    link = make_link(WirelessConfig(downlink=True, fade_threshold=0.1))
+    everyone, two = (
+        link.start_s(STATE, SAMPLES, jnp.uint32(10**8), jnp.array(here)) for here in ([1, 1, 1], [1, 1, 0])
+    )
     np.testing.assert_array_equal(everyone[:2], two[:2])
 
 
@@ -311,8 +316,3 @@ def test_config_names_field_value_and_what_is_allowed(field, value, allowed):
     with pytest.raises(ValueError) as error:
         WirelessConfig(**{field: value})
     assert str(error.value) == f"{field} must be {allowed}, got {value!r}"
-
-
-def test_samples_per_round_is_checked():
-    with pytest.raises(ValueError, match="samples_per_round must be at least 1, got 0"):
-        make_link(WirelessConfig(), 0)

@@ -1,0 +1,71 @@
+"""Evaluation of a model that looks its logits up, against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_lora.base import Adapters, ClientState, Dataset, Factors, Hyper
+from fedjax_lora.sim.cohort import client_mesh
+from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal
+from fedjax_lora.strategies import Hidden, Model
+
+LOGITS = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+LABEL = np.array([0, 1, 2, 0, 1, 2, 0])
+HYPER = Hyper(*map(jnp.float32, (2.0, 4.0, 0.1, 0.0, 1.0)))
+LIKE = Adapters(modules={"inner": Factors(a=jnp.ones((1, 5, 2)), b=jnp.ones((1, 2, 5)))}, head={})
+
+TABLE = Model(
+    init=lambda key: {},
+    init_head=lambda key: {},
+    embed=lambda base, batch, key: Hidden(batch["logits"], jnp.ones(batch["logits"].shape[:1])),
+    layers=lambda base, adapters, hidden, key: hidden,
+    task=lambda base, adapters, hidden, key: hidden.values,
+    targets={},
+    num_layers=1,
+)
+
+
+def pool(logits):
+    return {"logits": jnp.asarray(logits), "label": jnp.asarray(LABEL)}
+
+
+def evaluate(logits, batch_size):
+    score = jax.jit(make_evaluate(TABLE, batch_size, client_mesh()))
+    return [float(x) for x in score({}, pool(logits), LIKE, HYPER)]
+
+
+def evaluate_personal(logits, clients):
+    """Of clients who hold the given rows of the pool, two each."""
+    data = Dataset(train=pool(LOGITS), index=jnp.asarray(clients), count=jnp.full(len(clients), 2), test=pool(logits))
+    state = ClientState(rank=jnp.full(len(clients), 2.0), kept={}, memory=(), drift=())
+    score = jax.jit(make_evaluate_personal(TABLE, 4, 3, client_mesh()))
+    return float(score({}, data, LIKE, state, HYPER))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 10**12])
+def test_loss_and_accuracy_equal_numpy_whatever_the_batch(batch_size):
+    loss, accuracy = evaluate(LOGITS, batch_size)
+    wide = LOGITS.astype(np.float64)
+    np.testing.assert_allclose(loss, np.mean(np.log(np.exp(wide).sum(1)) - wide[np.arange(7), LABEL]), rtol=1e-5)
+    np.testing.assert_allclose(accuracy, np.mean(wide.argmax(1) == LABEL), rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [3, 7])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("row", [0, 6])
+def test_the_accuracy_of_a_logit_that_is_not_finite_is_not_measured(row, value, batch_size):
+    """By definition: argmax would call NaN class 0. The row that fills up batches is one of the pool's own."""
+    logits = LOGITS.copy()
+    logits[row, 2] = value
+    assert np.isnan(evaluate(logits, batch_size)[1])
+
+
+def test_a_personal_accuracy_is_not_measured_where_a_logit_that_counts_is_not_finite():
+    """By definition: with labels 0 and 1 at hand, a client counts the pool's examples of these alone."""
+    logits = LOGITS.copy()
+    logits[2] = np.nan  # of label 2
+    right = LOGITS.argmax(1) == LABEL
+    expected = np.mean([right[LABEL == 0].mean(), right[LABEL == 1].mean()])
+    np.testing.assert_allclose(evaluate_personal(logits, [[0, 1]]), expected, rtol=1e-6)
+    assert np.isnan(evaluate_personal(logits, [[0, 1], [1, 2]]))
