@@ -29,7 +29,7 @@ def places(fields: dict, above: tuple = ()) -> list[tuple[str, ...]]:
     ]
 
 
-PLACES = sorted({place for make in (ExperimentConfig, *PRESETS.values()) for place in places(to_dict(make()))})
+PLACES = sorted({place for config in (ExperimentConfig(), *map(preset, PRESETS)) for place in places(to_dict(config))})
 
 WORDS = st.sampled_from(
     ["yes", "010", "1:30", "1e999", "-0", "0x", ".nan", "dense", "tsfa", "sgd", "none", "a.b", "a\nb"]
