@@ -1,7 +1,7 @@
 """The arguments of the command line, and their help."""
 
 import argparse
-from pathlib import Path
+import os
 
 from fedjax_lora import __version__
 
@@ -117,4 +117,4 @@ def take_files(options: argparse.Namespace) -> None:
 
 
 def _is_file(value: str) -> bool:
-    return Path(value).is_file() or ("=" not in value and Path(value).suffix in (".yaml", ".yml"))
+    return "=" not in value and (os.path.isfile(value) or value.endswith((".yaml", ".yml")))

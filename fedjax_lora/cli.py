@@ -148,11 +148,12 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from fedjax_lora.report.html import write_report
+    from fedjax_lora.report.html import check_replaceable, write_report
     from fedjax_lora.report.runs import differing_keys, load_runs
     from fedjax_lora.report.tables import comparison
 
     console = _console(options)
+    check_replaceable(Path(options.out))
     write_report(options.runs, options.out)
     console.print(comparison(options.runs))
     console.print(f"report: {options.out}")

@@ -8,6 +8,7 @@ in `sparsifier: dense`. Scalars are those of YAML 1.2. Whatever is wrong ends in
 import dataclasses
 import difflib
 import functools
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -168,6 +169,8 @@ def load_config(
     What is given is laid over what is below it, level by level: the file over `base`, then all overrides over both.
     Another variant's `name` replaces its whole section: what is below was of the old variant.
 
+    Files and folders are named by their absolute paths from here on, so that they are found from any directory.
+
     Args:
       path: YAML file; None for none.
       overrides: `a.b=value`, where the value is YAML, a mapping too; later ones are laid over earlier ones.
@@ -179,21 +182,7 @@ def load_config(
     over = functools.partial(merge, variants=VARIANTS)
     file = {} if path is None else _spelled_out(read(Path(path)))
     asked = functools.reduce(over, (_spelled_out(read_override(override)) for override in overrides), {})
-    return _structure(over(over(to_dict(base or ExperimentConfig()), file), asked))
-
-
-def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
-    """The same configuration from whichever directory it is read again: its files and folders by absolute paths."""
-
-    def absolute(path: str | None) -> str | None:
-        return path if path is None else str(Path(path).expanduser().absolute())
-
-    data = dataclasses.replace(config.data, train=absolute(config.data.train), test=absolute(config.data.test))
-    pretrained = config.model.pretrained
-    if pretrained is not None and Path(pretrained).expanduser().is_dir():  # else it is the id of a model on the hub
-        pretrained = absolute(pretrained)
-    model = dataclasses.replace(config.model, pretrained=pretrained)
-    return dataclasses.replace(config, data=data, model=model)
+    return _with_absolute_paths(_structure(over(over(to_dict(base or ExperimentConfig()), file), asked)))
 
 
 def to_dict(config: ExperimentConfig) -> dict[str, Any]:
@@ -204,6 +193,17 @@ def to_dict(config: ExperimentConfig) -> dict[str, Any]:
 def dump(config: ExperimentConfig) -> str:
     """YAML text of every field; loading it gives an equal configuration."""
     return write_value(to_dict(config))
+
+
+def _with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
+    def absolute(path: str | None) -> str | None:
+        return path if path is None else os.path.abspath(os.path.expanduser(path))
+
+    data = dataclasses.replace(config.data, train=absolute(config.data.train), test=absolute(config.data.test))
+    pretrained = config.model.pretrained
+    if pretrained is not None and os.path.isdir(os.path.expanduser(pretrained)):  # else a model's id on the hub
+        pretrained = absolute(pretrained)
+    return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, pretrained=pretrained))
 
 
 def _spelled_out(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fedjax_lora.build import hash_weights
 from fedjax_lora.config import ExperimentConfig, load_config
 from fedjax_lora.data import tokens
 from fedjax_lora.io import checkpoint, peft
-from fedjax_lora.io.log import RunFolder, read_data, read_summary
+from fedjax_lora.io.log import RunFolder, check_config, read_data, read_metrics
 from fedjax_lora.models import load
 from fedjax_lora.models.bert import MODULE_NAMES
 from fedjax_lora.sim.kept import deployed
@@ -26,10 +26,11 @@ def export_run(run: str | Path, folder: str | Path) -> None:
       ValueError: the run has no readable checkpoint or does not name its classes, its model is none that PEFT knows or
         another than it was, what it trained is not finite, or the folder is in use.
     """
+    check_config(run)
     config, data = load_config(Path(run) / "config.yaml"), read_data(run)
     if config.model.pretrained is None:
         raise ValueError(f"model.pretrained must name a Hugging Face model to export to peft, got null in {run}")
-    found = next(checkpoint.whole(RunFolder(run).checkpoints), None)
+    found = RunFolder(run).last_checkpoint()
     if found is None:
         raise ValueError(f"{run} must hold a checkpoint to export, got none that is whole")
     trained = checkpoint.restore_trained(found)
@@ -61,7 +62,7 @@ def _labels(data: dict[str, Any], columns: int, run: str | Path) -> list[str]:
     if not (isinstance(labels, list) and len(labels) == columns and all(isinstance(label, str) for label in labels)):
         raise ValueError(
             f"class_names in data.json of {run} must be a list of {columns} labels, one for each column of the head, "
-            f"got {'none, as in older runs' if labels is None else repr(labels)}"
+            f"got {labels!r}"
         )
     return labels
 
@@ -94,6 +95,6 @@ def _base_model(pretrained: str) -> str:
 def _facts(config: ExperimentConfig, rounds: int, run: str | Path) -> dict[str, Any]:
     """What the model card says of the training."""
     method = {section: getattr(config, section).name for section in ("aggregation", "sparsifier", "control")}
-    accuracy = (read_summary(run) or {}).get("final_accuracy")
+    accuracy = read_metrics(run)[rounds - 1]["eval_accuracy"]
     facts = {**method, "rounds": rounds, "clients": config.clients.count}
     return facts if accuracy is None else {**facts, "accuracy on the held-out examples": accuracy}

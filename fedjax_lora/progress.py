@@ -4,7 +4,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -115,6 +115,6 @@ def _status(metrics: Metrics) -> str:
     )
 
 
-def measured(value: float, form: str = ".4f") -> str:
-    """A number, or that it was not measured where it is NaN."""
-    return "not measured" if math.isnan(value) else format(value, form)
+def measured(value: Any, form: str = ".4f") -> str:
+    """A number of any kind, or that it was not measured where it is NaN."""
+    return "not measured" if math.isnan(value) else format(float(value), form)

@@ -18,7 +18,7 @@ from rich.console import Console
 from fedjax_lora import __version__, trees
 from fedjax_lora.base import FedState
 from fedjax_lora.build import build
-from fedjax_lora.config import ExperimentConfig, dump, with_absolute_paths
+from fedjax_lora.config import ExperimentConfig, dump
 from fedjax_lora.io import checkpoint
 from fedjax_lora.io.log import RunFolder, read_metrics
 from fedjax_lora.io.plan import Plan, effects_of_run
@@ -50,18 +50,18 @@ def run(
 
 def _run(config: ExperimentConfig, path: Path, resume: bool, progress: Progress, plan: Plan | None) -> dict[str, Any]:
     started = time.perf_counter()
-    config, folder = with_absolute_paths(config), RunFolder(path)
+    folder, text = RunFolder(path), dump(config)
     ended = begin = None
     if resume:  # what is on disk is read before anything is built
-        folder.check_configuration(path, dump(config))
+        folder.check_configuration(text)
         ended, begin = folder.ended(), folder.last_checkpoint()
     else:
-        folder.check_free(path)
+        folder.check_free()
     progress.stage("reading the model and the data")
     simulation = build(config)
     data = started_with(simulation)
     if resume:
-        folder.check_data(path, data)
+        folder.check_data(data)
     if ended and ended["rounds"] == config.rounds:
         write_report([path], folder.report)
         return ended
@@ -72,16 +72,15 @@ def _run(config: ExperimentConfig, path: Path, resume: bool, progress: Progress,
     _, initial_accuracy = simulation.evaluate(state)
     if resume:
         state = checkpoint.restore(begin, state) if begin else state
-        folder.truncate(int(state.round))
-        folder.take_configuration(dump(config))
+        folder.reopen(int(state.round), text)
     else:
-        folder.create(path, dump(config), data | {"started": _now(), "commit": _commit()})
+        RunFolder.create(path, text, data | {"started": _now(), "commit": _commit()})
     progress.print(_setting(config, simulation, initial_accuracy))
     rounds = config.rounds - int(state.round)
     training_s = _train(config, simulation, state, folder, progress)
     progress.stage("writing the report")
-    told = {"initial_accuracy": initial_accuracy, "wall_s": time.perf_counter() - started}
-    told["samples_per_s"] = _samples(simulation, rounds) / training_s
+    told: dict[str, Any] = {"initial_accuracy": initial_accuracy, "wall_s": time.perf_counter() - started}
+    told["samples_per_s"] = _samples(simulation, rounds) / training_s if rounds else None
     summary = folder.write_summary(told | _circumstances(config, simulation) | _planned(plan, folder))
     for trouble in summary["warnings"]:
         warnings.warn(trouble, RunWarning, stacklevel=3)
@@ -111,12 +110,13 @@ def _train(
 ) -> float:
     """Run what is left, segment by segment, each logged and saved as it ends; returns the seconds that it took."""
     started, done = time.perf_counter(), int(state.round)
-    segments = simulation.segments(state, config.rounds - done)
+    segments, learned = simulation.segments(state, config.rounds - done), True
     for state, metrics in progress.rounds(segments, done, config.rounds):
         lines = folder.append(metrics)
         folder.save(state)
-        if all(line["participants"] == 0 for line in lines) and (trouble := nothing_learned(lines)):
-            warnings.warn(trouble, RunWarning, stacklevel=4)
+        before, learned = learned, any(line["participants"] for line in lines)
+        if before and not learned:  # said once, however long it lasts
+            warnings.warn(str(nothing_learned(lines)), RunWarning, stacklevel=4)
     return time.perf_counter() - started
 
 

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 from rich.console import Console
 
 from fedjax_lora.build import build
-from fedjax_lora.config import ConfigError, ExperimentConfig, dump, with_absolute_paths
+from fedjax_lora.config import ConfigError, ExperimentConfig, dump
 from fedjax_lora.data.cache import keep_programs
-from fedjax_lora.io.log import RunFolder
-from fedjax_lora.reading import parse_value
+from fedjax_lora.io.files import check_can_hold_files
+from fedjax_lora.io.log import RunFolder, is_run
+from fedjax_lora.reading import RunWarning, parse_value
 from fedjax_lora.report.html import check_replaceable, write_report
 from fedjax_lora.report.tables import comparison
 from fedjax_lora.runner import run, started_with
@@ -82,7 +84,9 @@ def sweep(over: Sequence[str], load: Callable[[list[str]], ExperimentConfig], pa
         combinations are one configuration; or all are refused: the first reason.
     """
     keep_programs()
-    check_replaceable(path / "report.html")
+    if path.is_dir():
+        check_replaceable(path / "report.html")
+    check_can_hold_files(path)
     configs, refused = _load(combinations(over), load)
     ended = _ended({path / name: config for name, config in configs.items()})
     for number, (name, config) in enumerate(configs.items(), 1):
@@ -90,10 +94,10 @@ def sweep(over: Sequence[str], load: Callable[[list[str]], ExperimentConfig], pa
         if path / name in ended:
             continue
         try:
-            run(config, path / name, (path / name).exists(), console)
+            run(config, path / name, is_run(path / name), console)
         except (ValueError, OSError) as error:
             refused[name] = error
-            console.print(f"refused: {_one_line(error)}", soft_wrap=True, markup=False)
+            warnings.warn(f"{name} is refused: {_one_line(error)}", RunWarning, stacklevel=2)
     folders = [path / name for name in configs if name not in refused]
     if not folders:
         raise next(iter(refused.values()))
@@ -114,6 +118,7 @@ def _load(
             config = load(overrides)
         except ConfigError as error:
             refused[name] = error
+            warnings.warn(f"{name} is refused: {_one_line(error)}", RunWarning, stacklevel=3)
             continue
         if (other := names.setdefault(config, name)) != name:
             raise ConfigError(f"sweep must be over configurations that differ, got one for both {other} and {name}")
@@ -127,14 +132,14 @@ def _ended(configs: Mapping[Path, ExperimentConfig]) -> set[Path]:
       ValueError: a run was started with another configuration, other data or another model than it would be now.
     """
     now: dict[Any, dict[str, Any]] = {}
-    for folder, config in configs.items():
-        if folder.exists():
-            RunFolder.check_configuration(folder, dump(with_absolute_paths(config)))
-            decisive = (config.data, config.model, config.pretrain, config.clients, config.seed)
-            if decisive not in now:
-                now[decisive] = started_with(build(config))
-            RunFolder.check_data(folder, now[decisive])
-    return {folder for folder, config in configs.items() if folder.exists() and _has_ended(folder, config)}
+    started = {folder: config for folder, config in configs.items() if is_run(folder)}
+    for folder, config in started.items():
+        RunFolder(folder).check_configuration(dump(config))
+        decisive = (config.data, config.model, config.pretrain, config.clients, config.seed)
+        if decisive not in now:
+            now[decisive] = started_with(build(config))
+        RunFolder(folder).check_data(now[decisive])
+    return {folder for folder, config in started.items() if _has_ended(folder, config)}
 
 
 def _has_ended(folder: Path, config: ExperimentConfig) -> bool:

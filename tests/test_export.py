@@ -1,5 +1,6 @@
 """Exports of a run's folder, which is all that is left of the run: no data, no simulation, another directory."""
 
+import hashlib
 import json
 import shutil
 
@@ -16,7 +17,8 @@ from fedjax_lora.build import hash_weights
 from fedjax_lora.config import dump, load_config
 from fedjax_lora.data import tokens
 from fedjax_lora.export import export_run
-from fedjax_lora.io import checkpoint, sealed
+from fedjax_lora.io import sealed
+from fedjax_lora.io.log import RunFolder
 from fedjax_lora.lora import adapters as lora
 from fedjax_lora.models import load
 from oracles.toy_bert import save_toy_bert
@@ -68,19 +70,17 @@ def write_run(bert, tmp_path, monkeypatch):
             clients=clients,
             hyper=Hyper(*jnp.arange(5.0)),
         )
-        run = tmp_path / "run"
-        checkpoint.save(run / "checkpoints", state)
-        (run / "config.yaml").write_text(dump(config))
-        sealed.write(
-            run / "data.json",
-            {
-                "base_hash": hash_weights(base),
-                "model_config_hash": load.model_config_hash(config.model),
-                "tokenizer_hash": tokens.tokenizer_hash(load.load_tokenizer(str(base_model))),
-                "class_names": LABELS,
-            },
-        )
-        return run, model, base, state
+        data = {
+            "base_hash": hash_weights(base),
+            "model_config_hash": load.model_config_hash(config.model),
+            "tokenizer_hash": tokens.tokenizer_hash(load.load_tokenizer(str(base_model))),
+            "class_names": LABELS,
+        }
+        run = RunFolder.create(tmp_path / "run", dump(config), data)
+        lines = [{"round": number, "eval_accuracy": 0.8125} for number in range(1, 6)]
+        (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        run.save(state)
+        return run.path, model, base, state
 
     return write
 
@@ -142,9 +142,8 @@ def test_parts_that_clients_keep_are_exported_as_their_mean(write_run):
 
 
 def test_the_export_names_the_label_of_each_column(write_run):
-    """Oracle: the labels of data.json, and the accuracy of summary.json."""
+    """Oracle: the labels of data.json, and the accuracy that the log has for the round of the checkpoint."""
     run, *_ = write_run()
-    sealed.write(run / "summary.json", {"final_accuracy": 0.8125})
     export_run(run, run.parent / "out")
     head = json.loads((run.parent / "out" / "head.json").read_text())
     assert [head["id2label"][str(column)] for column in range(3)] == LABELS
@@ -162,6 +161,20 @@ def scale_weights(run):
 def change_activation(run):
     path = run.parent / "bert" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "relu"}))
+
+
+def change_alpha(run):
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("alpha: 6.0", "alpha: 7.0"))
+
+
+def copy_checkpoint(run):
+    """Whole, and of another round than its name."""
+    shutil.move(run / "checkpoints" / "5", run / "checkpoints" / "4")
+    line = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    manifest = run / "checkpoints" / "4" / "sha256.json"
+    held = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(held | {"log": hashlib.sha256("".join(line[:4]).encode()).hexdigest()}))
 
 
 def cut_on_the_left(run):
@@ -190,10 +203,12 @@ def truncate_checkpoint(run):
         (scale_weights, ["model.pretrained", "weights", "base_hash", "bert"]),
         (change_activation, ["model.pretrained", "config.json", "model_config_hash"]),
         (cut_on_the_left, ["model.pretrained", "tokenizer", "tokenizer_hash"]),
-        (put(class_names=None), ["class_names", "data.json", "3 labels", "older"]),
+        (put(class_names=None), ["class_names", "data.json", "3 labels", "None"]),
         (put(class_names=["yes", "no"]), ["class_names", "3 labels", "['yes', 'no']"]),
         (lambda run: (run / "data.json").write_text("[1]"), ["data.json", "changed or damaged"]),
         (lambda run: (run / "data.json").unlink(), ["data.json", "folder of a run"]),
+        (change_alpha, ["config.yaml", "as it was when the run was started"]),
+        (copy_checkpoint, ["checkpoints/4", "of round 4, got round 5"]),
         (truncate_checkpoint, ["must hold a checkpoint", "none that is whole"]),
         (lambda run: shutil.rmtree(run / "checkpoints"), ["must hold a checkpoint"]),
         (lambda run: shutil.rmtree(run.parent / "bert"), ["model.pretrained", "folder that exists", "bert"]),

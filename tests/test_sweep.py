@@ -9,8 +9,9 @@ from rich.console import Console
 
 from fedjax_lora import sweep as sweeps
 from fedjax_lora.config import ConfigError, dump, load_config
+from fedjax_lora.io import sealed
 from fedjax_lora.io.log import RunFolder
-from fedjax_lora.reading import parse_value
+from fedjax_lora.reading import RunWarning, parse_value
 from fedjax_lora.sweep import combinations, sweep
 
 ODD_VALUES = [
@@ -90,19 +91,22 @@ def ran(monkeypatch):
             raise KeyboardInterrupt
         found.append(config)
         RunFolder.create(path, dump(config), {"examples_hash": "a", "started": "today"})
-        (path / "summary.json").write_text("{}")
+        sealed.write(path / "summary.json", {"rounds": config.rounds})
 
     monkeypatch.setattr(sweeps, "run", run)
     monkeypatch.setattr(sweeps, "write_report", lambda folders, path: None)
     monkeypatch.setattr(sweeps, "comparison", lambda folders: "compared: " + " ".join(path.name for path in folders))
+    monkeypatch.setattr("fedjax_lora.io.log.check_log", lambda folder, summary: None)
     monkeypatch.setattr(sweeps, "build", lambda config: SimpleNamespace())
-    monkeypatch.setattr(sweeps, "started_with", lambda simulation: {"examples_hash": "a", "started": "tomorrow"})
+    monkeypatch.setattr(sweeps, "started_with", lambda simulation: {"examples_hash": "a"})
     return found
 
 
 def test_a_combination_that_is_refused_stops_no_other_and_is_listed_at_the_end(ran, tmp_path):
     """Oracle: the messages of the configuration and of the run."""
-    said = sweep(["seed=[-1, 0, 1, 2]"], load, tmp_path, Console(quiet=True)).splitlines()
+    with pytest.warns(RunWarning) as caught:
+        said = sweep(["seed=[-1, 0, 1, 2]"], load, tmp_path, Console(quiet=True)).splitlines()
+    assert [str(warning.message).partition(" is refused: ")[0] for warning in caught] == ["seed=-1", "seed=1"]
     assert [config.seed for config in ran] == [0, 2]
     assert said == [
         "compared: seed=0 seed=2",
@@ -112,7 +116,7 @@ def test_a_combination_that_is_refused_stops_no_other_and_is_listed_at_the_end(r
 
 
 def test_a_sweep_of_which_nothing_can_be_run_ends_in_the_first_reason(ran, tmp_path):
-    with pytest.raises(ConfigError, match="seed must be from 0"):
+    with pytest.raises(ConfigError, match="seed must be from 0"), pytest.warns(RunWarning):
         sweep(["seed=[-1, 1]"], load, tmp_path / "out", Console(quiet=True))
     assert not ran and not (tmp_path / "out").exists()
 

@@ -80,7 +80,9 @@ def restore(found: Checkpoint, like: FedState) -> FedState:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
         with _checkpointer() as checkpointer:
-            return cast(FedState, checkpointer.restore(found.path.resolve() / _STATE, abstract))
+            state = cast(FedState, checkpointer.restore(found.path.resolve() / _STATE, abstract))
+        _check_round(found, state.round)
+        return state
     except Exception as error:  # Orbax and TensorStore share no base class
         raise ValueError(f"checkpoint {found.path} cannot be read: {_one_line(error)}") from error
 
@@ -104,12 +106,19 @@ def restore_trained(found: Checkpoint) -> Trained:
       ValueError: it cannot be read.
     """
     try:
-        held = _read_parts(found.path.absolute() / _STATE)
+        held = _read_parts(found.path / _STATE)
+        _check_round(found, held["round"])
         modules = {name: Factors(**factors) for name, factors in held["adapters"]["modules"].items()}
         clients = ClientState(rank=held["clients"]["rank"], kept=held["clients"]["kept"], memory=None, drift=None)
     except Exception as error:  # Orbax and TensorStore share no base class
         raise ValueError(f"checkpoint {found.path} cannot be read: {_one_line(error)}") from error
     return Trained(found.step, Adapters(modules=modules, head=held["adapters"]["head"]), held["merged"], clients)
+
+
+def _check_round(found: Checkpoint, number: Any) -> None:
+    """Whole it may be, and yet a copy under another name."""
+    if int(number) != found.step:
+        raise ValueError(f"it must be of round {found.step}, got round {int(number)}")
 
 
 def _read_parts(state: Path) -> dict[str, Any]:
@@ -120,7 +129,7 @@ def _read_parts(state: Path) -> dict[str, Any]:
     handler = ocp.PyTreeCheckpointHandler()
     place: Any = state.resolve()  # of etils by Orbax's types, which takes any; TensorStore takes no `..`
     stored = handler.metadata(place).tree
-    parts = {"adapters": stored["adapters"], "merged": stored["merged"]}
+    parts = {name: stored[name] for name in ("round", "adapters", "merged")}
     parts["clients"] = {name: stored["clients"][name] for name in ("rank", "kept")}
     to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), parts)
     wanted = ocp.args.PyTreeRestore(item=parts, restore_args=to_numpy, partial_restore=True)

@@ -65,7 +65,7 @@ _CONFIG, _DATA, _METRICS, _SUMMARY = "config.yaml", "data.json", "metrics.jsonl"
 
 
 class RunFolder:
-    """One run on disk. Made by `create` or `resume`; read with `read_config`, `read_metrics`, `read_summary`.
+    """One run on disk. A new one is made by `create`; read with `read_config`, `read_metrics`, `read_summary`.
 
     A round counts once its line ends in a newline. Lines are written before the checkpoint of their last round, which
     holds a hash of the log so far: a run goes on from the newest checkpoint that is whole and whose rounds the log
@@ -85,22 +85,20 @@ class RunFolder:
         """Path of the report."""
         return self.path / "report.html"
 
-    @staticmethod
-    def check_free(path: str | Path) -> None:
+    def check_free(self) -> None:
         """Refuse a place where no run can be created.
 
         Raises:
-          ValueError: `path` holds a run already, is a file or a folder that is not empty, or cannot be made.
+          ValueError: it holds a run already, is a file or a folder that is not empty, or cannot be made.
         """
-        folder = Path(path)
-        if (folder / _CONFIG).exists():
+        path = self.path
+        if (path / _CONFIG).exists():
             raise ValueError(f"{path} already holds a run: continue it with --resume, or choose another --out")
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise ValueError(f"{path} must be a new or an empty folder to start a run in, got one in use")
-        check_can_hold_files(folder)
+        check_can_hold_files(path)
 
-    @staticmethod
-    def check_configuration(path: str | Path, config_text: str) -> None:
+    def check_configuration(self, config_text: str) -> None:
         """Refuse to resume with a configuration that is not the run's.
 
         `plan`, which a run ignores, may differ, and `rounds` as `may_extend` says.
@@ -108,13 +106,14 @@ class RunFolder:
         Raises:
           ValueError: there is no run, or its configuration differs; names the first key that does.
         """
+        check_config(self.path)
         before, now = (
             {section: value for section, value in config.items() if section != "plan"}
-            for config in (read_config(path), yaml.safe_load(config_text))
+            for config in (read_config(self.path), yaml.safe_load(config_text))
         )
         if may_extend(before, now):
             before["rounds"] = now["rounds"]
-        _check_same(before, now, Path(path) / _CONFIG)
+        _check_same(before, now, self.path / _CONFIG)
 
     @classmethod
     def create(cls, path: str | Path, config_text: str, data: Mapping[str, Any]) -> "RunFolder":
@@ -128,28 +127,35 @@ class RunFolder:
         Raises:
           ValueError: `check_free` refuses the path, or it cannot be written.
         """
-        cls.check_free(path)
+        run = cls(path)
+        run.check_free()
         with atomic_folder(path) as partial:
             (partial / "checkpoints").mkdir()
             (partial / _CONFIG).write_text(config_text, encoding="utf-8")
-            sealed.write(partial / _DATA, data)
+            sealed.write(partial / _DATA, {**data, "config_sha256": [_sha256(config_text)]})
             (partial / _METRICS).touch()
-        return cls(path)
+        return run
 
-    @staticmethod
-    def check_data(path: str | Path, data: Mapping[str, Any]) -> None:
+    def check_data(self, data: Mapping[str, Any]) -> None:
         """Refuse to go on with other weights, data or classes than those the run was started with.
 
         Raises:
           ValueError: names the first key of `data` that differs.
         """
-        before = read_data(path)
-        _check_same({"data": {key: before.get(key) for key in data}}, {"data": data}, Path(path) / _DATA)
+        before = read_data(self.path)
+        _check_same({"data": {key: before.get(key) for key in data}}, {"data": data}, self.path / _DATA)
 
-    def take_configuration(self, config_text: str) -> None:
-        """Go on with a configuration that `check_configuration` allows: with more rounds the run has not ended yet."""
+    def reopen(self, rounds: int, config_text: str) -> None:
+        """Go on after so many rounds, with a configuration that `check_configuration` allows.
+
+        Every line after them is dropped, and a last line that a kill has torn; the run has not ended any more.
+        """
+        (self.path / _SUMMARY).unlink(missing_ok=True)
+        os.truncate(self.path / _METRICS, sum(map(len, _whole_lines(self.path)[:rounds])))
         if may_extend(read_config(self.path), yaml.safe_load(config_text)):
-            (self.path / _SUMMARY).unlink(missing_ok=True)
+            held = {key: value for key, value in read_data(self.path).items() if key != "sha256"}
+            known = [*held["config_sha256"], _sha256(config_text)]  # first: a kill leaves either one
+            sealed.write(self.path / _DATA, held | {"config_sha256": known})
             write_atomically(self.path / _CONFIG, config_text)
 
     def last_checkpoint(self) -> checkpoint.Checkpoint | None:
@@ -186,10 +192,6 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         return lines
-
-    def truncate(self, rounds: int) -> None:
-        """Drop every line after round `rounds`, and a last line that a kill has torn."""
-        os.truncate(self.path / _METRICS, sum(map(len, _whole_lines(self.path)[:rounds])))
 
     def write_summary(self, run: Mapping[str, Any]) -> dict[str, Any]:
         """Write `summary.json` from the log and from `run`, whose keys are of `RUN_FIELDS` (absent: null).
@@ -281,6 +283,23 @@ def _whole_lines(folder: str | Path) -> list[bytes]:
     return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
+def check_config(folder: str | Path) -> None:
+    """Refuse a `config.yaml` that is not the one that the run was started with, or continued with since.
+
+    Raises:
+      ValueError: it was changed, or is missing, as `data.json` may be.
+    """
+    path = Path(folder) / _CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} must be the folder of a run, got no {_CONFIG} in it")
+    if hashlib.sha256(path.read_bytes()).hexdigest() not in read_data(folder).get("config_sha256", []):
+        raise ValueError(f"{path} must be as it was when the run was started, got one that was changed")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def check_log(folder: str | Path, summary: Mapping[str, Any]) -> None:
     """Refuse a log that is not the one that a summary was made of.
 
@@ -302,7 +321,8 @@ def read_data(folder: str | Path) -> dict[str, Any]:
 
     `examples_hash`, `partition_hash`, `base_hash`, `model_config_hash`, `tokenizer_hash`: of the data and of the model.
     `class_names`: of the columns of the task head. `started`: when, ISO 8601. `commit`: of the Git repository that the
-    run was started in, or null.
+    run was started in, or null. `config_sha256`: of each `config.yaml` that
+    the run has had.
 
     Raises:
       ValueError: it is missing, or was changed since.

@@ -24,7 +24,7 @@ def summarize(metrics: list[dict[str, Any]], latency_budget_s: float | None = No
     total_s = metrics[-1]["cumulative_latency_s"] if metrics else None
     mean_s = None if total_s is None else total_s / len(metrics)
     return {
-        "final_accuracy": accuracies[-1] if accuracies else None,
+        "final_accuracy": metrics[-1]["eval_accuracy"] if metrics else None,
         "best_accuracy": max(accuracies, default=None),
         "personal_accuracy": personal[-1] if personal else None,
         "total_uplink_bits": sum(line["uplink_bits"] for line in metrics),
@@ -41,7 +41,7 @@ def summarize(metrics: list[dict[str, Any]], latency_budget_s: float | None = No
 
 def troubles(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[str]:
     """What a user should know of a run that has ended; `summary` has what `summarize` gives and `latency_budget_s`."""
-    return [line for line in (nothing_learned(lines), budget_missed(summary)) if line]
+    return [line for line in (nothing_learned(lines), not_finite(lines), budget_missed(summary)) if line]
 
 
 def nothing_learned(lines: Sequence[Mapping[str, Any]]) -> str | None:
@@ -52,6 +52,16 @@ def nothing_learned(lines: Sequence[Mapping[str, Any]]) -> str | None:
     diverged, unheard = (sum(line[what] for line in lost) for what in ("nonfinite_clients", "outages"))
     cause = _DIVERGED if diverged >= unheard else _UNHEARD
     return f"nothing was learned in {len(lost)} of {len(lines)} rounds, first in round {lost[0]['round']}: {cause}"
+
+
+def not_finite(lines: Sequence[Mapping[str, Any]]) -> str | None:
+    """Whether the model at the end, which is always evaluated, gives no finite loss."""
+    if not lines or lines[-1]["eval_loss"] is not None:
+        return None
+    return (
+        f"the model of round {lines[-1]['round']} gives no finite loss on the held-out examples; "
+        "server.learning_rate or local.optimizer.learning_rate is probably too high"
+    )
 
 
 def budget_missed(summary: Mapping[str, Any]) -> str | None:

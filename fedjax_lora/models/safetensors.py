@@ -46,9 +46,9 @@ def resolve(pretrained: str) -> Path:
     Raises:
       ValueError: where it is neither.
     """
-    folder = Path(pretrained).expanduser()
-    if folder.is_dir():
-        return folder
+    folder = os.path.expanduser(pretrained)
+    if os.path.isdir(folder):  # unlike Path's, it is just false for a name that no file system takes
+        return Path(folder)
     if not _HUB_ID.fullmatch(pretrained):
         raise ValueError(
             f"model.pretrained must be a folder that exists or a Hugging Face model id, got {pretrained!r}"

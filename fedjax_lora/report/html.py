@@ -19,16 +19,13 @@ _MOST_NAMES = 4  # in the title
 
 
 def write_report(run_folders: Iterable[str | Path], out_path: str | Path) -> None:
-    """Write the report of one run, or of several side by side, to `out_path`; an older report there is replaced.
+    """Write the report of one run, or of several side by side, to `out_path`, whatever is there.
 
     Raises:
-      ValueError: a folder is not a run's, or has no round in its log; or `out_path` cannot be written, or is
-        another file than a report.
+      ValueError: a folder is not a run's, or has no round in its log; or `out_path` cannot be written.
     """
-    path = Path(out_path)
+    path, runs = Path(out_path), load_runs(run_folders)
     try:
-        check_replaceable(path)
-        runs = load_runs(run_folders)
         write_atomically(path, _page(runs, all_plots(runs)))
     except OSError as error:
         raise ValueError(f"report {path} must be a path that can be written, got {error.strerror}") from error
@@ -38,8 +35,7 @@ def check_replaceable(path: Path) -> None:
     """Refuse a place where a report would overwrite anything but a report.
 
     Raises:
-      ValueError: `path` is something else, or there is no folder to hold it.
-      OSError: what is there cannot be read.
+      ValueError: `path` is something else or cannot be read, or there is no folder to hold it.
     """
     if not path.parent.is_dir():
         raise ValueError(f"report {path} must be a path that can be written, got no folder {path.parent}")
@@ -51,8 +47,11 @@ def check_replaceable(path: Path) -> None:
 
 def _is_report(path: Path) -> bool:
     """Whether a file is one of ours: by its generator, or by its title where it is too old to name one."""
-    with path.open("rb") as file:
-        head = file.read(1 << 20).decode("utf-8", "replace").partition("</head>")[0]
+    try:
+        with path.open("rb") as file:
+            head = file.read(1 << 20).decode("utf-8", "replace").partition("</head>")[0]
+    except OSError as error:
+        raise ValueError(f"report {path} must be a file that can be read, got {error.strerror}") from error
     if not head.startswith("<!DOCTYPE html>"):
         return False
     if 'name="generator"' in head:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedjax_lora.io.log import check_log, flatten, is_run, read_config, read_metrics, read_summary
+from fedjax_lora.io.log import check_config, check_log, flatten, is_run, read_config, read_metrics, read_summary
 from fedjax_lora.io.summary import summarize, troubles
 from fedjax_lora.report.formats import last_name, option, setting
 
@@ -72,6 +72,7 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _load(path: Path, name: str) -> Run:
+    check_config(path)
     config, metrics = flatten(read_config(path)), read_metrics(path)
     if not metrics:
         raise ValueError(f"{path} must hold the metrics of at least one round, got none")

@@ -90,11 +90,11 @@ def test_create_refuses_what_is_in_use_and_leaves_it_as_it_is(run, tmp_path):
 
 
 def test_resume_takes_the_same_configuration_in_another_spelling(run):
-    run.check_configuration(run.path, "{lora: {targets: [query], rank: 8}, seed: 0}")
+    run.check_configuration("{lora: {targets: [query], rank: 8}, seed: 0}")
 
 
 def test_resume_does_not_mind_how_a_plan_would_be_made(run):
-    run.check_configuration(run.path, CONFIG + "plan: {seeds: 3}\n")
+    run.check_configuration(CONFIG + "plan: {seeds: 3}\n")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_resume_does_not_mind_how_a_plan_would_be_made(run):
 )
 def test_resume_refuses_another_configuration_by_key_and_values(run, text, fragments):
     with pytest.raises(ValueError, match="to resume") as caught:
-        run.check_configuration(run.path, text)
+        run.check_configuration(text)
     assert not [fragment for fragment in fragments if fragment not in str(caught.value)]
 
 
@@ -119,7 +119,7 @@ def test_resume_refuses_other_data_by_key_and_hashes_and_touches_nothing(run, ke
         ValueError,
         match=rf"data\.{key} must be '{DATA[key]}' .*data\.json to resume .* got 'ef'; or choose another --out$",
     ):
-        run.check_data(run.path, DATA | {key: "ef"})
+        run.check_data(DATA | {key: "ef"})
     after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.path.rglob("*") if path.is_file()}
     assert after == before
 
@@ -128,25 +128,35 @@ def test_resume_refuses_other_data_by_key_and_hashes_and_touches_nothing(run, ke
     ("rounds", "schedule", "extends"),
     [(9, "constant", True), (6, "constant", False), (5, "constant", False), (9, "linear", False), (9, "cosine", False)],
 )
-def test_only_more_rounds_at_rates_that_do_not_depend_on_them_extend_a_run(run, rounds, schedule, extends):
+def test_only_more_rounds_at_rates_that_do_not_depend_on_them_extend_a_run(tmp_path, rounds, schedule, extends):
     """By the definition of the schedules; a run that is extended has not ended any more, one that is refused stays."""
     local = f"local: {{optimizer: {{schedule: {schedule}, warmup_steps: 2}}}}\n"
     before, now = (f"{CONFIG}rounds: {number}\n{local}" for number in (6, rounds))
-    (run.path / "config.yaml").write_text(before)
-    (run.path / "summary.json").write_text("{}")
+    run = RunFolder.create(tmp_path / "other", before, DATA)
     assert may_extend(yaml.safe_load(before), yaml.safe_load(now)) == extends
     if extends or rounds == 6:
-        RunFolder.resume(run.path, now, DATA)
+        run.check_configuration(now)
     else:
         with pytest.raises(ValueError, match=rf"rounds must be 6 .* got {rounds}"):
-            RunFolder.resume(run.path, now, DATA)
-    assert (run.path / "config.yaml").read_text() == (now if extends else before)
-    assert (run.path / "summary.json").exists() != extends
+            run.check_configuration(now)
+        return
+    (run.path / "summary.json").write_text("{}")
+    run.reopen(0, now)
+    run.check_configuration(now)
+    assert (run.path / "config.yaml").read_text() == now
+    assert not (run.path / "summary.json").exists()
+
+
+def test_a_configuration_that_was_changed_since_is_one_line(run):
+    (run.path / "config.yaml").write_text(CONFIG.replace("8", "4"))
+    for text in (CONFIG, CONFIG.replace("8", "4")):
+        with pytest.raises(ValueError, match=r"config\.yaml must be as it was when the run was started"):
+            run.check_configuration(text)
 
 
 def test_resume_without_a_run_is_an_error_that_names_the_folder(tmp_path):
     with pytest.raises(ValueError, match=r"config\.yaml") as caught:
-        RunFolder.check_configuration(tmp_path, CONFIG)
+        RunFolder(tmp_path).check_configuration(CONFIG)
     assert str(tmp_path) in str(caught.value)
 
 
@@ -192,14 +202,14 @@ def test_a_torn_last_line_does_not_count_and_is_cut_off_oracle_untorn_log(run):
     for torn in ("{", '{"round": 4, "train_loss": 0.', '{"round": 4}'):
         path.write_text(whole + torn)
         assert [line["round"] for line in read_metrics(run.path)] == [1, 2, 3]
-        run.truncate(3)
+        run.reopen(3, CONFIG)
         assert path.read_text() == whole
 
 
 @pytest.mark.parametrize("rounds", [0, 2])
 def test_truncate_then_append_gives_the_log_of_an_uninterrupted_run(run, tmp_path, rounds):
     run.append(make_metrics())
-    run.truncate(rounds)
+    run.reopen(rounds, CONFIG)
     run.append(make_metrics(first=rounds + 1, rounds=5 - rounds))
     assert [line["round"] for line in read_metrics(run.path)] == [1, 2, 3, 4, 5]
 
@@ -215,7 +225,7 @@ def test_a_damaged_log_is_an_error_that_names_the_line(run):
 
 
 def test_summary_adds_up_the_log_oracle_python_loop(run):
-    accuracy = jnp.array([0.5, 0.9, 0.75, jnp.nan])
+    accuracy = jnp.array([0.5, 0.9, jnp.nan, 0.75])
     personal = jnp.array([jnp.nan, 0.25, jnp.nan, jnp.nan])
     run.append(make_metrics(rounds=4, eval_accuracy=accuracy, personal_accuracy=personal))
     told = {

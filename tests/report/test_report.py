@@ -5,10 +5,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from fedjax_lora.cli import main
 from fedjax_lora.io.log import RunFolder
 from fedjax_lora.report import drawing
 from fedjax_lora.report.formats import MISSING
-from fedjax_lora.report.html import write_report
+from fedjax_lora.report.html import check_replaceable, write_report
 from fedjax_lora.report.plots import _accuracy, _column, all_plots
 from fedjax_lora.report.runs import differing_keys, load_runs
 from fedjax_lora.report.tables import comparison, summary_lines, summary_rows
@@ -297,7 +298,8 @@ def test_a_report_replaces_nothing_but_a_report_oracle_the_bytes_before(tmp_path
             assert render([run], out).plots == PLOTS
     else:
         with pytest.raises(ValueError, match=r"^report .*notes.html must be a new file, or a report to replace.*none$"):
-            write_report([run], out)
+            check_replaceable(out)
+        assert main(["report", str(run), "--out", str(out)]) == 2
         assert out.read_text() == text
 
 
@@ -308,7 +310,7 @@ def test_a_report_spares_the_files_of_a_run_and_needs_its_folder(tmp_path):
     (tmp_path / "link.html").symlink_to(run / "config.yaml")
     for out in [*before, tmp_path / "link.html", run]:
         with pytest.raises(ValueError, match="report"):
-            write_report([run], out)
+            check_replaceable(out)
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
     with pytest.raises(ValueError, match="got no folder"):
-        write_report([run], tmp_path / "absent" / "report.html")
+        check_replaceable(tmp_path / "absent" / "report.html")
