@@ -79,8 +79,8 @@ def _warnings_in_one_line() -> Iterator[None]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fedjax_lora.io.log import read_metrics
     from fedjax_lora.io.plan import apply_plan, effects_of_run, read_plan
+    from fedjax_lora.io.run_files import read_metrics
     from fedjax_lora.report.plan import binding, choice
     from fedjax_lora.report.tables import summary_lines
     from fedjax_lora.runner import run
@@ -105,7 +105,7 @@ def _run(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from fedjax_lora.io import plan as plans
     from fedjax_lora.io.files import check_can_hold_files
-    from fedjax_lora.io.log import is_run
+    from fedjax_lora.io.run_files import is_run
     from fedjax_lora.planner import plan
     from fedjax_lora.report.plan import binding, choice, plan_table, plot_plan
 

@@ -11,7 +11,8 @@ from fedjax_lora.build import hash_weights
 from fedjax_lora.config import ExperimentConfig, load_config
 from fedjax_lora.data import tokens
 from fedjax_lora.io import checkpoint, peft
-from fedjax_lora.io.log import RunFolder, check_config, read_data, read_metrics
+from fedjax_lora.io.log import RunFolder
+from fedjax_lora.io.run_files import check_config, read_data, read_metrics
 from fedjax_lora.models import load
 from fedjax_lora.models.bert import MODULE_NAMES
 from fedjax_lora.sim.kept import deployed

@@ -20,8 +20,9 @@ from fedjax_lora.base import FedState
 from fedjax_lora.build import build
 from fedjax_lora.config import ExperimentConfig, dump
 from fedjax_lora.io import checkpoint
-from fedjax_lora.io.log import RunFolder, read_metrics
+from fedjax_lora.io.log import RunFolder
 from fedjax_lora.io.plan import Plan, effects_of_run
+from fedjax_lora.io.run_files import read_metrics
 from fedjax_lora.io.summary import nothing_learned
 from fedjax_lora.progress import Progress, measured
 from fedjax_lora.reading import RunWarning

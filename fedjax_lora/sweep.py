@@ -15,7 +15,8 @@ from fedjax_lora.build import build
 from fedjax_lora.config import ConfigError, ExperimentConfig, dump
 from fedjax_lora.data.cache import keep_programs
 from fedjax_lora.io.files import check_can_hold_files
-from fedjax_lora.io.log import RunFolder, is_run
+from fedjax_lora.io.log import RunFolder
+from fedjax_lora.io.run_files import is_run
 from fedjax_lora.reading import RunWarning, parse_value
 from fedjax_lora.report.html import check_replaceable, write_report
 from fedjax_lora.report.tables import comparison

@@ -19,6 +19,7 @@ from fedjax_lora.data import tokens
 from fedjax_lora.export import export_run
 from fedjax_lora.io import sealed
 from fedjax_lora.io.log import RunFolder
+from fedjax_lora.io.run_files import FIELDS
 from fedjax_lora.lora import adapters as lora
 from fedjax_lora.models import load
 from oracles.toy_bert import save_toy_bert
@@ -77,7 +78,8 @@ def write_run(bert, tmp_path, monkeypatch):
             "class_names": LABELS,
         }
         run = RunFolder.create(tmp_path / "run", dump(config), data)
-        lines = [{"round": number, "eval_accuracy": 0.8125} for number in range(1, 6)]
+        measured = dict.fromkeys(FIELDS, 0) | {"eval_accuracy": 0.8125, "tail_energy": [0.0]}
+        lines = [measured | {"round": number} for number in range(1, 6)]
         (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         run.save(state)
         return run.path, model, base, state

@@ -365,3 +365,10 @@ def test_rounds_are_counted_by_the_schedule():
 def test_a_missing_plan_is_one_line():
     with pytest.raises(ConfigError, match="must be a readable file"):
         read_plan("/no/plan.json")
+
+
+def test_a_plan_that_is_nested_too_deeply_is_one_line(tmp_path):
+    (tmp_path / "plan.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"plan\.json must be what `fedjax-lora plan` wrote") as caught:
+        read_plan(tmp_path / "plan.json")
+    assert "\n" not in str(caught.value)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FORMAT = 2  # part of the cache's key: raise it when the content of a cache file changes
+_NOT_RULES = {"name_or_path", "chat_template", "vocab_file", "tokenizer_file"}  # options that decide no tokens
 _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -83,7 +84,7 @@ class Cache:
         if not self._id:
             return _tokenize_table(self._tokenizer, table, max_length)
         libraries = [importlib.metadata.version(name) for name in ("tokenizers", "transformers")]
-        key = json.dumps([_FORMAT, table.sha256, self._id, self.tokenizer_hash, libraries, max_length])
+        key = json.dumps([_FORMAT, table.sha256, self._id, _made_of(self._tokenizer), libraries, max_length])
         path = self._folder / f"tokens-{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
         tokens = _read(path)
         if tokens is None:
@@ -96,13 +97,21 @@ class Cache:
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """SHA-256 of all that decides tokens: class, vocabulary, rules, special tokens and the files it was read from."""
+    """SHA-256 of what decides tokens: vocabulary, rules, special tokens, sides and length, however they are written."""
+    return hashlib.sha256(json.dumps(_describe(tokenizer), sort_keys=True).encode()).hexdigest()
+
+
+def _made_of(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
+    """All that could decide tokens: what is known to, class and files.
+
+    A cache may miss needlessly, which costs time alone, but must not hit wrongly.
+    """
     files = {}
     if tokenizer.name_or_path:
         names = {"tokenizer.json", *_SETTINGS_FILES, *tokenizer.vocab_files_names.values()}
         paths = [Path(tokenizer.name_or_path) / name for name in sorted(names)]
         files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
-    return hashlib.sha256(json.dumps([_describe(tokenizer), files], sort_keys=True).encode()).hexdigest()
+    return [tokenizer_hash(tokenizer), type(tokenizer).__name__, files]
 
 
 def digest(arrays: Mapping[str, np.ndarray], *texts: str) -> str:
@@ -117,17 +126,22 @@ def digest(arrays: Mapping[str, np.ndarray], *texts: str) -> str:
 def _describe(tokenizer: "PreTrainedTokenizerBase") -> dict:
     """What a tokenizer does, whatever it was read from."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    description = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+    if backend is not None:
+        description = json.loads(backend.to_str())
+    else:  # one in Python, whose rules are its class and its options
+        options = {name: str(value) for name, value in tokenizer.init_kwargs.items() if name not in _NOT_RULES}
+        description = {"class": type(tokenizer).__name__, "options": options, "vocabulary": tokenizer.get_vocab()}
     # these two are set by the last call
     rules = {name: value for name, value in description.items() if name not in ("truncation", "padding")}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     sides = [tokenizer.truncation_side, tokenizer.padding_side]
     return {
-        "class": type(tokenizer).__name__,
         **rules,
         "special": special,
         "pad": tokenizer.pad_token_id,
         "sides": sides,
+        "most": tokenizer.model_max_length,
+        "split_special": getattr(tokenizer, "split_special_tokens", False),  # in texts; the backend does not tell
     }
 
 

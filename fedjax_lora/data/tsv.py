@@ -7,8 +7,11 @@ from typing import NamedTuple
 from fedjax_lora.reading import reason_of
 
 _TEXT_COLUMNS = {"sentence", "text", "review", "content", "comment", "tweet", "message", "document", "phrase"}
+_TEXT_COLUMNS |= {"headline", "question", "utterance", "query"}
 _LABEL_COLUMNS = {"label", "labels", "class", "target", "sentiment", "category", "polarity"}
+_LABEL_COLUMNS |= {"intent", "score", "rating", "emotion", "topic"}
 _OTHER_COLUMNS = {"id", "idx", "index", "sentence1", "sentence2", "title"}
+_AROUND = " \r\"'"  # what may stand around a column's name
 
 
 class Table(NamedTuple):
@@ -31,11 +34,12 @@ def read(path: str, field: str) -> Table:
     """Reads one file; `field` names it in messages.
 
     Blank lines are skipped, and so is a header: a first line whose two fields are known names of columns, such as
-    `text<TAB>label`. The label stands after a line's last tab, so a sentence may hold tabs.
+    `text<TAB>label`, or whose second is a known name of a label's column and no other line's label. The label stands
+    after a line's last tab, so a sentence may hold tabs.
 
     Raises:
-      ValueError: the file is missing, empty or not UTF-8, has a header of other columns, or a line has no sentence or
-        no label.
+      ValueError: the file is missing, empty or not UTF-8, has a header of other columns or what may be one, or a line
+        has no sentence or no label.
     """
     try:
         content = Path(path).read_bytes()
@@ -49,7 +53,7 @@ def read(path: str, field: str) -> Table:
     table = Table(f"{field} {path}", [], [], [], hashlib.sha256(content).hexdigest())
     # not str.splitlines: it also breaks at characters that a sentence may hold
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if lines and _is_header(*lines[0], table.name):
+    if lines and _has_header(lines, table.name):
         del lines[0]
     for number, line in lines:
         sentence, _, label = (part.strip() for part in line.rpartition("\t"))
@@ -83,16 +87,46 @@ def class_names(train: Table, test: Table) -> tuple[str, ...]:
         return tuple(by_text)
 
 
-def _is_header(number: int, line: str, name: str) -> bool:
-    """Whether a first line names the two columns; ValueError where it names others, or these the other way round."""
-    fields = [field.strip().lower() for field in line.split("\t")]
-    if not set(fields) <= _TEXT_COLUMNS | _LABEL_COLUMNS | _OTHER_COLUMNS or _LABEL_COLUMNS.isdisjoint(fields):
+def _has_header(lines: list[tuple[int, str]], name: str) -> bool:
+    """Whether the first line names the two columns.
+
+    Raises:
+      ValueError: it names others, or these the other way round; or it looks like a header, but by no known name.
+    """
+    number, first = lines[0]
+    fields = [_column(field) for field in first.split("\t")]
+    others = {_column(line.rpartition("\t")[2]) for _, line in lines[1:]}
+    if len(fields) == 1 or (fields[-1] in others and not _names_columns(fields)):
         return False
-    if len(fields) == 2 and fields[0] in _TEXT_COLUMNS and fields[1] in _LABEL_COLUMNS:
+    if fields[-1] in _LABEL_COLUMNS and len(fields) == 2:
         return True
-    if len(fields) > 1 and set(fields) - _LABEL_COLUMNS:
-        raise ValueError(f"{name}, line {number}: must be sentence<TAB>label, got the header {shorten(line)}")
+    if fields[-1] in _LABEL_COLUMNS or _names_columns(fields):
+        raise ValueError(f"{name}, line {number}: must be sentence<TAB>label, got the header {shorten(first)}")
+    if others and not _is_integer(fields[-1]) and all(map(_is_integer, others)):
+        raise ValueError(
+            f"{name}, line {number}: must have an integer as its label, as all other lines do, got {shorten(first)}, "
+            "which looks like a header: remove it"
+        )
     return False
+
+
+def _column(field: str) -> str:
+    """A field as a column's name would be compared: without quotes and a leading `#`, in small letters."""
+    return field.strip(_AROUND).lstrip("#").strip(_AROUND).lower()
+
+
+def _names_columns(fields: list[str]) -> bool:
+    """Whether all fields are known names of columns, a sentence's and a label's among them."""
+    known = set(fields) <= _TEXT_COLUMNS | _LABEL_COLUMNS | _OTHER_COLUMNS
+    return known and not _LABEL_COLUMNS.isdisjoint(fields) and not _LABEL_COLUMNS.issuperset(fields)
+
+
+def _is_integer(label: str) -> bool:
+    try:
+        int(label)
+    except ValueError:
+        return False
+    return True
 
 
 def shorten(line: str, width: int = 60) -> str:

@@ -57,9 +57,15 @@ def save(folder: str | Path, state: FedState, log_sha256: str = "") -> None:
         raise ValueError(f"checkpoint {path} cannot be written: {_one_line(error)}") from error
 
 
+def steps(folder: str | Path) -> list[int]:
+    """Rounds of all that is named as a checkpoint is, whole or not, newest first."""
+    names = [path.name for path in Path(folder).iterdir()] if Path(folder).is_dir() else []
+    return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
+
+
 def whole(folder: str | Path) -> Iterator[Checkpoint]:
     """The checkpoints that are as they were written, newest first; warns of each that is not, by name."""
-    for step in _steps(folder):
+    for step in steps(folder):
         path = Path(folder) / str(step)
         try:
             yield _verified(path, step)
@@ -151,16 +157,10 @@ class _checkpointer(ocp.StandardCheckpointer):
             logging.set_verbosity(self._verbosity)
 
 
-def _steps(folder: str | Path) -> list[int]:
-    """Rounds of all that is named as a checkpoint is, whole or not, newest first."""
-    names = [path.name for path in Path(folder).iterdir()] if Path(folder).is_dir() else []
-    return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
-
-
 def _clear(folder: Path, step: int) -> None:
     """Remove what is older than the last two, what a damaged run held beyond, and what a kill left half written."""
-    past = [number for number in _steps(folder) if number <= step][_KEPT:]
-    beyond = [number for number in _steps(folder) if number > step]
+    past = [number for number in steps(folder) if number <= step][_KEPT:]
+    beyond = [number for number in steps(folder) if number > step]
     for path in [*(folder / str(number) for number in (*past, *beyond)), *folder.glob(".*.partial-*")]:
         remove(path)
 
@@ -170,7 +170,7 @@ def _verified(path: Path, step: int) -> Checkpoint:
     try:
         found = json.loads((path / _HASHES).read_text(encoding="utf-8"))
         log, files = str(found["log"]), dict(found["files"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{_HASHES} is not what was written") from error
     there = _hashes(path)
     for name in sorted(files.keys() | there.keys()):

@@ -35,11 +35,24 @@ def check_can_hold_files(path: str | Path) -> None:
       ValueError: what is there, or the nearest above it, is no folder or cannot be written to.
     """
     folder = Path(path).absolute()
-    there = next(place for place in (folder, *folder.parents) if place.exists())
+    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise ValueError(
             f"{path} must be a folder to write to, got {there}, no folder or one that cannot be written to"
         )
+
+
+def check_can_become_folder(path: str | Path) -> None:
+    """Refuse a place that `atomic_folder` could not give to a new folder.
+
+    Raises:
+      ValueError: as of `check_can_hold_files`, or an empty folder is there that cannot be replaced: it is a mount
+        point, or the one above it cannot be written to.
+    """
+    target = _resolved(path)
+    check_can_hold_files(target)
+    if target.exists() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK)):
+        raise ValueError(f"{path} must be a new folder or one that can be replaced, got {target}; choose one below it")
 
 
 @contextlib.contextmanager
@@ -49,7 +62,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     Raises:
       ValueError: `path` is in use, or cannot be written.
     """
-    target = Path(path).absolute()
+    target = _resolved(path)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{path} must be a new or an empty folder, got one in use")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
@@ -61,3 +74,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise ValueError(f"{path} must be a folder that can be written, got {error.strerror}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _resolved(path: str | Path) -> Path:
+    """What a link names, which no folder can take the place of."""
+    return Path(os.path.realpath(path))

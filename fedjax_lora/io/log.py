@@ -10,40 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from fedjax_lora.base import FedState, Metrics
 from fedjax_lora.io import checkpoint, sealed
-from fedjax_lora.io.files import atomic_folder, check_can_hold_files, write_atomically
+from fedjax_lora.io.files import atomic_folder, check_can_become_folder, write_atomically
+from fedjax_lora.io.run_files import (
+    CONFIG,
+    DATA,
+    FIELDS,
+    METRICS,
+    SUMMARY,
+    check_config,
+    check_log,
+    flatten,
+    log_sha256,
+    read_config,
+    read_data,
+    read_metrics,
+    read_summary,
+    whole_lines,
+)
 from fedjax_lora.io.summary import summarize, troubles
-from fedjax_lora.reading import RunWarning
+from fedjax_lora.reading import RunWarning, parse_value
 from fedjax_lora.sim.optimizers import OptimizerConfig, depends_on_rounds
-
-FIELDS = {
-    "round": "round",
-    "train_loss": "train_loss",
-    "eval_loss": "eval_loss",
-    "eval_accuracy": "eval_accuracy",
-    "personal_accuracy": "personal_accuracy",
-    "latency_s": "latency_s",
-    "cumulative_latency_s": "elapsed_s",
-    "uplink_bits": "uplink_bits",
-    "downlink_bits": "downlink_bits",
-    "energy_j": "energy_j",
-    "queue_s": "queue_s",
-    "energy_queue_j": "energy_queue_j",
-    "keep_ratio_mean": "keep_ratio_mean",
-    "kept_ranks_mean": "kept_ranks_mean",
-    "participants": "participants",
-    "outages": "outages",
-    "nonfinite_clients": "nonfinite_clients",
-    "sparsification_error": "sparsification_error",
-    "covariance_error": "covariance_error",
-    "orthogonality": "orthogonality",
-    "dropped_energy": "dropped_energy",
-    "tail_energy": "tail_energy",
-}
-"""Field of a line of `metrics.jsonl` -> attribute of `Metrics`, in the order of the line."""
 
 RUN_FIELDS = (
     "initial_accuracy",
@@ -60,8 +49,6 @@ RUN_FIELDS = (
     "bound_effects",
 )
 """What `write_summary` is told; the rest of `summary.json` is computed from `metrics.jsonl`."""
-
-_CONFIG, _DATA, _METRICS, _SUMMARY = "config.yaml", "data.json", "metrics.jsonl", "summary.json"
 
 
 class RunFolder:
@@ -92,11 +79,11 @@ class RunFolder:
           ValueError: it holds a run already, is a file or a folder that is not empty, or cannot be made.
         """
         path = self.path
-        if (path / _CONFIG).exists():
+        if (path / CONFIG).exists():
             raise ValueError(f"{path} already holds a run: continue it with --resume, or choose another --out")
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise ValueError(f"{path} must be a new or an empty folder to start a run in, got one in use")
-        check_can_hold_files(path)
+        check_can_become_folder(path)
 
     def check_configuration(self, config_text: str) -> None:
         """Refuse to resume with a configuration that is not the run's.
@@ -109,11 +96,11 @@ class RunFolder:
         check_config(self.path)
         before, now = (
             {section: value for section, value in config.items() if section != "plan"}
-            for config in (read_config(self.path), yaml.safe_load(config_text))
+            for config in (read_config(self.path), parse_value(config_text, "configuration"))
         )
         if may_extend(before, now):
             before["rounds"] = now["rounds"]
-        _check_same(before, now, self.path / _CONFIG)
+        _check_same(before, now, self.path / CONFIG)
 
     @classmethod
     def create(cls, path: str | Path, config_text: str, data: Mapping[str, Any]) -> "RunFolder":
@@ -131,9 +118,9 @@ class RunFolder:
         run.check_free()
         with atomic_folder(path) as partial:
             (partial / "checkpoints").mkdir()
-            (partial / _CONFIG).write_text(config_text, encoding="utf-8")
-            sealed.write(partial / _DATA, {**data, "config_sha256": [_sha256(config_text)]})
-            (partial / _METRICS).touch()
+            (partial / CONFIG).write_text(config_text, encoding="utf-8")
+            sealed.write(partial / DATA, {**data, "config_sha256": [_sha256(config_text)]})
+            (partial / METRICS).touch()
         return run
 
     def check_data(self, data: Mapping[str, Any]) -> None:
@@ -143,20 +130,20 @@ class RunFolder:
           ValueError: names the first key of `data` that differs.
         """
         before = read_data(self.path)
-        _check_same({"data": {key: before.get(key) for key in data}}, {"data": data}, self.path / _DATA)
+        _check_same({"data": {key: before.get(key) for key in data}}, {"data": data}, self.path / DATA)
 
     def reopen(self, rounds: int, config_text: str) -> None:
         """Go on after so many rounds, with a configuration that `check_configuration` allows.
 
         Every line after them is dropped, and a last line that a kill has torn; the run has not ended any more.
         """
-        (self.path / _SUMMARY).unlink(missing_ok=True)
-        os.truncate(self.path / _METRICS, sum(map(len, _whole_lines(self.path)[:rounds])))
-        if may_extend(read_config(self.path), yaml.safe_load(config_text)):
+        (self.path / SUMMARY).unlink(missing_ok=True)
+        os.truncate(self.path / METRICS, sum(map(len, whole_lines(self.path)[:rounds])))
+        if may_extend(read_config(self.path), parse_value(config_text, "configuration")):
             held = {key: value for key, value in read_data(self.path).items() if key != "sha256"}
             known = [*held["config_sha256"], _sha256(config_text)]  # first: a kill leaves either one
-            sealed.write(self.path / _DATA, held | {"config_sha256": known})
-            write_atomically(self.path / _CONFIG, config_text)
+            sealed.write(self.path / DATA, held | {"config_sha256": known})
+            write_atomically(self.path / CONFIG, config_text)
 
     def last_checkpoint(self) -> checkpoint.Checkpoint | None:
         """The newest checkpoint that is whole and whose rounds the log holds as they were; None where there is none.
@@ -167,10 +154,10 @@ class RunFolder:
           ValueError: there is no log.
         """
         for found in checkpoint.whole(self.checkpoints):
-            if _log_sha256(self.path, found.step) == found.log_sha256:
+            if log_sha256(self.path, found.step) == found.log_sha256:
                 return found
             warnings.warn(
-                f"checkpoint {found.path} is passed over: {self.path / _METRICS} does not hold its rounds as they were",
+                f"checkpoint {found.path} is passed over: {self.path / METRICS} does not hold its rounds as they were",
                 RunWarning,
                 stacklevel=2,
             )
@@ -182,12 +169,12 @@ class RunFolder:
         Raises:
           ValueError: it cannot be written.
         """
-        checkpoint.save(self.checkpoints, state, _log_sha256(self.path, int(state.round)) or "")
+        checkpoint.save(self.checkpoints, state, log_sha256(self.path, int(state.round)) or "")
 
     def append(self, metrics: Metrics) -> list[dict[str, Any]]:
         """Add one line for each of the stacked rounds of `metrics`, leaves `[rounds, ...]`; returns the lines."""
         lines = list(_lines(metrics))
-        with (self.path / _METRICS).open("a", encoding="utf-8") as file:
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
@@ -206,8 +193,8 @@ class RunFolder:
         lines = read_metrics(self.path)
         summary = {"initial_accuracy": told["initial_accuracy"], **summarize(lines, told["latency_budget_s"]), **told}
         summary["warnings"] = troubles(lines, summary)
-        summary["metrics_sha256"] = _log_sha256(self.path, len(lines))
-        return sealed.write(self.path / _SUMMARY, summary)
+        summary["metrics_sha256"] = log_sha256(self.path, len(lines))
+        return sealed.write(self.path / SUMMARY, summary)
 
     def ended(self) -> dict[str, Any] | None:
         """The summary of a run that has ended; None where it has not, or where summary or log were damaged since.
@@ -232,122 +219,8 @@ def may_extend(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return not depends_on_rounds(OptimizerConfig(**now["local"]["optimizer"]))
 
 
-def is_run(folder: str | Path) -> bool:
-    """Whether a folder is that of a run, ended or not."""
-    return (Path(folder) / _CONFIG).is_file()
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The resolved configuration of a run.
-
-    Raises:
-      ValueError: the folder holds no run.
-    """
-    path = Path(folder) / _CONFIG
-    if not path.is_file():
-        raise ValueError(f"{folder} must be the folder of a run, got no {_CONFIG} in it")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        config = None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must be the YAML of a configuration, got something else")
-    return config
-
-
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The rounds that the log of a run holds, oldest first; a last line without its newline does not count.
-
-    Raises:
-      ValueError: there is no log, or a line is not the JSON object of the round that follows the line before.
-    """
-    metrics = []
-    for number, line in enumerate(_whole_lines(folder), start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or record.get("round") != number:
-            raise ValueError(
-                f"{Path(folder) / _METRICS} line {number} must be the JSON object of round {number}, got {line[:40]!r}"
-            )
-        metrics.append(record)
-    return metrics
-
-
-def _whole_lines(folder: str | Path) -> list[bytes]:
-    """Lines of a run's log, but for a last one without its newline."""
-    path = Path(folder) / _METRICS
-    if not path.is_file():
-        raise ValueError(f"{folder} must be the folder of a run, got no {_METRICS} in it")
-    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-
-
-def check_config(folder: str | Path) -> None:
-    """Refuse a `config.yaml` that is not the one that the run was started with, or continued with since.
-
-    Raises:
-      ValueError: it was changed, or is missing, as `data.json` may be.
-    """
-    path = Path(folder) / _CONFIG
-    if not path.is_file():
-        raise ValueError(f"{folder} must be the folder of a run, got no {_CONFIG} in it")
-    if hashlib.sha256(path.read_bytes()).hexdigest() not in read_data(folder).get("config_sha256", []):
-        raise ValueError(f"{path} must be as it was when the run was started, got one that was changed")
-
-
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def check_log(folder: str | Path, summary: Mapping[str, Any]) -> None:
-    """Refuse a log that is not the one that a summary was made of.
-
-    Raises:
-      ValueError: a line has changed or is missing.
-    """
-    if _log_sha256(folder, summary["rounds"]) != summary["metrics_sha256"]:
-        raise ValueError(f"{Path(folder) / _METRICS} must be as it was when the run ended, got one that was changed")
-
-
-def _log_sha256(folder: str | Path, rounds: int) -> str | None:
-    """Hash of the first lines of a log; None where it holds fewer."""
-    lines = _whole_lines(folder)
-    return hashlib.sha256(b"".join(lines[:rounds])).hexdigest() if len(lines) >= rounds else None
-
-
-def read_data(folder: str | Path) -> dict[str, Any]:
-    """What a run was started with: `data.json`.
-
-    `examples_hash`, `partition_hash`, `base_hash`, `model_config_hash`, `tokenizer_hash`: of the data and of the model.
-    `class_names`: of the columns of the task head. `started`: when, ISO 8601. `commit`: of the Git repository that the
-    run was started in, or null. `config_sha256`: of each `config.yaml` that
-    the run has had.
-
-    Raises:
-      ValueError: it is missing, or was changed since.
-    """
-    found = sealed.read(Path(folder) / _DATA)
-    if found is None:
-        raise ValueError(f"{folder} must be the folder of a run, got no {_DATA} in it")
-    return found
-
-
-def read_summary(folder: str | Path) -> dict[str, Any] | None:
-    """The summary of a run; None as long as the run has not ended.
-
-    Raises:
-      ValueError: it was changed since.
-    """
-    return sealed.read(Path(folder) / _SUMMARY)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

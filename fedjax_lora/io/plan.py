@@ -13,7 +13,7 @@ from fedjax_lora.config import ConfigError, ExperimentConfig, to_dict
 from fedjax_lora.control import bound
 from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.io.files import write_atomically
-from fedjax_lora.io.log import flatten
+from fedjax_lora.io.run_files import flatten
 
 NAME = "plan.json"
 
@@ -78,7 +78,7 @@ def read_plan(path: str | Path) -> Plan:
             raise ValueError(f"factors {plan.factors!r}, which are not one in [0, 1] for each round")
     except OSError as error:
         raise ConfigError(f"plan {path} must be a readable file, got {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, StopIteration) as error:
+    except (ValueError, TypeError, KeyError, StopIteration, ArithmeticError, RecursionError) as error:
         reason = f"{type(error).__name__} {error}"
         raise ConfigError(f"plan {path} must be what `fedjax-lora plan` wrote, got {reason}") from error
     return plan

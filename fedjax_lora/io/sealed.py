@@ -22,16 +22,20 @@ def read(path: Path) -> dict[str, Any] | None:
     """What `write` wrote; None where there is no file.
 
     Raises:
-      ValueError: the file was changed or damaged since.
+      ValueError: the file was changed or damaged since, or written by a version that did not seal it.
     """
     if not path.is_file():
         return None
+    changed = f"{path} must be as it was written, got a file that was changed or damaged since"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        if fields.get(_SEAL) != _digest({name: value for name, value in fields.items() if name != _SEAL}):
-            raise ValueError("another content")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} must be as it was written, got a file that was changed or damaged since") from error
+        digest = _digest({name: value for name, value in fields.items() if name != _SEAL})
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(changed) from error
+    if _SEAL not in fields:
+        raise ValueError(f"{path} must hold the {_SEAL} of its content, got a file written by an older version")
+    if fields[_SEAL] != digest:
+        raise ValueError(changed)
     return fields
 
 

@@ -149,24 +149,26 @@ def load(
         return unflatten_dict({path: _leaf(weight, leaves[path], read) for path, weight in weight_map.items()}, sep="/")
 
 
-def save(path: Path, tree: Base) -> None:
+def save(path: Path, tree: Base, metadata: Mapping[str, str]) -> None:
     """Write nested dictionaries of arrays as one safetensors file, so that `restore` gives them back.
 
     A reader never sees half a file: it is written under another name and then renamed.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    save_file({name: np.asarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}, partial)
+    leaves = {name: np.asarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
+    save_file(leaves, partial, dict(metadata))
     partial.replace(path)
 
 
-def restore(path: Path) -> Base:
-    """What `save` wrote.
+def restore(path: Path) -> tuple[Base, dict[str, str]]:
+    """The tree and the metadata that `save` wrote.
 
     Raises:
-      ValueError: for a missing or damaged file.
+      ValueError: for a missing file, or one whose damage the format tells; a change of values it does not.
     """
     with _open(path) as handle:
-        return unflatten_dict({name: jnp.asarray(handle.get_tensor(name)) for name in handle.keys()}, sep="/")  # noqa: SIM118
+        tree = {name: jnp.asarray(handle.get_tensor(name)) for name in handle.keys()}  # noqa: SIM118
+        return unflatten_dict(tree, sep="/"), handle.metadata() or {}
 
 
 def _open(file: Path) -> Any:

@@ -1,11 +1,24 @@
 """What a report knows of a run: its logs, and nothing else."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedjax_lora.io.log import check_config, check_log, flatten, is_run, read_config, read_metrics, read_summary
+from fedjax_lora.io import checkpoint
+from fedjax_lora.io.log import RunFolder
+from fedjax_lora.io.run_files import (
+    check_config,
+    check_log,
+    flatten,
+    is_run,
+    read_config,
+    read_metrics,
+    read_summary,
+    whole_lines,
+)
 from fedjax_lora.io.summary import summarize, troubles
+from fedjax_lora.reading import RunWarning
 from fedjax_lora.report.formats import last_name, option, setting
 
 _LONGEST_LABEL = 48  # characters
@@ -32,8 +45,11 @@ class Run(NamedTuple):
 def load_runs(folders: Iterable[str | Path]) -> list[Run]:
     """The runs of some folders, in their order; a folder of runs, as a sweep's, stands for them all, by name.
 
+    Of a folder of runs, what is hidden is passed over, and, with a warning, a run without a finished round.
+
     Raises:
-      ValueError: no folder is given, or one is no run's and holds none, or has no round in its log.
+      ValueError: no folder is given, or one is no run's and holds none, or has no round in its log; a log was changed
+        or damaged.
     """
     paths = [path for folder in folders for path in _runs_in(Path(folder))]
     if not paths:
@@ -67,8 +83,16 @@ def _part(key: str, value: Any) -> str:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    held = [] if is_run(folder) else sorted(path for path in folder.glob("*") if is_run(path))
-    return held or [folder]
+    if is_run(folder):
+        return [folder]
+    held = sorted(path for path in folder.glob("[!.]*") if is_run(path))
+    begun = [path for path in held if whole_lines(path)]
+    if held and not begun:
+        raise ValueError(f"{folder} must hold a run with at least one finished round, got {len(held)} without")
+    for path in held:
+        if path not in begun:
+            warnings.warn(f"{path} is left out: the run has no finished round", RunWarning, stacklevel=4)
+    return begun or [folder]
 
 
 def _load(path: Path, name: str) -> Run:
@@ -78,9 +102,17 @@ def _load(path: Path, name: str) -> Run:
         raise ValueError(f"{path} must hold the metrics of at least one round, got none")
     summary = read_summary(path)
     if summary is None:
+        _check_saved(path)
         budget_s = config.get(BUDGET)
         summary = summarize(metrics, budget_s) | {"latency_budget_s": budget_s}
         summary["warnings"] = troubles(metrics, summary)
     else:
         check_log(path, summary)
     return Run(name, config, metrics, summary, path)
+
+
+def _check_saved(path: Path) -> None:
+    """Refuse the log of a run that has not ended where no checkpoint tells that its rounds are as they were."""
+    folder = RunFolder(path)
+    if checkpoint.steps(folder.checkpoints) and folder.last_checkpoint() is None:
+        raise ValueError(f"{path} must hold the log that its checkpoints were written with, got one that was changed")

@@ -14,6 +14,7 @@ from jax import Array, lax
 
 from fedjax_lora import trees
 from fedjax_lora.base import Adapters, Base
+from fedjax_lora.data import tokens
 from fedjax_lora.data.batches import gather
 from fedjax_lora.data.cache import cache_folder
 from fedjax_lora.models import safetensors
@@ -104,13 +105,20 @@ def pretrained(
     text = f"{_FORMAT} {fingerprint} {config} {shapes}"
     path = cache_folder() / f"pretrained-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
     if path.is_file():
-        with contextlib.suppress(ValueError, KeyError):  # damaged: train again and replace it
-            kept = safetensors.restore(path)
-            return kept["base"], kept["head"]
+        with contextlib.suppress(ValueError):  # damaged: train again and replace it
+            kept, metadata = safetensors.restore(path)
+            if metadata.get("sha256") == _digest(kept):
+                return kept["base"], kept["head"]
     base, head = pretrain(model, {name: jnp.asarray(leaf) for name, leaf in pool.items()}, config, jax.random.key(0))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.save(path, {"base": base, "head": head})
+        kept = {"base": base, "head": head}
+        safetensors.save(path, kept, {"sha256": _digest(kept)})
     except OSError as error:  # a read-only home should cost time, not the run
         warnings.warn(f"pretrained weights are not cached, {path.parent}: {error.strerror}", stacklevel=2)
     return base, head
+
+
+def _digest(tree: Base) -> str:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return tokens.digest({jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})

@@ -148,7 +148,11 @@ def test_sentence_may_hold_tabs_and_odd_line_breaks(files):
                 TEST,
                 rf"^data\.train .*train\.tsv, line 1: must be sentence<TAB>label, got the header .*{last}'$",
             )
-            for header, last in (("label\tsentence", "sentence"), ("idx\tSentence\tLabel", "Label"))
+            for header, last in (
+                ("label\tsentence", "sentence"),
+                ("idx\tSentence\tLabel", "Label"),
+                ("number\tquestion\tlabel", "label"),
+            )
         ],
         (
             "text\tlabel\n",
@@ -186,6 +190,14 @@ def test_a_bad_file_is_one_line_that_says_where(files, train, test, message):
         " text \tclass\r",
         "\ufeffcontent\ttarget",
         "\ntext\tlabels",
+        "headline\tlabel",
+        "question\tlabel",
+        "utterance\tintent",
+        "sentence\tscore",
+        '"text"\t"label"',
+        "#text\tlabel",
+        "'# whatever it is'\tClass",
+        "title\tlabel",
     ],
 )
 def test_a_known_header_is_skipped_invariance(files, header):
@@ -195,11 +207,27 @@ def test_a_known_header_is_skipped_invariance(files, header):
     assert load(files(TRAIN, f"{header}\n{TEST}"), make_tokenizer()).fingerprint == plain
 
 
-@pytest.mark.parametrize("line", ["a long text\tlabel", "text\tpos", "label\ttarget", "good film\tclass"])
-def test_a_first_line_that_only_resembles_a_header_is_an_example_count(files, line):
-    examples = load(files(f"{line}\n{TRAIN}"), make_tokenizer())
-    assert len(examples.train["label"]) == 4
+@pytest.mark.parametrize(
+    ("line", "more"),
+    [("text\tpos", ""), ("text\tmeh", ""), ("good film\tclass", "bad\tclass\n"), ("a long text\tlabel", "so\tLabel\n")],
+)
+def test_a_first_line_that_only_resembles_a_header_is_an_example_count(files, line, more):
+    """A label that stands elsewhere, or is no name of a column."""
+    examples = load(files(f"{line}\n{TRAIN}{more}"), make_tokenizer())
+    assert len(examples.train["label"]) == 4 + len(more.splitlines())
     assert examples.class_names[examples.train["label"][0]] == line.split("\t")[1]
+
+
+@pytest.mark.parametrize("header", ["headline\tverdict", "good film\tis it good?", "id\theadline\tverdict"])
+def test_the_only_label_that_is_no_integer_may_be_a_header_and_is_refused(files, header):
+    """By hand; where another line has such a label too, or the first has an integer, it is an example."""
+    numbered = TRAIN.replace("pos", "1").replace("neg", "-1")
+    for given in (files(f"{header}\n{numbered}"), files(numbered, f"{header}\nbad\t1\n")):
+        with pytest.raises(ValueError, match=r"line 1: must have an integer .* looks like a header: remove it$"):
+            load(given, make_tokenizer())
+    label = header.split("\t")[-1]
+    for text, count in ((f"{header}\n{numbered}so\t{label}\n", 5), (f"so\t7\n{numbered}", 4)):
+        assert len(load(files(text, "bad\t1"), make_tokenizer()).train["label"]) == count
 
 
 @pytest.mark.parametrize(
@@ -300,27 +328,62 @@ def test_cache_tells_settings_of_a_tokenizer_apart(files, tmp_path):
     assert second.fingerprint == load(files(), cut[1]).fingerprint != first.fingerprint
 
 
+def reformatted(folder):
+    """The tokenizer of a folder, its files written in another manner."""
+    for path in folder.glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()), indent=7, sort_keys=True) + "\n\n")
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def lower_casing(folder):
+    """The tokenizer of a folder, which does not tell capitals from small letters any more."""
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "Lowercase"}}))
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
 def test_tokenizer_hash_is_of_all_that_decides_tokens_and_of_nothing_else(tmp_path):
-    """Counting: equal for copies of a folder and after use, another for each change."""
+    """Counting: equal for copies of a folder, after use and however it is written, another for each change."""
     plain = saved(tmp_path / "plain")
     plain(["good"], truncation=True, max_length=3, padding="max_length")
-    assert tokenizer_hash(saved(tmp_path / "copy")) == tokenizer_hash(plain)
-    added, in_memory = saved(tmp_path / "added"), make_tokenizer()
+    saved(tmp_path / "written")
+    for same in (
+        saved(tmp_path / "copy"),
+        saved(tmp_path / "chat", chat_template="{{ messages }}", do_lower_case=True),
+        reformatted(tmp_path / "written"),
+    ):
+        assert tokenizer_hash(same) == tokenizer_hash(plain)
+    added = saved(tmp_path / "added")
     added.add_tokens(["dull"])
+    saved(tmp_path / "lower")
     changed = [
         added,
-        in_memory,
+        lower_casing(tmp_path / "lower"),
         make_tokenizer(padding_side="left"),
         make_tokenizer(pad_token=None),
         make_tokenizer(words=[*WORDS, "dull"]),
         *[
             saved(tmp_path / str(i), **settings)
             for i, settings in enumerate(
-                [{"truncation_side": "left"}, {"model_max_length": 5}, {"do_lower_case": True}, {"cls_token": "[CLS]"}]
+                [
+                    {"truncation_side": "left"},
+                    {"model_max_length": 5},
+                    {"cls_token": "[CLS]"},
+                    {"split_special_tokens": True},
+                ]
             )
         ],
     ]
     assert len({tokenizer_hash(tokenizer) for tokenizer in [plain, *changed]}) == 1 + len(changed)
+
+
+def test_cache_misses_on_any_change_of_a_folder_which_costs_time_alone(files, tmp_path):
+    """Counting: the files of the cache."""
+    for folder, change in (("model", lambda folder: None), ("copy", lambda folder: None), ("other", reformatted)):
+        tokenizer = saved(tmp_path / folder)
+        change(tmp_path / folder)
+        load(files(), tokenizer, "words", tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])

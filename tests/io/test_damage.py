@@ -10,7 +10,7 @@ from rich.console import Console
 
 import toy
 from fedjax_lora import runner
-from fedjax_lora.io.log import read_metrics, read_summary
+from fedjax_lora.io.run_files import read_metrics, read_summary
 from fedjax_lora.report.runs import load_runs
 
 CONSOLE = Console(quiet=True)

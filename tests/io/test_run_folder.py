@@ -12,7 +12,16 @@ import yaml
 
 from fedjax_lora.base import Metrics
 from fedjax_lora.io.files import write_atomically
-from fedjax_lora.io.log import FIELDS, RunFolder, flatten, may_extend, read_config, read_metrics, read_summary
+from fedjax_lora.io.log import RunFolder, may_extend
+from fedjax_lora.io.run_files import (
+    FIELDS,
+    flatten,
+    read_config,
+    read_data,
+    read_metrics,
+    read_summary,
+    whole_lines,
+)
 
 DATA = {"examples_hash": "ab", "partition_hash": "cd"}
 CONFIG = "seed: 0\nlora:\n  rank: 8\n  targets:\n  - query\n"
@@ -222,6 +231,99 @@ def test_a_damaged_log_is_an_error_that_names_the_line(run):
         path.write_text("".join(damaged))
         with pytest.raises(ValueError, match="line 1 must be the JSON object of round 1"):
             read_metrics(run.path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ('"uplink_bits"', '"uplink_bitr"', "must hold 22 fields, of a round and no others, got .*uplink_bit"),
+        ('"eval_loss": 1.1, ', "", "must hold 22 fields, .* got no 'eval_loss'"),
+        ('"eval_loss": 1.1', '"eval_loss": "1.1"', "must hold a number or null as 'eval_loss', got '1.1'"),
+        ('"eval_loss": 1.1', '"eval_loss": true', "a number or null as 'eval_loss', got 'True'"),
+        ('"eval_loss": 1.1', '"eval_loss": [1.1]', "a number or null as 'eval_loss'"),
+        ('"eval_loss": 1.1', '"eval_loss": NaN', "a number or null as 'eval_loss'"),
+        ('"eval_loss": 1.1', '"eval_loss": 1e999', "a number or null as 'eval_loss'"),
+        ('"participants": 4', '"participants": null', "must hold a whole number as 'participants', got 'None'"),
+        ('"participants": 4', '"participants": 4.5', "a whole number as 'participants', got '4.5'"),
+        ('"participants": 4', '"participants": -4', "a whole number as 'participants', got '-4'"),
+        ('"tail_energy": [', '"tail_energy": ["", ', "must hold a list of numbers as 'tail_energy'"),
+        ('"tail_energy": [', '"tail_energy": [[], ', "a list of numbers as 'tail_energy'"),
+        ('"round": 2', '"round": 3', "must be the JSON object of round 2"),
+        ('"round": 2', '"round": ' + "[" * 100_000, "must be the JSON object of round 2"),
+    ],
+)
+def test_a_line_that_is_no_rounds_is_one_line_that_names_it_oracle_by_hand(run, old, new, reason):
+    run.append(make_metrics())
+    path = run.path / "metrics.jsonl"
+    first, second, third = path.read_text().splitlines(keepends=True)
+    assert second.count(old) == 1
+    path.write_bytes("".join([first, second.replace(old, new), third]).encode())
+    with pytest.raises(ValueError, match=rf"^{path} line 2 .*{reason}") as caught:
+        read_metrics(run.path)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_a_newline_ends_a_line_and_junk_is_not_dropped_oracle_the_bytes(run):
+    run.append(make_metrics(rounds=1))
+    path = run.path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b"junk\r{}\n")
+    assert b"".join(whole_lines(run.path)) == path.read_bytes()
+    with pytest.raises(ValueError, match="line 2 must be the JSON object of round 2"):
+        read_metrics(run.path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000, "changed or damaged"),
+        ('{"a": ' * 100_000, "changed or damaged"),
+        ('{"a": 1, "sha256": "ab"}', "changed or damaged"),
+        ('{"a": 1}', "hold the sha256 of its content, got a file written by an older version"),
+    ],
+)
+def test_a_file_without_the_seal_of_its_content_is_one_line_oracle_by_hand(run, text, reason):
+    (run.path / "data.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"data\.json must .*{reason}") as caught:
+        read_data(run.path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: !!timestamp x", "line 1 must be valid YAML"),
+        ("a: 1\na: 2", "line 2 must be valid YAML, got key 'a' twice"),
+        ("a: " + "9" * 5000, "must be valid YAML"),
+        ("[1]", "must be a mapping"),
+        ("", "empty"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_names_its_file_in_one_line(run, text, reason):
+    (run.path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"^configuration {run.path}/config\.yaml .*{reason}") as caught:
+        read_config(run.path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_is_read_as_everywhere_else_oracle_yaml_1_2(run):
+    (run.path / "config.yaml").write_text("rounds: 010\nname: no\n")
+    assert read_config(run.path) == {"rounds": 10, "name": "no"}
+
+
+def test_a_run_goes_where_a_link_points_and_not_in_place_of_a_mount(tmp_path, monkeypatch):
+    """Invariance: the folder is the one that was linked, and the link stays; a mount point by its definition."""
+    (tmp_path / "there").mkdir()
+    for link, target in (("link", "there"), ("dangling", "new"), ("loop", "loop")):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    for link, target in (("link", "there"), ("dangling", "new")):
+        RunFolder.create(tmp_path / link, CONFIG, DATA)
+        assert (tmp_path / link).is_symlink() and (tmp_path / target / "config.yaml").read_text() == CONFIG
+    (tmp_path / "mount").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "mount"))
+    for name, reason in (("mount", "one that can be replaced"), ("loop", "a folder to write to")):
+        with pytest.raises(ValueError, match=rf"{name} must be .*{reason}"):
+            RunFolder.create(tmp_path / name, CONFIG, DATA)
+    RunFolder.create(tmp_path / "mount" / "run", CONFIG, DATA)
 
 
 def test_summary_adds_up_the_log_oracle_python_loop(run):

@@ -5,7 +5,8 @@ import json
 import yaml
 
 from fedjax_lora.io import sealed
-from fedjax_lora.io.log import FIELDS, RunFolder
+from fedjax_lora.io.log import RunFolder
+from fedjax_lora.io.run_files import FIELDS
 
 ROUNDS = 6
 
@@ -22,6 +23,7 @@ def write_run(folder, config=None, ended=True, summary=None, **columns):
                 "nonfinite_clients": 0,
                 "outages": 0,
                 "uplink_bits": 10**9 + i,
+                "tail_energy": [0.5, None, 0.0],
             }
             line |= {"downlink_bits": 7, "latency_s": 1.5, "cumulative_latency_s": 1.5 * (i + 1)}
             line |= {"eval_accuracy": (i + 1) / 7 if i % 2 else None, "eval_loss": 0.25 if i % 2 else None}

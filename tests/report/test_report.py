@@ -1,5 +1,6 @@
 """Reports and tables: the log's own values, whatever is missing in it. The oracle is the log that was written."""
 
+import hashlib
 import json
 from xml.etree import ElementTree
 
@@ -7,6 +8,7 @@ import pytest
 
 from fedjax_lora.cli import main
 from fedjax_lora.io.log import RunFolder
+from fedjax_lora.reading import RunWarning
 from fedjax_lora.report import drawing
 from fedjax_lora.report.formats import MISSING
 from fedjax_lora.report.html import check_replaceable, write_report
@@ -140,19 +142,6 @@ def test_values_that_are_missing_leave_a_note_where_nothing_is_left_to_draw(tmp_
     assert note is None or any(note in text for text in page.notes)
 
 
-def test_a_log_without_the_energy_is_reported_without_it(tmp_path):
-    """Oracle: the report of the same log with nulls."""
-    path = write_run(tmp_path / "run", ended=False)
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    pages = []
-    for energy in ({"dropped_energy": None}, {}):
-        kept = [{key: value for key, value in line.items() if key != "dropped_energy"} | energy for line in lines]
-        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-        write_report([path], tmp_path / "report.html")
-        pages.append((tmp_path / "report.html").read_text())
-    assert pages[0] == pages[1]
-
-
 def test_a_run_that_has_not_ended_is_told_by_its_metrics(tmp_path):
     path = write_run(tmp_path / "run", ended=False)
     rows = dict(summary_rows(load_runs([path])))
@@ -274,6 +263,55 @@ def test_a_log_that_changed_since_the_run_ended_is_one_line(tmp_path):
     (path / "metrics.jsonl").write_text(log.replace("0.25", "0.75", 1))
     with pytest.raises(ValueError, match=r"metrics\.jsonl must be as it was when the run ended"):
         load_runs([path])
+
+
+def save_at(run, step, rounds=None):
+    """A checkpoint of no files, as it would be of the log of so many rounds."""
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    held = hashlib.sha256(b"".join(lines[: rounds or step])).hexdigest()
+    (run / "checkpoints" / str(step)).mkdir()
+    (run / "checkpoints" / str(step) / "sha256.json").write_text(json.dumps({"log": held, "files": {}}))
+
+
+def flip_digit(run, line):
+    """One bit of the latency."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    lines[line - 1] = lines[line - 1].replace('"latency_s": 1.5', '"latency_s": 1.4')
+    (run / "metrics.jsonl").write_text("".join(lines))
+
+
+def test_the_log_of_a_run_that_has_not_ended_is_that_of_its_checkpoints_oracle_the_log_as_saved(tmp_path):
+    """What no checkpoint was written with is told as it is; so is a whole log."""
+    run = write_run(tmp_path / "run", ended=False)
+    save_at(run, 2)
+    save_at(run, 4)
+    for line in (None, 6):
+        if line:
+            flip_digit(run, line)
+        assert len(load_runs([run])[0].metrics) == ROUNDS
+    flip_digit(run, 4)
+    with pytest.warns(RunWarning, match="4 is passed over: .*metrics.jsonl does not hold its rounds as they were"):
+        load_runs([run])
+    flip_digit(run, 1)
+    with (
+        pytest.warns(RunWarning),
+        pytest.raises(ValueError, match="run must hold the log that its checkpoints") as error,
+    ):
+        load_runs([run])
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_runs_is_told_by_those_that_have_begun_and_are_not_hidden(tmp_path):
+    """Oracle: the names of the folders."""
+    for name in ("a", "b", ".a.partial-1"):
+        write_run(tmp_path / "sweep" / name)
+    empty = RunFolder.create(tmp_path / "sweep" / "c", "seed: 0", {}).path
+    (empty / "metrics.jsonl").write_text('{"round": 1, ')
+    with pytest.warns(RunWarning, match="c is left out: the run has no finished round"):
+        assert [run.name for run in load_runs([tmp_path / "sweep"])] == ["a", "b"]
+    RunFolder.create(tmp_path / "none" / "a", "seed: 0", {})
+    with pytest.raises(ValueError, match="none must hold a run with at least one finished round, got 1 without"):
+        load_runs([tmp_path / "none"])
 
 
 OURS = '<!DOCTYPE html>\n<html lang="en">\n<head>\n<title>a, b - fedjax-lora</title>\n</head>\n'

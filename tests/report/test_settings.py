@@ -1,10 +1,12 @@
 """What was run, in words; numbers, in one manner. The oracles are written by hand."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from fedjax_lora.config import ExperimentConfig, dump, load_config
-from fedjax_lora.io.log import flatten
+from fedjax_lora.io.run_files import flatten
 from fedjax_lora.presets import preset
 from fedjax_lora.report import formats
 from fedjax_lora.report.runs import Run, labels
@@ -15,7 +17,7 @@ TEXT = ["data={source: tsv, train: /d/train.tsv, test: d/test.tsv, max_length: 4
 
 def run_of(config, name="run"):
     """A run as its configuration alone tells it."""
-    return Run(name, flatten(yaml.safe_load(dump(config))), [], {})
+    return Run(name, flatten(yaml.safe_load(dump(config))), [], {}, Path(name))
 
 
 def test_the_heading_of_a_preset():
@@ -69,7 +71,7 @@ def test_nothing_differs_from_the_defaults_but_what_was_chosen():
     ],
 )
 def test_runs_go_by_what_differs_where_that_is_short_and_tells_them_apart(configs, expected):
-    assert labels([Run(f"run{i}", config, [], {}) for i, config in enumerate(configs)]) == expected
+    assert labels([Run(f"run{i}", config, [], {}, Path()) for i, config in enumerate(configs)]) == expected
 
 
 @pytest.mark.parametrize(

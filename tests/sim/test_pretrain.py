@@ -34,13 +34,28 @@ def test_weights_are_trained_once_and_read_back_bit_for_bit(setting, monkeypatch
         pretrained(model, public, config, "other data")
 
 
-def test_a_damaged_file_is_trained_anew(setting, tmp_path):
+def flip(content):
+    """One bit of the last weight: still a file of the format."""
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+def unsigned(content):
+    """As a file without a digest would be."""
+    return content.replace(b'"sha256"', b'"sha255"')
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:100], flip, unsigned], ids=["cut", "flip", "unsigned"])
+def test_a_damaged_file_is_trained_anew_and_replaced(setting, tmp_path, damage):
+    """Invariance: the weights and the file are those of before."""
     model, public = setting
     config = PretrainConfig(steps=2, batch_size=8)
     first = pretrained(model, public, config, "a")
     (path,) = (tmp_path / "cache").iterdir()
-    path.write_bytes(path.read_bytes()[:100])
+    before = path.read_bytes()
+    path.write_bytes(damage(before))
+    assert path.read_bytes() != before
     assert_equal(pretrained(model, public, config, "a"), first)
+    assert path.read_bytes() == before
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(setting, tmp_path, monkeypatch):
