@@ -216,7 +216,7 @@ def test_a_checkpoint_that_the_configuration_names_against_pytorch(folder):
     doubled_shards(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "model.safetensors.index.json"}))
-    assert_matches_pytorch(folder)
+    assert_matches_pytorch(folder, tolerance=1e-4)  # doubled weights: values of up to 5, and twice the rounding
     (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "../model.safetensors"}))
     with pytest.raises(ValueError, match=r"must hold ../model.safetensors, got .* without"):
         build(folder)
