@@ -125,7 +125,7 @@ def _build(config: ExperimentConfig) -> Simulation:
     hyper, local = _hyper(config), _filled(config.local, split)
     parts = _parts(config, local, model, like)
     batch_size, aggregator = config.engine.eval_batch_size, parts.aggregator
-    activations = activation_bytes(model, parts.sparsifier, aggregator, world, like, hyper, local.batch_size)
+    activations = _activation_bytes(config, parts, model, world, like, local.batch_size)
     parts = parts._replace(chunk=_chunk(config, parts, activations))
     personal = make_evaluate_personal(model, batch_size, len(examples.class_names), parts.mesh)
     initial = _initial(config, parts, initial_adapters, hyper)
@@ -317,6 +317,21 @@ def _client_ranks(config: ExperimentConfig) -> jax.Array:
     """`[K]`: the ranks that the clients are dealt in turn, or the one that all have."""
     dealt = config.lora.client_ranks or (config.lora.rank,)
     return jnp.float32(jnp.resize(jnp.array(dealt), (config.clients.count,)))
+
+
+_ACTIVATIONS: dict[Any, int] = {}
+"""Bytes of one client's activations by all that decides about them, which a sweep over other keys asks for each time."""
+
+
+def _activation_bytes(
+    config: ExperimentConfig, parts: Parts, model: Model, world: World, like: Adapters, batch_size: int
+) -> int:
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (like, world.base, world.data.train))
+    decisive = (config.model, config.aggregation, batch_size, str(shapes))
+    if decisive not in _ACTIVATIONS:
+        methods = parts.sparsifier, parts.aggregator
+        _ACTIVATIONS[decisive] = activation_bytes(model, *methods, world, like, _hyper(config), batch_size)
+    return _ACTIVATIONS[decisive]
 
 
 def _chunk(config: ExperimentConfig, parts: Parts, activations: int) -> int:

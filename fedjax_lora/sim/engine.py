@@ -109,13 +109,15 @@ def make_segment(
     which only evaluates. Rows of the metrics from `rounds` on are to be ignored.
     """
 
+    step = jax.jit(round_fn, inline=True)  # traced once, for the shapes of its metrics and for the loop
+
     def segment(world: World, state: FedState, rounds: Array):
-        shapes = jax.eval_shape(round_fn, world, state)[1]
+        shapes = jax.eval_shape(step, world, state)[1]
         rows = jax.tree.map(lambda x: jnp.zeros((max_rounds, *x.shape), x.dtype), shapes)
 
         def body(number: Array, carry):
             state, rows = carry
-            state, row = round_fn(world, state)
+            state, row = step(world, state)
             return state, jax.tree.map(lambda all_rows, x: all_rows.at[number].set(x), rows, row)
 
         state, rows = lax.fori_loop(0, rounds, body, (state, rows))
