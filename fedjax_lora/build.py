@@ -320,7 +320,7 @@ def _client_ranks(config: ExperimentConfig) -> jax.Array:
 
 
 _ACTIVATIONS: dict[Any, int] = {}
-"""Bytes of one client's activations by all that decides about them, which a sweep over other keys asks for each time."""
+"""Bytes of one client's activations, by all that decides about them: a sweep over other keys asks for the same."""
 
 
 def _activation_bytes(
