@@ -117,4 +117,4 @@ def take_files(options: argparse.Namespace) -> None:
 
 
 def _is_file(value: str) -> bool:
-    return "=" not in value and (os.path.isfile(value) or value.endswith((".yaml", ".yml")))
+    return os.path.isfile(value) or ("=" not in value and value.endswith((".yaml", ".yml")))

@@ -98,10 +98,11 @@ def sweep(over: Sequence[str], load: Callable[[list[str]], ExperimentConfig], pa
             run(config, path / name, is_run(path / name), console)
         except (ValueError, OSError) as error:
             refused[name] = error
-            warnings.warn(f"{name} is refused: {_one_line(error)}", RunWarning, stacklevel=2)
     folders = [path / name for name in configs if name not in refused]
     if not folders:
         raise next(iter(refused.values()))
+    for name, error in refused.items():
+        warnings.warn(f"{name} is refused: {_one_line(error)}", RunWarning, stacklevel=2)
     write_report(folders, path / "report.html")
     return "\n".join(
         [comparison(folders), *(f"refused: {name}: {_one_line(error)}" for name, error in refused.items())]
@@ -119,7 +120,6 @@ def _load(
             config = load(overrides)
         except ConfigError as error:
             refused[name] = error
-            warnings.warn(f"{name} is refused: {_one_line(error)}", RunWarning, stacklevel=3)
             continue
         if (other := names.setdefault(config, name)) != name:
             raise ConfigError(f"sweep must be over configurations that differ, got one for both {other} and {name}")

@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it writes, and one line with exit code 2 for each mistake."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -255,8 +256,8 @@ def test_changed_data_are_not_resumed_and_nothing_is_touched(capsys, finished, t
 def test_changed_weights_are_not_resumed(capsys, finished, tmp_path):
     path = shutil.copytree(finished, tmp_path / "run")
     (path / "summary.json").unlink()
-    held = json.loads((path / "data.json").read_text())
-    (path / "data.json").write_text(json.dumps({**held, "base_hash": "0" * 64}))
+    held = {key: value for key, value in json.loads((path / "data.json").read_text()).items() if key != "sha256"}
+    sealed.write(path / "data.json", held | {"base_hash": "0" * 64})
     line = one_line(capsys, ["run", "--out", str(path), "--resume", "--set", *SETTINGS])
     assert "data.base_hash" in line and held["base_hash"] in line
 
@@ -389,7 +390,9 @@ def test_json_is_one_document_on_stdout(finished, capsys, tmp_path):
     assert "final accuracy" in captured.err
 
     other = shutil.copytree(finished, tmp_path / "other")
-    (other / "config.yaml").write_text((finished / "config.yaml").read_text().replace("seed: 0", "seed: 7"))
+    text = (finished / "config.yaml").read_text().replace("seed: 0", "seed: 7")
+    (other / "config.yaml").write_text(text)
+    sealed.write(other / "data.json", {"config_sha256": [hashlib.sha256(text.encode()).hexdigest()]})
     assert cli.main(["report", str(finished), str(other), "--out", str(tmp_path / "report.html"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [
         {"name": "toy", "folder": str(finished), "config": {"seed": 0}, "summary": summary},

@@ -5,6 +5,7 @@ import json
 from fedjax_lora import cli
 from fedjax_lora.build import build
 from fedjax_lora.config import load_config
+from fedjax_lora.io.run_files import read_data
 from fedjax_lora.presets import preset
 from toy import SETTINGS
 
@@ -22,8 +23,12 @@ def test_an_ended_run_may_get_more_rounds_where_no_rate_depends_on_them(tmp_path
     assert run("whole", 6) == run("more", 3) == 0
     assert json.loads((tmp_path / "more" / "summary.json").read_text())["rounds"] == 3
     assert run("more", 6, "--resume") == 0
-    for name in ("metrics.jsonl", "config.yaml", "data.json"):
+    for name in ("metrics.jsonl", "config.yaml"):
         assert (tmp_path / "more" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    more, whole = (read_data(tmp_path / name) for name in ("more", "whole"))
+    same = more.keys() - {"started", "config_sha256", "sha256"}
+    assert {key: more[key] for key in same} == {key: whole[key] for key in same}
+    assert len(more["config_sha256"]) == 2 and more["config_sha256"][1:] == whole["config_sha256"]
     assert json.loads((tmp_path / "more" / "summary.json").read_text())["rounds"] == 6
     capsys.readouterr()
     assert run("more", 3, "--resume") == 2
