@@ -167,7 +167,8 @@ def load_config(
     """The configuration that a file and overrides describe, over `base` (the defaults if None).
 
     What is given is laid over what is below it, level by level: the file over `base`, then all overrides over both.
-    Another variant's `name` replaces its whole section: what is below was of the old variant.
+    Another variant's `name` replaces its whole section: what is below was of the old variant. So does a mapping with
+    a `name` what earlier overrides have asked of its section.
 
     Files and folders are named by their absolute paths from here on, so that they are found from any directory.
 
@@ -181,7 +182,10 @@ def load_config(
     """
     over = functools.partial(merge, variants=VARIANTS)
     file = {} if path is None else _spelled_out(read(Path(path)))
-    asked = functools.reduce(over, (_spelled_out(read_override(override)) for override in overrides), {})
+    asked: dict[str, Any] = {}
+    for override in overrides:
+        given = read_override(override)
+        asked = over(_without_other_variants(asked, given, override), _spelled_out(given))
     return _with_absolute_paths(_structure(over(over(to_dict(base or ExperimentConfig()), file), asked)))
 
 
@@ -204,6 +208,17 @@ def _with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     if pretrained is not None and os.path.isdir(os.path.expanduser(pretrained)):  # else a model's id on the hub
         pretrained = absolute(pretrained)
     return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, pretrained=pretrained))
+
+
+def _without_other_variants(asked: dict[str, Any], given: Mapping[str, Any], override: str) -> dict[str, Any]:
+    """What was asked before, but for a section that `override` gives as a whole and by another name."""
+    section = override.partition("=")[0].strip()
+    whole = given.get(section)
+    if section not in VARIANTS or not isinstance(whole, dict) or "name" not in whole:
+        return asked
+    before = asked.get(section)
+    same = isinstance(before, dict) and before.get("name") == whole["name"]
+    return asked if same else {key: value for key, value in asked.items() if key != section}
 
 
 def _spelled_out(given: Mapping[str, Any]) -> dict[str, Any]:

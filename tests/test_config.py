@@ -405,3 +405,12 @@ def test_an_unknown_preset_is_one_line_as_specified():
         ConfigError, match=r"must be one of digits, digits-ideal, digits-tsfa, got 'digit'; did you mean digits\?"
     ):
         preset("digit")
+
+
+def test_a_mapping_with_a_name_replaces_what_was_asked_of_another_variant():
+    """Oracle: the configuration without the earlier overrides; a name alone says for which variant they are."""
+    replaced = load_config(None, ["control.keep_ratio=0.7", "control={name: tsfa, V: 3}"])
+    assert replaced == load_config(None, ["control={name: tsfa, V: 3}"])
+    assert load_config(None, ["control={name: tsfa, V: 3}", "control={name: tsfa, queue_s: 1}"]).control.V == 3
+    for order in (["control.V=3", "control.name=tsfa"], ["control=tsfa", "control.V=3"]):
+        assert load_config(None, order) == replaced
