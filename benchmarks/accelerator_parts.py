@@ -90,7 +90,7 @@ def _rounds(
 
 def frozen_rate(folder: Path, work: Workload, dtype: Dtype, chunk: int) -> float:
     """Samples/s of the frozen blocks forward and backward to their input, without adapters, `chunk` batches at once."""
-    from fedjax_lora.base import Adapters
+    from fedjax_lora.core.types import Adapters
     from fedjax_lora.models.load import ModelConfig, build_model
 
     model, base = build_model(ModelConfig(pretrained=str(folder), compute_dtype=dtype), 2)
@@ -109,9 +109,9 @@ def frozen_rate(folder: Path, work: Workload, dtype: Dtype, chunk: int) -> float
 def trials(model: str, quick: bool) -> dict[str, Any]:
     """Trials of digits (keys and learning rates) in one program by `vmap` over the state, beside one at a time."""
     del model
-    from fedjax_lora.build import build
-    from fedjax_lora.config import load_config
-    from fedjax_lora.presets import preset
+    from fedjax_lora.config.assemble import build
+    from fedjax_lora.config.experiment import load_config
+    from fedjax_lora.config.presets import preset
     from fedjax_lora.sim.round import make_round
 
     count, rounds = (4, 1) if quick else (64, 5)
@@ -143,9 +143,9 @@ def trials(model: str, quick: bool) -> dict[str, Any]:
 def clients(model: str, quick: bool) -> dict[str, Any]:
     """Rounds of the digits preset by number of clients: seconds of a round."""
     del model
-    from fedjax_lora.build import build
-    from fedjax_lora.config import load_config
-    from fedjax_lora.presets import preset
+    from fedjax_lora.config.assemble import build
+    from fedjax_lora.config.experiment import load_config
+    from fedjax_lora.config.presets import preset
 
     rows = []
     for count in (5,) if quick else (50, 200, 1000):
@@ -168,9 +168,9 @@ def clients(model: str, quick: bool) -> dict[str, Any]:
 def sparsifiers(model: str, quick: bool) -> dict[str, Any]:
     """Every sparsifier over many clients' adapters: clients/s and GB/s (read once, written once)."""
     del model
-    from fedjax_lora.base import Adapters, Factors, Scope
-    from fedjax_lora.build import SPARSIFIERS
-    from fedjax_lora.config import VARIANTS
+    from fedjax_lora.config.assemble import SPARSIFIERS
+    from fedjax_lora.config.experiment import VARIANTS
+    from fedjax_lora.core.types import Adapters, Factors, Scope
     from fedjax_lora.sparsifiers.wire import FLOAT32
 
     layers, width, rank, count = (2, 32, 4, 3) if quick else (12, 768, 8, 256)

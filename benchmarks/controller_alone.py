@@ -10,12 +10,12 @@ import numpy as np
 from jax import Array, lax
 
 from fedjax_lora import Simulation
-from fedjax_lora.base import Adapters, FedState
-from fedjax_lora.prng import round_keys
-from fedjax_lora.sim.local import Trained
+from fedjax_lora.core.keys import round_keys
+from fedjax_lora.core.methods import Controller
+from fedjax_lora.core.types import Adapters, FedState
 from fedjax_lora.sim.parts import Local, World
 from fedjax_lora.sim.round import choose_cohort, control, importance, round_latency, train_locally
-from fedjax_lora.strategies import Controller
+from fedjax_lora.training.local import Trained
 
 
 class Numbers(NamedTuple):

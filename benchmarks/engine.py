@@ -10,21 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from common import ALPHA, LEARNING_RATE, MATMUL_SIZE, RANK, TARGETS, Dtype, Workload, peak_memory_bytes
 
-from fedjax_lora.build import build
-from fedjax_lora.config import ExperimentConfig
+from fedjax_lora.adapters.lora import LoraConfig
+from fedjax_lora.config.assemble import build
+from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.control.baselines import FixedConfig, IdealConfig
+from fedjax_lora.core.keys import client_keys, round_keys
 from fedjax_lora.data.batches import local_batches
 from fedjax_lora.data.partition import ClientsConfig, PartitionConfig
 from fedjax_lora.data.sources import DataConfig
-from fedjax_lora.lora.adapters import LoraConfig
 from fedjax_lora.models.load import ModelConfig
-from fedjax_lora.prng import client_keys, round_keys
 from fedjax_lora.sim.cohort import use_cpu_cores
 from fedjax_lora.sim.engine import EngineConfig
-from fedjax_lora.sim.local import LocalConfig
-from fedjax_lora.sim.optimizers import OptimizerConfig
 from fedjax_lora.sparsifiers.dense import DenseConfig
 from fedjax_lora.sparsifiers.soft import SoftConfig
+from fedjax_lora.training.local import LocalConfig
+from fedjax_lora.training.optimizers import OptimizerConfig
 
 
 class Engine:

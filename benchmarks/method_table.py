@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 from fedjax_lora import use_cpu_cores
-from fedjax_lora.build import build
-from fedjax_lora.config import ExperimentConfig, load_config
+from fedjax_lora.config.assemble import build
+from fedjax_lora.config.experiment import ExperimentConfig, load_config
+from fedjax_lora.config.presets import preset
 from fedjax_lora.data.cache import cache_folder
-from fedjax_lora.presets import preset
 
 MOST_ROUNDS = 4
 EVAL_EVERY = 2

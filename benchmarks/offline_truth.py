@@ -23,13 +23,13 @@ from jax import Array
 from rich.console import Console
 
 from fedjax_lora import build, use_cpu_cores
-from fedjax_lora.config import ExperimentConfig, load_config
+from fedjax_lora.app.planner import Survey, choose, survey
+from fedjax_lora.config.experiment import ExperimentConfig, load_config
+from fedjax_lora.config.presets import preset
 from fedjax_lora.control import tsfa_online
 from fedjax_lora.control.tsfa_online import TsfaConfig
-from fedjax_lora.planner import Survey, choose, survey
-from fedjax_lora.presets import preset
-from fedjax_lora.progress import Progress
-from fedjax_lora.sim.rollout import roll_out
+from fedjax_lora.core.progress import Progress
+from fedjax_lora.planning.rollout import roll_out
 from fedjax_lora.wireless import min_max_latency
 
 TEXT = [*controllers.SETTING, *controllers.SPARSIFIERS["soft_rotated"], "control.name=tsfa"]

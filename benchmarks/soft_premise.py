@@ -22,17 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 from sparsifier_fidelity import kept_shares, train_once
 
-from fedjax_lora.base import Adapters, Dataset, Factors, FedState, Scope
-from fedjax_lora.build import build
-from fedjax_lora.config import load_config
-from fedjax_lora.lora.adapters import rank_mask
-from fedjax_lora.presets import preset
+from fedjax_lora.adapters.lora import rank_mask
+from fedjax_lora.config.assemble import build
+from fedjax_lora.config.experiment import load_config
+from fedjax_lora.config.presets import preset
+from fedjax_lora.core.methods import Sparsifier
+from fedjax_lora.core.types import Adapters, Dataset, Factors, FedState, Scope
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sparsifiers import random_rank
 from fedjax_lora.sparsifiers.diagnostics import orthogonality
 from fedjax_lora.sparsifiers.soft import Send
 from fedjax_lora.sparsifiers.svd import thin_svd
-from fedjax_lora.strategies import Sparsifier
 
 BASE = [
     "rounds=40",

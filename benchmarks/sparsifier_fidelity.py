@@ -22,22 +22,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lora import trees, use_cpu_cores
+from fedjax_lora import use_cpu_cores
+from fedjax_lora.adapters.lora import rank_mask
 from fedjax_lora.aggregation import fedit
 from fedjax_lora.aggregation.errors import averaging_energy
-from fedjax_lora.base import Adapters, FedState, Scope
-from fedjax_lora.build import build
-from fedjax_lora.config import load_config
-from fedjax_lora.lora.adapters import rank_mask
-from fedjax_lora.presets import preset
-from fedjax_lora.prng import client_keys, round_keys
+from fedjax_lora.config.assemble import build
+from fedjax_lora.config.experiment import load_config
+from fedjax_lora.config.presets import preset
+from fedjax_lora.core import trees
+from fedjax_lora.core.keys import client_keys, round_keys
+from fedjax_lora.core.methods import Sparsifier
+from fedjax_lora.core.types import Adapters, FedState, Scope
 from fedjax_lora.sim.engine import Simulation
-from fedjax_lora.sim.local import Client
 from fedjax_lora.sim.round import train_cohort
 from fedjax_lora.sparsifiers import dense, random_rank, soft, soft_rotated, top_k
 from fedjax_lora.sparsifiers.diagnostics import difference_energy
 from fedjax_lora.sparsifiers.wire import FLOAT32
-from fedjax_lora.strategies import Sparsifier
+from fedjax_lora.training.local import Client
 
 RATIOS = (0.125, 0.25, 0.5, 0.75, 1.0)
 METHODS = {

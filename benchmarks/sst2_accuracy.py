@@ -14,8 +14,8 @@ import common
 import jax
 
 from fedjax_lora import use_cpu_cores
-from fedjax_lora.build import build
-from fedjax_lora.config import ExperimentConfig, load_config
+from fedjax_lora.config.assemble import build
+from fedjax_lora.config.experiment import ExperimentConfig, load_config
 
 METHODS = {
     "dense": ["sparsifier.name=dense"],

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lora.base import Hyper
 from fedjax_lora.control import tsfa_online
-from fedjax_lora.strategies import Decision, Observation
+from fedjax_lora.core.methods import Decision, Observation
+from fedjax_lora.core.types import Hyper
 
 RANKS = 16
 BAND_HZ = 2e7

@@ -5,14 +5,13 @@
 """
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedjax_lora import aggregation, control, models, sparsifiers, wireless
-    from fedjax_lora.build import build
-    from fedjax_lora.config import ConfigError, ExperimentConfig, load_config
+    from fedjax_lora.config.assemble import build
+    from fedjax_lora.config.experiment import ExperimentConfig, load_config
+    from fedjax_lora.core.errors import ConfigError
     from fedjax_lora.sim.cohort import use_cpu_cores
     from fedjax_lora.sim.engine import Simulation
 
@@ -33,11 +32,11 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "ConfigError": "config",
-    "ExperimentConfig": "config",
+    "ConfigError": "core.errors",
+    "ExperimentConfig": "config.experiment",
     "Simulation": "sim.engine",
-    "build": "build",
-    "load_config": "config",
+    "build": "config.assemble",
+    "load_config": "config.experiment",
     "use_cpu_cores": "sim.cohort",
 }
 
@@ -55,14 +54,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(types.ModuleType):
-    """Whoever imports the module `build` would bind it here in place of the function of that name."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        is_module = name == "build" and isinstance(value, types.ModuleType)
-        super().__setattr__(name, value.build if is_module else value)
-
-
-sys.modules[__name__].__class__ = _Package

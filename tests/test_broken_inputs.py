@@ -12,9 +12,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedjax_lora.config import ConfigError, ExperimentConfig, dump, load_config, to_dict
+from fedjax_lora.config.experiment import ConfigError, ExperimentConfig, dump, load_config, to_dict
+from fedjax_lora.config.presets import PRESETS, preset
 from fedjax_lora.data import tsv
-from fedjax_lora.presets import PRESETS, preset
 
 SAME_EACH_TIME = settings(
     derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -5,8 +5,8 @@ import json
 import pytest
 import transformers
 
-from fedjax_lora.build import build
-from fedjax_lora.config import ConfigError, load_config
+from fedjax_lora.config.assemble import build
+from fedjax_lora.config.experiment import ConfigError, load_config
 from oracles.toy_bert import SPECIAL, WORDS, save_toy_bert
 
 TRAIN = "good film\tyes\nbad\tno\nso long and dull\tno\ngood\tyes\n"

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import yaml
 
-from fedjax_lora import cli
-from fedjax_lora.arguments import make_parser, take_files
-from fedjax_lora.build import build
-from fedjax_lora.config import ConfigWarning, load_config
+from fedjax_lora.app import cli
+from fedjax_lora.app.arguments import make_parser, take_files
+from fedjax_lora.config.assemble import build
+from fedjax_lora.config.experiment import ConfigWarning, load_config
+from fedjax_lora.config.presets import preset
 from fedjax_lora.data import sources
 from fedjax_lora.io import checkpoint, sealed
-from fedjax_lora.presets import preset
 from toy import SETTINGS, config
 
 
@@ -60,7 +60,7 @@ def test_a_killed_run_resumes_bit_for_bit_as_if_it_had_not_been(finished, tmp_pa
     out = tmp_path / "killed"
     ours = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_DISABLE_MOST_OPTIMIZATIONS")
     users = {name: value for name, value in os.environ.items() if name not in ours}
-    command = [sys.executable, "-m", "fedjax_lora.cli", "run", "--out", str(out), "--set", *SETTINGS, "rounds=60"]
+    command = [sys.executable, "-m", "fedjax_lora.app.cli", "run", "--out", str(out), "--set", *SETTINGS, "rounds=60"]
     process = subprocess.Popen(command, env=users, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not (out / "checkpoints" / "3").exists():
@@ -271,7 +271,7 @@ def test_too_little_memory_is_one_line(capsys, tmp_path, monkeypatch, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("fedjax_lora.runner.run", fail)
+    monkeypatch.setattr("fedjax_lora.app.runner.run", fail)
     line = one_line(capsys, ["run", "--out", str(tmp_path / "run")])
     assert "out of memory" in line and "engine.client_chunk" in line and "local.batch_size" in line
     error = RuntimeError("INTERNAL: a defect")
@@ -281,7 +281,9 @@ def test_too_little_memory_is_one_line(capsys, tmp_path, monkeypatch, error):
 
 def test_a_folder_that_cannot_be_made_is_one_line_at_once(capsys, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("fedjax_lora.runner.build", lambda config: pytest.fail("built before the folder was checked"))
+    monkeypatch.setattr(
+        "fedjax_lora.app.runner.build", lambda config: pytest.fail("built before the folder was checked")
+    )
     line = one_line(capsys, ["run", "--out", str(tmp_path / "file" / "run")])
     assert str(tmp_path / "file" / "run") in line and "cannot be written to" in line
 
@@ -371,7 +373,7 @@ def test_two_configuration_files_are_one_line(capsys):
 
 def test_a_bare_command_says_which_preset_it_takes(capsys, monkeypatch):
     taken = []
-    monkeypatch.setattr("fedjax_lora.runner.run", lambda config, *_: taken.append(config) or {})
+    monkeypatch.setattr("fedjax_lora.app.runner.run", lambda config, *_: taken.append(config) or {})
     assert cli.main(["run"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "preset digits, as neither a file nor --preset is given"
     assert cli.main(["run", "--preset", "digits"]) == 0

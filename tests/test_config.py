@@ -6,9 +6,9 @@ import math
 import pytest
 import yaml
 
-from fedjax_lora.config import VARIANTS, ConfigError, ExperimentConfig, dump, load_config, to_dict
-from fedjax_lora.presets import PRESETS, preset
-from fedjax_lora.reading import parse_value
+from fedjax_lora.config.experiment import VARIANTS, ConfigError, ExperimentConfig, dump, load_config, to_dict
+from fedjax_lora.config.presets import PRESETS, preset
+from fedjax_lora.config.yaml import parse_value
 from fedjax_lora.sparsifiers.dense import DenseConfig
 from fedjax_lora.sparsifiers.soft import SoftConfig
 

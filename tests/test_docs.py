@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedjax_lora.config import VARIANTS, ExperimentConfig, dump, load_config
+from fedjax_lora.config.experiment import VARIANTS, ExperimentConfig, dump, load_config
 
 CONFIGURATION = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text(encoding="utf-8")
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from fedjax_lora.base import Adapters, ClientState, Factors, FedState, Hyper, LinkState
-from fedjax_lora.build import hash_weights
-from fedjax_lora.config import dump, load_config
+from fedjax_lora.adapters import lora
+from fedjax_lora.app.export import export_run
+from fedjax_lora.config.assemble import hash_weights
+from fedjax_lora.config.experiment import dump, load_config
+from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState, Hyper, LinkState
 from fedjax_lora.data import tokens
-from fedjax_lora.export import export_run
 from fedjax_lora.io import sealed
 from fedjax_lora.io.log import RunFolder
 from fedjax_lora.io.run_files import FIELDS
-from fedjax_lora.lora import adapters as lora
 from fedjax_lora.models import load
 from oracles.toy_bert import save_toy_bert
 

@@ -9,37 +9,27 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     ("fedjax_lora_kernels",),
-    ("base", "strategies", "options", "prng", "trees", "units", "reading", "compatibility", "progress"),
-    ("ops", "lora", "wireless", "sparsifiers", "aggregation"),
-    ("models", "data", "control", "split"),
+    ("core",),
+    ("ops", "adapters", "wireless", "sparsifiers", "aggregation"),
+    ("models", "data", "control"),
+    ("training",),
     ("sim",),
-    ("config", "build", "presets", "io"),
-    ("report", "export", "runner", "planner", "sweep", "arguments", "cli"),
+    ("planning",),
+    ("config",),
+    ("io",),
+    ("report",),
+    ("app",),
 )
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 
 SAME_LEVEL = {
-    ("strategies", "base"),
     ("sparsifiers", "ops"),
     ("aggregation", "ops"),
-    ("lora", "ops"),
-    ("build", "config"),
-    ("presets", "config"),
-    ("io", "config"),
-    ("runner", "report"),
-    ("progress", "base"),
-    ("cli", "arguments"),
-    ("cli", "report"),
-    ("cli", "runner"),
-    ("cli", "export"),
-    ("cli", "sweep"),
-    ("cli", "planner"),
-    ("sweep", "runner"),
-    ("sweep", "report"),
+    ("adapters", "ops"),
 }
 """(importer, imported): the pairs of one level that may."""
 
-VERSION_READERS = {"runner", "arguments"}
+VERSION_READERS = {"app"}
 """Who may import the root package, for its version."""
 
 
@@ -104,30 +94,26 @@ def test_every_file_imports_downward_only():
 
 def test_every_package_has_a_layer():
     packages = {package_of(module) for module in project_files()}
-    assert {"base", "sparsifiers", "sim", "config", "cli"} <= packages <= set(LEVEL)
+    assert {"core", "sparsifiers", "sim", "config", "app"} <= packages <= set(LEVEL)
 
 
 @pytest.mark.parametrize(
     ("module", "source", "wrong"),
     [
-        ("fedjax_lora.sparsifiers.soft", "from fedjax_lora.base import Sent\nimport jax", set()),
+        ("fedjax_lora.sparsifiers.soft", "from fedjax_lora.core.types import Factors\nimport jax", set()),
         ("fedjax_lora.sparsifiers.soft", "from fedjax_lora.ops import products", set()),
         ("fedjax_lora.ops.products", "from fedjax_lora_kernels import gram", set()),
         ("fedjax_lora.sparsifiers.soft", "from fedjax_lora.sparsifiers import ranks", set()),
-        ("fedjax_lora.sparsifiers.soft", "from fedjax_lora.lora import adapters", {"lora"}),
+        ("fedjax_lora.sparsifiers.soft", "from fedjax_lora.adapters import lora", {"adapters"}),
         ("fedjax_lora.sparsifiers.soft", "def f():\n  import fedjax_lora.sim.engine", {"sim"}),
         ("fedjax_lora.sparsifiers.soft", "from . import ranks\nfrom .payload import dense_bits", set()),
-        (
-            "fedjax_lora.sparsifiers.soft",
-            "from .. import trees, sim\nfrom ..models.load import x",
-            {"sim", "models"},
-        ),
-        ("fedjax_lora.base", "from fedjax_lora import config, trees", {"config", "trees"}),
-        ("fedjax_lora.config", "from fedjax_lora.build import build", {"build"}),
-        ("fedjax_lora.config", "from fedjax_lora.io import log", {"io"}),
-        ("fedjax_lora.io.plan", "from fedjax_lora.config import ConfigError\nimport fedjax_lora.build", {"build"}),
+        ("fedjax_lora.sparsifiers.soft", "from .. import core, sim\nfrom ..models.load import x", {"sim", "models"}),
+        ("fedjax_lora.core.types", "from fedjax_lora import config, core", {"config"}),
+        ("fedjax_lora.config.experiment", "from fedjax_lora.config.assemble import build", set()),
+        ("fedjax_lora.config.experiment", "from fedjax_lora.io import log", {"io"}),
+        ("fedjax_lora.io.plan", "from fedjax_lora.core.errors import ConfigError\nimport fedjax_lora.app.cli", {"app"}),
         ("fedjax_lora.sim.engine", "from fedjax_lora import __version__", {""}),
-        ("fedjax_lora_kernels.gram", "from fedjax_lora.base import Adapters", {"base"}),
+        ("fedjax_lora_kernels.gram", "from fedjax_lora.core.types import Adapters", {"core"}),
         ("fedjax_lora_kernels.gram", "import fedjax_lora", {""}),
     ],
 )

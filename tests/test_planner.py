@@ -13,17 +13,18 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from fedjax_lora import cli, planner
-from fedjax_lora.config import ConfigError, load_config
-from fedjax_lora.control import bound, tsfa_offline
+from fedjax_lora.app import cli, planner
+from fedjax_lora.app.planner import round_factors
+from fedjax_lora.config.experiment import ConfigError, load_config
+from fedjax_lora.config.presets import preset
 from fedjax_lora.control.tsfa_online import TsfaConfig
+from fedjax_lora.core.progress import Progress
 from fedjax_lora.io.plan import apply_plan, effects_of_plan, effects_of_run, read_plan, write_plan
-from fedjax_lora.planner import round_factors
-from fedjax_lora.presets import preset
-from fedjax_lora.progress import Progress
+from fedjax_lora.planning import bound
+from fedjax_lora.planning import rank_search as tsfa_offline
+from fedjax_lora.planning.rollout import Rollout
 from fedjax_lora.report.plan import binding, plan_table, plot_plan
 from fedjax_lora.report.tables import MISSING
-from fedjax_lora.sim.rollout import Rollout
 from toy import SETTINGS
 
 PLANNED = [

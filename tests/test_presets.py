@@ -2,18 +2,18 @@
 
 import pytest
 
-from fedjax_lora.config import ExperimentConfig
+from fedjax_lora.adapters.lora import LoraConfig
+from fedjax_lora.config.experiment import ExperimentConfig
+from fedjax_lora.config.presets import PRESETS, preset
 from fedjax_lora.control.baselines import FixedConfig, IdealConfig
 from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.data.partition import ClientsConfig, PartitionConfig
 from fedjax_lora.data.sources import DataConfig
-from fedjax_lora.lora.adapters import LoraConfig
 from fedjax_lora.models.load import ModelConfig
-from fedjax_lora.presets import PRESETS, preset
-from fedjax_lora.sim.local import LocalConfig
-from fedjax_lora.sim.optimizers import OptimizerConfig
 from fedjax_lora.sparsifiers.dense import DenseConfig
 from fedjax_lora.sparsifiers.soft_rotated import SoftRotatedConfig
+from fedjax_lora.training.local import LocalConfig
+from fedjax_lora.training.optimizers import OptimizerConfig
 
 
 def digits(sparsifier, control) -> ExperimentConfig:

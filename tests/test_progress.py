@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from fedjax_lora.base import Metrics
-from fedjax_lora.progress import Progress
+from fedjax_lora.core.progress import Progress
+from fedjax_lora.core.types import Metrics
 
 
 def lines_of(file: io.StringIO) -> list[str]:

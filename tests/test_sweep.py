@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from fedjax_lora import sweep as sweeps
-from fedjax_lora.config import ConfigError, dump, load_config
+from fedjax_lora.app import sweep as sweeps
+from fedjax_lora.app.sweep import combinations, sweep
+from fedjax_lora.config.experiment import ConfigError, dump, load_config
+from fedjax_lora.config.yaml import parse_value
+from fedjax_lora.core.errors import RunWarning
 from fedjax_lora.io import sealed
 from fedjax_lora.io.log import RunFolder
-from fedjax_lora.reading import RunWarning, parse_value
-from fedjax_lora.sweep import combinations, sweep
 
 ODD_VALUES = [
     *(

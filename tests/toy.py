@@ -1,7 +1,7 @@
 """A small simulation on digits, quick to compile: what the tests of the engine run."""
 
-from fedjax_lora.build import build
-from fedjax_lora.config import ExperimentConfig, load_config
+from fedjax_lora.config.assemble import build
+from fedjax_lora.config.experiment import ExperimentConfig, load_config
 from fedjax_lora.sim.engine import Simulation
 
 SETTINGS = (

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import Precision
 
-from fedjax_lora.base import Factors
+from fedjax_lora.core.types import Factors
 from fedjax_lora.ops.products import product_energy
 
 

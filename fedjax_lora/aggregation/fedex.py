@@ -13,10 +13,10 @@ from jax.typing import ArrayLike
 from fedjax_lora.aggregation import errors, flora
 from fedjax_lora.aggregation.fedit import average_factors
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, by_products, product_bits
-from fedjax_lora.base import Adapters
+from fedjax_lora.core.methods import Aggregate, Aggregator, Sent
+from fedjax_lora.core.options import Options
+from fedjax_lora.core.types import Adapters
 from fedjax_lora.ops.products import differences
-from fedjax_lora.options import Options
-from fedjax_lora.strategies import Aggregate, Aggregator, Sent
 
 Start = Literal["average", "reinit", "keep"]
 

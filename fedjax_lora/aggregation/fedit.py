@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora import trees
 from fedjax_lora.aggregation import errors
-from fedjax_lora.base import Adapters, Factors
-from fedjax_lora.options import Options
-from fedjax_lora.strategies import Aggregate, Aggregator, Enter, Sent
+from fedjax_lora.core import trees
+from fedjax_lora.core.methods import Aggregate, Aggregator, Enter, Sent
+from fedjax_lora.core.options import Options
+from fedjax_lora.core.types import Adapters, Factors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

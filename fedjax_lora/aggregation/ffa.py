@@ -7,8 +7,8 @@ import dataclasses
 from typing import Literal
 
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.options import Options
-from fedjax_lora.strategies import Aggregator, Live
+from fedjax_lora.core.methods import Aggregator, Live
+from fedjax_lora.core.options import Options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

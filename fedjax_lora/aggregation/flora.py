@@ -14,9 +14,9 @@ from jax.typing import ArrayLike
 
 from fedjax_lora.aggregation import errors
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, fresh, product_bits
-from fedjax_lora.base import Adapters
-from fedjax_lora.options import Options
-from fedjax_lora.strategies import Aggregator, Live
+from fedjax_lora.core.methods import Aggregator, Live
+from fedjax_lora.core.options import Options
+from fedjax_lora.core.types import Adapters
 
 SEED_BITS = 32
 """What a new a costs."""

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.core.methods import Aggregator
+from fedjax_lora.core.options import Options
+from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.ops.products import product_energy, safe_sqrt
-from fedjax_lora.options import Options
-from fedjax_lora.strategies import Aggregator
 
 FLOOR_SLACK = 1e-4
 """Added before rounding down, so that a product rounded to float32 does not lose a rank."""

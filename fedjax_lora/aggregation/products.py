@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from fedjax_lora import trees
 from fedjax_lora.aggregation import errors
 from fedjax_lora.aggregation.fedit import average_head
-from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.core import trees
+from fedjax_lora.core.methods import Aggregate, Aggregator, Sent
+from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.ops.factorise import orthonormal
-from fedjax_lora.strategies import Aggregate, Aggregator, Sent
 
 
 class Layer(NamedTuple):

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.options import Options
-from fedjax_lora.strategies import Aggregator, Live
+from fedjax_lora.core.methods import Aggregator, Live
+from fedjax_lora.core.options import Options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.control import planning
-from fedjax_lora.options import Options
-from fedjax_lora.strategies import Controller, Decision, Observation
+from fedjax_lora.control import common as planning
+from fedjax_lora.core.methods import Controller, Decision, Observation
+from fedjax_lora.core.options import Options
 from fedjax_lora.wireless.allocation import min_max_latency
 
 

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
-from fedjax_lora.control import planning
-from fedjax_lora.options import Options
-from fedjax_lora.strategies import Controller, Decision, Observation
+from fedjax_lora.control import common as planning
+from fedjax_lora.core.methods import Controller, Decision, Observation
+from fedjax_lora.core.options import Options
 from fedjax_lora.wireless.rate import required_bandwidth, uplink_rate
 
 

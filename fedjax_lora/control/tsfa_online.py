@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from fedjax_lora.control import planning
+from fedjax_lora.control import common as planning
 from fedjax_lora.control.budgeted import Budgeted
-from fedjax_lora.control.tsfa_common import common_share
-from fedjax_lora.control.tsfa_solver import MOST_WORTH, Offer, sent_share
-from fedjax_lora.strategies import Controller, Decision, Observation
+from fedjax_lora.control.solver.common_ratio import common_share
+from fedjax_lora.control.solver.shares import MOST_WORTH, Offer, sent_share
+from fedjax_lora.core.methods import Controller, Decision, Observation
 from fedjax_lora.wireless.allocation import min_max_latency
 
 Tail = Literal["relative", "energy", "linear"]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fedjax_lora import trees
-from fedjax_lora.base import Dataset
+from fedjax_lora.core import trees
+from fedjax_lora.core.types import Dataset
 from fedjax_lora.data.partition import Partition
 from fedjax_lora.data.sources import Examples
 

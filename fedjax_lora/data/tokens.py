@@ -15,9 +15,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from fedjax_lora.core.errors import reason_of
 from fedjax_lora.data.cache import cache_folder
 from fedjax_lora.data.tsv import Table, shorten
-from fedjax_lora.reading import reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

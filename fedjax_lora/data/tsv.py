@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-from fedjax_lora.reading import reason_of
+from fedjax_lora.core.errors import reason_of
 
 _TEXT_COLUMNS = {"sentence", "text", "review", "content", "comment", "tweet", "message", "document", "phrase"}
 _TEXT_COLUMNS |= {"headline", "question", "utterance", "query"}

@@ -17,9 +17,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from fedjax_lora.base import Adapters, ClientState, Factors, FedState
+from fedjax_lora.core.errors import RunWarning
+from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState
 from fedjax_lora.io.files import atomic_folder, remove
-from fedjax_lora.reading import RunWarning
 
 _KEPT = 2
 _STATE, _HASHES = "state", "sha256.json"

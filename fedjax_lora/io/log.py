@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from fedjax_lora.base import FedState, Metrics
+from fedjax_lora.config.yaml import parse_value
+from fedjax_lora.core.errors import RunWarning
+from fedjax_lora.core.types import FedState, Metrics
 from fedjax_lora.io import checkpoint, sealed
 from fedjax_lora.io.files import atomic_folder, check_can_become_folder, write_atomically
 from fedjax_lora.io.run_files import (
@@ -31,8 +33,7 @@ from fedjax_lora.io.run_files import (
     whole_lines,
 )
 from fedjax_lora.io.summary import summarize, troubles
-from fedjax_lora.reading import RunWarning, parse_value
-from fedjax_lora.sim.optimizers import OptimizerConfig, depends_on_rounds
+from fedjax_lora.training.optimizers import OptimizerConfig, depends_on_rounds
 
 RUN_FIELDS = (
     "initial_accuracy",

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lora.config import ConfigError, ExperimentConfig, to_dict
-from fedjax_lora.control import bound
+from fedjax_lora.config.experiment import ConfigError, ExperimentConfig, to_dict
 from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.io.files import write_atomically
 from fedjax_lora.io.run_files import flatten
+from fedjax_lora.planning import bound
 
 NAME = "plan.json"
 

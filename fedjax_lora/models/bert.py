@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Base, Batch
+from fedjax_lora.core.methods import Hidden, Model
+from fedjax_lora.core.types import Adapters, Base, Batch
 from fedjax_lora.models import layers
 from fedjax_lora.models.primitives import layer_norm, project
 from fedjax_lora.models.safetensors import Weight
-from fedjax_lora.strategies import Hidden, Model
 
 MODULE_NAMES = {
     "query": "encoder.layer.{layer}.attention.self.query",

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fedjax_lora.base import Factors
+from fedjax_lora.core.methods import Hidden
+from fedjax_lora.core.types import Factors
 from fedjax_lora.models.primitives import attention, gelu, layer_norm, pack, project
-from fedjax_lora.strategies import Hidden
 
 ACTIVATIONS: dict[str, Callable[[Array, str], Array]] = {
     "gelu": gelu,

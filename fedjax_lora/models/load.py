@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import jax
 import numpy as np
 
-from fedjax_lora.base import Base
+from fedjax_lora.core.errors import reason_of
+from fedjax_lora.core.methods import Model
+from fedjax_lora.core.types import Base
 from fedjax_lora.models import bert, safetensors, vit
-from fedjax_lora.reading import reason_of
-from fedjax_lora.strategies import Model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from fedjax_lora.base import Factors
+from fedjax_lora.core.types import Factors
 
 
 def pack(x: Array) -> Array:

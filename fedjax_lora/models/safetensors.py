@@ -20,8 +20,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fedjax_lora.base import Base
-from fedjax_lora.reading import reason_of
+from fedjax_lora.core.errors import reason_of
+from fedjax_lora.core.types import Base
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

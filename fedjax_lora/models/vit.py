@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Base, Batch
+from fedjax_lora.core.methods import Hidden, Model
+from fedjax_lora.core.types import Adapters, Base, Batch
 from fedjax_lora.models import layers
 from fedjax_lora.models.primitives import layer_norm, project
-from fedjax_lora.strategies import Hidden, Model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Factors
+from fedjax_lora.core.types import Factors
 
 
 def gram(x: Array) -> Array:

@@ -9,8 +9,8 @@ from matplotlib.ticker import ScalarFormatter
 from rich import box
 from rich.table import Table
 
-from fedjax_lora.control.bound import BoundTerms, Effects
 from fedjax_lora.io.plan import Plan
+from fedjax_lora.planning.bound import BoundTerms, Effects
 from fedjax_lora.report.formats import MISSING, bits, count, number
 
 _COLUMNS = {

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedjax_lora.core.errors import RunWarning
 from fedjax_lora.io import checkpoint
 from fedjax_lora.io.log import RunFolder
 from fedjax_lora.io.run_files import (
@@ -18,7 +19,6 @@ from fedjax_lora.io.run_files import (
     whole_lines,
 )
 from fedjax_lora.io.summary import summarize, troubles
-from fedjax_lora.reading import RunWarning
 from fedjax_lora.report.formats import last_name, option, setting
 
 _LONGEST_LABEL = 48  # characters

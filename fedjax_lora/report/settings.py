@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fedjax_lora.config import VARIANTS, ExperimentConfig, to_dict
+from fedjax_lora.config.experiment import VARIANTS, ExperimentConfig, to_dict
 from fedjax_lora.io.run_files import flatten
 from fedjax_lora.report.formats import last_name, option, setting
 from fedjax_lora.report.runs import Run, differing_keys

@@ -3,14 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from fedjax_lora import trees
-from fedjax_lora.base import Adapters, Base, Hyper
+from fedjax_lora.adapters.lora import max_rank, rank_mask
+from fedjax_lora.core import trees
+from fedjax_lora.core.methods import Aggregator, Model, Sparsifier
+from fedjax_lora.core.types import Adapters, Base, Hyper
 from fedjax_lora.data.batches import gather
-from fedjax_lora.lora.adapters import max_rank, rank_mask
 from fedjax_lora.sim.cohort import padded_size
-from fedjax_lora.sim.local import local_loss
 from fedjax_lora.sim.parts import World
-from fedjax_lora.strategies import Aggregator, Model, Sparsifier
+from fedjax_lora.training.local import local_loss
 
 CPU_CACHE_BYTES = 32 * 2**20
 """A last-level cache of common size: once the activations spill from it, more clients at once gain nothing. The

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedjax_lora.prng import client_keys
+from fedjax_lora.core.keys import client_keys
 
 CLIENTS = "clients"
 

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from fedjax_lora.base import Adapters, Base, ClientState, FedState, Hyper, Metrics
+from fedjax_lora.core.methods import Link
+from fedjax_lora.core.types import Adapters, Base, ClientState, FedState, Hyper, Metrics
 from fedjax_lora.sim.cohort import replicated
 from fedjax_lora.sim.evaluate import Evaluate, EvaluatePersonal
-from fedjax_lora.sim.kept import deployed, extract
+from fedjax_lora.sim.full_gradient import FullGradient
 from fedjax_lora.sim.parts import Parts, World
-from fedjax_lora.sim.pilot import FullGradient
 from fedjax_lora.sim.round import RoundFn, make_round
-from fedjax_lora.strategies import Link
+from fedjax_lora.training.personal import deployed, extract
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,7 +232,7 @@ class Simulation:
         """`segments`, with their progress on stdout."""
         from rich.console import Console  # only where it is asked for
 
-        from fedjax_lora.progress import Progress
+        from fedjax_lora.core.progress import Progress
 
         done = int(state.round)
         with Progress(Console(highlight=False)) as shown:

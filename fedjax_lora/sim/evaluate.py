@@ -10,12 +10,12 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from fedjax_lora.base import Adapters, Base, ClientState, Dataset, Hyper
+from fedjax_lora.adapters.lora import effective, max_rank, rank_mask
+from fedjax_lora.core.methods import Model
+from fedjax_lora.core.types import Adapters, Base, ClientState, Dataset, Hyper
 from fedjax_lora.data.batches import evaluation_batches, gather
-from fedjax_lora.lora.adapters import effective, max_rank, rank_mask
 from fedjax_lora.sim.cohort import map_over_devices, padded_size
-from fedjax_lora.sim.kept import compose
-from fedjax_lora.strategies import Model
+from fedjax_lora.training.personal import compose
 
 Evaluate = Callable[[Base, Mapping[str, Array], Adapters, Hyper], tuple[Array, Array]]
 EvaluatePersonal = Callable[[Base, Dataset, Adapters, ClientState, Hyper], Array]

@@ -1,33 +1,19 @@
-"""What a run will hold in memory, by its shapes alone, against what there is: what cannot fit is refused at once."""
+"""What a run will hold in memory, by its shapes alone."""
 
-import math
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
-
-import jax
-
-from fedjax_lora import trees
-from fedjax_lora.base import FedState
-from fedjax_lora.lora.adapters import max_rank
+from fedjax_lora.adapters.lora import max_rank
+from fedjax_lora.core import trees
+from fedjax_lora.core.memory import Term, total
+from fedjax_lora.core.types import FedState
 from fedjax_lora.sim.cohort import padded_size
 from fedjax_lora.sim.engine import EngineConfig
-from fedjax_lora.sim.local import LocalConfig
 from fedjax_lora.sim.parts import Parts, World
+from fedjax_lora.training.local import LocalConfig
 
 ADAPTERS_OF_A_CLIENT = 3
 """Copies of each client's adapters that a round holds: as trained, as received, as averaged."""
 
 ADAPTERS_IN_TRAINING = 4
 """Copies beside them of a client in training: the adapters, their gradient, two moments."""
-
-
-class Term(NamedTuple):
-    """Bytes on one device, and what to do for less of them."""
-
-    bytes: float
-    remedy: str
 
 
 def run_terms(
@@ -77,58 +63,3 @@ def run_terms(
         Term(engine.eval_every * 8 * parts.cohort_size, f"lower engine.eval_every, got {engine.eval_every}"),
         *max(in_training, in_evaluation, key=total),
     ]
-
-
-def total(terms: Sequence[Term]) -> float:
-    """Bytes of all of them."""
-    return sum(term.bytes for term in terms)
-
-
-def check(terms: Sequence[Term], num_devices: int) -> None:
-    """Refuse what so many devices cannot hold.
-
-    Raises:
-      ValueError: says what would make the largest term smaller.
-    """
-    sharing = num_devices if jax.devices()[0].platform == "cpu" else 1  # a machine's memory; else each has its own
-    needed, available = sharing * total(terms), available_bytes()
-    if needed > available:
-        largest = max(terms, key=lambda term: term.bytes)
-        raise ValueError(
-            f"memory must hold about {needed / 1e9:,.2f} GB, and {available / 1e9:,.2f} GB are available: "
-            f"{largest.remedy} ({sharing * largest.bytes / 1e9:,.2f} GB)"
-        )
-
-
-def available_bytes() -> float:
-    """What this process may hold on an accelerator or, on a CPU, in all of the machine; inf where nobody says."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return (device.memory_stats() or {}).get("bytes_limit", math.inf)
-    return min(_machine_bytes(), *map(_limit_bytes, CGROUP_LIMITS))
-
-
-CGROUP_LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Where Linux keeps what a container may hold: version 2 of control groups, and 1."""
-
-
-def _limit_bytes(path: Path) -> float:
-    try:
-        return float(path.read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        return math.inf
-
-
-def _machine_bytes() -> float:
-    """What is free or this process's already; the whole memory where that is not told."""
-    try:
-        page_bytes = os.sysconf("SC_PAGE_SIZE")
-        whole = os.sysconf("SC_PHYS_PAGES") * page_bytes
-    except (AttributeError, ValueError):  # not on Windows
-        return math.inf
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        own = int(Path("/proc/self/statm").read_text().split()[1]) * page_bytes
-        return 1024 * int(lines["MemAvailable"].split()[0]) + own
-    except (OSError, KeyError):  # not on macOS
-        return whole

@@ -9,10 +9,10 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from fedjax_lora.base import Adapters, Base, Dataset, FedState, LinkState, Scope
-from fedjax_lora.sim.local import Client, Train, Trained
-from fedjax_lora.sim.optimizers import Optimizer
-from fedjax_lora.strategies import Aggregator, Controller, Decision, Delivery, Drift, Link, Live, Sent, Sparsifier
+from fedjax_lora.core.methods import Aggregator, Controller, Decision, Delivery, Drift, Link, Live, Sent, Sparsifier
+from fedjax_lora.core.types import Adapters, Base, Dataset, FedState, LinkState, Scope
+from fedjax_lora.training.local import Client, Train, Trained
+from fedjax_lora.training.optimizers import Optimizer
 
 
 @struct.dataclass

@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora import trees
-from fedjax_lora.base import Adapters, ClientState, Factors, FedState, Metrics, Scope
-from fedjax_lora.lora.adapters import max_rank, rank_mask
+from fedjax_lora.adapters.lora import max_rank, rank_mask
+from fedjax_lora.core import trees
+from fedjax_lora.core.keys import RoundKeys, client_keys, round_keys
+from fedjax_lora.core.methods import Aggregate, Decision, Delivery, Live, Observation, Sent
+from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState, Metrics, Scope
 from fedjax_lora.ops.products import differences
-from fedjax_lora.prng import RoundKeys, client_keys, round_keys
 from fedjax_lora.sim.cohort import choose, map_over_devices, padded_size
-from fedjax_lora.sim.kept import extract
-from fedjax_lora.sim.local import Broadcast, Client, Trained
-from fedjax_lora.sim.observe import observe
+from fedjax_lora.sim.metrics import observe
 from fedjax_lora.sim.parts import Cohort, Local, Parts, Uplink, World, scope_of
-from fedjax_lora.strategies import Aggregate, Decision, Delivery, Live, Observation, Sent
+from fedjax_lora.training.local import Broadcast, Client, Trained
+from fedjax_lora.training.personal import extract
 
 SPARSIFIED_AT_ONCE = 32
 """Clients on each device, or a whole chunk of training: few enough for memory, and one at a time is slow."""

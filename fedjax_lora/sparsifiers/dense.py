@@ -6,11 +6,11 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Scope
-from fedjax_lora.options import Options
+from fedjax_lora.core.methods import Sent, Sparsifier
+from fedjax_lora.core.options import Options
+from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.sparsifiers import payload, ranks
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving
-from fedjax_lora.strategies import Sent, Sparsifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

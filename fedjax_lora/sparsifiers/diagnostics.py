@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters
+from fedjax_lora.core.types import Adapters
 from fedjax_lora.ops.products import gram, product_energy
 
 

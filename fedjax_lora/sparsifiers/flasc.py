@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Scope
-from fedjax_lora.options import Options
+from fedjax_lora.core.methods import Sparsifier
+from fedjax_lora.core.options import Options
+from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.sparsifiers import top_k
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire
-from fedjax_lora.strategies import Sparsifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Factors, Scope
+from fedjax_lora.core.types import Adapters, Factors, Scope
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire
 
 

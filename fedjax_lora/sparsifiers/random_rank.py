@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Scope
-from fedjax_lora.options import Options
+from fedjax_lora.core.methods import Sent, Sparsifier
+from fedjax_lora.core.options import Options
+from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.sparsifiers import payload, ranks
 from fedjax_lora.sparsifiers.soft import Missing, importance
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire
-from fedjax_lora.strategies import Sent, Sparsifier
 
 SEED_BITS = 32
 """What the choice costs."""

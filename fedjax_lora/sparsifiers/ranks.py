@@ -6,10 +6,10 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array, lax
 
-from fedjax_lora.base import Adapters, Factors, Scope
+from fedjax_lora.core.methods import Sent
+from fedjax_lora.core.types import Adapters, Factors, Scope
 from fedjax_lora.sparsifiers import diagnostics, payload
 from fedjax_lora.sparsifiers.wire import Wire, arriving
-from fedjax_lora.strategies import Sent
 
 Budget = Literal["module", "global"]
 """Whether k components of each matrix are kept, or as many in all, chosen over the whole adapter."""

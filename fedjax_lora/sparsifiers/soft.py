@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters, Scope
+from fedjax_lora.core.methods import Sent, Sparsifier
+from fedjax_lora.core.options import Options
+from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.ops.products import gram, safe_sqrt
 from fedjax_lora.ops.rank_energy import rank_energy
-from fedjax_lora.options import Options
 from fedjax_lora.sparsifiers import diagnostics, payload, ranks
 from fedjax_lora.sparsifiers.ranks import Budget
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving
-from fedjax_lora.strategies import Sent, Sparsifier
 
 Form = Literal["offdiag", "identity", "a_only", "none"]
 Send = Literal["factors", "change"]

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
-from fedjax_lora.base import Adapters, Scope
-from fedjax_lora.options import Options
+from fedjax_lora.core.methods import Sent, Sparsifier
+from fedjax_lora.core.options import Options
+from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.sparsifiers import diagnostics, payload, ranks
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving
-from fedjax_lora.strategies import Sent, Sparsifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

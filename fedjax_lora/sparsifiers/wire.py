@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.base import Adapters
+from fedjax_lora.core.types import Adapters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

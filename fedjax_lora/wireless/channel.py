@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.units import db_to_linear
+from fedjax_lora.core.units import db_to_linear
 
 PathLoss = Literal["3gpp128", "umi", "uma"]
 FadingKind = Literal["none", "rayleigh", "rician"]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lora.aggregation.errors import covariance_energy, sparsification_energy
-from fedjax_lora.base import Factors
+from fedjax_lora.core.types import Factors
 
 
 def draw(clients, n_in, n_out, rank, seed):

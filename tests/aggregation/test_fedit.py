@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedjax_lora.aggregation.fedit import FedItConfig, make
-from fedjax_lora.strategies import Sent
+from fedjax_lora.core.methods import Sent
 from oracles.sparsifier_oracle import LAYERS, MAX_RANK, WIDTHS, fedit, product, random_adapters
 
 AGGREGATE = jax.jit(make(FedItConfig()).aggregate)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedjax_lora.aggregation.hetlora import HetLoraConfig, make
-from fedjax_lora.base import Scope
+from fedjax_lora.core.types import Scope
 from fedjax_lora.sparsifiers import dense
 from oracles.sparsifier_oracle import LAYERS, MAX_RANK, WIDTHS, product, random_adapters, rank_mask, stack, trained_from
 

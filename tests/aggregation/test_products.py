@@ -7,10 +7,10 @@ import pytest
 
 from fedjax_lora.aggregation import errors, fedex, fedit, flexlora, flora, lora_fair
 from fedjax_lora.aggregation.products import product_bits
-from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.core.methods import Sent
+from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.ops.factorise import orthonormal
 from fedjax_lora.ops.products import differences
-from fedjax_lora.strategies import Sent
 from oracles import sparsifier_oracle as oracle
 from oracles.sparsifier_oracle import LAYERS, MAX_RANK, WIDTHS, product, random_adapters, stack
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fedjax_lora.aggregation import ffa, rolora
-from fedjax_lora.base import Adapters, Factors
-from fedjax_lora.strategies import Sent
+from fedjax_lora.core.methods import Sent
+from fedjax_lora.core.types import Adapters, Factors
 
 CLIENTS, EXAMPLES, WIDTH, OUT = 5, 200, 10, 4
 WEIGHTS = jnp.full(CLIENTS, 1 / CLIENTS)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fedjax_lora.aggregation import fedit, fedsa, ffa, hetlora, rolora
-from fedjax_lora.base import Scope
+from fedjax_lora.core.methods import Live, Sent
+from fedjax_lora.core.types import Scope
 from fedjax_lora.sparsifiers import dense
-from fedjax_lora.strategies import Live, Sent
 from oracles.sparsifier_oracle import LAYERS, WIDTHS, product, random_adapters, rank_mask, stack, trained_from
 
 START = random_adapters(0)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.base import Adapters, Dataset, Factors
+from fedjax_lora.core.types import Adapters, Dataset, Factors
 from fedjax_lora.sparsifiers import dense, soft
 from oracles import sparsifier_oracle as oracle
 from oracles.sparsifier_oracle import random_adapters, scope, trained_from

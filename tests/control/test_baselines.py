@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.base import Hyper
 from fedjax_lora.control import FixedConfig, IdealConfig, UniformConfig, fixed, ideal, uniform
-from fedjax_lora.strategies import Observation
+from fedjax_lora.core.methods import Observation
+from fedjax_lora.core.types import Hyper
 from fedjax_lora.wireless import min_max_latency
 
 CONTROLLERS = {"ideal": ideal(IdealConfig()), "uniform": uniform(UniformConfig()), "fixed": fixed(FixedConfig())}

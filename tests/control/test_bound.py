@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.base import Factors
-from fedjax_lora.control import bound
-from fedjax_lora.control.bound import Measured
+from fedjax_lora.core.types import Factors
+from fedjax_lora.planning import bound
+from fedjax_lora.planning.bound import Measured
 
 MEASURED = Measured(*map(jnp.float32, (2.5, 0.3, 0.4, 0.7, 1.9, 0.2, 0.05)))
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.base import Hyper
 from fedjax_lora.control import GreedyConfig, ProportionalConfig, greedy, proportional
-from fedjax_lora.strategies import Observation
+from fedjax_lora.core.methods import Observation
+from fedjax_lora.core.types import Hyper
 from oracles import wireless_oracle
 
 RANKS, BAND = 8, 2e6

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from fedjax_lora.base import Hyper
 from fedjax_lora.control import (
     GreedyConfig,
     ProportionalConfig,
@@ -22,7 +21,8 @@ from fedjax_lora.control import (
     uniform,
 )
 from fedjax_lora.control.tsfa_online import solve
-from fedjax_lora.strategies import Observation
+from fedjax_lora.core.methods import Observation
+from fedjax_lora.core.types import Hyper
 from fedjax_lora.wireless import min_max_latency, uplink_rate
 from oracles import tsfa_oracle
 

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.base import Hyper
-from fedjax_lora.control import bound, tsfa_offline, tsfa_online, tsfa_relaxed
-from fedjax_lora.control.tsfa_offline import PlanConfig, Setting, Site
+from fedjax_lora.control import tsfa_online
 from fedjax_lora.control.tsfa_online import TsfaConfig
-from fedjax_lora.strategies import Observation
+from fedjax_lora.core.methods import Observation
+from fedjax_lora.core.types import Hyper
+from fedjax_lora.planning import bound
+from fedjax_lora.planning import rank_descent as tsfa_relaxed
+from fedjax_lora.planning import rank_search as tsfa_offline
+from fedjax_lora.planning.rank_search import PlanConfig, Setting, Site
 
 RANKS, ROUNDS, CLIENTS = (1, 2, 3, 4), 5, 3
 CONFIG = TsfaConfig(latency_budget_s=1.0, min_keep_ratio=0.1)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from fedjax_lora.base import Hyper
 from fedjax_lora.control import TsfaConfig, tsfa_online
 from fedjax_lora.control.tsfa_online import solve
-from fedjax_lora.strategies import Observation
+from fedjax_lora.core.methods import Observation
+from fedjax_lora.core.types import Hyper
 from fedjax_lora.wireless import min_max_latency, uplink_rate
 from oracles import tsfa_oracle, wireless_oracle
 from oracles.tsfa_cases import BAND, CLIENTS, RANKS, able, random_case, steps, tails

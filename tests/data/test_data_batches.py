@@ -8,7 +8,7 @@ import pytest
 from fedjax_lora.data.batches import evaluation_batches, federated_dataset, gather, local_batches
 from fedjax_lora.data.partition import PartitionConfig, partition
 from fedjax_lora.data.sources import Examples
-from fedjax_lora.sim.local import LocalConfig
+from fedjax_lora.training.local import LocalConfig
 
 N_MAX = 13
 ROW = np.random.default_rng(0).permutation(50)[:N_MAX].astype(np.int32)

@@ -12,9 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_lora.base import Adapters, ClientState, Factors, FedState, Hyper, LinkState
+from fedjax_lora.core.errors import RunWarning
+from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState, Hyper, LinkState
 from fedjax_lora.io import checkpoint
-from fedjax_lora.reading import RunWarning
 
 
 def make_state(round_number, memory=()):

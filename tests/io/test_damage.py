@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import toy
-from fedjax_lora import runner
+from fedjax_lora.app import runner
 from fedjax_lora.io.run_files import read_metrics, read_summary
 from fedjax_lora.report.runs import load_runs
 

@@ -8,9 +8,9 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.adapters import lora
+from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.io.peft import Card, export
-from fedjax_lora.lora import adapters as lora
 from fedjax_lora.models import bert, load
 
 

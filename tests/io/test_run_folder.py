@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from fedjax_lora.base import Metrics
+from fedjax_lora.core.types import Metrics
 from fedjax_lora.io.files import write_atomically
 from fedjax_lora.io.log import RunFolder, may_extend
 from fedjax_lora.io.run_files import (

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora import trees
 from fedjax_lora.aggregation import fedex, fedit, fedsa, ffa, flexlora, flora, hetlora, lora_fair, rolora
-from fedjax_lora.base import Adapters, Scope
-from fedjax_lora.build import AGGREGATORS
+from fedjax_lora.config.assemble import AGGREGATORS
+from fedjax_lora.core import trees
+from fedjax_lora.core.methods import Sent
+from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.sim.round import as_changes
 from fedjax_lora.sparsifiers import soft
-from fedjax_lora.strategies import Sent
 from oracles.sparsifier_oracle import LAYERS, WIDTHS, random_adapters, rank_mask, stack, trained_from
 
 SENDERS, ZERO = soft.SoftConfig(), soft.SoftConfig(missing="zero")

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora import trees
-from fedjax_lora.build import DRIFTS
-from fedjax_lora.config import VARIANTS
+from fedjax_lora.config.assemble import DRIFTS
+from fedjax_lora.config.experiment import VARIANTS
+from fedjax_lora.core import trees
 from oracles.sparsifier_oracle import MAX_RANK, RANK, random_adapters, scope, stack
 
 START = random_adapters(0)

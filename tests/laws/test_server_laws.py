@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.build import SERVERS
-from fedjax_lora.config import VARIANTS
+from fedjax_lora.config.assemble import SERVERS
+from fedjax_lora.config.experiment import VARIANTS
+from fedjax_lora.core.methods import Live
 from fedjax_lora.sim.parts import scope_of
 from fedjax_lora.sim.round import step_server
-from fedjax_lora.strategies import Live
 from oracles.sparsifier_oracle import RANK, random_adapters, stack
 
 START = random_adapters(0)

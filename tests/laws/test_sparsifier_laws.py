@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.build import SPARSIFIERS
+from fedjax_lora.config.assemble import SPARSIFIERS
 from fedjax_lora.sparsifiers import dense, flasc, lora_a2, random_rank, soft, soft_rotated, svd, top_k
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, WireConfig, make_wire
 from oracles.sparsifier_oracle import (

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.base import Adapters, Factors
-from fedjax_lora.lora import adapters as lora
+from fedjax_lora.adapters import lora
+from fedjax_lora.core.types import Adapters, Factors
 
 TARGETS = {"query": (12, 12), "up": (12, 20), "down": (20, 12)}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedjax_lora.lora import targets
+from fedjax_lora.adapters import targets
 
 AVAILABLE = {"query": (12, 12), "value": (12, 12), "up": (12, 20)}
 

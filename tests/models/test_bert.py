@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 
-from fedjax_lora.base import Adapters, Factors
-from fedjax_lora.lora import adapters as lora
+from fedjax_lora.adapters import lora
+from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.models import bert, load
 
 CONFIG = bert.BertConfig(

@@ -8,15 +8,15 @@ import pytest
 import torch
 import transformers
 
+from fedjax_lora.adapters import lora
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.base import Adapters, ClientState, Factors, Hyper
-from fedjax_lora.lora import adapters as lora
+from fedjax_lora.core.methods import Live
+from fedjax_lora.core.types import Adapters, ClientState, Factors, Hyper
 from fedjax_lora.models import bert, load
-from fedjax_lora.sim.drift import NoDriftConfig, no_drift
-from fedjax_lora.sim.local import Broadcast, Client, LocalConfig, cross_entropy, make_train
-from fedjax_lora.sim.optimizers import OptimizerConfig, direction, schedule
 from fedjax_lora.sparsifiers import dense, soft
-from fedjax_lora.strategies import Live
+from fedjax_lora.training.corrections import NoDriftConfig, no_drift
+from fedjax_lora.training.local import Broadcast, Client, LocalConfig, cross_entropy, make_train
+from fedjax_lora.training.optimizers import OptimizerConfig, direction, schedule
 
 RANK, ALPHA, RATE = 3, 6.0, 0.5
 PEFT_TARGETS = ["query", "value", "intermediate.dense", "output.dense"]

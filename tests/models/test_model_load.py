@@ -11,7 +11,7 @@ import transformers
 from safetensors import torch as torch_file
 from safetensors.numpy import load_file, save_file
 
-from fedjax_lora.base import Adapters
+from fedjax_lora.core.types import Adapters
 from fedjax_lora.models import load, safetensors
 
 SHAPE = {

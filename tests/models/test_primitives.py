@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedjax_lora.base import Factors
+from fedjax_lora.core.types import Factors
 from fedjax_lora.models import primitives
 
 

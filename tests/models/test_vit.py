@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.models import layers, load, vit
 
 

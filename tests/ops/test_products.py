@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.base import Factors
+from fedjax_lora.core.types import Factors
 from fedjax_lora.ops.products import differences, gram, product_energy
 
 

@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 
-from fedjax_lora.base import Adapters, Factors, Scope
+from fedjax_lora.core.types import Adapters, Factors, Scope
 
 LAYERS, MAX_RANK, RANK = 2, 6, 4
 WIDTHS = {"query": (12, 20), "value": (13, 5)}

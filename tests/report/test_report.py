@@ -6,9 +6,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fedjax_lora.cli import main
+from fedjax_lora.app.cli import main
+from fedjax_lora.core.errors import RunWarning
 from fedjax_lora.io.log import RunFolder
-from fedjax_lora.reading import RunWarning
 from fedjax_lora.report import drawing
 from fedjax_lora.report.formats import MISSING
 from fedjax_lora.report.html import check_replaceable, write_report

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedjax_lora.config import ExperimentConfig, dump, load_config
+from fedjax_lora.config.experiment import ExperimentConfig, dump, load_config
+from fedjax_lora.config.presets import preset
 from fedjax_lora.io.run_files import flatten
-from fedjax_lora.presets import preset
 from fedjax_lora.report import formats
 from fedjax_lora.report.runs import Run, labels
 from fedjax_lora.report.settings import heading, other_than_default

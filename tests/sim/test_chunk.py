@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import pytest
 
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.base import Adapters, Dataset, Factors, Hyper
+from fedjax_lora.core.methods import Hidden, Model
+from fedjax_lora.core.types import Adapters, Dataset, Factors, Hyper
 from fedjax_lora.sim import chunk
 from fedjax_lora.sim.parts import World
 from fedjax_lora.sparsifiers import dense
-from fedjax_lora.strategies import Hidden, Model
 
 WIDTH, CLASSES = 5, 3
 HYPER = Hyper(*map(jnp.float32, (2.0, 4.0, 0.1, 0.0, 1.0)))

@@ -5,17 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.base import Adapters, Scope
-from fedjax_lora.build import _check_fits
+from fedjax_lora.adapters.lora import effective, rank_mask
+from fedjax_lora.config.assemble import _check_fits
+from fedjax_lora.core.keys import round_keys
+from fedjax_lora.core.methods import Decision
+from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.data.batches import gather, local_batches
-from fedjax_lora.lora.adapters import effective, rank_mask
 from fedjax_lora.models.load import ModelConfig, build_model
-from fedjax_lora.prng import round_keys
-from fedjax_lora.sim.drift import FedProxConfig, ScaffoldConfig, fedprox, scaffold
-from fedjax_lora.sim.local import cross_entropy
 from fedjax_lora.sim.round import choose_cohort, control, importance, sparsify, train_locally
 from fedjax_lora.sparsifiers import dense
-from fedjax_lora.strategies import Decision
+from fedjax_lora.training.corrections import FedProxConfig, ScaffoldConfig, fedprox, scaffold
+from fedjax_lora.training.local import cross_entropy
 from oracles.sparsifier_oracle import random_adapters
 from oracles.sparsifier_oracle import rank_mask as numpy_mask
 from toy import simulation

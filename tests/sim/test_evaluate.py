@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.base import Adapters, ClientState, Dataset, Factors, Hyper
+from fedjax_lora.core.methods import Hidden, Model
+from fedjax_lora.core.types import Adapters, ClientState, Dataset, Factors, Hyper
 from fedjax_lora.sim.cohort import client_mesh
 from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal
-from fedjax_lora.strategies import Hidden, Model
 
 LOGITS = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
 LABEL = np.array([0, 1, 2, 0, 1, 2, 0])

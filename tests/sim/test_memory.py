@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from fedjax_lora.prng import round_keys
-from fedjax_lora.reading import ConfigError
-from fedjax_lora.sim import memory
-from fedjax_lora.sim.memory import Term
+from fedjax_lora.core import memory
+from fedjax_lora.core.errors import ConfigError
+from fedjax_lora.core.keys import round_keys
+from fedjax_lora.core.memory import Term
 from fedjax_lora.sim.round import choose_cohort, train_cohort
 from toy import simulation
 

@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora import runner
-from fedjax_lora.base import Adapters, ClientState, Factors
-from fedjax_lora.build import build
-from fedjax_lora.config import ConfigError, load_config
+from fedjax_lora.adapters.lora import add_to_base, effective, merge, rank_mask
+from fedjax_lora.app import runner
+from fedjax_lora.config.assemble import build
+from fedjax_lora.config.experiment import ConfigError, load_config
+from fedjax_lora.core.keys import round_keys
+from fedjax_lora.core.methods import Live
+from fedjax_lora.core.types import Adapters, ClientState, Factors
 from fedjax_lora.io import checkpoint
-from fedjax_lora.lora.adapters import add_to_base, effective, merge, rank_mask
 from fedjax_lora.models.load import ModelConfig, build_model
-from fedjax_lora.prng import round_keys
 from fedjax_lora.sim.cohort import choose
-from fedjax_lora.sim.local import Broadcast, Client
-from fedjax_lora.strategies import Live
+from fedjax_lora.training.local import Broadcast, Client
 from toy import config, simulation
 
 

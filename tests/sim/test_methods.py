@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora import trees
-from fedjax_lora.lora.adapters import effective, rank_mask
+from fedjax_lora.adapters.lora import effective, rank_mask
+from fedjax_lora.core import trees
+from fedjax_lora.core.keys import client_keys, round_keys
 from fedjax_lora.models.load import ModelConfig, build_model
-from fedjax_lora.prng import client_keys, round_keys
 from fedjax_lora.sim.cohort import choose
 from fedjax_lora.sim.evaluate import label_weights
-from fedjax_lora.sim.kept import compose, deployed
-from fedjax_lora.sim.local import Client
 from fedjax_lora.sim.round import train_cohort
+from fedjax_lora.training.local import Client
+from fedjax_lora.training.personal import compose, deployed
 from toy import simulation
 
 WIDTH = {"query": (64, 64), "up": (64, 256)}

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_lora.build import SERVERS
-from fedjax_lora.config import VARIANTS
-from fedjax_lora.sim.optimizers import OptimizerConfig, depends_on_rounds, direction, schedule
+from fedjax_lora.config.assemble import SERVERS
+from fedjax_lora.config.experiment import VARIANTS
+from fedjax_lora.training.optimizers import OptimizerConfig, depends_on_rounds, direction, schedule
 
 OPTAX = {
     "sgd": lambda rate: optax.sgd(rate),

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedjax_lora.adapters.lora import rank_mask
 from fedjax_lora.aggregation import fedex, fedit, flexlora, flora, hetlora, lora_fair
 from fedjax_lora.aggregation.products import by_products
+from fedjax_lora.core.keys import round_keys
+from fedjax_lora.core.methods import Decision
 from fedjax_lora.data.batches import hold_out
-from fedjax_lora.lora.adapters import rank_mask
-from fedjax_lora.prng import round_keys
-from fedjax_lora.sim import pilot
+from fedjax_lora.planning import pilot
 from fedjax_lora.sim.round import choose_cohort, normalised, sparsify, train_locally
-from fedjax_lora.strategies import Decision
 from toy import simulation
 
 

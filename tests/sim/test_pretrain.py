@@ -4,8 +4,8 @@ import pytest
 
 from fedjax_lora.data import sources
 from fedjax_lora.models import vit
-from fedjax_lora.sim import pretrain
-from fedjax_lora.sim.pretrain import PretrainConfig, pretrained
+from fedjax_lora.training import pretrain
+from fedjax_lora.training.pretrain import PretrainConfig, pretrained
 
 
 @pytest.fixture
@@ -70,8 +70,8 @@ def test_training_lowers_the_loss_on_the_public_part_below_chance(setting):
     """Oracle: five classes guessed at random cost log 5."""
     model, public = setting
     base, head = pretrained(model, public, PretrainConfig(steps=150, batch_size=32, learning_rate=3e-3), "a")
-    from fedjax_lora.base import Adapters
-    from fedjax_lora.sim.local import cross_entropy
+    from fedjax_lora.core.types import Adapters
+    from fedjax_lora.training.local import cross_entropy
 
     logits = model.apply(base, Adapters(modules={}, head=head), public)
     assert cross_entropy(logits, public["label"], np.ones(len(public["label"]))) < 0.5 * np.log(5)

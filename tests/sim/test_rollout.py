@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lora.control import TsfaConfig, tsfa_online
-from fedjax_lora.sim.pilot import at_rank
-from fedjax_lora.sim.rollout import roll_out
+from fedjax_lora.planning.pilot import at_rank
+from fedjax_lora.planning.rollout import roll_out
 from fedjax_lora.sim.round import make_round
 from toy import simulation
 

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora import trees
-from fedjax_lora.base import Adapters, Factors
-from fedjax_lora.build import build
-from fedjax_lora.prng import round_keys
-from fedjax_lora.sim.local import Broadcast, Client, cross_entropy
+from fedjax_lora.config.assemble import build
+from fedjax_lora.core import trees
+from fedjax_lora.core.keys import round_keys
+from fedjax_lora.core.methods import Live
+from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.sim.round import choose_cohort, control, importance, make_round, sparsify, train_locally, transmit
-from fedjax_lora.strategies import Live
+from fedjax_lora.training.local import Broadcast, Client, cross_entropy
 from toy import config, simulation
 
 SGD = "local.optimizer={name: sgd, learning_rate: 0.1}"  # AdamW makes much of the last bits of a gradient near zero
@@ -75,7 +75,7 @@ def test_devices_that_factorise_at_once_do_not_wait_for_each_other(tmp_path):
     """With LAPACK called on whole stacks, this very run never ended: the oracle is the clock."""
     small = ["rounds=3", "pretrain.steps=2", "local.steps=1", "clients.count=20"]
     options = [word for setting in small for word in ("--set", setting)]
-    command = [sys.executable, "-m", "fedjax_lora.cli", "run", "--out", str(tmp_path / "run"), *options]
+    command = [sys.executable, "-m", "fedjax_lora.app.cli", "run", "--out", str(tmp_path / "run"), *options]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -144,7 +144,7 @@ def test_run_leaves_the_given_state_valid(reference):
 
 def test_evaluation_equals_a_numpy_loop_over_the_test_pool(reference):
     sim, state, metrics = reference
-    from fedjax_lora.lora.adapters import effective, rank_mask
+    from fedjax_lora.adapters.lora import effective, rank_mask
     from fedjax_lora.models.load import ModelConfig, build_model
 
     model, _ = build_model(ModelConfig(), 10, (8, 8, 1))

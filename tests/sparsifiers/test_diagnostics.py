@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.sparsifiers.diagnostics import difference_energy, dropped_energy, orthogonality
 from oracles.sparsifier_oracle import LAYERS, RANK, components, product, random_adapters, rank_mask, trained_from
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from fedjax_lora.base import Adapters, Factors, Scope
+from fedjax_lora.core.types import Adapters, Factors, Scope
 from fedjax_lora.sparsifiers import flasc, top_k
 from oracles.sparsifier_oracle import common_bits, random_adapters, rank_mask, scope
 from toy import simulation

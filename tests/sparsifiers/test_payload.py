@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.base import Adapters, Factors, Scope
-from fedjax_lora.lora import adapters
+from fedjax_lora.adapters import lora as adapters
+from fedjax_lora.core.types import Adapters, Factors, Scope
 from fedjax_lora.models.bert import BertConfig, bert
 from fedjax_lora.sparsifiers import dense, payload, soft, soft_rotated
 from oracles.sparsifier_oracle import (

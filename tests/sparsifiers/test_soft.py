@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.sparsifiers import ranks
 from fedjax_lora.sparsifiers.soft import SoftConfig, degeneracy, importance, make, orthogonality_penalty
 from oracles.sparsifier_oracle import (

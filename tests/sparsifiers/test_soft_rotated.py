@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.sparsifiers.soft_rotated import SoftRotatedConfig, make
 from oracles.sparsifier_oracle import LAYERS, MAX_RANK, RANK, WIDTHS, product, random_adapters, scope, trained_from
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.base import Adapters, Factors
+from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.sparsifiers import svd
 from oracles.sparsifier_oracle import (
     LAYERS,

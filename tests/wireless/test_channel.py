@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedjax_lora.units import db_to_linear, linear_to_db
+from fedjax_lora.core.units import db_to_linear, linear_to_db
 from fedjax_lora.wireless import channel, geometry, uplink_rate
 
 VECTORS = json.loads((pathlib.Path(__file__).parents[1] / "vectors" / "wireless.json").read_text())

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from fedjax_lora.base import LinkState
-from fedjax_lora.strategies import Decision
+from fedjax_lora.core.methods import Decision
+from fedjax_lora.core.types import LinkState
 from fedjax_lora.wireless import WirelessConfig, make_link, perfect_link, rayleigh_outage
 from oracles import wireless_oracle
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora import units
+from fedjax_lora.core import units
 from fedjax_lora.wireless import rayleigh_outage, required_bandwidth, uplink_rate
 from fedjax_lora.wireless.rate import marginal_rates, spectral_efficiency
 from oracles import wireless_oracle

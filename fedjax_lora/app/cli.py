@@ -1,0 +1,261 @@
+"""The command line. A user's mistake ends in one line on stderr and exit code 2."""
+
+import argparse
+import contextlib
+import functools
+import json
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedjax_lora.app.arguments import make_parser, take_files
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedjax_lora.config.experiment import ExperimentConfig
+
+_OUT_OF_MEMORY = (
+    "fedjax-lora: error: out of memory; lower engine.client_chunk, engine.eval_batch_size or local.batch_size, "
+    "or take fewer clients.per_round"
+)
+
+_CACHE_TROUBLE = ("Error reading persistent compilation cache", "Error writing persistent compilation cache")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    options = make_parser().parse_args(arguments)
+    try:
+        with _warnings_in_one_line():
+            take_files(options)
+            return _COMMANDS[options.command](options)
+    except (ValueError, OSError) as error:
+        print(f"fedjax-lora: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print(_OUT_OF_MEMORY, file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # XLA's own, which says so in its first word alone
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        print(_OUT_OF_MEMORY, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fedjax-lora: interrupted", file=sys.stderr)
+        return 130
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """What a user should know is a line on stderr, without the line of code that Python would name.
+
+    A Notice is shown each time; of the programs that JAX can neither read from its cache nor write, the first.
+    """
+    from fedjax_lora.core.errors import Notice
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Notice)
+        show, troubles = warnings.showwarning, []
+
+        def show_line(message: Warning | str, category: type[Warning], *where: Any, **to: Any) -> None:
+            text = " ".join(str(message).split())
+            if not issubclass(category, UserWarning):
+                show(message, category, *where, **to)
+            elif not text.startswith(_CACHE_TROUBLE):
+                print(f"fedjax-lora: warning: {text}", file=sys.stderr)
+            elif not troubles:
+                troubles.append(text)
+                print(f"fedjax-lora: warning: {text}; see fedjax-lora cache", file=sys.stderr)
+
+        warnings.showwarning = show_line
+        yield
+
+
+# Each command imports what it needs: `presets` should not wait for JAX.
+
+
+def _run(options: argparse.Namespace) -> int:
+    from fedjax_lora.app.runner import run
+    from fedjax_lora.io.plan import apply_plan, effects_of_run, read_plan
+    from fedjax_lora.io.run_files import read_metrics
+    from fedjax_lora.report.plan import binding, choice
+    from fedjax_lora.report.tables import summary_lines
+
+    _start()
+    console = _console(options)
+    options.preset = _preset(options, "digits", console)
+    config, path = _load(options), _folder(options, "runs/{}")
+    plan = read_plan(options.plan) if options.plan else None
+    if plan:
+        config = apply_plan(plan, config, options.plan)
+        console.print(f"by the plan: {choice(plan)}")
+    summary = run(config, path, options.resume, console, plan)
+    console.print(summary_lines(summary))
+    if plan:
+        console.print(binding(effects_of_run(plan, read_metrics(path))))
+    console.print(f"report: {path / 'report.html'}")
+    _document(options, {**summary, "folder": str(path), "report": str(path / "report.html")})
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from fedjax_lora.app.planner import plan
+    from fedjax_lora.io import plan as plans
+    from fedjax_lora.io.files import check_can_hold_files
+    from fedjax_lora.io.run_files import is_run
+    from fedjax_lora.report.plan import binding, choice, plan_table, plot_plan
+
+    _start()
+    console = _console(options)
+    options.preset = _preset(options, "digits-tsfa", console)
+    config, folder = _load(options), _folder(options, "plans/{}")
+    check_can_hold_files(folder)
+    if is_run(folder):
+        raise ValueError(f"--out {folder} must be a folder for a plan, got that of a run")
+    found = plan(config, console)
+    folder.mkdir(parents=True, exist_ok=True)
+    plans.write_plan(found, folder / plans.NAME)
+    plot_plan(found, folder / "plan.png")
+    console.print(plan_table(found))
+    console.print(binding(plans.effects_of_plan(found)))
+    if not found.within_budget:
+        over = found.chosen["latency_s"] / found.config["control.latency_budget_s"]
+        console.print(
+            f"note: rank {found.rank} takes {over:.3g} of control.latency_budget_s, near the least of all ranks"
+        )
+    start = [*([options.config] if options.config else []), *(["--preset", options.preset] if options.preset else [])]
+    overrides = ["--set", *options.overrides] if options.overrides else []
+    command = shlex.join(["fedjax-lora", "run", *start, "--plan", str(folder / plans.NAME), *overrides])
+    console.print(f"{choice(found)}: take it with {command}")
+    _document(options, {**found._asdict(), "folder": str(folder)})
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from fedjax_lora.app.sweep import sweep
+
+    _start()
+    console = _console(options)
+    options.preset = _preset(options, "digits", console)
+    path = _folder(options, "runs/{}-sweep")
+    console.print(sweep(options.over, functools.partial(_load, options), path, console))
+    console.print(f"report: {path / 'report.html'}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from fedjax_lora.report.html import check_replaceable, write_report
+    from fedjax_lora.report.runs import differing_keys, load_runs
+    from fedjax_lora.report.tables import comparison
+
+    console = _console(options)
+    check_replaceable(Path(options.out))
+    write_report(options.runs, options.out)
+    console.print(comparison(options.runs))
+    console.print(f"report: {options.out}")
+    runs = load_runs(options.runs)
+    keys = differing_keys(runs)
+    _document(
+        options,
+        [
+            {
+                "name": run.name,
+                "folder": str(run.folder),
+                "config": {key: run.config.get(key) for key in keys},
+                "summary": run.summary,
+            }
+            for run in runs
+        ],
+    )
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from fedjax_lora.app.export import export_run
+
+    export_run(options.run, options.folder)
+    _console(options).print(f"adapters: {options.folder}")
+    return 0
+
+
+def _presets(options: argparse.Namespace) -> int:
+    del options
+    from fedjax_lora.config.presets import PRESETS
+
+    width = max(map(len, PRESETS))
+    for name, description in PRESETS.items():
+        print(f"{name:<{width}}  {description}")
+    return 0
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from fedjax_lora.data import cache
+
+    found = cache.clear() if options.clear else cache.contents()
+    width = max(len(kept.what) for kept in found)
+    for kept in found:
+        size = f"{len(kept.files)} files, {kept.num_bytes / 1e6:.1f} MB"
+        print(f"{kept.what:<{width}}  {size:<22}  {kept.folder}{' cleared' if options.clear else ''}")
+    return 0
+
+
+def _start() -> None:
+    """What goes before JAX is first used."""
+    from fedjax_lora.data.cache import keep_programs
+    from fedjax_lora.sim.cohort import use_cpu_cores
+
+    use_cpu_cores()
+    keep_programs()
+
+
+def _console(options: argparse.Namespace) -> "Console":
+    """Where a command speaks: to stdout, to stderr where that is for a document, or not at all."""
+    from rich.console import Console
+
+    # Lines and tables as they are: a terminal or a pager cuts them better.
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=options.quiet, stderr=options.json)
+
+
+def _document(options: argparse.Namespace, document: Any) -> None:
+    if options.json:
+        print(json.dumps(document, indent=2, allow_nan=False))
+
+
+def _preset(options: argparse.Namespace, default: str, console: "Console") -> str | None:
+    """The preset to start from: the one that is asked for, or `default` where nothing is."""
+    if options.preset or options.config:
+        return options.preset
+    console.print(f"preset {default}, as neither a file nor --preset is given")
+    return default
+
+
+def _load(options: argparse.Namespace, values: Sequence[str] = ()) -> "ExperimentConfig":
+    """The configuration that the arguments describe, with `values` over them."""
+    from fedjax_lora.config.experiment import load_config
+    from fedjax_lora.config.presets import preset
+
+    base = preset(options.preset) if options.preset else None
+    return load_config(options.config, [*options.overrides, *values], base=base)
+
+
+def _folder(options: argparse.Namespace, default: str) -> Path:
+    """--out, or `default` with the name of the preset or the file."""
+    return Path(options.out or default.format(options.preset or Path(options.config).stem))
+
+
+_COMMANDS = {
+    "run": _run,
+    "plan": _plan,
+    "sweep": _sweep,
+    "report": _report,
+    "export": _export,
+    "presets": _presets,
+    "cache": _cache,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""One run, start to end, in a folder: build, restore, advance, log, checkpoint, report."""
+
+import datetime
+import importlib.metadata
+import platform
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from fedjax_lora import __version__
+from fedjax_lora.config.assemble import build
+from fedjax_lora.config.experiment import ExperimentConfig, dump
+from fedjax_lora.core import trees
+from fedjax_lora.core.errors import RunWarning
+from fedjax_lora.core.progress import Progress, measured
+from fedjax_lora.core.types import FedState
+from fedjax_lora.io import checkpoint
+from fedjax_lora.io.log import RunFolder
+from fedjax_lora.io.plan import Plan, effects_of_run
+from fedjax_lora.io.run_files import read_metrics
+from fedjax_lora.io.summary import nothing_learned
+from fedjax_lora.report.html import write_report
+from fedjax_lora.sim.engine import Simulation
+
+
+def run(
+    config: ExperimentConfig, path: Path, resume: bool, console: Console, plan: Plan | None = None
+) -> dict[str, Any]:
+    """Run an experiment to its last round, or continue it from its last good checkpoint.
+
+    The program is built, compiled and evaluated once before the folder is made: a mistake in the configuration
+    leaves nothing behind. Times in the summary are those of the last session of a resumed run. With the plan that the
+    configuration has taken, the summary names it, and the effects on its bound under the errors of the run.
+
+    Returns:
+      The summary, as in `summary.json`; that of a run that has ended already stays as it is.
+
+    Raises:
+      ValueError: the folder is in use, or cannot be resumed with this configuration, these weights or these data.
+    """
+    with Progress(console) as progress:
+        return _run(config, path, resume, progress, plan)
+
+
+def _run(config: ExperimentConfig, path: Path, resume: bool, progress: Progress, plan: Plan | None) -> dict[str, Any]:
+    started = time.perf_counter()
+    folder, text = RunFolder(path), dump(config)
+    ended = begin = None
+    if resume:  # what is on disk is read before anything is built
+        folder.check_configuration(text)
+        ended, begin = folder.ended(), folder.last_checkpoint()
+    else:
+        folder.check_free()
+    progress.stage("reading the model and the data")
+    simulation = build(config)
+    data = started_with(simulation)
+    if resume:
+        folder.check_data(data)
+    if ended and ended["rounds"] == config.rounds:
+        write_report([path], folder.report)
+        return ended
+    for note in _notes(config, simulation):
+        progress.print(f"note: {note}")
+    progress.stage("compiling a round")
+    state = simulation.init(jax.random.key(config.seed))
+    _, initial_accuracy = simulation.evaluate(state)
+    if resume:
+        state = checkpoint.restore(begin, state) if begin else state
+        folder.reopen(int(state.round), text)
+    else:
+        RunFolder.create(path, text, data | {"started": _now(), "commit": _commit()})
+    progress.print(_setting(config, simulation, initial_accuracy))
+    rounds = config.rounds - int(state.round)
+    training_s = _train(config, simulation, state, folder, progress)
+    progress.stage("writing the report")
+    told: dict[str, Any] = {"initial_accuracy": initial_accuracy, "wall_s": time.perf_counter() - started}
+    told["samples_per_s"] = _samples(simulation, rounds) / training_s if rounds else None
+    summary = folder.write_summary(told | _circumstances(config, simulation) | _planned(plan, folder))
+    for trouble in summary["warnings"]:
+        warnings.warn(trouble, RunWarning, stacklevel=3)
+    write_report([path], folder.report)
+    return summary
+
+
+def started_with(simulation: Simulation) -> dict[str, Any]:
+    """What tells a run's data and model from any other: of `data.json`, what stays when a run is continued."""
+    hashes = ("examples_hash", "partition_hash", "base_hash", "model_config_hash", "tokenizer_hash")
+    return {name: getattr(simulation, name) for name in hashes} | {"class_names": list(simulation.class_names)}
+
+
+def _setting(config: ExperimentConfig, simulation: Simulation, initial_accuracy: float) -> str:
+    """What a run begins with, in one line."""
+    names = simulation.class_names
+    listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    return (
+        f"{len(names)} classes: {listed}; {config.clients.count} clients, {simulation.parts.cohort_size} a round, "
+        f"{simulation.parts.chunk} at once; compiled in {simulation.compile_s:.1f} s; "
+        f"accuracy before: {measured(initial_accuracy)}"
+    )
+
+
+def _train(
+    config: ExperimentConfig, simulation: Simulation, state: FedState, folder: RunFolder, progress: Progress
+) -> float:
+    """Run what is left, segment by segment, each logged and saved as it ends; returns the seconds that it took."""
+    started, done = time.perf_counter(), int(state.round)
+    segments, learned = simulation.segments(state, config.rounds - done), True
+    for state, metrics in progress.rounds(segments, done, config.rounds):
+        lines = folder.append(metrics)
+        folder.save(state)
+        before, learned = learned, any(line["participants"] for line in lines)
+        if before and not learned:  # said once, however long it lasts
+            warnings.warn(str(nothing_learned(lines)), RunWarning, stacklevel=4)
+    return time.perf_counter() - started
+
+
+def _circumstances(config: ExperimentConfig, simulation: Simulation) -> dict[str, Any]:
+    """What the summary says of the run's setting and of the machine."""
+    return {
+        "compile_s": simulation.compile_s,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "device": device_name(),
+        "versions": versions(),
+        "seed": config.seed,
+        "partition_hash": simulation.partition_hash,
+        "latency_budget_s": getattr(config.control, "latency_budget_s", None),
+    }
+
+
+def _planned(plan: Plan | None, folder: RunFolder) -> dict[str, Any]:
+    """What the summary says of the plan."""
+    if plan is None:
+        return {}
+    effects = effects_of_run(plan, read_metrics(folder.path))
+    return {"plan": plan.taken, "bound_effects": effects._asdict()}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _commit() -> str | None:
+    """The commit of the Git repository that the run is started in, where there is one."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _notes(config: ExperimentConfig, simulation: Simulation) -> list[str]:
+    """What a user should know of this run beforehand."""
+    notes = []
+    if simulation.truncated:
+        notes.append(f"{simulation.truncated} sentences were cut to data.max_length = {config.data.max_length} tokens")
+    state = jax.eval_shape(simulation.init, jax.random.key(config.seed))
+    for what, tree in (("what the clients keep", state.clients), ("what is merged into the base", state.merged)):
+        if (size := trees.num_bytes(tree)) > 8 * config.clients.count:  # more than a rank each
+            notes.append(f"{what} takes {size / 1e6:,.2f} MB of memory")
+    return notes
+
+
+def _samples(simulation: Simulation, rounds: int) -> float:
+    """Examples that were trained on, for a cohort that holds as many as the mean of all clients."""
+    parts = simulation.parts
+    return rounds * parts.cohort_size * float(jnp.mean(parts.samples(simulation.world.data.count)))
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that the accelerator, or on a CPU this process, has held."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_name() -> str:
+    """Kind and number of the devices."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def versions() -> dict[str, str]:
+    """What decides about a result's last digits."""
+    libraries = ("jax", "jaxlib", "flax", "optax", "numpy")
+    found = {name: importlib.metadata.version(name) for name in libraries}
+    return {"fedjax-lora": __version__, "python": platform.python_version(), **found}

@@ -1,0 +1,120 @@
+"""What a long computation is at: a bar in a terminal, lines elsewhere, at least one every half a minute."""
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.status import Status
+
+from fedjax_lora.core.types import FedState, Metrics
+
+INTERVAL_S = 30.0
+"""Longest silence outside a terminal."""
+
+
+class Progress:
+    """Shows what is being done, on a console, while its block runs.
+
+    Outside a terminal a line is repeated with the time that has passed whenever nothing was printed for `interval_s`
+    seconds, from a thread: a compiler or a long segment does not call back.
+    """
+
+    def __init__(self, console: Console, interval_s: float = INTERVAL_S):
+        self.console = console
+        self._interval_s = interval_s
+        self._is_live = console.is_terminal and not console.quiet
+        self._display: Status | Bar | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._printed_s = time.monotonic()
+        self._now("starting")
+
+    def __enter__(self) -> Self:
+        if not self._is_live:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._show(None)
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def print(self, line: str) -> None:
+        """A line of its own."""
+        self._printed_s = time.monotonic()
+        self.console.print(line, soft_wrap=True, markup=False)
+
+    def stage(self, what: str) -> None:
+        """From now on, `what` is being done."""
+        self._now(what)
+        self._show(Status(what, console=self.console))
+
+    def begin(self, line: str) -> None:
+        """A line that says what is being done from now on."""
+        self.print(line)
+        self.stage(line)
+
+    def rounds(
+        self, segments: Iterator[tuple[FedState, Metrics]], done: int, total: int
+    ) -> Iterator[tuple[FedState, Metrics]]:
+        """The same segments; each counts once the caller asks for the next. `done` rounds of `total` lie behind."""
+        bar = _bar(self.console)
+        task = bar.add_task("", total=total, completed=done, status="")
+        self._now(f"after round {done}/{total}")
+        self._show(bar)
+        for state, metrics in segments:
+            yield state, metrics
+            done = int(metrics.round[-1])
+            self._now(f"after round {done}/{total}")
+            bar.update(task, completed=done, status=_status(metrics))
+            if not self._is_live:
+                self.print(f"round {done}/{total}  {_status(metrics)}")
+
+    def _now(self, what: str) -> None:
+        self._what, self._since_s = what, time.monotonic()
+
+    def _show(self, display: Status | Bar | None) -> None:
+        """In a terminal one display takes the other's place."""
+        if self._display:
+            self._display.stop()
+        self._display = display if self._is_live else None
+        if self._display:
+            self._display.start()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._printed_s + self._interval_s - time.monotonic()):
+            now = time.monotonic()
+            if now >= self._printed_s + self._interval_s:
+                self.print(f"{self._what}; {now - self._since_s:.0f} s so far")
+
+
+def _bar(console: Console) -> Bar:
+    return Bar(
+        TextColumn("round"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[status]}"),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _status(metrics: Metrics) -> str:
+    """The rounds since the last evaluation in a few words: the loss of the last one, and means."""
+    uplink_mb = int(metrics.uplink_bits.sum()) / 8e6
+    return (
+        f"loss {measured(metrics.train_loss[-1], '.3f')}  accuracy {measured(metrics.eval_accuracy[-1])}  "
+        f"latency {float(metrics.latency_s.mean()):.2f} s, uplink {uplink_mb / len(metrics.round):.2f} MB a round"
+    )
+
+
+def measured(value: Any, form: str = ".4f") -> str:
+    """A number of any kind, or that it was not measured where it is NaN."""
+    return "not measured" if math.isnan(value) else format(float(value), form)

@@ -1,0 +1,1 @@
+"""What is chosen before a run: pilot, bound, rank, first queue."""
