@@ -14,7 +14,7 @@ from fedjax_lora.aggregation import errors, flora
 from fedjax_lora.aggregation.fedit import average_factors
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, by_products, product_bits
 from fedjax_lora.core.methods import Aggregate, Aggregator, Sent
-from fedjax_lora.core.options import Options
+from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters
 from fedjax_lora.ops.products import differences
 

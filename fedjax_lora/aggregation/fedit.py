@@ -14,7 +14,7 @@ from jax import Array
 from fedjax_lora.aggregation import errors
 from fedjax_lora.core import trees
 from fedjax_lora.core.methods import Aggregate, Aggregator, Enter, Sent
-from fedjax_lora.core.options import Options
+from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Factors
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from fedjax_lora.aggregation import fedit
 from fedjax_lora.core.methods import Aggregator, Live
-from fedjax_lora.core.options import Options
+from fedjax_lora.core.numbers import Options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

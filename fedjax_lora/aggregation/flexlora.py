@@ -13,7 +13,7 @@ from jax.lax import Precision
 
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer
 from fedjax_lora.core.methods import Aggregator
-from fedjax_lora.core.options import Options
+from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Factors
 from fedjax_lora.ops import factorise
 

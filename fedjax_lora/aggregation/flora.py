@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from fedjax_lora.aggregation import errors
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, fresh, product_bits
 from fedjax_lora.core.methods import Aggregator, Live
-from fedjax_lora.core.options import Options
+from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters
 
 SEED_BITS = 32

@@ -14,7 +14,7 @@ from jax import Array
 
 from fedjax_lora.aggregation import fedit
 from fedjax_lora.core.methods import Aggregator
-from fedjax_lora.core.options import Options
+from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.ops.products import product_energy, safe_sqrt
 

@@ -14,7 +14,7 @@ from jax.lax import Precision
 from fedjax_lora.aggregation.fedit import average_factors
 from fedjax_lora.aggregation.products import Layer, Outcome, by_layer
 from fedjax_lora.core.methods import Aggregator
-from fedjax_lora.core.options import Options
+from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Factors
 from fedjax_lora.ops import factorise
 from fedjax_lora.ops.products import gram

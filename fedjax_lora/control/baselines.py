@@ -8,7 +8,7 @@ from jax import Array
 
 from fedjax_lora.control import common as planning
 from fedjax_lora.core.methods import Controller, Decision, Observation
-from fedjax_lora.core.options import Options
+from fedjax_lora.core.numbers import Options
 from fedjax_lora.wireless.allocation import min_max_latency
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fedjax_lora.control import common as planning
 from fedjax_lora.core.methods import Controller, Decision, Observation
-from fedjax_lora.core.options import Options
+from fedjax_lora.core.numbers import Options
 from fedjax_lora.wireless.rate import required_bandwidth, uplink_rate
 
 

@@ -25,6 +25,8 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from fedjax_lora.core.count import Count
+
 Base = Any
 """Frozen weights of a model: a pytree whose `layers` leaves are stacked to `[L, ...]`."""
 
@@ -59,24 +61,6 @@ class Adapters:
 
 
 @struct.dataclass
-class Hyper:
-    """Numbers that a sweep may vary: traced scalars, so that one program serves every value.
-
-    rank: structural rank r, 1 <= r <= R, float32.
-    alpha: LoRA's alpha; products are scaled by alpha / r.
-    learning_rate: peak rate of the clients' optimizer.
-    orthogonality: weight of the regulariser of SOFT.
-    keep_ratio: share of the ranks to keep, for the controllers that do not choose it themselves.
-    """
-
-    rank: Array
-    alpha: Array
-    learning_rate: Array
-    orthogonality: Array
-    keep_ratio: Array
-
-
-@struct.dataclass
 class Scope:
     """What of its adapters a client trains, or sends, in one round: masks, so that one program serves every choice.
 
@@ -108,24 +92,6 @@ class Scope:
 
 
 @struct.dataclass
-class LinkState:
-    """The radio world of all clients; leaves are `[K]`.
-
-    mean_gain: linear power gain of path loss and shadowing.
-    fading: complex64 small-scale coefficient h, E|h|^2 = 1 (a constant 1 without fading).
-    cpu_hz: processor frequency.
-    estimate: complex64, the coefficient as it was estimated; None where the link estimates none.
-    retries: `[K, M]` power gains |h|^2 that M further attempts of the round would meet; None where there are none.
-    """
-
-    mean_gain: Array
-    fading: Array
-    cpu_hz: Array
-    estimate: Array | None = None
-    retries: Array | None = None
-
-
-@struct.dataclass
 class Dataset:
     """A federated data set on the device.
 
@@ -146,16 +112,13 @@ class ClientState:
     """What every client carries from one of its rounds to the next; leaves are `[K, ...]`.
 
     rank: its structural rank, float32.
-    kept: the parts of the adapters that stay with it: part ("a", "b", "head") -> leaves; `{}` for none.
-    memory: of the sparsifier. drift: of the correction.
-    own: module name -> Factors that it goes on from; `{}` where it starts from the broadcast.
+    personal: the parts of the adapters that stay with it: part ("a", "b", "head") -> leaves; `{}` for none.
+    methods: slot -> the state of that slot's method, such as the memory of the sparsifier; `()` for none.
     """
 
     rank: Array
-    kept: dict[str, Any]
-    memory: Any
-    drift: Any
-    own: dict[str, Factors] = struct.field(default_factory=dict)
+    personal: dict[str, Any]
+    methods: dict[str, Any]
 
 
 @struct.dataclass
@@ -164,29 +127,22 @@ class FedState:
 
     key: the run's key; a round's keys are `fold_in(key, round)`.
     round: int32 scalar, rounds done.
+    numbers: dotted key of the configuration -> float32: the traced numbers, constant over a run, see `core.numbers`.
     adapters: global adapters.
-    server: state of the server optimizer.
-    link: LinkState of all K clients.
-    queue_s: virtual queue of the latency constraint. energy_queue_j: of the energy constraint.
-    elapsed_s: simulated seconds so far.
     merged: module name -> `[L, n_in, n_out]` added to the frozen weights; `{}` for none.
-    drift: the server's state of the drift correction.
+    elapsed_s: simulated seconds so far.
+    methods: slot -> the state of that slot's method, such as the queues of the controller; `()` for none.
     clients: what each client carries.
-    hyper: traced numbers, constant over a run.
     """
 
     key: Array
     round: Array
+    numbers: dict[str, Array]
     adapters: Adapters
-    server: Any
-    link: LinkState
-    queue_s: Array
-    energy_queue_j: Array
-    elapsed_s: Array
     merged: dict[str, Array]
-    drift: Any
+    elapsed_s: Array
+    methods: dict[str, Any]
     clients: ClientState
-    hyper: Hyper
 
 
 @struct.dataclass
@@ -200,10 +156,9 @@ class Metrics:
     personal_accuracy: of the clients' own adapters where they keep some, see `sim.evaluate.make_evaluate_personal`.
     latency_s: seconds until the last upload ended; a client that can never be heard is not waited for.
     elapsed_s: the sum of latency_s so far.
-    client_uplink_bits, client_downlink_bits: `[C]` uint32, 0 for who did not send or receive; an upload that
-      was lost to fading counts.
+    uplink, downlink: `[C]` counts of bits, 0 for who did not send or receive; an upload that was lost to fading counts.
     energy_j: of the whole cohort.
-    queue_s, energy_queue_j: virtual queues after the round.
+    queue_s, energy_queue_j: virtual queues after the round; 0 where the controller has none.
     keep_ratio_mean, kept_ranks_mean: what control planned and what was sent, over the participants.
     participants: clients whose update entered the average.
     outages: scheduled clients whose upload did not arrive.
@@ -211,8 +166,9 @@ class Metrics:
     sparsification_error, covariance_error: norms of the two terms that separate the server's product from the
       ideal average of products.
     dropped_energy: mean over the participants.
-    tail_energy: `[R + 1]`, the importance profile: see `strategies.Sparsifier`, mean over the participants.
+    tail_energy: `[R + 1]`, the importance profile: see `methods.Offer`, mean over the participants.
     orthogonality: largest |cosine| between two rank components of a module, mean over the participants.
+    methods: `slot/name` -> scalar, what else the methods report.
     """
 
     round: Array
@@ -222,8 +178,8 @@ class Metrics:
     personal_accuracy: Array
     latency_s: Array
     elapsed_s: Array
-    client_uplink_bits: Array
-    client_downlink_bits: Array
+    uplink: Count
+    downlink: Count
     energy_j: Array
     queue_s: Array
     energy_queue_j: Array
@@ -237,13 +193,24 @@ class Metrics:
     dropped_energy: Array
     tail_energy: Array
     orthogonality: Array
+    methods: dict[str, Array]
 
     @property
     def uplink_bits(self) -> np.ndarray:
-        """`[...]` int64 uplink bits of the cohort: summed on the host, since float32 would round them."""
-        return np.asarray(self.client_uplink_bits).astype(np.int64).sum(-1)
+        """`[...]` int64 uplink bits of the cohort."""
+        return self.client_uplink_bits.sum(-1)
 
     @property
     def downlink_bits(self) -> np.ndarray:
         """`[...]` int64 downlink bits, summed over the receivers."""
-        return np.asarray(self.client_downlink_bits).astype(np.int64).sum(-1)
+        return self.client_downlink_bits.sum(-1)
+
+    @property
+    def client_uplink_bits(self) -> np.ndarray:
+        """`[..., C]` int64 uplink bits of each client."""
+        return self.uplink.exact()
+
+    @property
+    def client_downlink_bits(self) -> np.ndarray:
+        """`[..., C]` int64 downlink bits of each client."""
+        return self.downlink.exact()

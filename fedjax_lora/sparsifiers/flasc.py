@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_lora.core.methods import Sparsifier
-from fedjax_lora.core.options import Options
+from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.sparsifiers import top_k
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire

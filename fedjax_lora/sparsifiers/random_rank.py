@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_lora.core.methods import Sent, Sparsifier
-from fedjax_lora.core.options import Options
+from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.sparsifiers import payload, ranks
 from fedjax_lora.sparsifiers.soft import Missing, importance

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_lora.core.methods import Sent, Sparsifier
-from fedjax_lora.core.options import Options
+from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.ops.products import gram, safe_sqrt
 from fedjax_lora.ops.rank_energy import rank_energy

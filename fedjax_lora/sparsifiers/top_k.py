@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from fedjax_lora.core.methods import Sent, Sparsifier
-from fedjax_lora.core.options import Options
+from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.sparsifiers import diagnostics, payload, ranks
 from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_lora.core.options import Options
+from fedjax_lora.core.numbers import Options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
