@@ -102,7 +102,8 @@ def _whole(part: Array) -> Array:
 def dense_size(like: Adapters, scope: Scope) -> Size:
     """The size of all that is in scope: a dense upload, or the broadcast."""
     rank = jnp.sum(scope.ranks).astype(jnp.uint32)
-    return component_size(like, {name: (rank * f.a.shape[0],) * 2 for name, f in like.modules.items()}, scope)
+    counts = {name: (rank * f.a.shape[0], rank * f.a.shape[0]) for name, f in like.modules.items()}
+    return component_size(like, counts, scope)
 
 
 def dense_broadcast(adapters: Adapters, scope: Scope, ranks: Array) -> tuple[Adapters, Size]:
@@ -126,7 +127,7 @@ def width(factors: Factors) -> int:
 
 def sent_head(like: Adapters, scope: Scope) -> dict[str, Array]:
     """Masks of the head's leaves, scalar bools."""
-    return {name: scope.head > 0 for name in like.head}
+    return dict.fromkeys(like.head, scope.head > 0)
 
 
 def pack(known: Adapters, held: Adapters, sent: Adapters) -> Adapters:

@@ -118,26 +118,22 @@ def _message(
     keep_norm: bool,
     scope: Scope,
 ) -> Message:
-    """The first components of either factor, `[L]` of each, by module, without what the caller adds."""
-    max_rank = scope.ranks.shape[-1]
-    first = [{name: (jnp.arange(max_rank) < c[side][:, None]) * 1.0 for name, c in counts.items()} for side in (0, 1)]
-    sent = ranks.sent_masks(start, *first, scope)
+    """The first components of either factor, `[L]` of each, by module; index and dropped energy are the caller's."""
+    number, first = jnp.arange(scope.ranks.shape[-1]), {}
+    for name, (of_a, of_b) in counts.items():
+        first[name] = ((number < of_a[:, None]) * scope.a, (number < of_b[:, None]) * scope.b)
+    first_a, first_b = ({name: pair[side] for name, pair in first.items()} for side in (0, 1))
+    sent = ranks.sent_masks(start, first_a, first_b, scope)
     modules, exact, exact_sent = {}, {}, {}
     for name, pair in found.items():
-        turns = [_turn(part, first[side][name], scope.ranks, keep_norm) for side, part in enumerate(pair)]
-        masks = sent.modules[name].a, jnp.swapaxes(sent.modules[name].b, -1, -2)
-        parts = zip(turns, masks, (scope.a > 0, scope.b > 0), strict=True)
-        # Products in full float32: what is sent and turned back must be the change, not a bfloat16 copy of it.
-        rotated = [
-            jnp.where(mask, jnp.matmul(part.change, turn.rotation, precision="highest"), 0.0)
-            for part, turn, mask in zip(pair, turns, masks, strict=True)
-        ]
-        modules[name] = Factors(a=rotated[0], b=jnp.swapaxes(rotated[1], -1, -2))
-        exact_sent[name] = tuple(
-            _Turn(mask & (scope.ranks > 0)[:, None], jnp.broadcast_to(live, turn.scale.shape) if keep_norm else None)
-            for turn, mask, live in parts
+        (turn_a, sent_a), (turn_b, sent_b) = (
+            _turn(part, mask, scope.ranks, keep_norm) for part, mask in zip(pair, first[name], strict=True)
         )
-        exact[name] = jax.tree.map(lambda x, mask: jnp.where(mask, x, 0.0), tuple(turns), exact_sent[name])
+        # Products in full float32: what is sent and turned back must be the change, not a bfloat16 copy of it.
+        a = jnp.matmul(pair[0].change, turn_a.rotation, precision="highest")
+        b = jnp.matmul(pair[1].change, turn_b.rotation, precision="highest")
+        modules[name] = Factors(a=a, b=jnp.swapaxes(b, -1, -2))
+        exact[name], exact_sent[name] = (turn_a, turn_b), (sent_a, sent_b)
     head = payload.pack(Adapters({}, start.head), Adapters({}, trained.head), Adapters({}, sent.head)).head
     kept = sum((jnp.sum(a + b) for a, b in counts.values()), jnp.uint32(0))
     return Message(
@@ -213,13 +209,16 @@ def _principal(start: Adapters, trained: Adapters, rank_mask: Array) -> dict[str
     return jax.tree.unflatten(structure, [_Principal(*part) for part in parts])
 
 
-def _turn(part: _Principal, first: Array, rank_mask: Array, keep_norm: bool) -> _Turn:
-    """The rotation to the `first` components, a mask `[L, R]`, and what they lack of the norm of all."""
-    rotation = part.rotation * first[:, None, :] * rank_mask[:, None]
+def _turn(part: _Principal, first: Array, rank_mask: Array, keep_norm: bool) -> tuple[_Turn, _Turn]:
+    """The rotation to the `first` components, a mask `[L, R]`, and what they lack of the norm of all; its masks."""
+    mask = first[:, None, :] * rank_mask[:, None] > 0
+    rotation = jnp.where(mask, part.rotation, 0.0)
     if not keep_norm:
-        return _Turn(rotation, None)
+        return _Turn(rotation, None), _Turn(mask, None)
     whole, sent = jnp.sum(part.energies, -1), jnp.sum(part.energies * first, -1)
-    return _Turn(rotation, jnp.sqrt(whole / jnp.where(sent > 0, sent, 1.0)))
+    any_sent = jnp.any(first > 0, -1)
+    scale = jnp.where(any_sent, jnp.sqrt(whole / jnp.where(sent > 0, sent, 1.0)), 0.0)
+    return _Turn(rotation, scale), _Turn(mask, any_sent)
 
 
 def _turned_back(rotated: Array, turn: _Turn, rank_mask: Array) -> Array:

@@ -53,16 +53,14 @@ def make(options: TopKConfig, context: Context) -> Sparsifier:
         count = num_kept(kept / rank, pool)
         masks = chosen(trained.modules, start.modules, count, scope)
         sent = Adapters(modules=masks, head=payload.sent_head(like, scope))
-        modules = jax.tree.map(jnp.where, masks, trained.modules, start.modules)
+        sparse = Adapters(jax.tree.map(jnp.where, masks, trained.modules, start.modules), trained.head)
         in_use = ranks.everywhere(scope.ranks, like)
         return Message(
             tensors=payload.pack(start, trained, sent),
             sent=sent,
             index_bits=index_bits(count, pool),
             kept_ranks=rank * count / jnp.maximum(pool, 1),
-            dropped_energy=diagnostics.difference_energy(
-                trained, dataclasses.replace(trained, modules=modules), in_use
-            ),
+            dropped_energy=diagnostics.difference_energy(trained, sparse, in_use),
         )
 
     def decode(start: Adapters, message: Message, scope: Scope) -> Received:
