@@ -203,16 +203,16 @@ class _Cell(NamedTuple):
             fading=channel.draw_fading(fading_key, self.law),
             cpu_hz=jax.random.uniform(cpu_key, minval=options.cpu_hz_min, maxval=options.cpu_hz_max),
         )
-        return self._observe(fading_key, state)
+        return self._draw_rest(fading_key, state)
 
     def step(self, state: CellState, key: Array, client_ids: Array) -> CellState:
         return jax.vmap(self._step_client)(prng.client_keys(key, client_ids), state)
 
     def _step_client(self, key: Array, state: CellState) -> CellState:
         fading = channel.step_fading(key, state.fading, self.law, self.options.fading_correlation)
-        return self._observe(key, dataclasses.replace(state, fading=fading))
+        return self._draw_rest(key, dataclasses.replace(state, fading=fading))
 
-    def _observe(self, key: Array, state: CellState) -> CellState:
+    def _draw_rest(self, key: Array, state: CellState) -> CellState:
         """One client's state with what else is drawn of its fading; folded keys leave the fading itself as it is."""
         options, law = self.options, self.law
         if options.csi == "estimated":
@@ -230,7 +230,7 @@ class _Cell(NamedTuple):
             return channel.power(state.fading)
         if self.options.csi == "mean":
             return jnp.ones_like(state.mean_gain)
-        assert state.estimate is not None  # `_observe` makes it
+        assert state.estimate is not None  # `_draw_rest` makes it
         return channel.expected_power(state.estimate, self.law, self.options.csi_error)
 
     def is_kept(self, state: CellState) -> Array:
