@@ -70,9 +70,7 @@ def _keys_of_methods(slot: str, catalogue: Catalogue) -> dict[str, list[str]]:
 def _elsewhere(key: Any, path: str, root: type) -> list[str]:
     """Dotted keys of other sections that end in `key`; only those below `path` where there are such."""
     found = [name for name in _all_keys(root()) if name.split(".")[-1] == key]
-    found = [
-        name for name in found if (name != _join(path, key) and name.split(".")[0] not in SLOTS) or "." not in name
-    ]
+    found = [name for name in found if name != _join(path, key)]
     return [name for name in found if path and name.startswith(f"{path}.")] or found
 
 

@@ -114,19 +114,15 @@ def _guarded(run: Callable[[], Any], name: str, path: Path | None) -> Any:
 
 
 def _line(error: BaseException, path: Path | None) -> str:
-    """The line of the file in which an error came up, or the file and line where no file is given."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return (
-            f" line {error.lineno}"
-            if path and Path(error.filename) == path
-            else f" ({error.filename} line {error.lineno})"
-        )
-    frames = traceback.extract_tb(error.__traceback__)
-    inside = [frame for frame in frames if path is not None and frame.filename == str(path)]
+    """Where an error came up: the line of the file of methods, else the last file and line outside of Python's own."""
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        frames.append((error.filename or "", error.lineno))
+    inside = [line for file, line in frames if path is not None and file == str(path)]
+    outside = [place for place in frames if "importlib" not in place[0] and place[0] != __file__]
     if inside:
-        return f" line {inside[-1].lineno}"
-    outside = [frame for frame in frames if "importlib" not in frame.filename and frame.filename != __file__]
-    return f" ({outside[-1].filename} line {outside[-1].lineno})" if outside else ""
+        return f" line {inside[-1]}"
+    return f" ({outside[-1][0]} line {outside[-1][1]})" if outside else ""
 
 
 def _said(error: BaseException) -> str:

@@ -96,6 +96,14 @@ def write_value(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
+def write_line(value: Any) -> str:
+    """As `write_value`, of a value without mappings, in one line."""
+    options: dict[str, Any] = {"Dumper": _Dumper, "default_flow_style": True, "width": float("inf")}
+    text = yaml.dump(value, **options).removesuffix("...\n").strip()
+    # A text of several lines is one in double quotes.
+    return text if "\n" not in text else yaml.dump(value, default_style='"', **options).strip()
+
+
 def read(path: Path) -> dict[str, Any]:
     """The mapping that a file holds."""
     try:
