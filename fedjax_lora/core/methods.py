@@ -87,14 +87,14 @@ class Site(NamedTuple):
 class Adapter(NamedTuple):
     """What is trained beside a frozen matrix `w: [n_in, n_out]`.
 
-    init: `(key, sites, num_layers) -> {name: leaves [L, ...]}` at the start, where it adds nothing.
+    init: `(key, sites, num_layers, max_rank, init_scale) -> {name: leaves [L, ...]}` at the start, where it adds nothing.
     effective: `(leaves by name, rank_mask [R], scale) -> leaves by name` as a model takes them, mask and scale folded in.
     project: `(x [..., n_in], w, {name: (first column, leaves of one layer)}) -> [..., columns]`: `x @ w` with what the
       adapters of its sites add.
     merge: `leaves by name, effective -> {name: [L, n_in, n_out]}`: what they add to the weights.
     """
 
-    init: Callable[[Array, Mapping[str, Site], int], dict[str, Any]]
+    init: Callable[[Array, Mapping[str, Site], int, int, ArrayLike], dict[str, Any]]
     effective: Callable[[Mapping[str, Any], Array, ArrayLike], dict[str, Any]]
     project: Callable[[Array, Array, Mapping[str, tuple[int, Any]]], Array]
     merge: Callable[[Mapping[str, Any]], dict[str, Array]]
@@ -108,6 +108,8 @@ class Task(NamedTuple):
     loss: `(outputs, batch, weight [B]) -> scalar`: mean loss over the examples of weight 1, nats.
     score: `(outputs, batch) -> {name: [B]}`: what is summed over a pool; NaN marks what is not to be counted as measured.
     finish: `({name: mean over the pool}) -> {"eval_loss": ..., "eval_accuracy": ...}`.
+    weigh: `(own [n_max, ...], count, pool [N, ...]) -> [N]`: how much an example of the pool counts for a client whose
+      own examples are the first `count`; None where all count alike.
     """
 
     head: Callable[[Array, int], dict[str, Array]]
@@ -115,6 +117,7 @@ class Task(NamedTuple):
     loss: Callable[[Array, Batch, Array], Array]
     score: Callable[[Array, Batch], dict[str, Array]]
     finish: Callable[[Mapping[str, Array]], dict[str, Array]]
+    weigh: Callable[[Batch, Array, Batch], Array] | None = None
 
 
 class Model(NamedTuple):
