@@ -158,9 +158,7 @@ def init_blocks(block: Block, key: Array, num_layers: int, d: int) -> dict:
     return jax.vmap(lambda layer_key: dict(block.init(layer_key, x, mask, {}, None)["params"]))(keys)
 
 
-def run_blocks(
-    block: Block, layers: Mapping, modules: Mapping[str, Any], hidden: Hidden, key: Array | None
-) -> Hidden:
+def run_blocks(block: Block, layers: Mapping, modules: Mapping[str, Any], hidden: Hidden, key: Array | None) -> Hidden:
     """The stack applied in order.
 
     Args:

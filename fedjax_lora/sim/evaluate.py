@@ -48,9 +48,7 @@ def make_evaluate(model: Model, adapter: Adapter, task: Task, batch_size: int, m
     return evaluate
 
 
-def make_evaluate_personal(
-    model: Model, adapter: Adapter, task: Task, batch_size: int, mesh: Mesh
-) -> EvaluatePersonal:
+def make_evaluate_personal(model: Model, adapter: Adapter, task: Task, batch_size: int, mesh: Mesh) -> EvaluatePersonal:
     """`(base, data, adapters, clients, rank, scale) -> mean over the K clients of the accuracy of their own adapters`.
 
     A client's own adapters are what is personal within the global ones, in its own ranks, whatever the structural
