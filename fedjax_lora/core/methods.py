@@ -42,6 +42,7 @@ class Context(NamedTuple):
 
     num_clients: K. cohort_size: C. num_classes: labels of the task.
     image_shape: `(height, width, channels)` of an image task; None for text.
+    rounds: T. local: the section `local` of the configuration, steps and optimizer of the clients.
     like: shapes of the adapters; None before there are any.
     made: slot -> record, of the slots that come earlier in the catalogue.
     """
@@ -50,6 +51,8 @@ class Context(NamedTuple):
     cohort_size: int
     num_classes: int = 0
     image_shape: tuple[int, int, int] | None = None
+    rounds: int = 1
+    local: Any = None
     like: Adapters | None = None
     made: Mapping[str, Any] = {}
 
@@ -133,6 +136,7 @@ class Model(NamedTuple):
     task: `(base, adapters, hidden, key) -> [B, ...]` outputs, such as logits.
     sites: name -> where an adapter may sit.
     num_layers: L.
+    weights: `() -> base`: pretrained weights, read on the host; None where there are none.
     """
 
     init: Callable[[Array], Base]
@@ -142,6 +146,7 @@ class Model(NamedTuple):
     task: Callable[[Base, Adapters, Hidden, Array | None], Array]
     sites: Mapping[str, Site]
     num_layers: int
+    weights: Callable[[], Base] | None = None
 
     def apply(self, base: Base, adapters: Adapters, batch: Batch, key: Array | None = None) -> Array:
         """`[B, ...]` outputs of the task."""
