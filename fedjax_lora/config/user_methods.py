@@ -133,9 +133,8 @@ def _said(error: BaseException) -> str:
 def _methods(module: ModuleType, what: str) -> list[Method]:
     held = [(name, getattr(module, name)) for name in ("METHOD", "METHODS") if hasattr(module, name)]
     if not held:
-        raise ConfigError(
-            f"{what} must hold METHOD, a fedjax_lora.methods.Method, or METHODS, a sequence of them, got none"
-        )
+        allowed = "METHOD, a fedjax_lora.methods.Method, or METHODS, a sequence of them"
+        raise ConfigError(f"{what} must hold {allowed}, got neither")
     found: list[Method] = []
     for name, value in held:
         listed = [value] if isinstance(value, Method) else value
