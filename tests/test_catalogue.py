@@ -172,13 +172,14 @@ def test_options_of_another_class_are_refused_by_name():
     [
         (
             ["lora.client_ranks=[1, 2]"],
-            "lora.client_ranks must be absent where sparsifier.name is mine, which needs one rank for all clients in all "
-            "rounds, got (1, 2); or else sparsifier.name must be one of soft, soft_rotated, dense, top_k, random_rank, "
+            "lora.client_ranks must be absent where sparsifier.name is mine, which needs one rank for all clients in "
+            "all rounds, got (1, 2); or else sparsifier.name must be one of soft, soft_rotated, dense, top_k, random_rank, "
             "svd, lora_a2, flasc",
         ),
         (
             ["sparsifier.kind=odd", "wire.bits=8"],
-            "wire.bits must be 32 where sparsifier.kind is odd, which needs values that arrive as they were sent, got 8",
+            "wire.bits must be 32 where sparsifier.kind is odd, which needs values that arrive as they were sent, "
+            "got 8",
         ),
         (
             ["aggregation=flora"],

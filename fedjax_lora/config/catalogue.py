@@ -113,7 +113,7 @@ class Catalogue:
         return found
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _catalogue(methods: tuple[Method, ...]) -> Catalogue:
     own = set(METHODS)
     added = tuple(method for method in dict.fromkeys((*_of_entry_points(), *methods)) if method not in own)
