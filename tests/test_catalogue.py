@@ -173,8 +173,8 @@ def test_options_of_another_class_are_refused_by_name():
         (
             ["lora.client_ranks=[1, 2]"],
             "lora.client_ranks must be absent where sparsifier.name is mine, which needs one rank for all clients in "
-            "all rounds, got (1, 2); or else sparsifier.name must be one of soft, soft_rotated, dense, top_k, random_rank, "
-            "svd, lora_a2, flasc",
+            "all rounds, got (1, 2); or else sparsifier.name must be one of soft, soft_rotated, dense, top_k, "
+            "random_rank, svd, lora_a2, flasc",
         ),
         (
             ["sparsifier.kind=odd", "wire.bits=8"],

@@ -281,9 +281,7 @@ def test_too_little_memory_is_one_line(capsys, tmp_path, monkeypatch, error):
 
 def test_a_folder_that_cannot_be_made_is_one_line_at_once(capsys, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(
-        "fedjax_lora.app.runner.build", lambda *_: pytest.fail("built before the folder was checked")
-    )
+    monkeypatch.setattr("fedjax_lora.app.runner.build", lambda *_: pytest.fail("built before the folder was checked"))
     line = one_line(capsys, ["run", "--out", str(tmp_path / "file" / "run")])
     assert str(tmp_path / "file" / "run") in line and "cannot be written to" in line
 
@@ -367,19 +365,16 @@ def test_a_method_of_ones_own_runs_and_its_run_is_gone_on_with_by_the_same_file_
     assert cli.main(["run", "--out", str(other), *common, "sparsifier=dense"]) == 0
     assert (out / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
     held = json.loads((out / "data.json").read_text())["methods"]
-    assert held == [{"source": mine, "sha256": hashlib.sha256(MINE.encode()).hexdigest()}]
-    assert json.loads((other / "data.json").read_text())["methods"] == []
+    assert held == {mine: hashlib.sha256(MINE.encode()).hexdigest()}
+    assert json.loads((other / "data.json").read_text())["methods"] == {}
 
-    capsys.readouterr()
     assert cli.main([*command, "--resume"]) == 0
     capsys.readouterr()
     line = one_line(capsys, ["run", "--out", str(out), "--resume", *common, "sparsifier=mine"])
     assert "sparsifier.name must be one of soft, " in line and "got 'mine'" in line
-    line = one_line(capsys, ["run", "--out", str(out), "--resume", *common, "sparsifier=dense"])
-    assert "sparsifier.name" in line or mine in line
     Path(mine).write_text(MINE + "# changed")
     line = one_line(capsys, [*command, "--resume"])
-    assert f"methods {mine} must be as when {out} was started, got a changed file" in line
+    assert "data.methods" in line and hashlib.sha256(MINE.encode()).hexdigest() in line
 
 
 @pytest.mark.parametrize("command", [["run"], ["plan"], ["sweep", "--over", "seed=[0]"], ["keys"], ["init"]])
@@ -404,7 +399,17 @@ def test_a_file_to_begin_with_is_written_once_and_is_the_preset(tmp_path, capsys
     line = one_line(capsys, ["init", "--preset", "digits-tsfa"])
     assert line == "fedjax-lora: error: --out must be a new file, got experiment.yaml, which is there\n"
     assert Path("experiment.yaml").read_bytes() == before
-    arguments = ["--preset", "digits-tsfa", "--methods", mine, "--set", "sparsifier=mine", "seed=3", "--out", "other.yaml"]
+    arguments = [
+        "--preset",
+        "digits-tsfa",
+        "--methods",
+        mine,
+        "--set",
+        "sparsifier=mine",
+        "seed=3",
+        "--out",
+        "other.yaml",
+    ]
     assert cli.main(["init", *arguments]) == 0
     assert capsys.readouterr().out.endswith(f"fedjax-lora run other.yaml --methods {mine}\n")
     with pytest.raises(ConfigError, match="got 'mine'"):

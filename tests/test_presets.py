@@ -1,13 +1,13 @@
 """The presets against their settings, written out again here."""
 
 import pytest
-from fedjax_lora.control.fixed import FixedConfig
-from fedjax_lora.control.ideal import IdealConfig
 
 from fedjax_lora.adapters.lora import LoraConfig
 from fedjax_lora.config.catalogue import Catalogue
 from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.config.presets import PRESETS, preset
+from fedjax_lora.control.fixed import FixedConfig
+from fedjax_lora.control.ideal import IdealConfig
 from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.data.partition import ClientsConfig, PartitionConfig
 from fedjax_lora.models.load import ModelConfig

@@ -85,7 +85,7 @@ def ran(monkeypatch):
     """Configurations that were run, in their order; a run of seed 1 is refused, and one of seed 9 is interrupted."""
     found = []
 
-    def run(config, path, resume, console, methods):
+    def run(config, path, resume, console, plan, methods, files):
         if config.seed == 1:
             raise ValueError("wireless.radius_m must be\n another, got 1")
         if config.seed == 9:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedjax_lora.config.experiment import ConfigError, load_config
-from fedjax_lora.config.user_methods import UserMethods, check_recorded, load
+from fedjax_lora.config.user_methods import UserMethods, load
 
 MINE = '''
 from __future__ import annotations
@@ -50,15 +50,13 @@ def test_a_file_holds_a_method_or_a_sequence_of_them(file, tmp_path, monkeypatch
     one, both = file(MINE.format("one")), file(MINE.format("x") + "METHODS = [METHOD]\n", "both.py")
     found = load([one, both, one])
     assert [method.name for method in found.methods] == ["one", "x"]
-    assert found.sources == tuple(
-        {"source": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()} for path in (one, both)
-    )
+    assert found.files == {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in (one, both)}
     monkeypatch.chdir(tmp_path)
     assert load(["mine.py"]) == load([one])
-    assert load([]) == UserMethods()
+    assert load([]) == UserMethods((), {})
     monkeypatch.syspath_prepend(str(tmp_path))
     again = load(["both"])
-    assert [method.name for method in again.methods] == ["x"] and again.sources[0]["source"] == "both"
+    assert [method.name for method in again.methods] == ["x"] and list(again.files) == ["both"]
     del sys.modules["both"]
 
 
@@ -125,21 +123,3 @@ def test_what_is_not_there_is_one_line(name, message, tmp_path, monkeypatch):
 def test_a_file_that_is_no_python_is_not_run(file):
     with pytest.raises(ConfigError, match=r"must be a file that ends in .py, got methods.txt"):
         load([file("METHOD = 1", "methods.txt")])
-
-
-def test_a_run_is_gone_on_with_by_the_same_files_alone(file, tmp_path):
-    """Oracle: the messages. A file that was moved is the same; nothing that a folder names is run by itself."""
-    path = file(MINE.format("one"))
-    begun = load([path])
-    check_recorded(begun.sources, begun, "runs/x")
-    check_recorded([], begun, "runs/x")
-    moved = tmp_path / "moved.py"
-    moved.write_text(MINE.format("one"))
-    check_recorded(begun.sources, load([str(moved)]), "runs/x")
-    with pytest.raises(ConfigError) as caught:
-        check_recorded(begun.sources, UserMethods(), "runs/x")
-    assert str(caught.value) == f"methods of runs/x must be named by --methods {path}, got none"
-    Path(path).write_text(MINE.format("one") + "# changed\n")
-    with pytest.raises(ConfigError) as caught:
-        check_recorded(begun.sources, load([path]), "runs/x")
-    assert str(caught.value) == f"methods {path} must be as when runs/x was started, got a changed file"
