@@ -247,6 +247,9 @@ class _Cell(NamedTuple):
 
         The rate rises with the gain: what was planned arrives just where the true gain is no worse.
         """
-        power = channel.power(state.fading)[:, None]
-        power = power if state.retries is None else jnp.concatenate([power, state.retries], 1)
-        return power >= self.planned_power(state)[:, None]
+        planned, power = self.planned_power(state), channel.power(state.fading)
+        # With perfect knowledge the two are one number, which a program may round in two ways where it is fused.
+        first = jnp.ones_like(planned, bool) if self.options.csi == "perfect" else power >= planned
+        if state.retries is None:
+            return first[:, None]
+        return jnp.concatenate([first[:, None], state.retries >= planned[:, None]], 1)
