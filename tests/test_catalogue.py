@@ -276,7 +276,7 @@ def test_notes_are_of_what_the_rest_of_the_experiment_breaks():
     fixed = "sparsifier={name: soft, send: factors, missing: zero}"
     assert found() == found(fixed, "aggregation=flora") == found("sparsifier=lora_a2", "aggregation=rolora") == []
     assert len(found(fixed)) == len(found("sparsifier=lora_a2")) == 1
-    assert "fixed rank" in found(fixed)[0] and "rolora" in found("sparsifier=lora_a2")[0]
+    assert "fixed rank" in found(fixed)[0] and "takes turns" in found("sparsifier=lora_a2")[0]
     memory = ["sparsifier={name: soft, error_feedback: true}", "clients.count=8"]
     assert found(*memory) == [] and "harm" in found(*memory, "clients.per_round=4")[0]
 
