@@ -1,4 +1,4 @@
-"""What a client sends: one file a method, each with a config and a `make` that returns a `strategies.Sparsifier`."""
+"""What a client sends: one file a method, with its options, a `make` that returns a `Sparsifier`, and its `METHOD`."""
 
 from fedjax_lora.sparsifiers import dense as dense
 from fedjax_lora.sparsifiers import flasc as flasc

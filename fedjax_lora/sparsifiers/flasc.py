@@ -6,29 +6,27 @@ that changed the most. The server adds the mean change to its own adapters, whic
 """
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.core.methods import Sparsifier
-from fedjax_lora.core.numbers import Options
+from fedjax_lora.core.methods import Context, Message, Method, Size, Sparsifier
+from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Scope
-from fedjax_lora.sparsifiers import top_k
-from fedjax_lora.sparsifiers.wire import FLOAT32, Wire
+from fedjax_lora.sparsifiers import payload, top_k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlascConfig(Options):
-    """Download the `download_ratio` of the global factors' values; upload the `keep_ratio` of their changes.
+    """Download the `download_ratio` of the global factors' values; upload of their changes what is to be kept.
 
     download_ratio: 0 < download_ratio <= 1.
     """
 
-    orthogonality: ClassVar[float] = 0.0
     name: Literal["flasc"] = "flasc"
-    download_ratio: float = 0.25
+    download_ratio: float = traced(0.25)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,28 +34,39 @@ class FlascConfig(Options):
             raise ValueError(f"download_ratio must be above 0 and at most 1, got {self.download_ratio}")
 
 
-def make(config: FlascConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
+def make(options: FlascConfig, context: Context) -> Sparsifier:
     """`top_k` with a sparse broadcast.
 
     One broadcast serves clients of every rank, so its values are chosen over the structural rank, and a client is
     charged for those in its own; what is zero in any case is not sent. A factor that is out of scope is at the clients
     already: it stays whole, as do ranks that are not in use.
-
-    Args:
-      config: its options.
-      like: adapters, or their shapes.
-      wire: how the uploaded changes travel.
     """
 
-    def broadcast(adapters: Adapters, scope: Scope, ranks: Array) -> tuple[Adapters, Array]:
+    def broadcast(adapters: Adapters, scope: Scope, ranks: Array) -> tuple[Adapters, Size]:
         nothing = jax.tree.map(jnp.zeros_like, adapters)
-        pool = scope.select(adapters, nothing)
-        kept = top_k.num_kept(config.download_ratio, top_k.pool_size(like, scope))
-        sparse = dataclasses.replace(adapters, modules=top_k.sparsified(pool.modules, nothing.modules, kept))
-        sparse = scope.select(sparse, adapters)
-        own = dataclasses.replace(scope, ranks=ranks)
-        received = jax.tree.leaves(own.select(sparse, nothing).modules)
-        count = sum((jnp.count_nonzero(leaf).astype(jnp.uint32) for leaf in received), jnp.uint32(0))
-        return sparse, top_k.bits(count, like, own, FLOAT32)
+        kept = top_k.num_kept(options.download_ratio, top_k.pool_size(adapters, scope))
+        masks = top_k.chosen(adapters.modules, nothing.modules, kept, scope)
+        modules = jax.tree.map(lambda mask, x: jnp.where(mask, x, 0.0), masks, adapters.modules)
+        sparse = scope.select(dataclasses.replace(adapters, modules=modules), adapters)
+        return sparse, _received_size(sparse, dataclasses.replace(scope, ranks=ranks))
 
-    return top_k.make(top_k.TopKConfig(), like, wire)._replace(broadcast=broadcast)
+    return top_k.make(top_k.TopKConfig(), context)._replace(broadcast=broadcast)
+
+
+def _received_size(sparse: Adapters, own: Scope) -> Size:
+    """The size of what a client with this scope is sent: the entries that are not zero, and the head."""
+    received = own.select(sparse, jax.tree.map(jnp.zeros_like, sparse))
+    nonzero = jax.tree.map(lambda leaf: leaf != 0, received.modules)
+    count = sum((jnp.sum(mask, dtype=jnp.uint32) for mask in jax.tree.leaves(nonzero)), jnp.uint32(0))
+    return payload.message_size(
+        Message(
+            tensors=received,
+            sent=Adapters(modules=nonzero, head=payload.sent_head(received, own)),
+            index_bits=top_k.index_bits(count, top_k.pool_size(sparse, own)),
+            kept_ranks=jnp.sum(own.ranks),
+            dropped_energy=jnp.zeros(()),
+        )
+    )
+
+
+METHOD = Method("sparsifier", "flasc", FlascConfig, make, breaks=frozenset({"everything_sent", "dense_broadcast"}))

@@ -6,25 +6,33 @@ which both are is our extension.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from collections.abc import Collection
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.core.methods import Sent, Sparsifier
+from fedjax_lora.core.methods import Context, Message, Method, Offer, Received, Sparsifier
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Factors, Scope
-from fedjax_lora.sparsifiers import payload, ranks
+from fedjax_lora.sparsifiers import ranks
 from fedjax_lora.sparsifiers.soft import importance
-from fedjax_lora.sparsifiers.wire import FLOAT32, Wire
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraA2Config(Options):
     """Send the changes of as many components in all as k a matrix, those of the largest scores."""
 
-    orthogonality: ClassVar[float] = 0.0
     name: Literal["lora_a2"] = "lora_a2"
+
+    def note(self, broken: Collection[str]) -> str | None:
+        """The half of LoRA-A2 that is missing where both factors are sent in every round."""
+        if "factors_together" in broken:
+            return None
+        return (
+            "sparsifier: lora_a2 is LoRA-A2's choice of ranks alone; a round in which both factors are sent is our "
+            "extension; an aggregation that takes turns with the factors is the other half"
+        )
 
 
 def score(new: Factors, old: Factors) -> Array:
@@ -42,37 +50,38 @@ def score(new: Factors, old: Factors) -> Array:
     return importance(old.a, new.b - old.b) + importance(new.a - old.a, new.b)
 
 
-def make(config: LoraA2Config, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
+def make(options: LoraA2Config, context: Context) -> Sparsifier:
     """The sparsifier of the components with the largest scores, over the whole adapter; what was not sent is unchanged.
 
     Its tail energy is the sum of squared scores left out.
-
-    Args:
-      config: its options.
-      like: adapters, or their shapes.
-      wire: how the changes of the numbers travel.
     """
-    del config  # it has no option yet, but every method is made in the same way
-    payload.check_fits(like)
+    del options  # it has no option yet, but every method is made in the same way
+    like = ranks.shapes(context)
 
-    def compress(
-        start: Adapters, trained: Adapters, memory: Any, keep_ratio: Array, scope: Scope, key: Array
-    ) -> tuple[Sent, Any]:
-        kept = ranks.num_kept(keep_ratio, scope.ranks)
-        chosen = ranks.choose(_scores(start, trained, scope, outside=-1.0), kept, "global", scope.ranks)
-        bits = ranks.chosen_bits(chosen, "global", like, scope, wire)
-        return ranks.send_changes(start, trained, chosen, bits, scope, wire, key), memory
-
-    def tail_energy(start: Adapters, trained: Adapters, scope: Scope) -> Array:
+    def offer(start: Adapters, trained: Adapters, scope: Scope) -> Offer:
         scores = _scores(start, trained, scope, outside=0.0).values()
-        return ranks.tail_energy(jnp.concatenate(list(scores)) ** 2, "global")
+        tail_energy = ranks.tail_energy(jnp.concatenate(list(scores)) ** 2, "global")
+        return ranks.offer(tail_energy, ranks.planned_size(ranks.each(scope.ranks), "global", like, scope))
 
-    return Sparsifier(
-        broadcast=payload.dense_broadcast,
-        tail_energy=tail_energy,
-        payload_bits=lambda keep_ratio, scope: ranks.planned_bits(keep_ratio, "global", like, scope, wire),
-        compress=compress,
-    )
+    def encode(start: Adapters, trained: Adapters, memory: Any, kept: Array, scope: Scope, key: Array) -> Message:
+        scores = _scores(start, trained, scope, outside=-1.0)
+        chosen = ranks.choose(scores, ranks.whole(kept, scope.ranks), "global", scope.ranks)
+        return ranks.encode(start, trained, chosen, scope, ranks.chosen_index_bits(chosen, "global"))
+
+    def decode(start: Adapters, message: Message, scope: Scope) -> Received:
+        return ranks.decode(start, message, scope, "zero")
+
+    return Sparsifier(offer=offer, encode=encode, decode=decode)
+
+
+METHOD = Method(
+    "sparsifier",
+    "lora_a2",
+    LoraA2Config,
+    make,
+    needs=frozenset({"shared_b"}),
+    breaks=frozenset({"everything_sent"}),
+)
 
 
 def _scores(start: Adapters, trained: Adapters, scope: Scope, outside: float) -> dict[str, Array]:

@@ -5,18 +5,19 @@ arXiv 1610.05492, here over rank components: the server draws the client's choic
 """
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.core.methods import Sent, Sparsifier
+from fedjax_lora.core.count import Count
+from fedjax_lora.core.methods import Context, Message, Method, Offer, Received, Sparsifier
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.sparsifiers import payload, ranks
-from fedjax_lora.sparsifiers.soft import Missing, importance
-from fedjax_lora.sparsifiers.wire import FLOAT32, Wire
+from fedjax_lora.sparsifiers.ranks import Missing
+from fedjax_lora.sparsifiers.soft import importance
 
 SEED_BITS = 32
 """What the choice costs."""
@@ -30,51 +31,51 @@ class RandomRankConfig(Options):
       so that the choice is all that differs. `zero`: as no change.
     """
 
-    orthogonality: ClassVar[float] = 0.0
     name: Literal["random_rank"] = "random_rank"
     missing: Missing = "senders"
 
+    def breaks(self) -> dict[str, str]:
+        """A component that its client has no say in is not unchanged."""
+        return {"unchanged_where_unsent": "missing"} if self.missing == "senders" else {}
 
-def make(config: RandomRankConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
+
+def make(options: RandomRankConfig, context: Context) -> Sparsifier:
     """The sparsifier of random components; the index is a seed.
 
     Its tail energy is the mean over all choices of the components' squared changes left out, `(1 - k / r)` of all.
-
-    Args:
-      config: its options.
-      like: adapters, or their shapes.
-      wire: how the changes of the numbers travel.
     """
-    payload.check_fits(like)
+    like = ranks.shapes(context)
     max_rank = ranks.max_rank(like)
 
-    def bits(keep_ratio: Array, scope: Scope) -> Array:
-        kept = ranks.num_kept(keep_ratio, scope.ranks)
-        parts = [payload.component_bits(kept * f.a.shape[0], f, scope, wire) for f in like.modules.values()]
-        return sum(parts, payload.common_bits(like, scope, wire) + jnp.uint32(SEED_BITS))
-
-    def compress(
-        start: Adapters, trained: Adapters, memory: Any, keep_ratio: Array, scope: Scope, key: Array
-    ) -> tuple[Sent, Any]:
-        choice_key, wire_key = jax.random.split(key)
-        scores = {}
-        for name, part in zip(sorted(like.modules), jax.random.split(choice_key, len(like.modules)), strict=True):
-            drawn = jax.random.uniform(part, (like.modules[name].a.shape[0], max_rank))
-            scores[name] = jnp.where(scope.ranks > 0, drawn, -1.0)
-        chosen = ranks.choose(scores, ranks.num_kept(keep_ratio, scope.ranks), "module", scope.ranks)
-        sent = ranks.send_changes(start, trained, chosen, bits(keep_ratio, scope), scope, wire, wire_key)
-        return dataclasses.replace(sent, counted=chosen) if config.missing == "senders" else sent, memory
-
-    def tail_energy(start: Adapters, trained: Adapters, scope: Scope) -> Array:
+    def offer(start: Adapters, trained: Adapters, scope: Scope) -> Offer:
         total = jnp.zeros(())
         for name, f in trained.modules.items():
             f0 = start.modules[name]
             total += jnp.sum(scope.ranks * importance(f.a, f.b, f0.a, f0.b) ** 2)
-        return total * jnp.maximum(1.0 - jnp.arange(max_rank + 1) / jnp.sum(scope.ranks), 0.0)
+        tail_energy = total * jnp.maximum(1.0 - jnp.arange(max_rank + 1) / jnp.sum(scope.ranks), 0.0)
+        kept = ranks.each(scope.ranks)
+        counts = {name: (kept * f.a.shape[0], kept * f.a.shape[0]) for name, f in like.modules.items()}
+        return ranks.offer(tail_energy, payload.component_size(like, counts, scope, index_bits=Count.of(SEED_BITS)))
 
-    return Sparsifier(
-        broadcast=payload.dense_broadcast,
-        tail_energy=tail_energy,
-        payload_bits=lambda keep_ratio, scope: bits(keep_ratio, scope).astype(jnp.float32),
-        compress=compress,
-    )
+    def encode(start: Adapters, trained: Adapters, memory: Any, kept: Array, scope: Scope, key: Array) -> Message:
+        scores = {}
+        for name, part in zip(sorted(like.modules), jax.random.split(key, len(like.modules)), strict=True):
+            drawn = jax.random.uniform(part, (like.modules[name].a.shape[0], max_rank))
+            scores[name] = jnp.where(scope.ranks > 0, drawn, -1.0)
+        chosen = ranks.choose(scores, ranks.whole(kept, scope.ranks), "module", scope.ranks)
+        return ranks.encode(start, trained, chosen, scope, Count.of(SEED_BITS))
+
+    def decode(start: Adapters, message: Message, scope: Scope) -> Received:
+        return ranks.decode(start, message, scope, options.missing)
+
+    return Sparsifier(offer=offer, encode=encode, decode=decode)
+
+
+METHOD = Method(
+    "sparsifier",
+    "random_rank",
+    RandomRankConfig,
+    make,
+    needs=frozenset({"shared_b"}),
+    breaks=frozenset({"everything_sent"}),
+)

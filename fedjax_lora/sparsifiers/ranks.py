@@ -1,21 +1,33 @@
-"""Which rank components a client keeps, as masks of static shape, and what sending them costs."""
+"""Which rank components a client keeps, as masks of static shape, and messages of whole components."""
 
 import math
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from fedjax_lora.core.methods import Sent
+from fedjax_lora.core.count import Count
+from fedjax_lora.core.methods import Context, Message, Offer, Received, Size
 from fedjax_lora.core.types import Adapters, Factors, Scope
 from fedjax_lora.sparsifiers import diagnostics, payload
-from fedjax_lora.sparsifiers.wire import Wire, arriving
 
 Budget = Literal["module", "global"]
 """Whether k components of each matrix are kept, or as many in all, chosen over the whole adapter."""
 
+Missing = Literal["senders", "zero"]
+"""How a component that was not sent enters the average, see `soft.SoftConfig`."""
+
 FLOOR_SLACK = 1e-4
-"""Added before rounding down, so that a ratio k / r rounded to float32 keeps k components and not k - 1."""
+"""Added before rounding down, so that ranks that were rounded to float32 on their way keep k components, not k - 1."""
+
+
+def shapes(context: Context) -> Adapters:
+    """The adapters' shapes, which all modules have R of in common."""
+    if context.like is None:
+        raise ValueError("a sparsifier must be made for adapters, got a context with like None")
+    max_rank(context.like)
+    return context.like
 
 
 def max_rank(like: Adapters) -> int:
@@ -31,10 +43,14 @@ def num_matrices(like: Adapters) -> int:
     return sum(factors.a.shape[0] for factors in like.modules.values())
 
 
-def num_kept(keep_ratio: Array, rank_mask: Array) -> Array:
-    """`[...]` uint32 components kept a matrix, k = max(1, floor(keep_ratio * r)), for ratios `[...]`."""
-    rank = jnp.sum(rank_mask)
-    return jnp.clip(jnp.floor(keep_ratio * rank + FLOOR_SLACK), 1, rank).astype(jnp.uint32)
+def whole(kept: Array, rank_mask: Array) -> Array:
+    """`[...]` uint32 components kept a matrix, max(1, floor(kept)) and at most r, for `kept` ranks `[...]`, float32."""
+    return jnp.clip(jnp.floor(kept + FLOOR_SLACK), 1, jnp.sum(rank_mask)).astype(jnp.uint32)
+
+
+def each(rank_mask: Array) -> Array:
+    """`[R + 1]` uint32 components kept where k = 0 ... R are asked for."""
+    return whole(jnp.arange(rank_mask.shape[-1] + 1, dtype=jnp.float32), rank_mask)
 
 
 def everywhere(rank_mask: Array, like: Adapters) -> dict[str, Array]:
@@ -75,32 +91,32 @@ def choose(scores: dict[str, Array], kept: Array, budget: Budget, rank_mask: Arr
     return {name: mask * rank_mask for name, mask in chosen.items()}
 
 
-def chosen_bits(chosen: dict[str, Array], budget: Budget, like: Adapters, scope: Scope, wire: Wire) -> Array:
-    """uint32 bits of the chosen components, module name -> `[L, R]`, with index and head."""
-    bits = payload.common_bits(like, scope, wire)
-    for name, mask in chosen.items():
-        kept = jnp.sum(mask, axis=-1).astype(jnp.uint32)
-        bits += payload.component_bits(jnp.sum(kept), like.modules[name], scope, wire)
-        bits += jnp.sum(_index_bits(kept, budget, mask.shape[-1]))
-    return bits
-
-
-def _index_bits(kept: Array, budget: Budget, max_rank: int) -> Array:
+def index_bits(kept: Array, budget: Budget, max_rank: int) -> Array:
     """uint32 bits of a matrix's index: a bitmap where the receiver does not know how many components come."""
     return payload.index_bits(kept, max_rank) if budget == "module" else jnp.full_like(kept, max_rank)
 
 
-def planned_bits(keep_ratio: Array, budget: Budget, like: Adapters, scope: Scope, wire: Wire) -> Array:
-    """`[...]` float32: the most that `chosen_bits` can be at keep ratios `[...]`."""
-    kept = num_kept(keep_ratio, scope.ranks)
-    rank = jnp.sum(scope.ranks).astype(jnp.uint32)
-    index = num_matrices(like) * _index_bits(kept, budget, max_rank(like))
-    bits, left = payload.common_bits(like, scope, wire) + index, kept * num_matrices(like)
-    for factors in sorted(like.modules.values(), key=payload.width, reverse=True):
-        layers = factors.a.shape[0]
+def chosen_index_bits(chosen: dict[str, Array], budget: Budget) -> Count:
+    """Bits of saying which components are chosen, module name -> `[L, R]`."""
+    found = jnp.uint32(0)
+    for mask in chosen.values():
+        kept = jnp.sum(mask, axis=-1).astype(jnp.uint32)
+        found += jnp.sum(index_bits(kept, budget, mask.shape[-1]))
+    return Count.of(found)
+
+
+def planned_size(kept: Array, budget: Budget, like: Adapters, scope: Scope) -> Size:
+    """The most that a message of `kept` `[...]` (uint32) components a matrix can be, with its index.
+
+    With the global budget that is where the widest modules take all that they can.
+    """
+    rank, left, counts = jnp.sum(scope.ranks).astype(jnp.uint32), kept * num_matrices(like), {}
+    for name in sorted(like.modules, key=lambda name: payload.width(like.modules[name]), reverse=True):
+        layers = like.modules[name].a.shape[0]
         count = jnp.minimum(left, rank * layers) if budget == "global" else kept * layers
-        bits, left = bits + payload.component_bits(count, factors, scope, wire), left - count
-    return bits.astype(jnp.float32)
+        counts[name], left = (count, count), left - count
+    index = Count.of(index_bits(kept, budget, max_rank(like))) * num_matrices(like)
+    return payload.component_size(like, counts, scope, index_bits=index)
 
 
 def tail_energy(energies: Array, budget: Budget) -> Array:
@@ -113,30 +129,75 @@ def tail_energy(energies: Array, budget: Budget) -> Array:
     return tails(jnp.sum(ordered, axis=0))
 
 
-def replace(fill: Adapters, trained: Adapters, chosen: dict[str, Array]) -> Adapters:
-    """`trained` in the `chosen` components and in the head, `fill` in the others."""
-    modules = {}
-    for name, new in trained.modules.items():
-        old, take = fill.modules[name], chosen[name] > 0
-        modules[name] = Factors(
-            a=jnp.where(take[..., None, :], new.a, old.a), b=jnp.where(take[..., :, None], new.b, old.b)
-        )
-    return Adapters(modules=modules, head=trained.head)
+def offer(tail_energy: Array, size: Size) -> Offer:
+    """The offer of this tail energy, `[R + 1]`, and size, of `[R + 1]` or of one for all."""
+    return Offer(tail_energy, jax.tree.map(lambda count: jnp.broadcast_to(count, tail_energy.shape), size))
 
 
-def send_changes(
-    start: Adapters, trained: Adapters, chosen: dict[str, Array], bits: Array, scope: Scope, wire: Wire, key: Array
-) -> Sent:
-    """The changes of the `chosen` components, module name -> `[L, R]`, at `bits`; a component not sent is unchanged."""
-    in_use = everywhere(scope.ranks, start)
-    drop = {name: in_use[name] - mask for name, mask in chosen.items()}
-    return Sent(
-        adapters=scope.select(arriving(wire, replace(start, trained, chosen), start, key), start),
-        counted=in_use,
-        bits=bits,
-        kept_ranks=sum((jnp.sum(mask) for mask in chosen.values()), jnp.zeros(())) / num_matrices(start),
-        dropped_energy=diagnostics.difference_energy(trained, start, drop),
+def sent_masks(like: Adapters, of_a: dict[str, Array], of_b: dict[str, Array], scope: Scope) -> Adapters:
+    """Masks of what is sent of these components, module name -> `[L, R]`, of either factor, and of the head.
+
+    A factor that is out of scope is not sent. Leaves are `[L, 1, R]`, `[L, R, 1]` and, for the head, scalars; bool.
+    """
+    modules = {
+        name: Factors(a=(of_a[name] * scope.a > 0)[:, None, :], b=(of_b[name] * scope.b > 0)[:, :, None])
+        for name in like.modules
+    }
+    return Adapters(modules=modules, head=payload.sent_head(like, scope))
+
+
+def encode(known: Adapters, held: Adapters, chosen: dict[str, Array], scope: Scope, index_bits: Count) -> Message:
+    """A message of the `chosen` components, module name -> `[L, R]`, and of the head.
+
+    Args:
+      known: what the receiver adds the message to.
+      held: by the client.
+      chosen: masks, 0 in ranks that are not in use.
+      scope: what is sent.
+      index_bits: of saying which are chosen.
+    """
+    sent = sent_masks(held, chosen, chosen, scope)
+    drop = {name: scope.ranks - mask for name, mask in chosen.items()}
+    return Message(
+        tensors=payload.pack(known, held, sent),
+        sent=sent,
+        index_bits=index_bits,
+        kept_ranks=sum((jnp.sum(mask) for mask in chosen.values()), jnp.zeros(())) / num_matrices(held),
+        dropped_energy=diagnostics.difference_energy(held, known, drop),
     )
+
+
+def decode(
+    start: Adapters,
+    message: Message,
+    scope: Scope,
+    missing: Missing,
+    known: Adapters | None = None,
+    fill: Adapters | None = None,
+) -> Received:
+    """What `encode` has sent, as the server holds it.
+
+    Args:
+      start: the broadcast.
+      message: as it arrives.
+      scope: what is sent.
+      missing: whether a client has a say in the components that it did not send.
+      known: what the changes are added to; None for the broadcast.
+      fill: what stands where nothing was sent; None for the broadcast.
+    """
+    known, fill = start if known is None else known, start if fill is None else fill
+    return Received(
+        adapters=payload.unpack(known, message, fill),
+        counted=sent_components(message) if missing == "senders" else everywhere(scope.ranks, start),
+    )
+
+
+def sent_components(message: Message) -> dict[str, Array]:
+    """Module name -> `[L, R]`, 1 where either factor's part of the component was sent."""
+    return {
+        name: (factors.a[:, 0, :] | factors.b[:, :, 0]).astype(jnp.float32)
+        for name, factors in message.sent.modules.items()
+    }
 
 
 def tails(energies: Array) -> Array:

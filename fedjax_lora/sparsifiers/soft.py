@@ -9,24 +9,23 @@ their squared norms, so the top k by norm are the best k; if both are, they are 
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.core.methods import Sent, Sparsifier
-from fedjax_lora.core.numbers import Options
+from fedjax_lora.core.methods import Context, Message, Method, Offer, Received, Sparsifier
+from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.ops.products import gram, safe_sqrt
 from fedjax_lora.ops.rank_energy import rank_energy
-from fedjax_lora.sparsifiers import diagnostics, payload, ranks
-from fedjax_lora.sparsifiers.ranks import Budget
-from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving
+from fedjax_lora.sparsifiers import diagnostics, ranks
+from fedjax_lora.sparsifiers.ranks import Budget, Missing
 
 Form = Literal["offdiag", "identity", "a_only", "none"]
 Send = Literal["factors", "change"]
-Missing = Literal["senders", "zero"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ class SoftConfig(Options):
     """
 
     name: Literal["soft"] = "soft"
-    orthogonality: float = 0.1
+    orthogonality: float = traced(0.1)
     form: Form = "offdiag"
     send: Send = "change"
     missing: Missing = "senders"
@@ -63,28 +62,34 @@ class SoftConfig(Options):
         if self.error_feedback and self.send != "change":
             raise ValueError(f"error_feedback must be false where send is {self.send}, got True")
 
+    def needs(self) -> dict[str, str]:
+        """What is remembered of a component is added to the same one later."""
+        return {"fixed_basis": "error_feedback"} if self.error_feedback else {}
 
-def degeneracy(config: SoftConfig, refilled: bool = False, sit_out: bool = False) -> str | None:
-    """One line on what these options silently turn into, or None.
+    def breaks(self) -> dict[str, str]:
+        """What a client does not send is unchanged, and tail energies are whole, with some of the options alone."""
+        found = {"whole_tail": "error_feedback"} if self.error_feedback else {}
+        if self.missing == "senders" or self.send == "factors":
+            found["unchanged_where_unsent"] = "missing" if self.missing == "senders" else "send"
+        return found
 
-    Args:
-      config: its options.
-      refilled: whether the server fills all components anew every round.
-      sit_out: whether clients sit out rounds.
-    """
-    if config.error_feedback and sit_out:
-        return (
-            "sparsifier: error_feedback adds what a client left out many rounds ago, where clients sit out rounds: "
-            "it is known to harm"
-        )
-    if config.send == "factors" and config.missing == "zero" and not refilled:
-        return (
-            "sparsifier: send: factors with missing: zero pulls unsent ranks to zero, where they stay: "
-            "it becomes a LoRA of fixed rank keep_ratio * rank"
-        )
-    if config.form == "identity" and config.orthogonality > 0:
-        return "sparsifier: form: identity pulls all components to one norm, which leaves their norms little to tell"
-    return None
+    def note(self, broken: Collection[str]) -> str | None:
+        """What these options turn into where clients sit out rounds, or where what is zero stays zero."""
+        if self.error_feedback and "full_participation" in broken:
+            return (
+                "sparsifier: error_feedback adds what a client left out many rounds ago, where clients sit out rounds: "
+                "it is known to harm"
+            )
+        if self.send == "factors" and self.missing == "zero" and "lasting_zeros" not in broken:
+            return (
+                "sparsifier: send: factors with missing: zero pulls unsent ranks to zero, where they stay: "
+                "it becomes a LoRA of fixed rank keep_ratio * rank"
+            )
+        if self.form == "identity" and self.orthogonality > 0:
+            return (
+                "sparsifier: form: identity pulls all components to one norm, which leaves their norms little to tell"
+            )
+        return None
 
 
 def importance(a: Array, b: Array, a0: Array | None = None, b0: Array | None = None) -> Array:
@@ -145,74 +150,79 @@ def orthogonality_penalty(a: Array, b: Array, form: Form = "offdiag", rank_mask:
     return sum((jnp.sum((g * others) ** 2) for g in grams), jnp.zeros(()))
 
 
-def make(config: SoftConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
+def make(options: SoftConfig, context: Context) -> Sparsifier:
     """The sparsifier of these options.
 
     A component of one layer costs `n_in + n_out` values, and each matrix an index that says which are kept. With the
-    global budget `payload_bits` is the largest that a choice can cost: the widest modules first. Its tail energy is
-    the sum of squared importances left out.
-
-    Args:
-      config: its options.
-      like: adapters, or their shapes.
-      wire: how the numbers travel: of the factors, or of their changes, as `send` says.
+    global budget the size that is offered is the largest that a choice can have: the widest modules first. Its tail
+    energy is the sum of squared importances left out.
     """
-    payload.check_fits(like)
-    num_matrices = ranks.num_matrices(like)
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like.modules)
+    like, budget = ranks.shapes(context), options.budget
 
-    def penalty(adapters: Adapters, rank_mask: Array) -> Array:
-        terms = [orthogonality_penalty(f.a, f.b, config.form, rank_mask) for f in adapters.modules.values()]
-        return jnp.sum(jnp.stack(terms))
-
-    def compress(
-        start: Adapters, trained: Adapters, memory: Any, keep_ratio: Array, scope: Scope, key: Array
-    ) -> tuple[Sent, Any]:
-        held = trained
-        if config.error_feedback:
-            held = scope.select(jax.tree.map(jnp.add, trained, memory), trained)
-        kept, sigma = ranks.num_kept(keep_ratio, scope.ranks), _scores(config.send, start, held, scope.ranks)
-        chosen = ranks.choose(sigma, kept, config.budget, scope.ranks)
-        in_use = ranks.everywhere(scope.ranks, like)
-        drop = {name: in_use[name] - mask for name, mask in chosen.items()}
-        empty = Adapters(modules=nothing, head=start.head)
-        known = empty if config.send == "factors" else start
-        fill = ranks.replace(start, empty, in_use) if config.send == "factors" and config.missing == "zero" else start
-        arrived = arriving(wire, ranks.replace(known, held, chosen), known, key)
-        decoded = scope.select(ranks.replace(fill, arrived, chosen), start)
-        if config.send == "factors":
-            energy = diagnostics.dropped_energy(held, drop)
-        else:
-            energy = diagnostics.difference_energy(held, start, drop)
-        sent = Sent(
-            adapters=decoded,
-            counted=chosen if config.missing == "senders" else in_use,
-            bits=ranks.chosen_bits(chosen, config.budget, like, scope, wire),
-            kept_ranks=sum((jnp.sum(mask) for mask in chosen.values()), jnp.zeros(())) / num_matrices,
-            dropped_energy=energy,
-        )
-        if config.error_feedback:
-            memory = scope.select(jax.tree.map(jnp.subtract, held, decoded), memory)
-        return sent, memory
-
-    def tail_energy(start: Adapters, trained: Adapters, scope: Scope) -> Array:
+    def offer(start: Adapters, trained: Adapters, scope: Scope) -> Offer:
         energies = [
             jnp.where(scope.ranks > 0, sigma, 0.0) ** 2
-            for sigma in _scores(config.send, start, trained, scope.ranks).values()
+            for sigma in _scores(options.send, start, trained, scope.ranks).values()
         ]
-        return ranks.tail_energy(jnp.concatenate(energies), config.budget)
+        tail_energy = ranks.tail_energy(jnp.concatenate(energies), budget)
+        return ranks.offer(tail_energy, ranks.planned_size(ranks.each(scope.ranks), budget, like, scope))
 
-    def payload_bits(keep_ratio: Array, scope: Scope) -> Array:
-        return ranks.planned_bits(keep_ratio, config.budget, like, scope, wire)
+    def encode(start: Adapters, trained: Adapters, memory: Any, kept: Array, scope: Scope, key: Array) -> Message:
+        held = with_memory(trained, memory, scope)
+        sigma = _scores(options.send, start, held, scope.ranks)
+        chosen = ranks.choose(sigma, ranks.whole(kept, scope.ranks), budget, scope.ranks)
+        index = ranks.chosen_index_bits(chosen, budget)
+        if options.send == "change":
+            return ranks.encode(start, held, chosen, scope, index)
+        drop = {name: scope.ranks - mask for name, mask in chosen.items()}
+        message = ranks.encode(_without_factors(start), held, chosen, scope, index)
+        return message._replace(dropped_energy=diagnostics.dropped_energy(held, drop))
+
+    def decode(start: Adapters, message: Message, scope: Scope) -> Received:
+        if options.send == "change":
+            return ranks.decode(start, message, scope, options.missing)
+        known = _without_factors(start)
+        fill = scope.select(known, start) if options.missing == "zero" else start
+        return ranks.decode(start, message, scope, options.missing, known, fill)
+
+    def with_memory(trained: Adapters, memory: Any, scope: Scope) -> Adapters:
+        if not options.error_feedback:
+            return trained
+        return scope.select(jax.tree.map(jnp.add, trained, memory), trained)
+
+    def remember(trained: Adapters, memory: Any, received: Received, scope: Scope) -> Any:
+        if not options.error_feedback:
+            return memory
+        held = with_memory(trained, memory, scope)
+        return scope.select(jax.tree.map(jnp.subtract, held, received.adapters), memory)
+
+    def penalty(adapters: Adapters, rank_mask: Array) -> Array:
+        terms = [orthogonality_penalty(f.a, f.b, options.form, rank_mask) for f in adapters.modules.values()]
+        return options.orthogonality * jnp.sum(jnp.stack(terms))
 
     return Sparsifier(
-        init=lambda adapters: jax.tree.map(jnp.zeros_like, adapters) if config.error_feedback else (),
+        offer=offer,
+        encode=encode,
+        decode=decode,
+        init=lambda adapters: jax.tree.map(jnp.zeros_like, adapters) if options.error_feedback else (),
+        remember=remember,
         penalty=penalty,
-        broadcast=payload.dense_broadcast,
-        tail_energy=tail_energy,
-        payload_bits=payload_bits,
-        compress=compress,
     )
+
+
+METHOD = Method(
+    "sparsifier",
+    "soft",
+    SoftConfig,
+    make,
+    needs=frozenset({"shared_b"}),
+    breaks=frozenset({"everything_sent"}),
+)
+
+
+def _without_factors(start: Adapters) -> Adapters:
+    """What a receiver knows who is told the factors themselves: the head alone."""
+    return Adapters(modules=jax.tree.map(jnp.zeros_like, start.modules), head=start.head)
 
 
 def _scores(send: Send, start: Adapters, trained: Adapters, rank_mask: Array) -> dict[str, Array]:

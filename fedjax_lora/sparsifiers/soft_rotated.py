@@ -9,20 +9,20 @@ of the factors nor its singular value decomposition is formed.
 
 import dataclasses
 import itertools
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.core.methods import Sent, Sparsifier
+from fedjax_lora.core.count import Count
+from fedjax_lora.core.methods import Context, Message, Method, Offer, Received, Sparsifier
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Factors, Scope
 from fedjax_lora.ops import factorise
 from fedjax_lora.ops.products import gram
 from fedjax_lora.sparsifiers import diagnostics, payload, ranks
 from fedjax_lora.sparsifiers.ranks import Budget
-from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,86 +35,116 @@ class SoftRotatedConfig(Options):
       than what it stands for, and so are the steps of the average; this gives up its least error for their length.
     """
 
-    orthogonality: ClassVar[float] = 0.0
     name: Literal["soft_rotated"] = "soft_rotated"
     budget: Budget = "module"
     keep_norm: bool = False
 
 
-def make(config: SoftRotatedConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
+def make(options: SoftRotatedConfig, context: Context) -> Sparsifier:
     """The sparsifier of rotated changes.
 
     A component of a factor costs its own width and r values for its row of the rotation, which is zero in ranks that
     are not in use. Beside them each factor of each matrix is sent with its number of components where the budget is
-    global, and with a scale to keep its norm. Tail energy: what is left out of `||da||_F^2 + ||db||_F^2`, so in units
-    of a factor squared, while that of `soft` is in units of the factors' product squared.
-
-    Args:
-      config: its options.
-      like: adapters, or their shapes.
-      wire: how the rotated changes travel; the rotations travel in full.
+    global, and with a scale to keep its norm; rotations and scales travel in full. Tail energy: what is left out of
+    `||da||_F^2 + ||db||_F^2`, so in units of a factor squared, while that of `soft` is in units of the factors' product
+    squared.
     """
+    like, budget = ranks.shapes(context), options.budget
     max_rank, num_matrices = ranks.max_rank(like), ranks.num_matrices(like)
-    payload.check_fits(like, 2 * max_rank)
-    side_bits = max_rank.bit_length() * (config.budget == "global") + FLOAT32.bits_per_value * config.keep_norm
 
-    def bits(kept: dict[str, tuple[Array, Array]], scope: Scope) -> Array:
+    def count_bits(scope: Scope) -> Count:
+        """Of the number of components of each factor of each matrix."""
         factors = num_matrices * (scope.a + scope.b).astype(jnp.uint32)
-        parts = [_bits(like.modules[name], counts, scope, wire) for name, counts in kept.items()]
-        return sum(parts, payload.common_bits(like, scope, wire) + factors * jnp.uint32(side_bits))
+        return Count.of(factors * jnp.uint32(max_rank.bit_length() if budget == "global" else 0))
 
-    def compress(
-        start: Adapters, trained: Adapters, memory: Any, keep_ratio: Array, scope: Scope, key: Array
-    ) -> tuple[Sent, Any]:
-        head_key, key = jax.random.split(key)
-        found, modules = _principal(start, trained, scope.ranks), {}
-        kept = _counts(config.budget, found, ranks.num_kept(keep_ratio, scope.ranks), scope.ranks)
-        for (name, pair), part in zip(found.items(), jax.random.split(key, len(found)), strict=True):
-            of_a, of_b = (
-                _best(*of, scope.ranks, wire, config.keep_norm)
-                for of in zip(pair, kept[name], jax.random.split(part), strict=True)
-            )
-            old = start.modules[name]
-            modules[name] = Factors(a=old.a + of_a, b=old.b + jnp.swapaxes(of_b, -1, -2))
-        heads = arriving(wire, Adapters({}, trained.head), Adapters({}, start.head), head_key)
-        decoded = scope.select(Adapters(modules=modules, head=heads.head), start)
-        in_use = ranks.everywhere(scope.ranks, like)
-        sent = Sent(
-            adapters=decoded,
-            counted=in_use,
-            bits=bits({name: (jnp.sum(a), jnp.sum(b)) for name, (a, b) in kept.items()}, scope),
-            kept_ranks=sum((jnp.sum(a + b) for a, b in kept.values()), jnp.uint32(0)) / (2.0 * num_matrices),
-            dropped_energy=diagnostics.difference_energy(trained, decoded, in_use),
-        )
-        return sent, memory
-
-    def tail_energy(start: Adapters, trained: Adapters, scope: Scope) -> Array:
+    def offer(start: Adapters, trained: Adapters, scope: Scope) -> Offer:
         found = _principal(start, trained, scope.ranks).values()
         pools = [jnp.concatenate([pair[factor].energies for pair in found]) for factor in (0, 1)]
-        return ranks.tail_energy(pools[0], config.budget) + ranks.tail_energy(pools[1], config.budget)
-
-    def payload_bits(keep_ratio: Array, scope: Scope) -> Array:
-        kept, rank = ranks.num_kept(keep_ratio, scope.ranks), jnp.sum(scope.ranks).astype(jnp.uint32)
-        if config.budget == "module":
+        tail_energy = ranks.tail_energy(pools[0], budget) + ranks.tail_energy(pools[1], budget)
+        kept, rank = ranks.each(scope.ranks), jnp.sum(scope.ranks).astype(jnp.uint32)
+        if budget == "module":
             counts = {name: (kept * f.a.shape[0], kept * f.a.shape[0]) for name, f in like.modules.items()}
         else:
             counts = _widest_first(like, kept * num_matrices, rank)
-        return bits(counts, scope).astype(jnp.float32)
+        size = payload.component_size(like, counts, scope, exact_each=rank, index_bits=count_bits(scope))
+        if options.keep_norm:
+            scales = Count.of(num_matrices * (scope.a + scope.b))
+            size = size._replace(exact=size.exact + scales)
+        return ranks.offer(tail_energy, size)
 
-    return Sparsifier(
-        broadcast=payload.dense_broadcast,
-        tail_energy=tail_energy,
-        payload_bits=payload_bits,
-        compress=compress,
+    def encode(start: Adapters, trained: Adapters, memory: Any, kept: Array, scope: Scope, key: Array) -> Message:
+        found = _principal(start, trained, scope.ranks)
+        counts = _counts(budget, found, ranks.whole(kept, scope.ranks), scope.ranks)
+        message = _message(start, trained, found, counts, options.keep_norm, scope)
+        decoded = decode(start, message, scope).adapters
+        in_use = ranks.everywhere(scope.ranks, like)
+        return message._replace(
+            index_bits=count_bits(scope),
+            dropped_energy=diagnostics.difference_energy(trained, decoded, in_use),
+        )
+
+    def decode(start: Adapters, message: Message, scope: Scope) -> Received:
+        modules = {}
+        for name, rotated in message.tensors.modules.items():
+            old, (of_a, of_b) = start.modules[name], message.exact[name]
+            change_a = _turned_back(rotated.a, of_a, scope.ranks)
+            change_b = _turned_back(jnp.swapaxes(rotated.b, -1, -2), of_b, scope.ranks)
+            modules[name] = Factors(a=old.a + change_a, b=old.b + jnp.swapaxes(change_b, -1, -2))
+        head = jax.tree.map(jnp.add, start.head, message.tensors.head)
+        decoded = scope.select(Adapters(modules=modules, head=head), start)
+        return Received(adapters=decoded, counted=ranks.everywhere(scope.ranks, like))
+
+    return Sparsifier(offer=offer, encode=encode, decode=decode)
+
+
+METHOD = Method("sparsifier", "soft_rotated", SoftRotatedConfig, make, breaks=frozenset({"everything_sent"}))
+
+
+class _Turn(NamedTuple):
+    """What a factor's rotated change is turned back with, or the masks of what of it is sent.
+
+    rotation: `[L, R, R]`, the components as columns. scale: `[L]`, to keep the norm; None for none.
+    """
+
+    rotation: Array
+    scale: Array | None
+
+
+def _message(
+    start: Adapters,
+    trained: Adapters,
+    found: dict[str, "_Pair"],
+    counts: dict[str, tuple[Array, Array]],
+    keep_norm: bool,
+    scope: Scope,
+) -> Message:
+    """The first components of either factor, `[L]` of each, by module; index and dropped energy are the caller's."""
+    number, first = jnp.arange(scope.ranks.shape[-1]), {}
+    for name, (of_a, of_b) in counts.items():
+        first[name] = ((number < of_a[:, None]) * scope.a, (number < of_b[:, None]) * scope.b)
+    first_a, first_b = ({name: pair[side] for name, pair in first.items()} for side in (0, 1))
+    sent = ranks.sent_masks(start, first_a, first_b, scope)
+    modules, exact, exact_sent = {}, {}, {}
+    for name, pair in found.items():
+        (turn_a, sent_a), (turn_b, sent_b) = (
+            _turn(part, mask, scope.ranks, keep_norm) for part, mask in zip(pair, first[name], strict=True)
+        )
+        # Products in full float32: what is sent and turned back must be the change, not a bfloat16 copy of it.
+        a = jnp.matmul(pair[0].change, turn_a.rotation, precision="highest")
+        b = jnp.matmul(pair[1].change, turn_b.rotation, precision="highest")
+        modules[name] = Factors(a=a, b=jnp.swapaxes(b, -1, -2))
+        exact[name], exact_sent[name] = (turn_a, turn_b), (sent_a, sent_b)
+    head = payload.pack(Adapters({}, start.head), Adapters({}, trained.head), Adapters({}, sent.head)).head
+    kept = sum((jnp.sum(a + b) for a, b in counts.values()), jnp.uint32(0))
+    return Message(
+        tensors=Adapters(modules=modules, head=head),
+        sent=sent,
+        index_bits=Count.of(0),
+        kept_ranks=kept / (2.0 * ranks.num_matrices(start)),
+        dropped_energy=jnp.zeros(()),
+        exact=exact,
+        exact_sent=exact_sent,
     )
-
-
-def _bits(like: Factors, counts: tuple[Array, Array], scope: Scope, wire: Wire) -> Array:
-    """uint32 bits of so many components (uint32, over all layers) of either factor of a module."""
-    bits, rotation_bits = jnp.uint32(0), FLOAT32.bits_per_value * jnp.sum(scope.ranks).astype(jnp.uint32)
-    for count, width, part in zip(counts, (like.a.shape[-2], like.b.shape[-1]), (scope.a, scope.b), strict=True):
-        bits += part.astype(jnp.uint32) * count * (jnp.uint32(wire.bits_per_value * width) + rotation_bits)
-    return bits
 
 
 def _counts(budget: Budget, found: dict[str, "_Pair"], kept: Array, rank_mask: Array) -> dict[str, tuple[Array, Array]]:
@@ -179,14 +209,19 @@ def _principal(start: Adapters, trained: Adapters, rank_mask: Array) -> dict[str
     return jax.tree.unflatten(structure, [_Principal(*part) for part in parts])
 
 
-def _best(part: _Principal, kept: Array, key: Array, rank_mask: Array, wire: Wire, keep_norm: bool) -> Array:
-    """The best approximation of rank `kept` (`[L]`) of a change, `[L, n, R]`, as the receiver rebuilds it."""
-    chosen = jnp.arange(rank_mask.shape[-1]) < kept[:, None]
-    rotation = part.rotation * chosen[:, None, :]
-    # Products in full float32: what is sent and turned back must be the change, not a bfloat16 copy of it.
-    rotated = wire.encode(jnp.matmul(part.change, rotation, precision="highest"), key)
-    rebuilt = jnp.matmul(rotated, jnp.swapaxes(rotation, -1, -2), precision="highest") * rank_mask
+def _turn(part: _Principal, first: Array, rank_mask: Array, keep_norm: bool) -> tuple[_Turn, _Turn]:
+    """The rotation to the `first` components, a mask `[L, R]`, and what they lack of the norm of all; its masks."""
+    mask = first[:, None, :] * rank_mask[:, None] > 0
+    rotation = jnp.where(mask, part.rotation, 0.0)
     if not keep_norm:
-        return rebuilt
-    whole, sent = jnp.sum(part.energies, -1), jnp.sum(part.energies * chosen, -1)
-    return rebuilt * jnp.sqrt(whole / jnp.where(sent > 0, sent, 1.0))[:, None, None]
+        return _Turn(rotation, None), _Turn(mask, None)
+    whole, sent = jnp.sum(part.energies, -1), jnp.sum(part.energies * first, -1)
+    any_sent = jnp.any(first > 0, -1)
+    scale = jnp.where(any_sent, jnp.sqrt(whole / jnp.where(sent > 0, sent, 1.0)), 0.0)
+    return _Turn(rotation, scale), _Turn(mask, any_sent)
+
+
+def _turned_back(rotated: Array, turn: _Turn, rank_mask: Array) -> Array:
+    """A factor's change, `[L, n, R]`, of its orthogonal components."""
+    rebuilt = jnp.matmul(rotated, jnp.swapaxes(turn.rotation, -1, -2), precision="highest") * rank_mask
+    return rebuilt if turn.scale is None else rebuilt * turn.scale[:, None, None]

@@ -12,25 +12,24 @@ The product is not formed: QR of either thin factor leaves an SVD of size R x R.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.core.methods import Sent, Sparsifier
+from fedjax_lora.core.count import Count
+from fedjax_lora.core.methods import Context, Message, Method, Offer, Received, Sparsifier
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Factors, Scope
 from fedjax_lora.ops import factorise
 from fedjax_lora.sparsifiers import payload, ranks
-from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SvdConfig(Options):
     """Send the k largest singular triples of each matrix; exact, hence without a regulariser to weigh."""
 
-    orthogonality: ClassVar[float] = 0.0
     name: Literal["svd"] = "svd"
 
 
@@ -81,63 +80,71 @@ def thin_svd(a: Array, b: Array, rank_mask: Array | None = None) -> Svd:
     return Svd(u[:, :n_in], s * mask * peak[..., 0], v[:, :n_out])
 
 
-def make(config: SvdConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
+def make(options: SvdConfig, context: Context) -> Sparsifier:
     """The sparsifier of truncated products.
 
     A component costs its `n_in + n_out` values, and for each factor r more: its row of `U_k^T a` or of `(b V_k)^T`, in
-    the ranks in use. Its tail energy is the sum of squared singular values left out.
-
-    Args:
-      config: its options.
-      like: adapters, or their shapes.
-      wire: how U_k and V_k travel; their products with the factors travel in full.
+    the ranks in use, which travels in full. Its tail energy is the sum of squared singular values left out.
     """
-    del config  # it has no option yet, but every method is made in the same way
+    del options  # it has no option yet, but every method is made in the same way
+    like = ranks.shapes(context)
     max_rank = ranks.max_rank(like)
-    payload.check_fits(like, 2 * max_rank)
 
-    def bits(kept: Array, scope: Scope) -> Array:
-        rank = jnp.sum(scope.ranks).astype(jnp.uint32)
-        parts = [
-            payload.component_bits(kept * f.a.shape[0], f, scope, wire, exact_values=rank)
-            for f in like.modules.values()
-        ]
-        return sum(parts, payload.common_bits(like, scope, wire))
-
-    def compress(
-        start: Adapters, trained: Adapters, memory: Any, keep_ratio: Array, scope: Scope, key: Array
-    ) -> tuple[Sent, Any]:
-        head_key, key = jax.random.split(key)
-        kept = ranks.num_kept(keep_ratio, scope.ranks)
-        keep, energies, modules = jnp.arange(max_rank) < kept, [], {}
-        found = _decompose(trained, scope.ranks)
-        for (name, svd), part in zip(found.items(), jax.random.split(key, len(found)), strict=True):
-            key_a, key_b = jax.random.split(part)
-            factors = trained.modules[name]
-            a = _projected(factors.a, svd.u * keep, wire, key_a)
-            b = _projected(jnp.swapaxes(factors.b, -1, -2), svd.v * keep, wire, key_b)
-            modules[name] = Factors(a=a, b=jnp.swapaxes(b, -1, -2))
-            energies.append(jnp.sum(jnp.where(keep, 0.0, svd.s) ** 2))
-        head = arriving(wire, Adapters({}, trained.head), Adapters({}, start.head), head_key).head
-        sent = Sent(
-            adapters=scope.select(Adapters(modules=modules, head=head), start),
-            counted=ranks.everywhere(scope.ranks, like),
-            bits=bits(kept, scope),
-            kept_ranks=kept.astype(jnp.float32),
-            dropped_energy=jnp.sum(jnp.stack(energies)),
-        )
-        return sent, memory
-
-    def tail_energy(start: Adapters, trained: Adapters, scope: Scope) -> Array:
+    def offer(start: Adapters, trained: Adapters, scope: Scope) -> Offer:
         values = [svd.s for svd in _decompose(trained, scope.ranks).values()]
-        return ranks.tail_energy(jnp.concatenate(values) ** 2, "module")
+        tail_energy = ranks.tail_energy(jnp.concatenate(values) ** 2, "module")
+        kept, rank = ranks.each(scope.ranks), jnp.sum(scope.ranks).astype(jnp.uint32)
+        counts = {name: (kept * f.a.shape[0], kept * f.a.shape[0]) for name, f in like.modules.items()}
+        return ranks.offer(tail_energy, payload.component_size(like, counts, scope, exact_each=rank))
 
-    return Sparsifier(
-        broadcast=payload.dense_broadcast,
-        tail_energy=tail_energy,
-        payload_bits=lambda keep_ratio, scope: bits(ranks.num_kept(keep_ratio, scope.ranks), scope).astype(jnp.float32),
-        compress=compress,
-    )
+    def encode(start: Adapters, trained: Adapters, memory: Any, kept: Array, scope: Scope, key: Array) -> Message:
+        count = ranks.whole(kept, scope.ranks)
+        keep, found = jnp.arange(max_rank) < count, _decompose(trained, scope.ranks)
+        first = ranks.everywhere(keep * 1.0, like)
+        sent = ranks.sent_masks(like, first, first, scope)
+        bases, coordinates, coordinates_sent, energies = {}, {}, {}, []
+        for name, svd in found.items():
+            factors, masks = trained.modules[name], sent.modules[name]
+            u, v = jnp.where(masks.a, svd.u, 0.0), jnp.where(masks.b, jnp.swapaxes(svd.v, -1, -2), 0.0)
+            bases[name] = Factors(a=u, b=v)
+            coordinates_sent[name] = tuple(
+                jnp.swapaxes(mask, -1, -2) & (scope.ranks > 0) for mask in (masks.a, jnp.swapaxes(masks.b, -1, -2))
+            )
+            # Products in full float32: what is sent must be the factor, not a bfloat16 copy of it.
+            of_a = jnp.matmul(jnp.swapaxes(u, -1, -2), factors.a, precision="highest")
+            of_b = jnp.matmul(v, jnp.swapaxes(factors.b, -1, -2), precision="highest")
+            coordinates[name] = tuple(
+                jnp.where(mask, x, 0.0) for mask, x in zip(coordinates_sent[name], (of_a, of_b), strict=True)
+            )
+            energies.append(jnp.sum(jnp.where(keep, 0.0, svd.s) ** 2))
+        head = payload.pack(Adapters({}, start.head), Adapters({}, trained.head), Adapters({}, sent.head)).head
+        return Message(
+            tensors=Adapters(modules=bases, head=head),
+            sent=sent,
+            index_bits=Count.of(0),
+            kept_ranks=count.astype(jnp.float32),
+            dropped_energy=jnp.sum(jnp.stack(energies)),
+            exact=coordinates,
+            exact_sent=coordinates_sent,
+        )
+
+    def decode(start: Adapters, message: Message, scope: Scope) -> Received:
+        modules = {}
+        for name, basis in message.tensors.modules.items():
+            of_a, of_b = message.exact[name]
+            a = jnp.matmul(basis.a, of_a, precision="highest")
+            b = jnp.matmul(jnp.swapaxes(basis.b, -1, -2), of_b, precision="highest")
+            modules[name] = Factors(a=a, b=jnp.swapaxes(b, -1, -2))
+        head = jax.tree.map(jnp.add, start.head, message.tensors.head)
+        decoded = scope.select(Adapters(modules=modules, head=head), start)
+        return Received(adapters=decoded, counted=ranks.everywhere(scope.ranks, like))
+
+    return Sparsifier(offer=offer, encode=encode, decode=decode)
+
+
+METHOD = Method(
+    "sparsifier", "svd", SvdConfig, make, needs=frozenset({"shared_b"}), breaks=frozenset({"everything_sent"})
+)
 
 
 def _decompose(adapters: Adapters, rank_mask: Array) -> dict[str, Svd]:
@@ -158,9 +165,3 @@ def _decompose(adapters: Adapters, rank_mask: Array) -> dict[str, Svd]:
 def _padded(x: Array, width: int) -> Array:
     """`[M, n, R]` with rows of zeros up to `[M, width, R]`."""
     return jnp.pad(x, ((0, 0), (0, width - x.shape[1]), (0, 0)))
-
-
-def _projected(x: Array, basis: Array, wire: Wire, key: Array) -> Array:
-    """`x`, `[L, n, R]`, on the columns of `basis`, `[L, n, R]`, of which the receiver has a copy from the wire."""
-    coordinates = jnp.matmul(jnp.swapaxes(basis, -1, -2), x, precision="highest")
-    return jnp.matmul(wire.encode(basis, key), coordinates, precision="highest")

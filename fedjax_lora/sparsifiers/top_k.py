@@ -6,82 +6,84 @@ which is most of what choosing by rank component saves.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+import itertools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.flatten_util import ravel_pytree
 
-from fedjax_lora.core.methods import Sent, Sparsifier
+from fedjax_lora.core.count import Count
+from fedjax_lora.core.methods import Context, Message, Method, Offer, Received, Sparsifier
 from fedjax_lora.core.numbers import Options
-from fedjax_lora.core.types import Adapters, Scope
+from fedjax_lora.core.types import Adapters, Factors, Scope
 from fedjax_lora.sparsifiers import diagnostics, payload, ranks
-from fedjax_lora.sparsifiers.wire import FLOAT32, Wire, arriving
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TopKConfig(Options):
-    """Send the `keep_ratio` of the factors' values that changed the most; there is no regulariser to weigh."""
+    """Send as large a share of the factors' values as of their ranks is to be kept: those that changed the most."""
 
-    orthogonality: ClassVar[float] = 0.0
     name: Literal["top_k"] = "top_k"
 
 
-def make(config: TopKConfig, like: Adapters, wire: Wire = FLOAT32) -> Sparsifier:
+def make(options: TopKConfig, context: Context) -> Sparsifier:
     """The sparsifier of single values: what was not sent is unchanged.
 
     Kept ranks are reported as the share of the pool times r. Tail energy: what is left out of
     `||da||_F^2 + ||db||_F^2`, in units of a factor squared.
-
-    Args:
-      config: its options.
-      like: adapters, or their shapes.
-      wire: how the changes of the numbers travel.
     """
-    del config  # it has no option yet, but every method is made in the same way
-    payload.check_fits(like, bits_per_value=FLOAT32.bits_per_value + 1)  # a bit of the bitmap with each value
+    del options  # it has no option yet, but every method is made in the same way
+    like = ranks.shapes(context)
     max_rank = ranks.max_rank(like)
+    if max_rank * sum(_values_of_a_rank(like)) >= 2**32:
+        raise ValueError(f"factors must hold fewer than 2**32 values, got {max_rank * sum(_values_of_a_rank(like))}")
 
-    def compress(
-        start: Adapters, trained: Adapters, memory: Any, keep_ratio: Array, scope: Scope, key: Array
-    ) -> tuple[Sent, Any]:
-        trained = scope.select(trained, start)
-        kept, in_use = num_kept(keep_ratio, pool_size(like, scope)), ranks.everywhere(scope.ranks, like)
-        sparse = dataclasses.replace(trained, modules=sparsified(trained.modules, start.modules, kept))
-        sent = Sent(
-            adapters=scope.select(arriving(wire, sparse, start, key), start),
-            counted=in_use,
-            bits=bits(kept, like, scope, wire),
-            kept_ranks=jnp.sum(scope.ranks) * kept / jnp.maximum(pool_size(like, scope), 1),
+    def offer(start: Adapters, trained: Adapters, scope: Scope) -> Offer:
+        pool, rank = pool_size(like, scope), jnp.sum(scope.ranks).astype(jnp.uint32)
+        change = jax.tree.map(jnp.subtract, scope.select(trained, start), start)
+        tails = ranks.tails(jnp.sort(_flat(change.modules) ** 2, descending=True))
+        whole = jnp.minimum(jnp.arange(max_rank + 1, dtype=jnp.uint32), rank)
+        count = num_kept(ranks.each(scope.ranks) / jnp.sum(scope.ranks), pool)
+        size = payload.value_size(like, count, scope, index_bits(count, pool))
+        return ranks.offer(tails[whole * (pool // rank)], size)
+
+    def encode(start: Adapters, trained: Adapters, memory: Any, kept: Array, scope: Scope, key: Array) -> Message:
+        trained, pool, rank = scope.select(trained, start), pool_size(like, scope), jnp.sum(scope.ranks)
+        count = num_kept(kept / rank, pool)
+        masks = chosen(trained.modules, start.modules, count, scope)
+        sent = Adapters(modules=masks, head=payload.sent_head(like, scope))
+        sparse = Adapters(jax.tree.map(jnp.where, masks, trained.modules, start.modules), trained.head)
+        in_use = ranks.everywhere(scope.ranks, like)
+        return Message(
+            tensors=payload.pack(start, trained, sent),
+            sent=sent,
+            index_bits=index_bits(count, pool),
+            kept_ranks=rank * count / jnp.maximum(pool, 1),
             dropped_energy=diagnostics.difference_energy(trained, sparse, in_use),
         )
-        return sent, memory
 
-    def tail_energy(start: Adapters, trained: Adapters, scope: Scope) -> Array:
-        change = jax.tree.map(jnp.subtract, scope.select(trained, start), start)
-        tails = ranks.tails(jnp.sort(ravel_pytree(change.modules)[0] ** 2, descending=True))
-        rank = jnp.sum(scope.ranks).astype(jnp.uint32)
-        kept = jnp.minimum(jnp.arange(max_rank + 1, dtype=jnp.uint32), rank)
-        return tails[kept * (pool_size(like, scope) // rank)]
+    def decode(start: Adapters, message: Message, scope: Scope) -> Received:
+        return ranks.decode(start, message, scope, "zero")
 
-    def payload_bits(keep_ratio: Array, scope: Scope) -> Array:
-        return bits(num_kept(keep_ratio, pool_size(like, scope)), like, scope, wire).astype(jnp.float32)
+    return Sparsifier(offer=offer, encode=encode, decode=decode, whole_ranks=False)
 
-    return Sparsifier(
-        broadcast=payload.dense_broadcast,
-        tail_energy=tail_energy,
-        payload_bits=payload_bits,
-        compress=compress,
-    )
+
+METHOD = Method("sparsifier", "top_k", TopKConfig, make, breaks=frozenset({"everything_sent"}))
 
 
 def pool_size(like: Adapters, scope: Scope) -> Array:
     """uint32 values of the factors that are in scope."""
-    of_a = sum(f.a.shape[0] * f.a.shape[1] for f in like.modules.values())
-    of_b = sum(f.b.shape[0] * f.b.shape[2] for f in like.modules.values())
+    of_a, of_b = _values_of_a_rank(like)
     a, b, rank = (part.astype(jnp.uint32) for part in (scope.a, scope.b, jnp.sum(scope.ranks)))
     return rank * (a * jnp.uint32(of_a) + b * jnp.uint32(of_b))
+
+
+def _values_of_a_rank(like: Adapters) -> tuple[int, int]:
+    """Values of one component of every matrix, of a and of b."""
+    of_a = sum(f.a.shape[0] * f.a.shape[1] for f in like.modules.values())
+    of_b = sum(f.b.shape[0] * f.b.shape[2] for f in like.modules.values())
+    return of_a, of_b
 
 
 def num_kept(keep_ratio: Array | float, pool: Array) -> Array:
@@ -91,20 +93,34 @@ def num_kept(keep_ratio: Array | float, pool: Array) -> Array:
     return jnp.maximum(pool - jnp.minimum(left_out, pool), jnp.minimum(pool, 1))
 
 
-def sparsified(values: Any, known: Any, count: Array) -> Any:
-    """`known` with `count` of its entries, those furthest from `values`, replaced by them; trees of one structure."""
-    flat, rebuild = ravel_pytree(values)
-    others, _ = ravel_pytree(known)
-    return rebuild(jnp.where(largest(jnp.abs(flat - others), count), flat, others))
+def chosen(values: dict[str, Factors], known: dict[str, Factors], count: Array, scope: Scope) -> dict[str, Factors]:
+    """Masks, bool, of the `count` entries in scope that are furthest from `known`, by module."""
+    leaves, structure = jax.tree.flatten(values)
+    of_a, of_b = scope.ranks * scope.a > 0, (scope.ranks * scope.b > 0)[:, None]
+    among = {
+        name: Factors(a=jnp.broadcast_to(of_a, f.a.shape), b=jnp.broadcast_to(of_b, f.b.shape))
+        for name, f in values.items()
+    }
+    flat = largest(jnp.abs(_flat(values) - _flat(known)), count, _flat(among))
+    ends = list(itertools.accumulate(leaf.size for leaf in leaves))[:-1]
+    parts = zip(jnp.split(flat, ends), leaves, strict=True)
+    return structure.unflatten([part.reshape(leaf.shape) for part, leaf in parts])
 
 
-def largest(magnitudes: Array, count: Array) -> Array:
+def _flat(tree: Any) -> Array:
+    """All entries of a tree in one vector."""
+    return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+
+
+def largest(magnitudes: Array, count: Array, among: Array | bool = True) -> Array:
     """True at the `count` (uint32) largest of non-negative `magnitudes` `[n]`; the first of equals wins.
+
+    Those that are not `among` (bool, `[n]`) come after all others.
 
     The count-th largest is found bit by bit, since non-negative floats are ordered as their bits are: 31 passes over
     the values, where a sort of millions for every client would be the dearest step of the round.
     """
-    order = lax.bitcast_convert_type(magnitudes.astype(jnp.float32), jnp.uint32)
+    order = jnp.where(among, lax.bitcast_convert_type(magnitudes.astype(jnp.float32), jnp.uint32) + 1, 0)
 
     def try_bit(i: Array, threshold: Array) -> Array:
         higher = threshold | (jnp.uint32(1) << (30 - i).astype(jnp.uint32))
@@ -116,9 +132,7 @@ def largest(magnitudes: Array, count: Array) -> Array:
     return above | (equal & (jnp.cumsum(equal, dtype=jnp.uint32) <= room))
 
 
-def bits(count: Array, like: Adapters, scope: Scope, wire: Wire) -> Array:
-    """uint32 bits of `count` (uint32) values of the pool, with their positions, and of the head."""
-    pool = pool_size(like, scope)
+def index_bits(count: Array, pool: Array) -> Count:
+    """Bits that say which `count` `[...]` of `pool` values (uint32) follow: a list, or a bitmap if that is shorter."""
     position_bits = 32 - lax.clz(jnp.maximum(pool, 1) - 1)  # ceil(log2(pool))
-    index = jnp.minimum(pool, count * position_bits)  # a bitmap, if that is shorter
-    return payload.common_bits(like, scope, wire) + count * jnp.uint32(wire.bits_per_value) + index
+    return Count.of(pool).minimum(Count.of(count) * position_bits)

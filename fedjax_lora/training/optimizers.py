@@ -1,14 +1,19 @@
-"""Optimizers and learning-rate schedules by name: optax's, with the rate kept outside as a traced number."""
+"""Optimizers and learning-rate schedules by name: optax's, with every number traced.
+
+The clients' optimizer gives a direction, and the rate stands apart; a server optimizer makes the whole step.
+"""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
+from jax.typing import ArrayLike
 
-from fedjax_lora.core.numbers import Options
+from fedjax_lora.core.methods import Context, Method, Optimizer
+from fedjax_lora.core.numbers import Options, traced
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,12 +27,12 @@ class OptimizerConfig:
     """
 
     name: Literal["sgd", "momentum", "adamw"] = "adamw"
-    learning_rate: float = 1e-3
+    learning_rate: float = traced(1e-3)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0
-    momentum: float | None = None
-    weight_decay: float = 0.0
-    clip_norm: float | None = None
+    warmup_steps: int = traced(0)
+    momentum: float | None = traced(None)
+    weight_decay: float = traced(0.0)
+    clip_norm: float | None = traced(None)
 
     def __post_init__(self):
         if self.learning_rate <= 0:
@@ -50,7 +55,7 @@ class OptimizerConfig:
 class _ServerOptions(Options):
     """What the server's optimizers on the pseudo-gradient `broadcast - average` have in common."""
 
-    learning_rate: float = 1.0
+    learning_rate: float = traced(1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,13 +69,16 @@ class FedAvgConfig(_ServerOptions):
 
     name: Literal["sgd"] = "sgd"
 
+    def breaks(self) -> dict[str, str]:
+        return {} if self.learning_rate == 1.0 else {"whole_step": "learning_rate"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FedAvgMConfig(_ServerOptions):
     """Momentum: T.-M. H. Hsu et al., arXiv 1909.06335."""
 
     name: Literal["momentum"] = "momentum"
-    momentum: float = 0.9
+    momentum: float = traced(0.9)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,10 +93,10 @@ class _AdaptiveOptions(_ServerOptions):
     At first a step moves every entry by about the learning rate, whatever the pseudo-gradient is: 1.0 is far too much.
     """
 
-    learning_rate: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.99
-    epsilon: float = 1e-3
+    learning_rate: float = traced(0.01)
+    beta1: float = traced(0.9)
+    beta2: float = traced(0.99)
+    epsilon: float = traced(1e-3)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,16 +121,6 @@ class FedYogiConfig(_AdaptiveOptions):
     name: Literal["yogi"] = "yogi"
 
 
-class Optimizer(NamedTuple):
-    """An optax transformation, over trees of any kind: optax's own types name arrays alone.
-
-    init: `params -> state`. update: `(gradient, state, params) -> (update, state)`.
-    """
-
-    init: Callable[[Any], Any]
-    update: Callable[[Any, Any, Any], tuple[Any, Any]]
-
-
 def direction(config: OptimizerConfig) -> Optimizer:
     """The descent direction before it is multiplied by the learning rate."""
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
@@ -134,22 +132,43 @@ def direction(config: OptimizerConfig) -> Optimizer:
     return Optimizer(*optax.chain(clip, step))
 
 
-def fed_avg(config: FedAvgConfig) -> Optimizer:
+def schedule(config: OptimizerConfig, total_steps: int, step: ArrayLike) -> Array:
+    """`[...]` factor in [0, 1] on the peak learning rate at local steps `[...]`, counted over all rounds.
+
+    Linear rise over `warmup_steps`, then the decay over what is left. Our own: optax's schedules take no traced lengths.
+    """
+    step = jnp.asarray(step, jnp.float32)
+    warmup = jnp.asarray(config.warmup_steps, jnp.float32)
+    done = jnp.clip((step - warmup) / jnp.maximum(total_steps - warmup, 1.0), 0.0, 1.0)
+    decay = {
+        "constant": jnp.ones_like(done),
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
+    }[config.schedule]
+    return jnp.where(step < warmup, (step + 1.0) / jnp.maximum(warmup, 1.0), decay)
+
+
+def depends_on_rounds(config: OptimizerConfig) -> bool:
+    """Whether the rates of the first rounds are others where more rounds follow."""
+    return config.schedule != "constant"
+
+
+def fed_avg(config: FedAvgConfig, context: Context) -> Optimizer:
     """The server's whole step, learning rate included, as of all that follow."""
     return Optimizer(*optax.sgd(config.learning_rate))
 
 
-def fed_avg_m(config: FedAvgMConfig) -> Optimizer:
+def fed_avg_m(config: FedAvgMConfig, context: Context) -> Optimizer:
     """Steps along a decaying sum of the pseudo-gradients."""
     return Optimizer(*optax.sgd(config.learning_rate, config.momentum))
 
 
-def fed_adam(config: FedAdamConfig) -> Optimizer:
+def fed_adam(config: FedAdamConfig, context: Context) -> Optimizer:
     """Steps by the ratio of the moments."""
     return Optimizer(*optax.adam(config.learning_rate, config.beta1, config.beta2, config.epsilon))
 
 
-def fed_yogi(config: FedYogiConfig) -> Optimizer:
+def fed_yogi(config: FedYogiConfig, context: Context) -> Optimizer:
     """As `fed_adam`, with Yogi's second moment.
 
     The first starts at 0 as in Reddi et al., where optax has it start where the second does.
@@ -164,20 +183,11 @@ def fed_yogi(config: FedYogiConfig) -> Optimizer:
     return Optimizer(init, made.update)
 
 
-def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """`step -> factor` in [0, 1] on the peak learning rate; `step` counts local steps over all rounds."""
-    steps = max(1, total_steps - config.warmup_steps)
-    decay = {
-        "constant": lambda: optax.schedules.constant_schedule(1.0),
-        "linear": lambda: optax.schedules.linear_schedule(1.0, 0.0, steps),
-        "cosine": lambda: optax.schedules.cosine_decay_schedule(1.0, steps),
-    }[config.schedule]()
-    if config.warmup_steps == 0:
-        return decay
-    rise = optax.schedules.linear_schedule(1 / config.warmup_steps, 1.0, config.warmup_steps - 1)
-    return optax.schedules.join_schedules([rise, decay], [config.warmup_steps])
+_REMEMBERS = frozenset({"memoryless_server", "whole_step"})
 
-
-def depends_on_rounds(config: OptimizerConfig) -> bool:
-    """Whether the rates of the first rounds are others where more rounds follow."""
-    return config.schedule != "constant"
+METHODS = (
+    Method("server", "sgd", FedAvgConfig, fed_avg),
+    Method("server", "momentum", FedAvgMConfig, fed_avg_m, breaks=_REMEMBERS),
+    Method("server", "adam", FedAdamConfig, fed_adam, breaks=_REMEMBERS),
+    Method("server", "yogi", FedYogiConfig, fed_yogi, breaks=_REMEMBERS),
+)
