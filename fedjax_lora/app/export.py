@@ -13,8 +13,7 @@ from fedjax_lora.data import tokens
 from fedjax_lora.io import checkpoint, peft
 from fedjax_lora.io.log import RunFolder
 from fedjax_lora.io.run_files import check_config, read_data, read_metrics
-from fedjax_lora.models import load
-from fedjax_lora.models.bert import MODULE_NAMES
+from fedjax_lora.models import bert, load
 from fedjax_lora.training.personal import deployed
 
 
@@ -41,7 +40,7 @@ def export_run(run: str | Path, folder: str | Path) -> None:
             f"{run} must have trained finite adapters to export, got NaN or infinity in round {trained.round}"
         )
     labels = _labels(data, adapters.head["b"].shape[-1], run)
-    base = _unchanged_base(config.model, data, run)
+    shape, base = _unchanged_base(config.model, data, run)
 
     rank, alpha = config.lora.rank, config.lora.alpha
     card = peft.Card(
@@ -54,7 +53,7 @@ def export_run(run: str | Path, folder: str | Path) -> None:
     if trained.merged:
         adapters, rank = peft.absorb(adapters, trained.merged, rank, alpha)
         alpha = float(rank)  # a scale of 1
-    peft.export(folder, adapters, MODULE_NAMES, rank, alpha, card)
+    peft.export(folder, adapters, bert.sites(shape), rank, alpha, card)
 
 
 def _labels(data: dict[str, Any], columns: int, run: str | Path) -> list[str]:
@@ -68,11 +67,10 @@ def _labels(data: dict[str, Any], columns: int, run: str | Path) -> list[str]:
     return labels
 
 
-def _unchanged_base(model: load.ModelConfig, data: dict[str, Any], run: str | Path) -> Base:
-    """The base model's weights; refuses a model that is not the one that the adapters were trained on."""
-    _, base = load.build_model(model, num_classes=2)  # any number: the head is no part of the weights
-    assert base is not None  # the model is a pretrained one
+def _unchanged_base(model: load.ModelConfig, data: dict[str, Any], run: str | Path) -> tuple[bert.BertConfig, Base]:
+    """The base model's shape and weights; refuses a model that is not the one that the adapters were trained on."""
     assert model.pretrained is not None
+    shape, base = load.read_pretrained(model, model.pretrained)
     now = {
         "model_config_hash": ("config.json", load.model_config_hash(model)),
         "tokenizer_hash": ("tokenizer", tokens.tokenizer_hash(load.load_tokenizer(model.pretrained))),
@@ -84,7 +82,7 @@ def _unchanged_base(model: load.ModelConfig, data: dict[str, Any], run: str | Pa
                 f"model.pretrained must hold the {what} that {run} was started with ({key} {data.get(key)}), "
                 f"got others ({found}) in {model.pretrained}"
             )
-    return base
+    return shape, base
 
 
 def _base_model(pretrained: str) -> str:

@@ -111,6 +111,8 @@ class Task(NamedTuple):
     loss: `(outputs, batch, weight [B]) -> scalar`: mean loss over the examples of weight 1, nats.
     score: `(outputs, batch) -> {name: [B]}`: what is summed over a pool; NaN marks what is not to be counted as measured.
     finish: `({name: mean over the pool}) -> {"eval_loss": ..., "eval_accuracy": ...}`.
+    weigh: `(own [n_max, ...], count, pool [N, ...]) -> [N]`: how much an example of the pool counts for a client whose
+      own examples are the first `count`; None where all count alike.
     """
 
     head: Callable[[Array, int], dict[str, Array]]
@@ -118,6 +120,7 @@ class Task(NamedTuple):
     loss: Callable[[Array, Batch, Array], Array]
     score: Callable[[Array, Batch], dict[str, Array]]
     finish: Callable[[Mapping[str, Array]], dict[str, Array]]
+    weigh: Callable[[Batch, Array, Batch], Array] | None = None
 
 
 class Model(NamedTuple):

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedjax_lora.core.types import Adapters
 from fedjax_lora.models import load, safetensors
+from oracles.model_context import model_context
 
 SHAPE = {
     "vocab_size": 31,
@@ -32,7 +33,7 @@ def folder(tmp_path):
 
 
 def build(folder, **options):
-    return load.build_model(load.ModelConfig(pretrained=str(folder), **options), 2)
+    return load.build_model(load.ModelConfig(pretrained=str(folder), **options), model_context(2))
 
 
 DOUBLED = 2e-4

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedjax_lora.core.types import Factors
-from fedjax_lora.models import primitives
+from fedjax_lora.ops import primitives
 
 
 def normal(seed, *shape):
