@@ -391,7 +391,7 @@ def test_model_and_data_must_fit(folder):
     with pytest.raises(ValueError, match=r"model.pretrained must be absent for images"):
         load.build_model(load.ModelConfig(pretrained=str(folder)), model_context(2, (8, 8, 1)))
     with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
-        load.build_model(load.ModelConfig(), 1, (8, 8, 1))
+        load.build_model(load.ModelConfig(), model_context(1, (8, 8, 1)))
 
 
 def test_a_family_of_ones_own_is_made_with_the_task_and_the_adapter_numpy_loop():
