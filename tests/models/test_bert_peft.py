@@ -3,9 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
 import transformers
 
 from fedjax_lora.adapters import lora
@@ -17,6 +15,9 @@ from fedjax_lora.sparsifiers import dense, soft
 from fedjax_lora.training.corrections import NoDriftConfig, no_drift
 from fedjax_lora.training.local import Broadcast, Client, LocalConfig, cross_entropy, make_train
 from fedjax_lora.training.optimizers import OptimizerConfig, direction, schedule
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
 
 RANK, ALPHA, RATE = 3, 6.0, 0.5
 PEFT_TARGETS = ["query", "value", "intermediate.dense", "output.dense"]

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
-from safetensors import torch as torch_file
 from safetensors.numpy import load_file, save_file
 
 from fedjax_lora.core.types import Adapters
 from fedjax_lora.models import load, safetensors
 from oracles.model_context import model_context
+
+torch = pytest.importorskip("torch")
+torch_file = pytest.importorskip("safetensors.torch")
 
 SHAPE = {
     "vocab_size": 31,
