@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fedjax_lora.core import trees
-from fedjax_lora.core.keys import round_keys
+from fedjax_lora.core.keys import client_keys, round_keys
 from fedjax_lora.core.methods import Controller, Decision, Delivery, Observation, Outcome, Radio, Wireless, Work
 from fedjax_lora.sim.cohort import choose
 
@@ -81,11 +81,13 @@ def draw_channel(
       size: of the padded cohort, C; None is `cohort_size`.
     """
     num_clients, size = work.samples.shape[0], size or cohort_size
+    all_ids, everyone = jnp.arange(num_clients, dtype=jnp.int32), cohort_size == num_clients
 
     def step(state: Any, number: Array) -> tuple[Any, ChannelDraws]:
         keys = round_keys(key, number)
-        state = wireless.step(state, keys.channel, jnp.arange(num_clients))
-        ids, present = choose(keys.cohort, num_clients, cohort_size, size)
+        state = wireless.step(state, keys.channel, all_ids)
+        priority = None if everyone else jax.vmap(jax.random.uniform)(client_keys(keys.cohort, all_ids))
+        ids, present = choose(priority, num_clients, cohort_size, size)
         cohort, own_work = trees.take((state, work), ids)
         radio = wireless.observe(cohort, own_work, jnp.broadcast_to(downlink_bits, ids.shape), present)
         return state, ChannelDraws(ids, present, cohort, own_work, radio)
