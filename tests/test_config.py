@@ -246,10 +246,7 @@ MISTAKES = {
         "control: {latency_budget: 3}",
         ["control.latency_budget is not a known key", "mean control.latency_budget_s, a key of control.name = tsfa,"],
     ),
-    "another source of data": (
-        "data: {source: digits, max_length: 3}",
-        ["data.max_length is a key of data.source = tsv, not of digits; ", "value 3"],
-    ),
+    "files of no source": ("data: {source: digits, train: x}", ["data.train must be absent ", "digits", "'x'"]),
     "data from nowhere": ("data: digit", ["data.source must be one of digits, tsv, got 'digit'", "mean digits?"]),
     "another network": ("wireless: {name: wire}", ["wireless.name must be cell, got 'wire'"]),
     "word for a section of one kind": ("clients: many", ["clients ", "'many'", "a mapping of keys"]),

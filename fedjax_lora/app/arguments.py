@@ -96,9 +96,7 @@ def _keys(commands: Any) -> None:
         help="list the keys of a configuration",
         description="List the keys of a configuration: type, default, whether it sweeps in one program, and meaning.",
     )
-    keys.add_argument(
-        "pattern", nargs="?", metavar="PATTERN", help="a part of the keys, or a pattern: control.*"
-    )
+    keys.add_argument("pattern", nargs="?", metavar="PATTERN", help="a part of the keys, or a pattern: control.*")
     _methods_argument(keys)
     keys.add_argument("--json", action="store_true", help="print one JSON document")
 

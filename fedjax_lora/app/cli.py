@@ -95,7 +95,7 @@ def _run(options: argparse.Namespace) -> int:
     if plan:
         config = apply_plan(plan, config, options.plan)
         console.print(f"by the plan: {choice(plan)}")
-    summary = run(config, path, options.resume, console, plan, methods=methods)
+    summary = run(config, path, options.resume, console, plan, *methods)
     console.print(summary_lines(summary))
     if plan:
         console.print(binding(effects_of_run(plan, read_metrics(path))))
@@ -189,7 +189,7 @@ def _report(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from fedjax_lora.app.export import export_run
 
-    export_run(options.run, options.folder, methods=_methods(options))
+    export_run(options.run, options.folder, methods=_methods(options).methods)
     _console(options).print(f"adapters: {options.folder}")
     return 0
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from fedjax_lora.app.runner import run, started_with
 from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import ConfigError, ExperimentConfig, dump
-from fedjax_lora.config.user_methods import UserMethods
+from fedjax_lora.config.user_methods import NO_METHODS, UserMethods
 from fedjax_lora.config.yaml import parse_value
 from fedjax_lora.core.errors import RunWarning
 from fedjax_lora.data.cache import keep_programs
@@ -72,7 +72,7 @@ def sweep(
     load: Callable[[list[str]], ExperimentConfig],
     path: Path,
     console: Console,
-    methods: UserMethods = UserMethods(),  # noqa: B008  # it never changes
+    methods: UserMethods = NO_METHODS,
 ) -> str:
     """Run what has not ended yet, one run for each of `combinations(over)`, and write `report.html` over all.
 
@@ -104,7 +104,7 @@ def sweep(
         if path / name in ended:
             continue
         try:
-            run(config, path / name, is_run(path / name), console, methods=methods)
+            run(config, path / name, is_run(path / name), console, None, *methods)
         except (ValueError, OSError) as error:
             refused[name] = error
     folders = [path / name for name in configs if name not in refused]

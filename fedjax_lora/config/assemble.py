@@ -112,7 +112,7 @@ def records(
     made = dict(context.made)
     for slot in slots:
         options = getattr(config, slot)
-        made[slot] = catalogue.method(slot, options.name).make(options, context._replace(made=dict(made)))
+        made[slot] = catalogue.find(slot, options.name).make(options, context._replace(made=dict(made)))
     return made
 
 
@@ -151,7 +151,7 @@ def _parts(
 
 def read_examples(config: ExperimentConfig, catalogue: Catalogue) -> sources.Examples:
     """The examples that the configuration names."""
-    return catalogue.method("data", config.data.source).make(config.data, Context(0, 0))(config.model.pretrained)
+    return catalogue.find("data", config.data.source).make(config.data, Context(0, 0))(config.model.pretrained)
 
 
 def hash_weights(base: Base, head: dict | None = None) -> str:

@@ -107,14 +107,13 @@ class Catalogue:
             options = getattr(config, slot)
             found[slot] = method = self.find(slot, getattr(options, key_of(slot)))
             if type(options) is not method.options:
-                kind, other = method.options.__name__, type(options).__name__
-                raise ConfigError(
-                    f"{slot} must be a {kind} where {slot}.{key_of(slot)} is {method.name}, got a {other}"
-                )
+                where = f"where {slot}.{key_of(slot)} is {method.name}"
+                kinds = method.options.__name__, type(options).__name__
+                raise ConfigError(f"{slot} must be of class {kinds[0]} {where}, got {kinds[1]}")
         return found
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _catalogue(methods: tuple[Method, ...]) -> Catalogue:
     own = set(METHODS)
     added = tuple(method for method in dict.fromkeys((*_of_entry_points(), *methods)) if method not in own)

@@ -30,7 +30,6 @@ STATIC = {
     "pretrain": _HOST,
     "lora.max_rank": _SHAPE,
     "lora.targets": _SHAPE,
-    "lora.client_ranks": _HOST,
     "data": _HOST,
     "clients.count": _SHAPE,
     "clients.per_round": _SHAPE,

@@ -36,7 +36,7 @@ def structure(raw: dict[str, Any], cls: type[T], catalogue: Catalogue) -> T:
         raise ConfigError(problem(error, raw, cls, catalogue)) from error
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _reader(cls: type, catalogue: Catalogue) -> Callable[[Any, Any], Any]:
     slots = {slot: cattrs.override(struct_hook=_options(slot, catalogue)) for slot in SLOTS}
     return make_dict_structure_fn(cls, _CONVERTER, _cattrs_forbid_extra_keys=True, **slots)

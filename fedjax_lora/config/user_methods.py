@@ -1,6 +1,6 @@
 """Methods of a user's own: from a file or a module that the user names, and that is then executed.
 
-Nothing else is: a run's folder says which files it was run with, and whoever goes on with it names them again.
+Nothing else is: the folder of a run says with which files it was run, and whoever goes on with it names them again.
 """
 
 import hashlib
@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,11 +22,15 @@ class UserMethods(NamedTuple):
     """Methods, and where they are from.
 
     methods: in the order in which they were found.
-    sources: `{"source": absolute path or module, "sha256": of the file}` of each; what a run's folder holds.
+    files: absolute path or module -> SHA-256 of its text; what a run's folder holds.
     """
 
-    methods: tuple[Method, ...] = ()
-    sources: tuple[dict[str, str], ...] = ()
+    methods: tuple[Method, ...]
+    files: dict[str, str]
+
+
+NO_METHODS = UserMethods((), {})
+"""What a user has who names none."""
 
 
 def load(named: Iterable[str]) -> UserMethods:
@@ -40,36 +44,15 @@ def load(named: Iterable[str]) -> UserMethods:
       ConfigError: one cannot be read, does not run, or holds no methods; names it and the line.
     """
     methods: list[Method] = []
-    sources: list[dict[str, str]] = []
-    for name in dict.fromkeys(named):
+    files: dict[str, str] = {}
+    for name in named:
         is_file = name.endswith(".py") or "/" in name or Path(name).is_file()
         module, path = _run_file(name) if is_file else _import(name)
-        source = {"source": str(path) if is_file else name, "sha256": _sha256(path)}
-        if source not in sources:
-            sources.append(source)
+        source = str(path) if is_file else name
+        if source not in files:
+            files[source] = _sha256(path)
             methods += _methods(module, f"methods {name}")
-    return UserMethods(tuple(methods), tuple(sources))
-
-
-def check_recorded(recorded: Sequence[Mapping[str, str]], given: UserMethods, folder: str | Path) -> None:
-    """Refuse to go on with a run without the files of methods that it was started with.
-
-    Args:
-      recorded: `UserMethods.sources` of the run; a file that was moved may have another path.
-      given: what the user has named now.
-      folder: of the run.
-
-    Raises:
-      ConfigError: one is missing, or was changed since; names it.
-    """
-    now = {source["sha256"]: source["source"] for source in given.sources}
-    paths = {source["source"] for source in given.sources}
-    for source in recorded:
-        if source["sha256"] in now:
-            continue
-        if source["source"] in paths:
-            raise ConfigError(f"methods {source['source']} must be as when {folder} was started, got a changed file")
-        raise ConfigError(f"methods of {folder} must be named by --methods {source['source']}, got none")
+    return UserMethods(tuple(methods), files)
 
 
 _LOADED: dict[tuple[str, str], ModuleType] = {}
@@ -133,9 +116,8 @@ def _said(error: BaseException) -> str:
 def _methods(module: ModuleType, what: str) -> list[Method]:
     held = [(name, getattr(module, name)) for name in ("METHOD", "METHODS") if hasattr(module, name)]
     if not held:
-        raise ConfigError(
-            f"{what} must hold METHOD, a fedjax_lora.methods.Method, or METHODS, a sequence of them, got none"
-        )
+        allowed = "METHOD, a fedjax_lora.methods.Method, or METHODS, a sequence of them"
+        raise ConfigError(f"{what} must hold {allowed}, got neither")
     found: list[Method] = []
     for name, value in held:
         listed = [value] if isinstance(value, Method) else value

@@ -91,7 +91,10 @@ def make(options: DataConfig, context: Context) -> Source:
     return Source(lambda tokenizer, name: load(options, tokenizer, name), tokenizes=options.source == "tsv")
 
 
-METHODS = tuple(Method("data", name, DataConfig, make) for name in get_args(SourceName))
+METHODS = (
+    Method("data", "digits", DataConfig, make, needs=frozenset({"image_model"})),
+    Method("data", "tsv", DataConfig, make, needs=frozenset({"text_model"})),
+)
 
 
 def arrays(

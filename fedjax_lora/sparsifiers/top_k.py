@@ -50,7 +50,7 @@ def make(options: TopKConfig, context: Context) -> Sparsifier:
 
     def encode(start: Adapters, trained: Adapters, memory: Any, kept: Array, scope: Scope, key: Array) -> Message:
         trained, pool, rank = scope.select(trained, start), pool_size(like, scope), jnp.sum(scope.ranks)
-        count = num_kept(kept / rank, pool)
+        count = num_kept(jnp.minimum(kept / rank, 1.0), pool)
         masks = chosen(trained.modules, start.modules, count, scope)
         sent = Adapters(modules=masks, head=payload.sent_head(like, scope))
         sparse = Adapters(jax.tree.map(jnp.where, masks, trained.modules, start.modules), trained.head)

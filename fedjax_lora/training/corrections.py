@@ -26,7 +26,10 @@ class NoDriftConfig(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FedProxConfig(Options):
-    """A pull back to the broadcast: `mu / 2 * ||adapters - broadcast||^2` is added to the local loss."""
+    """A pull back to the broadcast: `mu / 2 * ||adapters - broadcast||^2` is added to the local loss.
+
+    mu: weight of the pull.
+    """
 
     name: Literal["fedprox"] = "fedprox"
     mu: float = traced(0.01)

@@ -20,8 +20,10 @@ from fedjax_lora.core.numbers import Options, traced
 class OptimizerConfig:
     """The clients' optimizer. Its state starts afresh each round.
 
+    name: which optimizer it is.
     learning_rate: peak rate.
-    schedule: decay to 0 over all local steps of all rounds, after `warmup_steps` of linear rise.
+    schedule: decay to 0 over all local steps of all rounds, after `warmup_steps`.
+    warmup_steps: local steps of linear rise, counted over all rounds.
     momentum: of `momentum`, where None stands for 0.9. weight_decay: of `adamw`.
     clip_norm: global gradient norm; None leaves it free.
     """
@@ -53,7 +55,10 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _ServerOptions(Options):
-    """What the server's optimizers on the pseudo-gradient `broadcast - average` have in common."""
+    """What the server's optimizers on the pseudo-gradient `broadcast - average` have in common.
+
+    learning_rate: of the server.
+    """
 
     learning_rate: float = traced(1.0)
 
@@ -75,7 +80,10 @@ class FedAvgConfig(_ServerOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FedAvgMConfig(_ServerOptions):
-    """Momentum: T.-M. H. Hsu et al., arXiv 1909.06335."""
+    """Momentum: T.-M. H. Hsu et al., arXiv 1909.06335.
+
+    momentum: share of the last step that is taken again.
+    """
 
     name: Literal["momentum"] = "momentum"
     momentum: float = traced(0.9)
@@ -91,6 +99,9 @@ class _AdaptiveOptions(_ServerOptions):
     """Decays of both moments, and what is added to the root of the second.
 
     At first a step moves every entry by about the learning rate, whatever the pseudo-gradient is: 1.0 is far too much.
+
+    beta1: decay of the first moment. beta2: decay of the second moment.
+    epsilon: what is added to the root of the second moment.
     """
 
     learning_rate: float = traced(0.01)

@@ -25,7 +25,12 @@ _FORMAT = 1  # part of the cache's key: raise it when the training below changes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Central training with AdamW and cosine decay; used where `model.pretrained` is not given."""
+    """Central training with AdamW and cosine decay; used where `model.pretrained` is not given.
+
+    steps: of the optimizer.
+    batch_size: examples of a step.
+    learning_rate: peak rate.
+    """
 
     steps: int = 300
     batch_size: int = 64

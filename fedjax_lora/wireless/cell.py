@@ -46,16 +46,19 @@ class WirelessConfig(Options):
     carrier_ghz: of `umi` and `uma`.
     cell_radius_m, min_distance_m: clients are uniform in the area between.
     shadowing_db: standard deviation, one for all, with or without line of sight.
-    fading: `rician` has `rician_k_db` of steady over scattered power.
+    fading: `rayleigh` is scattered alone, `rician` has a steady part too.
+    rician_k_db: steady over scattered power of `rician`.
     fading_correlation: of one round's scattered coefficient with the next; 0 is i.i.d., 1 is frozen.
     cycles_per_sample: processor cycles of one training example; or FLOPs, with FLOP/s as the frequency: the time is the
       same, but the energy, `capacitance * cycles * frequency^2`, is then not meant.
     cpu_hz_min, cpu_hz_max: a client's frequency is uniform between.
     capacitance: joules a cycle over frequency squared.
-    downlink: whether the broadcast takes time, at `downlink_power_dbm` and the worst client's rate.
+    downlink: whether the broadcast takes time, at the worst client's rate.
+    downlink_power_dbm: the server's transmit power.
     csi: `perfect` plans with the gain of the round; `mean` with path loss and shadowing alone; `estimated` with the
       mean gain given an estimate of the fading. The latter two plan `fade_margin_db` below, and an upload fails where
       the true gain is less than planned.
+    fade_margin_db: by how much what is planned with lies below what is known of the gain, where csi is not `perfect`.
     csi_error: share e of the scattered part's variance that the estimate misses: `h = sqrt(1 - e) estimate +
       sqrt(e) CN(0, 1)`; 0 is `perfect` and 1 is `mean`, but for the margin.
     fade_threshold: truncated channel inversion. A client whose power gain |h|^2 of fading, as control knows it and
@@ -247,6 +250,9 @@ class _Cell(NamedTuple):
 
         The rate rises with the gain: what was planned arrives just where the true gain is no worse.
         """
-        power = channel.power(state.fading)[:, None]
-        power = power if state.retries is None else jnp.concatenate([power, state.retries], 1)
-        return power >= self.planned_power(state)[:, None]
+        planned, power = self.planned_power(state), channel.power(state.fading)
+        # With perfect knowledge the two are one number, which a program may round in two ways where it is fused.
+        first = jnp.ones_like(planned, bool) if self.options.csi == "perfect" else power >= planned
+        if state.retries is None:
+            return first[:, None]
+        return jnp.concatenate([first[:, None], state.retries >= planned[:, None]], 1)
