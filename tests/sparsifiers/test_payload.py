@@ -230,7 +230,7 @@ def test_modules_of_unequal_rank_are_refused():
 
 def test_encoder_of_roberta_base_equals_published_count():
     """Closed form: 12 layers x 8 x (4 x (768 + 768) + 2 x (768 + 3072)); and over 30 clients and 50 rounds."""
-    shapes = {name: (768, 768) for name in ("query", "key", "value", "output")} | {
+    shapes = dict.fromkeys(("query", "key", "value", "output"), (768, 768)) | {
         "up": (768, 3072),
         "down": (3072, 768),
     }
