@@ -309,7 +309,7 @@ def at(table: Array, position: Array) -> Array:
     return table[low] + share * (table[high] - table[low])
 
 
-def candidates_of(config: PlanConfig, max_rank: int) -> tuple[int, ...]:
+def candidate_ranks(config: PlanConfig, max_rank: int) -> tuple[int, ...]:
     """The ranks to choose from."""
     if config.candidates:
         return config.candidates

@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
-from safetensors import torch as torch_file
 from safetensors.numpy import load_file, save_file
 
 from fedjax_lora.adapters import lora
@@ -19,6 +17,9 @@ from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.models import bert, load, safetensors
 from oracles.model_context import model_context
+
+torch = pytest.importorskip("torch")
+torch_file = pytest.importorskip("safetensors.torch")
 
 SHAPE = {
     "vocab_size": 31,

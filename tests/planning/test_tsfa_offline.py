@@ -376,9 +376,9 @@ def test_rows_between_whole_positions_are_numpys_interpolation():
 
 
 def test_candidates_are_powers_of_two_and_the_maximum():
-    assert rank_search.candidates_of(PlanConfig(), 12) == (1, 2, 4, 8, 12)
-    assert rank_search.candidates_of(PlanConfig(), 8) == (1, 2, 4, 8)
-    assert rank_search.candidates_of(PlanConfig(candidates=(3, 5)), 8) == (3, 5)
+    assert rank_search.candidate_ranks(PlanConfig(), 12) == (1, 2, 4, 8, 12)
+    assert rank_search.candidate_ranks(PlanConfig(), 8) == (1, 2, 4, 8)
+    assert rank_search.candidate_ranks(PlanConfig(candidates=(3, 5)), 8) == (3, 5)
 
 
 @pytest.mark.parametrize(
