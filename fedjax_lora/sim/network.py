@@ -1,8 +1,11 @@
 """The network without training: channels drawn round by round, and a controller that is played on them.
 
 Example:
+  >>> import jax
+  >>> import jax.numpy as jnp
   >>> from fedjax_lora.control import FixedConfig, fixed
   >>> from fedjax_lora.core.methods import Context, Observation, Work
+  >>> from fedjax_lora.sim.network import delivered, draw_channel, play
   >>> from fedjax_lora.wireless.cell import WirelessConfig, make
   >>> context = Context(num_clients=8, cohort_size=4)
   >>> wireless, work = make(WirelessConfig(), context), Work(samples=jnp.full(8, 32.0))

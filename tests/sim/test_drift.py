@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 
 from fedjax_lora.adapters.lora import effective, rank_mask
-from fedjax_lora.config.assemble import _check_fits
 from fedjax_lora.core.keys import round_keys
 from fedjax_lora.core.methods import Decision
 from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.data.batches import gather, local_batches
 from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.sim.round import choose_cohort, control, importance, sparsify, train_locally
-from fedjax_lora.sparsifiers import dense
 from fedjax_lora.training.corrections import FedProxConfig, ScaffoldConfig, fedprox, scaffold
 from fedjax_lora.training.local import cross_entropy
 from oracles.sparsifier_oracle import random_adapters

@@ -14,7 +14,6 @@ from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.sim.cohort import choose
 from fedjax_lora.sim.evaluate import label_weights
 from fedjax_lora.sim.round import train_cohort
-from fedjax_lora.training.local import Client
 from fedjax_lora.training.personal import compose, deployed
 from toy import simulation
 
