@@ -55,8 +55,8 @@ def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 def _default(field: dataclasses.Field) -> Any:
     """Of an option; a section of options as a mapping, and None where one must be given."""
     if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-        return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        value: Any = field.default_factory()
+        return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
     return None if field.default is dataclasses.MISSING else field.default
 
 
