@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import toy
 from fedjax_lora.adapters.lora import effective, rank_mask
 from fedjax_lora.core.keys import round_keys
 from fedjax_lora.core.methods import Decision
@@ -14,6 +15,7 @@ from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.sim.round import choose_cohort, control, importance, sparsify, train_locally
 from fedjax_lora.training.corrections import FedProxConfig, ScaffoldConfig, fedprox, scaffold
 from fedjax_lora.training.local import cross_entropy
+from oracles.contexts import context
 from oracles.sparsifier_oracle import random_adapters
 from oracles.sparsifier_oracle import rank_mask as numpy_mask
 from toy import simulation

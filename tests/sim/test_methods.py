@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from fedjax_lora.adapters.lora import effective, rank_mask
+from fedjax_lora.aggregation import rolora
 from fedjax_lora.core import trees
 from fedjax_lora.core.keys import client_keys, round_keys
 from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.sim.cohort import choose
 from fedjax_lora.sim.evaluate import label_weights
-from fedjax_lora.sim.round import train_cohort
+from fedjax_lora.sim.round import schedule, train_cohort
 from fedjax_lora.training.personal import compose, deployed
-from toy import simulation
+from oracles.contexts import context
+from toy import clients, parts, simulation
 
 WIDTH = {"query": (64, 64), "up": (64, 256)}
 
