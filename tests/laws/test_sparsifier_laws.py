@@ -364,7 +364,7 @@ def test_an_offer_with_a_budget_of_each_module_is_what_is_sent(row, method, send
         assert np.all(np.diff(count.exact()) >= 0)
 
 
-@pytest.mark.parametrize("share", [1e-6, 0.3, 0.5, 2.99])
+@pytest.mark.parametrize("share", [1e-6, 0.307, 0.5, 2.993])
 def test_whole_ranks_are_rounded_down(row, method, send, share):
     """Oracle: what is sent of floor(kept) ranks, at least one; a method of single values sends the share of them."""
     found, floored = (send(START, TRAINED, jnp.float32(k), SCOPE, KEY) for k in (share, max(1, int(share))))
