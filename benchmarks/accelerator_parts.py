@@ -90,10 +90,17 @@ def _rounds(
 
 def frozen_rate(folder: Path, work: Workload, dtype: Dtype, chunk: int) -> float:
     """Samples/s of the frozen blocks forward and backward to their input, without adapters, `chunk` batches at once."""
+    from fedjax_lora.adapters import lora
+    from fedjax_lora.core.methods import Context
     from fedjax_lora.core.types import Adapters
     from fedjax_lora.models.load import ModelConfig, build_model
+    from fedjax_lora.tasks import classification
 
-    model, base = build_model(ModelConfig(pretrained=str(folder), compute_dtype=dtype), 2)
+    context = Context(num_clients=1, cohort_size=1, num_classes=2)
+    task = classification.make(classification.ClassificationOptions(), context)
+    made = {"task": task, "adapter": lora.make(lora.LoraAdapterOptions(), context)}
+    config = ModelConfig(pretrained=str(folder), compute_dtype=dtype)
+    model, base = build_model(config, context._replace(made=made))
     assert base is not None
     batch, empty = chunk * work.batch, Adapters(modules={}, head={})
     ids = jax.random.randint(jax.random.key(0), (batch, work.length), 1000, 2000)
@@ -168,10 +175,11 @@ def clients(model: str, quick: bool) -> dict[str, Any]:
 def sparsifiers(model: str, quick: bool) -> dict[str, Any]:
     """Every sparsifier over many clients' adapters: clients/s and GB/s (read once, written once)."""
     del model
+    from fedjax_lora.sparsifiers.wire import FLOAT32
+
     from fedjax_lora.config.assemble import SPARSIFIERS
     from fedjax_lora.config.experiment import VARIANTS
     from fedjax_lora.core.types import Adapters, Factors, Scope
-    from fedjax_lora.sparsifiers.wire import FLOAT32
 
     layers, width, rank, count = (2, 32, 4, 3) if quick else (12, 768, 8, 256)
     shapes = {"a": (layers, width, rank), "b": (layers, rank, width)}

@@ -1,21 +1,20 @@
 """Controllers on the channel of a run without training, by what the ranks were worth to one cohort."""
 
-import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from fedjax_lora import Simulation
+from fedjax_lora.control import common
 from fedjax_lora.core.keys import round_keys
-from fedjax_lora.core.methods import Controller
-from fedjax_lora.core.types import Adapters, FedState
-from fedjax_lora.sim.parts import Local, World
-from fedjax_lora.sim.round import choose_cohort, control, importance, round_latency, train_locally
-from fedjax_lora.training.local import Trained
+from fedjax_lora.core.methods import Decision, Observation, Outcome
+from fedjax_lora.core.types import FedState
+from fedjax_lora.sim.network import ChannelDraws, Played, delivered, draw_channel, play
+from fedjax_lora.sim.parts import Offers, World
+from fedjax_lora.sim.round import choose_cohort, importance, normalised, train_locally
 
 
 class Numbers(NamedTuple):
@@ -25,59 +24,67 @@ class Numbers(NamedTuple):
     queue_s: Array
 
 
-def tail_energies(simulation: Simulation, state: FedState) -> Array:
-    """`[C, R + 1]` of the cohort of the next round after its local training."""
-    parts = simulation.parts
+def offers_of(simulation: Simulation, state: FedState) -> Offers:
+    """Tail energies and bits `[C, R + 1]` of the cohort of the next round after its local training."""
 
     @jax.jit
-    def train(world: World, state: FedState) -> Array:
-        cohort = choose_cohort(parts, world, state, round_keys(state.key, state.round))
+    def train(world: World, state: FedState) -> Offers:
+        parts, keys = simulation.make_parts(state.numbers), round_keys(state.key, state.round)
+        cohort = choose_cohort(parts, world, state, keys)
         return importance(parts, cohort, train_locally(parts, world, state, cohort))
 
     return train(simulation.world, state)
 
 
 def alone(
-    simulation: Simulation,
-    make: Callable[[Array], Controller],
-    state: FedState,
-    keys: Array,
-    numbers: Numbers,
-    tails: Array,
-    rounds: int,
+    simulation: Simulation, state: FedState, keys: Array, numbers: Numbers | None, offers: Offers, rounds: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Latency and sent bits `[P, S, rounds]` by the fading and cohorts of keys `[P]`, for numbers `[S]`.
 
-    `make` gives the controller of a V. Nothing is trained: the tail energies `[C, R + 1]` stay.
+    Nothing is trained: what is offered `[C, R + 1]` stays, and all that is offered at the kept ranks is sent. The
+    broadcast takes no time. Without numbers the controller is the simulation's own, and S is 1.
     """
+    layout, size = simulation.layout, offers.bits.shape[0]
 
-    def run(world: World, state: FedState, key: Array, V: Array, queue_s: Array, tails: Array) -> tuple[Array, Array]:
-        parts = simulation.parts._replace(controller=make(V))
+    def run(world: World, state: FedState, key: Array, numbers: dict[str, Array]) -> tuple[Array, Array]:
+        parts = simulation.make_parts({**state.numbers, **numbers})
+        drawn = draw_channel(
+            parts.wireless,
+            parts.trainer.work(world.data.count),
+            state.methods["wireless"],
+            key,
+            jnp.zeros(()),
+            rounds=rounds,
+            cohort_size=layout.cohort_size,
+            size=size,
+        )
 
-        def one(state: FedState, number: Array) -> tuple[FedState, tuple[Array, Array]]:
-            keys = round_keys(state.key, number)
-            link = parts.link.step(state.link, keys.channel, jnp.arange(world.data.count.shape[0]))
-            state = dataclasses.replace(state, link=link)
-            cohort = choose_cohort(parts, world, state, keys)
-            here, weight = cohort.present, parts.client_weight(cohort.clients.examples)
-            untrained = Local(
-                trained=cast(Trained, None), shown=cast(Adapters, None), finite=here, active=here, weight=weight
+        def observe(drawn: ChannelDraws) -> Observation:
+            return Observation(
+                radio=drawn.radio,
+                weights=normalised(parts.client_weight(world.data.count[drawn.ids]) * drawn.present),
+                rank=jnp.broadcast_to(parts.rank, size),
+                tail_energy=offers.tail_energy,
+                bits=offers.bits,
+                whole_ranks=parts.sparsifier.whole_ranks,
             )
-            decision = control(parts, state, cohort, untrained, tails)
 
-            def bits_of(keep_ratio: Array, ranks: Array) -> Array:
-                return parts.sparsifier.payload_bits(keep_ratio, cohort.scope(ranks))
+        def sent(drawn: ChannelDraws, decision: Decision) -> Array:
+            return common.bits_at(observe(drawn), decision.kept) * drawn.present
 
-            bits = jax.vmap(bits_of)(decision.keep_ratio, cohort.ranks) * here
-            delivery = parts.link.deliver(cohort.link, cohort.samples, bits, decision, cohort.start_s, here)
-            latency_s = round_latency(delivery, here)
-            state = dataclasses.replace(state, queue_s=parts.controller.update_queue(state.queue_s, latency_s))
-            return state, (latency_s, jnp.sum(jnp.where(jnp.isfinite(delivery.latency_s), bits, 0.0)))
+        def outcome(drawn: ChannelDraws, decision: Decision) -> Outcome:
+            return delivered(parts.wireless, drawn, sent(drawn, decision), decision)[1]
 
-        start = dataclasses.replace(state, key=key, queue_s=queue_s)
-        return lax.scan(one, start, jnp.arange(rounds))[1]
+        def keep(drawn: ChannelDraws, played: Played) -> tuple[Array, Array]:
+            bits = sent(drawn, played.decision)
+            delivery, _ = delivered(parts.wireless, drawn, bits, played.decision)
+            return played.outcome.latency_s, jnp.sum(jnp.where(jnp.isfinite(delivery.latency_s), bits, 0.0))
 
-    every = jax.jit(jax.vmap(jax.vmap(run, (None, None, None, 0, 0, None)), (None, None, 0, None, None, None)))
-    given = simulation.world, state, keys, numbers.V, numbers.queue_s, tails
+        return play(parts.controller, parts.controller.init(), drawn, observe, outcome, keep)[1]
+
+    named = {} if numbers is None else {"control.V": numbers.V, "control.queue_s": numbers.queue_s}
+    over_numbers = jax.vmap(run, (None, None, None, 0), axis_size=1 if numbers is None else None)
+    every = jax.jit(jax.vmap(over_numbers, (None, None, 0, None)))
+    given = simulation.world, state, keys, named
     latency_s, bits = every(*jax.device_put(given, jax.devices()[0]))  # else each device does the same
     return np.asarray(latency_s, np.float64), np.asarray(bits, np.float64)

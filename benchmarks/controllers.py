@@ -29,10 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sst2_accuracy
-from controller_alone import Numbers, alone, tail_energies
+from controller_alone import Numbers, alone, offers_of
 
 from fedjax_lora import build, load_config, use_cpu_cores
-from fedjax_lora.control import TsfaConfig, tsfa_online
 
 ELSEWHERE = 8
 PRACTICE_ROUNDS = 28
@@ -87,19 +86,15 @@ def fit_start(overrides: list[str], name: str, budget_s: float) -> dict:
     """The V and the first queue of a TSFA that spend the budget, and the mean latency of the controller alone."""
     starts = [Start(V, queue) for V in V_PER_BUDGET[name] for queue in QUEUES]
     config = load_config(None, [*overrides, *controller(name, budget_s, starts[0])])
-    options = config.control
-    assert isinstance(options, TsfaConfig)  # as `controller` has it
     simulation = build(config)
     state = simulation.init(jax.random.key(config.seed))
     trained, _ = simulation.run(state, PRACTICE_ROUNDS)
-    tails, state = tail_energies(simulation, trained), simulation.init(jax.random.key(config.seed))
+    offers, state = offers_of(simulation, trained), simulation.init(jax.random.key(config.seed))
     V, queue = (jnp.array(column, jnp.float32) for column in zip(*starts, strict=True))
     others = jax.random.split(jax.random.fold_in(state.key, config.rounds), ELSEWHERE)
     paths = jnp.concatenate([state.key[None], others])
     numbers = Numbers(V * budget_s**2, queue * budget_s)
-    latency_s, _ = alone(
-        simulation, lambda V: tsfa_online.make(options, V), state, paths, numbers, tails, config.rounds
-    )
+    latency_s, _ = alone(simulation, state, paths, numbers, offers, config.rounds)
     over = latency_s.mean(2) / budget_s
     best, foreseen = (int(np.argmin(np.abs(mean - 1))) for mean in (over[0], over[1:].mean(0)))
     return {
@@ -118,10 +113,8 @@ def measure_cell(files: list[str], seed: int) -> dict:
     config = load_config(None, [*shared, "sparsifier.name=dense", "control.name=fixed"])
     simulation = build(config)
     state = simulation.init(jax.random.key(seed))
-    nothing = jnp.zeros((simulation.parts.cohort_size, config.lora.max_rank + 1))
-    unused = Numbers(jnp.zeros(1), jnp.zeros(1))
-    fixed = simulation.parts.controller
-    latency_s, bits = alone(simulation, lambda _: fixed, state, state.key[None], unused, nothing, config.rounds)
+    offers = offers_of(simulation, state)
+    latency_s, bits = alone(simulation, state, state.key[None], None, offers, config.rounds)
     budget_s = float(np.mean(latency_s)) / 4
     return {
         "dense_latency_s": latency_s[0, 0].tolist(),
@@ -140,7 +133,7 @@ def measure(overrides: list[str], cell: dict) -> dict:
     config = load_config(None, overrides)
     simulation = build(config)
     state = simulation.init(jax.random.key(config.seed))
-    first_queue_s = float(state.queue_s)
+    first_queue_s = float(state.methods["control"]["queue_s"]) if state.methods["control"] else 0.0
     _, metrics = simulation.run(state, config.rounds)
     bits = np.cumsum(metrics.uplink_bits)
     evaluated = np.flatnonzero(np.isfinite(metrics.eval_accuracy))
@@ -161,7 +154,7 @@ def measure(overrides: list[str], cell: dict) -> dict:
         "latency_s": metrics.latency_s.tolist(),
         "keep_ratio_mean": metrics.keep_ratio_mean.tolist(),
         "rows": rows,
-        "partition_hash": simulation.partition_hash,
+        "partition_hash": simulation.facts.partition_hash,
     }
 
 

@@ -26,9 +26,9 @@ from fedjax_lora import build, use_cpu_cores
 from fedjax_lora.app.planner import Survey, choose, survey
 from fedjax_lora.config.experiment import ExperimentConfig, load_config
 from fedjax_lora.config.presets import preset
-from fedjax_lora.control import tsfa_online
-from fedjax_lora.control.tsfa_online import TsfaConfig
+from fedjax_lora.core.methods import Radio
 from fedjax_lora.core.progress import Progress
+from fedjax_lora.planning.rank_search import Candidate
 from fedjax_lora.planning.rollout import roll_out
 from fedjax_lora.wireless import min_max_latency
 
@@ -59,27 +59,22 @@ def dense_latency_s(known: Survey) -> float:
 
     The payload is the sparsifier's own at ratio 1.
     """
-    sites = known.sites
-    snr_hz, start_s = sites.snr_hz[-1], sites.start_s[-1]  # `[paths, T, C]`
-    sends = (snr_hz > 0) & (sites.weights[-1] > 0)  # the cohort is padded
-    bits = jnp.where(sends, sites.payload_bits[-1].max(), 0.0)
-    band_hz = jnp.float32(known.simulation.parts.link.bandwidth_hz)
+    highest: Candidate = jax.tree.map(lambda leaf: leaf[-1], known.candidates)
 
-    def in_round(bits: Array, snr_hz: Array, start_s: Array) -> Array:
-        return min_max_latency(bits, snr_hz, start_s, band_hz).latency_s
+    def in_round(radio: Radio) -> Array:
+        sends = (radio.snr_hz > 0) & (highest.weights > 0)  # the cohort is padded
+        bits = jnp.where(sends, highest.bits.max(), 0.0)
+        return min_max_latency(bits, radio.snr_hz, radio.start_s, radio.band_hz).latency_s
 
-    return float(jax.vmap(jax.vmap(in_round))(bits, snr_hz, start_s).mean())
+    return float(jax.vmap(jax.vmap(in_round))(highest.radio).mean())
 
 
 def measure(config: ExperimentConfig, settings: list[Setting], runs: int) -> list[dict]:
     """Runs to their end at each rank, V and first queue, in one program; scored on the test examples."""
-    simulation, control = build(config), config.control
-    assert isinstance(control, TsfaConfig)  # else there would be no plan
+    simulation = build(config)
     state = simulation.init(jax.random.key(config.seed))
     ranks, V, queue_s = (jnp.array(column, jnp.float32) for column in zip(*settings, strict=True))
-    numbers = ranks, V, queue_s, runs, config.rounds
-    parts, score, world = simulation.parts, simulation.score, simulation.world
-    found = roll_out(parts, lambda V: tsfa_online.make(control, V), score, world, state, *numbers)
+    found = roll_out(simulation, simulation.world, state, ranks, V, queue_s, runs, config.rounds)
     names = {"final_accuracy": found.accuracy, "final_loss": found.loss, "latency_s": found.latency_s}
     return [
         setting._asdict()

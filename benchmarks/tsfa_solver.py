@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lora.control import tsfa_online
-from fedjax_lora.core.methods import Decision, Observation
-from fedjax_lora.core.types import Hyper
+from fedjax_lora.core.methods import Observation, Radio
 
 RANKS = 16
 BAND_HZ = 2e7
@@ -40,24 +39,19 @@ def cohort(clients: int, seed: int) -> tuple[np.ndarray, ...]:
     return tuple(np.asarray(column, np.float32) for column in columns)
 
 
-def observe(columns: tuple[Any, ...], queue_s: Any) -> Observation:
+def observe(columns: tuple[Any, ...]) -> Observation:
     """What the controller would see of such a cohort."""
     bits, snr_hz, start_s, weights, tail = columns
-    one = jnp.ones(())
     return Observation(
-        snr_hz=snr_hz,
-        start_s=start_s,
+        radio=Radio(snr_hz, start_s, band_hz=jnp.float32(BAND_HZ), power_w=jnp.float32(0.01)),
         weights=weights,
-        tail_energy=tail,
         rank=jnp.full(bits.shape, float(RANKS)),
-        payload_bits=lambda ratio: bits * ratio,
-        bandwidth_hz=jnp.float32(BAND_HZ),
-        queue_s=queue_s,
-        hyper=Hyper(rank=one * RANKS, alpha=one, learning_rate=one, orthogonality=one, keep_ratio=one),
+        tail_energy=tail,
+        bits=bits[:, None] * jnp.maximum(jnp.arange(RANKS + 1), 1) / RANKS,
     )
 
 
-def solve(columns: tuple[Any, ...], queue_s: float, V: float) -> Decision:
+def solve(columns: tuple[Any, ...], queue_s: float, V: float) -> tsfa_online.Decision:
     """The continuous problem."""
     bits, snr_hz, start_s, weights, tail = columns
     return tsfa_online.solve(bits, snr_hz, start_s, BAND_HZ, weights, tail, queue_s, V)
@@ -92,7 +86,7 @@ def measure(clients: int, cases: int, seconds: float) -> dict[str, Any]:
     controller = tsfa_online.make(tsfa_online.TsfaConfig(V=V))
 
     def decide(*columns: Any) -> Any:
-        return controller.decide(observe(columns, jnp.float32(1.0)))
+        return controller.allocate({"queue_s": jnp.float32(1.0)}, observe(columns))
 
     def continuous(*columns: Any) -> Any:
         return solve(columns, 1.0, V)

@@ -1,14 +1,16 @@
 """Federated LoRA fine-tuning over wireless networks, as one JAX program.
 
-`load_config` reads a configuration, `build` makes a `Simulation` of it. The parts can be used on their own:
-`wireless`, `sparsifiers`, `aggregation`, `control`, `models`. Each is imported when it is first used.
+`load_config` reads a configuration, `build` makes a `Simulation` of it, `load_run` reads the folder of a run. The parts
+can be used on their own: `wireless`, `sparsifiers`, `aggregation`, `control`, `models`; `methods` is what a method of
+one's own is written with. Each is imported when it is first used.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedjax_lora import aggregation, control, models, sparsifiers, wireless
+    from fedjax_lora import aggregation, control, methods, models, sparsifiers, wireless
+    from fedjax_lora.app.load_run import load_run
     from fedjax_lora.config.assemble import build
     from fedjax_lora.config.experiment import ExperimentConfig, load_config
     from fedjax_lora.core.errors import ConfigError
@@ -25,6 +27,8 @@ __all__ = [
     "build",
     "control",
     "load_config",
+    "load_run",
+    "methods",
     "models",
     "sparsifiers",
     "use_cpu_cores",
@@ -37,6 +41,7 @@ _MODULE_OF = {
     "Simulation": "sim.engine",
     "build": "config.assemble",
     "load_config": "config.experiment",
+    "load_run": "app.load_run",
     "use_cpu_cores": "sim.cohort",
 }
 

@@ -36,8 +36,8 @@ def test_a_simulation_tells_what_it_was_made_of(folder):
 
     def hashes():
         simulation = built(folder, "engine.client_chunk=1")
-        assert simulation.class_names == ("no", "yes")
-        return simulation.model_config_hash, simulation.tokenizer_hash, simulation.base_hash
+        assert simulation.facts.class_names == ("no", "yes")
+        return simulation.facts.model_config_hash, simulation.facts.tokenizer_hash, simulation.facts.base_hash
 
     before = hashes()
     assert all(len(value) == 64 for value in before)

@@ -19,7 +19,7 @@ import yaml
 from fedjax_lora.app import cli
 from fedjax_lora.app.arguments import make_parser, take_files
 from fedjax_lora.config.assemble import build
-from fedjax_lora.config.experiment import ConfigWarning, load_config
+from fedjax_lora.config.experiment import ConfigError, ConfigWarning, load_config
 from fedjax_lora.config.presets import preset
 from fedjax_lora.data import sources
 from fedjax_lora.io import checkpoint, sealed
@@ -268,7 +268,7 @@ def test_changed_weights_are_not_resumed(capsys, finished, tmp_path):
 def test_too_little_memory_is_one_line(capsys, tmp_path, monkeypatch, error):
     """What Python and XLA raise; any other error of a run is a defect, and shows itself whole."""
 
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("fedjax_lora.app.runner.run", fail)
@@ -281,9 +281,7 @@ def test_too_little_memory_is_one_line(capsys, tmp_path, monkeypatch, error):
 
 def test_a_folder_that_cannot_be_made_is_one_line_at_once(capsys, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(
-        "fedjax_lora.app.runner.build", lambda config: pytest.fail("built before the folder was checked")
-    )
+    monkeypatch.setattr("fedjax_lora.app.runner.build", lambda *_: pytest.fail("built before the folder was checked"))
     line = one_line(capsys, ["run", "--out", str(tmp_path / "file" / "run")])
     assert str(tmp_path / "file" / "run") in line and "cannot be written to" in line
 
@@ -321,6 +319,119 @@ def test_an_unknown_option_is_one_line(capsys):
         cli.main(["run", "--nonsense"])
     assert exit_info.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+MINE = """
+import dataclasses
+from typing import Literal
+
+from fedjax_lora.methods import Context, Method, Options, Sparsifier, traced
+from fedjax_lora.sparsifiers import dense
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MineConfig(Options):
+    '''All that there is.
+
+    share: of nothing.
+    '''
+
+    name: Literal["mine"] = "mine"
+    share: float = traced(0.5)
+
+
+def make(options: MineConfig, context: Context) -> Sparsifier:
+    return dense.make(dense.DenseConfig(), context)
+
+
+METHOD = Method("sparsifier", "mine", MineConfig, make)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """Path of a file with a method of a user's: `dense` by another name."""
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    return str(path)
+
+
+def test_a_method_of_ones_own_runs_and_its_run_is_gone_on_with_by_the_same_file_alone(tmp_path, mine, capsys):
+    """Oracle: a run of `dense`, line by line; the hash of the file."""
+    out, other = tmp_path / "mine", tmp_path / "dense"
+    common = ["--set", *SETTINGS, "rounds=2", "control.keep_ratio=1.0"]
+    command = ["run", "--out", str(out), "--methods", mine, *common, "sparsifier=mine"]
+    assert cli.main(command) == 0
+    assert cli.main(["run", "--out", str(other), *common, "sparsifier=dense"]) == 0
+    assert (out / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    held = json.loads((out / "data.json").read_text())["methods"]
+    assert held == {mine: hashlib.sha256(MINE.encode()).hexdigest()}
+    assert json.loads((other / "data.json").read_text())["methods"] == {}
+
+    assert cli.main([*command, "--resume"]) == 0
+    capsys.readouterr()
+    line = one_line(capsys, ["run", "--out", str(out), "--resume", *common, "sparsifier=mine"])
+    assert "sparsifier.name must be one of soft, " in line and "got 'mine'" in line
+    Path(mine).write_text(MINE + "# changed")
+    line = one_line(capsys, [*command, "--resume"])
+    assert "data.methods" in line and hashlib.sha256(MINE.encode()).hexdigest() in line
+
+
+@pytest.mark.parametrize("command", [["run"], ["plan"], ["sweep", "--over", "seed=[0]"], ["keys"], ["init"]])
+def test_a_mistake_in_a_file_of_methods_is_one_line_and_leaves_nothing(command, tmp_path, capsys, monkeypatch):
+    """The message itself."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "mine.py"
+    path.write_text("x = 1\ny = z\n")
+    line = one_line(capsys, [*command, "--methods", str(path)])
+    reason = "must run, got NameError: name 'z' is not defined"
+    assert line == f"fedjax-lora: error: methods {path} line 2 {reason}\n"
+    assert {found.name for found in tmp_path.iterdir()} <= {"mine.py", "__pycache__"}
+
+
+def test_a_file_to_begin_with_is_written_once_and_is_the_preset(tmp_path, capsys, mine, monkeypatch):
+    """Oracle: the preset; the message."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init"]) == 0
+    assert capsys.readouterr().out == "configuration: experiment.yaml; run it with fedjax-lora run experiment.yaml\n"
+    assert load_config("experiment.yaml") == preset("digits")
+    before = Path("experiment.yaml").read_bytes()
+    line = one_line(capsys, ["init", "--preset", "digits-tsfa"])
+    assert line == "fedjax-lora: error: --out must be a new file, got experiment.yaml, which is there\n"
+    assert Path("experiment.yaml").read_bytes() == before
+    arguments = [
+        "--preset",
+        "digits-tsfa",
+        "--methods",
+        mine,
+        "--set",
+        "sparsifier=mine",
+        "seed=3",
+        "--out",
+        "other.yaml",
+    ]
+    assert cli.main(["init", *arguments]) == 0
+    assert capsys.readouterr().out.endswith(f"fedjax-lora run other.yaml --methods {mine}\n")
+    with pytest.raises(ConfigError, match="got 'mine'"):
+        load_config("other.yaml")
+    text = Path("other.yaml").read_text()
+    assert "# of nothing. [a finite number; default 0.5; sweeps]\n  share: 0.5\n" in text
+    assert "# All that there is.\nsparsifier:\n" in text
+    assert "'none'" in one_line(capsys, ["init", "--preset", "none", "--out", "third.yaml"])
+    assert not Path("third.yaml").exists()
+
+
+def test_keys_are_listed_with_a_users_own(capsys, mine):
+    """Oracle: the lines by hand."""
+    assert cli.main(["keys", "control.V"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "control.V (tsfa): a finite number; default 10.0; sweeps"
+    assert lines[1].startswith("    weight of what is not sent ")
+    assert cli.main(["keys", "share", "--methods", mine, "--json"]) == 0
+    assert [entry["key"] for entry in json.loads(capsys.readouterr().out)] == ["sparsifier.share"]
+    assert cli.main(["keys"]) == 0
+    assert "clients.partition.alpha: a finite number; default 0.5; static: used on the host" in capsys.readouterr().out
+    assert "did you mean latency_budget_s?" in one_line(capsys, ["keys", "latency_budgets"])
 
 
 def test_reports_compare_runs_and_refuse_a_folder_that_is_none(finished, tmp_path, capsys):
@@ -373,7 +484,7 @@ def test_two_configuration_files_are_one_line(capsys):
 
 def test_a_bare_command_says_which_preset_it_takes(capsys, monkeypatch):
     taken = []
-    monkeypatch.setattr("fedjax_lora.app.runner.run", lambda config, *_: taken.append(config) or {})
+    monkeypatch.setattr("fedjax_lora.app.runner.run", lambda config, *_, **__: taken.append(config) or {})
     assert cli.main(["run"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "preset digits, as neither a file nor --preset is given"
     assert cli.main(["run", "--preset", "digits"]) == 0

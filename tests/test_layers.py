@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     ("fedjax_lora_kernels",),
     ("core",),
-    ("ops", "adapters", "wireless", "sparsifiers", "aggregation"),
+    ("ops", "adapters", "tasks", "wireless", "sparsifiers", "aggregation"),
     ("models", "data", "control"),
     ("training",),
     ("sim",),
@@ -19,6 +19,7 @@ LAYERS = (
     ("io",),
     ("report",),
     ("app",),
+    ("methods", "testing"),
 )
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 
@@ -113,6 +114,10 @@ def test_every_package_has_a_layer():
         ("fedjax_lora.config.experiment", "from fedjax_lora.io import log", {"io"}),
         ("fedjax_lora.io.plan", "from fedjax_lora.core.errors import ConfigError\nimport fedjax_lora.app.cli", {"app"}),
         ("fedjax_lora.sim.engine", "from fedjax_lora import __version__", {""}),
+        ("fedjax_lora.methods", "from fedjax_lora.core.methods import Method", set()),
+        ("fedjax_lora.sparsifiers.soft", "from fedjax_lora.methods import Method", {"methods"}),
+        ("fedjax_lora.config.catalogue", "from fedjax_lora.sparsifiers import soft", set()),
+        ("fedjax_lora.config.catalogue", "from fedjax_lora.app import keys", {"app"}),
         ("fedjax_lora_kernels.gram", "from fedjax_lora.core.types import Adapters", {"core"}),
         ("fedjax_lora_kernels.gram", "import fedjax_lora", {""}),
     ],

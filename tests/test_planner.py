@@ -20,8 +20,7 @@ from fedjax_lora.config.presets import preset
 from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.core.progress import Progress
 from fedjax_lora.io.plan import apply_plan, effects_of_plan, effects_of_run, read_plan, write_plan
-from fedjax_lora.planning import bound
-from fedjax_lora.planning import rank_search as tsfa_offline
+from fedjax_lora.planning import bound, rank_search
 from fedjax_lora.planning.rollout import Rollout
 from fedjax_lora.report.plan import binding, plan_table, plot_plan
 from fedjax_lora.report.tables import MISSING
@@ -88,7 +87,7 @@ def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
 def test_a_plan_as_json_is_one_document(planned, tmp_path, monkeypatch, capsys):
     """Oracle: the file that the command writes; the plan itself is one made before."""
     made, out = read_plan(planned / "plan.json"), tmp_path / "plan"
-    monkeypatch.setattr(planner, "plan", lambda config, console: made)
+    monkeypatch.setattr(planner, "plan", lambda config, console, methods=(): made)
     assert cli.main(["plan", "--json", "--out", str(out), "--set", *PLANNED]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {**json.loads((out / "plan.json").read_text()), "folder": str(out)}
@@ -166,7 +165,7 @@ def test_a_plan_by_bound_is_the_least_bound_within_the_budget(by_budget):
         assert (plan.rank, plan.V, plan.queue_s) == (best["rank"], best["V"], best["queue_s"])
         assert (plan.queue_s > 0) == (plan.chosen["keep_ratio"] < 1)
         for row in plan.rows:
-            assert np.isclose(row["V"] / budget_s**2, tsfa_offline.WEIGHTS, rtol=1e-3).any()
+            assert np.isclose(row["V"] / budget_s**2, rank_search.WEIGHTS, rtol=1e-3).any()
             assert row["score"] == row["bound"]
 
 
@@ -224,8 +223,9 @@ def test_a_candidate_whose_pilot_diverged_is_passed_over(surveyed, tmp_path):
     config, known = surveyed
     whole = by_bound(surveyed, 5.0)
     worst = whole.rows.index(whole.chosen)
-    broken = known.sites.measured._replace(movement=known.sites.measured.movement.at[worst].set(np.nan))
-    known = known._replace(sites=known.sites._replace(measured=broken))
+    measured = known.candidates.measured
+    broken = measured._replace(movement=measured.movement.at[worst].set(np.nan))
+    known = known._replace(candidates=known.candidates._replace(measured=broken))
     for search in ("grid", "gradient"):
         plan = by_bound((config, known), 5.0, search)
         assert plan.rank != whole.rank and plan.rows[worst]["bound"] is None
@@ -331,7 +331,7 @@ def test_a_plan_with_a_number_missing_is_one_line(planned, capsys, tmp_path):
         (["server.name=momentum"], ["server.name must be sgd", "'momentum'"]),
         (
             ["aggregation.name=fedsa", "sparsifier={name: dense}"],
-            ["aggregation.name must be other than fedsa", "'fedsa'"],
+            ["aggregation.name must be one of", "lora_fair, for a plan", "'fedsa'"],
         ),
         (["sparsifier={name: soft, error_feedback: true}"], ["sparsifier.error_feedback must be false", "True"]),
         (["aggregation.name=hetlora"], ["aggregation.prune must be 1.0", "0.99"]),

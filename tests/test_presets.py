@@ -3,12 +3,13 @@
 import pytest
 
 from fedjax_lora.adapters.lora import LoraConfig
+from fedjax_lora.config.catalogue import Catalogue
 from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.config.presets import PRESETS, preset
-from fedjax_lora.control.baselines import FixedConfig, IdealConfig
+from fedjax_lora.control.fixed import FixedConfig
+from fedjax_lora.control.ideal import IdealConfig
 from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.data.partition import ClientsConfig, PartitionConfig
-from fedjax_lora.data.sources import DataConfig
 from fedjax_lora.models.load import ModelConfig
 from fedjax_lora.sparsifiers.dense import DenseConfig
 from fedjax_lora.sparsifiers.soft_rotated import SoftRotatedConfig
@@ -21,7 +22,7 @@ def digits(sparsifier, control) -> ExperimentConfig:
         rounds=40,
         model=ModelConfig(name="vit-tiny"),
         lora=LoraConfig(targets=("query", "value", "up", "down")),
-        data=DataConfig(source="digits"),
+        data=Catalogue.of().find("data", "digits").options(source="digits"),
         clients=ClientsConfig(count=50, weighting="equal", partition=PartitionConfig(kind="dirichlet", alpha=0.5)),
         local=LocalConfig(optimizer=OptimizerConfig(learning_rate=1e-2, schedule="linear")),
         sparsifier=sparsifier,

@@ -85,7 +85,7 @@ print(transformers.utils.is_torch_available())
 def jax_without_cache(monkeypatch):
     """JAX as it is where nobody has told it of a folder; nothing may be compiled meanwhile."""
     names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {name: jax.config.values[name] for name in names}
+    before = {name: getattr(jax.config, name) for name in names}
     jax.config.update(names[0], None)
     yield
     for name, value in before.items():
@@ -98,15 +98,15 @@ def test_commands_that_compile_keep_their_programs(command, jax_without_cache, m
     monkeypatch.setenv("FEDJAX_LORA_CACHE", str(tmp_path))
     over = ["--over", "seed=[0]"] if command == "sweep" else []
     assert cli.main([command, "--set", "rounds=many", *over]) == 2
-    assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "programs")
-    assert jax.config.values["jax_persistent_cache_min_compile_time_secs"] < 1.0
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "programs")
+    assert jax.config.jax_persistent_cache_min_compile_time_secs < 1.0
 
 
 def test_a_folder_that_the_user_chose_for_programs_stands(jax_without_cache, monkeypatch, tmp_path):
     monkeypatch.setenv("FEDJAX_LORA_CACHE", str(tmp_path))
     jax.config.update("jax_compilation_cache_dir", "/elsewhere")  # as JAX_COMPILATION_CACHE_DIR does
     cache.keep_programs()
-    assert jax.config.values["jax_compilation_cache_dir"] == "/elsewhere" and not list(tmp_path.iterdir())
+    assert jax.config.jax_compilation_cache_dir == "/elsewhere" and not list(tmp_path.iterdir())
 
 
 def test_a_cache_that_cannot_be_made_is_one_warning(jax_without_cache, monkeypatch, tmp_path, capsys):
@@ -119,7 +119,7 @@ def test_a_cache_that_cannot_be_made_is_one_warning(jax_without_cache, monkeypat
         f"fedjax-lora: warning: compiled programs are not kept, {tmp_path / 'file' / 'cache' / 'programs'}: "
         "Not a directory\n"
     )
-    assert jax.config.values["jax_compilation_cache_dir"] is None
+    assert jax.config.jax_compilation_cache_dir is None
 
 
 def test_programs_that_cannot_be_kept_cost_time_and_one_line(tmp_path):

@@ -85,7 +85,7 @@ def ran(monkeypatch):
     """Configurations that were run, in their order; a run of seed 1 is refused, and one of seed 9 is interrupted."""
     found = []
 
-    def run(config, path, resume, console):
+    def run(config, path, resume, console, plan, methods, files):
         if config.seed == 1:
             raise ValueError("wireless.radius_m must be\n another, got 1")
         if config.seed == 9:
@@ -98,7 +98,7 @@ def ran(monkeypatch):
     monkeypatch.setattr(sweeps, "write_report", lambda folders, path: None)
     monkeypatch.setattr(sweeps, "comparison", lambda folders: "compared: " + " ".join(path.name for path in folders))
     monkeypatch.setattr("fedjax_lora.io.log.check_log", lambda folder, summary: None)
-    monkeypatch.setattr(sweeps, "build", lambda config: SimpleNamespace())
+    monkeypatch.setattr(sweeps, "build", lambda config, methods: SimpleNamespace())
     monkeypatch.setattr(sweeps, "started_with", lambda simulation: {"examples_hash": "a"})
     return found
 

@@ -8,12 +8,17 @@ is a mask over them, so that one compiled program serves every rank.
 import dataclasses
 import zlib
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
+from fedjax_lora.core.methods import Adapter, Context, Method, Site
+from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Base, Factors
+from fedjax_lora.ops import primitives
 from fedjax_lora.ops.factorise import orthonormal
 
 
@@ -21,7 +26,7 @@ from fedjax_lora.ops.factorise import orthonormal
 class LoraConfig:
     """Low-rank adapters.
 
-    max_rank: components that the factors hold, R.
+    max_rank: components that the factors hold, R; a shape, as are the targets. The other numbers are traced.
     rank: structural rank r, 1 <= r <= R.
     alpha: products are scaled by alpha / r.
     targets: names of the modules that carry an adapter.
@@ -31,11 +36,11 @@ class LoraConfig:
     """
 
     max_rank: int = 8
-    rank: int = 8
-    alpha: float = 16.0
+    rank: int = traced(8)
+    alpha: float = traced(16.0)
     targets: tuple[str, ...] = ("query", "value")
-    init_scale: float = 1.0
-    client_ranks: tuple[int, ...] = ()
+    init_scale: float = traced(1.0)
+    client_ranks: tuple[int, ...] = traced(())
 
     def __post_init__(self):
         if self.max_rank < 1:
@@ -54,8 +59,24 @@ class LoraConfig:
             raise ValueError(f"init_scale must be positive and finite, got {self.init_scale}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraAdapterOptions(Options):
+    """Low-rank factors; their numbers are those of `LoraConfig`."""
+
+    name: Literal["lora"] = "lora"
+
+
+def make(options: LoraAdapterOptions, context: Context) -> Adapter:
+    """LoRA as what is trained beside the frozen matrices; the leaves of a module are its Factors."""
+    del options, context
+    return Adapter(init=init, effective=fold, project=project, merge=products)
+
+
+METHOD = Method("adapter", "lora", LoraAdapterOptions, make)
+
+
 def init(
-    key: Array, targets: Mapping[str, tuple[int, int]], num_layers: int, max_rank: int, init_scale: float = 1.0
+    key: Array, sites: Mapping[str, Site], num_layers: int, max_rank: int, init_scale: ArrayLike = 1.0
 ) -> dict[str, Factors]:
     """Factors at the start: `a` with orthogonal columns of length `init_scale`, `b` zero.
 
@@ -63,7 +84,7 @@ def init(
 
     Args:
       key: consumed.
-      targets: module name -> `(n_in, n_out)`.
+      sites: module name -> where it sits.
       num_layers: L.
       max_rank: R, at most the smallest n_in.
       init_scale: length of each column of `a`.
@@ -71,16 +92,16 @@ def init(
     Returns:
       module name -> Factors, `a: [L, n_in, R]`, `b: [L, R, n_out]`, float32.
     """
-    narrowest = min(n_in for n_in, _ in targets.values())
+    narrowest = min(site.n_in for site in sites.values())
     if max_rank > narrowest:
         raise ValueError(f"lora.max_rank must be at most {narrowest}, the narrowest module's input, got {max_rank}")
 
-    def factors(name: str, n_in: int, n_out: int) -> Factors:
+    def factors(name: str, site: Site) -> Factors:
         module_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        a = orthonormal(module_key, (num_layers, n_in, max_rank))
-        return Factors(a=init_scale * a, b=jnp.zeros((num_layers, max_rank, n_out)))
+        a = orthonormal(module_key, (num_layers, site.n_in, max_rank))
+        return Factors(a=jnp.asarray(init_scale) * a, b=jnp.zeros((num_layers, max_rank, site.n_out)))
 
-    return {name: factors(name, *shape) for name, shape in targets.items()}
+    return {name: factors(name, site) for name, site in sites.items()}
 
 
 def max_rank(adapters: Adapters) -> int:
@@ -93,7 +114,7 @@ def rank_mask(rank: Array | float, max_rank: int) -> Array:
     return (jnp.arange(max_rank) < rank).astype(jnp.float32)
 
 
-def effective(adapters: Adapters, rank_mask: Array, scale: Array | float) -> Adapters:
+def effective(adapters: Adapters, rank_mask: Array, scale: ArrayLike) -> Adapters:
     """Adapters as a model takes them: masked components are zero, and `b` carries the scale.
 
     A masked component has no effect, and the gradient to its two factors is zero.
@@ -103,39 +124,76 @@ def effective(adapters: Adapters, rank_mask: Array, scale: Array | float) -> Ada
       rank_mask: `[R]`.
       scale: s = alpha / r.
     """
-
-    def fold(factors: Factors) -> Factors:
-        return Factors(a=factors.a * rank_mask, b=factors.b * (scale * rank_mask[:, None]))
-
-    modules = {name: fold(factors) for name, factors in adapters.modules.items()}
-    return Adapters(modules=modules, head=adapters.head)
+    return Adapters(modules=fold(adapters.modules, rank_mask, scale), head=adapters.head)
 
 
-def merge(base: Base, adapters: Adapters, targets: Mapping[str, tuple[int, int]]) -> Base:
-    """Frozen weights with the products `a @ b` of effective adapters added, see `add_to_base`."""
-    products = {name: jnp.einsum("lir,lro->lio", f.a, f.b) for name, f in adapters.modules.items()}
-    return add_to_base(base, products, targets)
+def fold(modules: Mapping[str, Factors], rank_mask: Array, scale: ArrayLike) -> dict[str, Factors]:
+    """The factors of `effective`, by module."""
+    return {
+        name: Factors(a=factors.a * rank_mask, b=factors.b * (scale * rank_mask[:, None]))
+        for name, factors in modules.items()
+    }
 
 
-def add_to_base(base: Base, changes: Mapping[str, Array], targets: Mapping[str, tuple[int, int]]) -> Base:
-    """Frozen weights with the changes of their modules added, in the dtype of the weights.
+def project(x: Array, w: Array, adapters: Mapping[str, tuple[int, Factors]]) -> Array:
+    """`x @ w` with `(x @ a) @ b` added in the columns of each module.
 
-    `base["layers"]` names a stacked matrix `w: [L, n_in, n_out]` after the module it serves; where one matrix
-    serves several modules side by side it is named after them all, joined by `_` (`query_key_value`).
+    The factors of all modules are laid side by side, so that each product is taken once, and go through one backward
+    rule, see `ops.primitives.project`.
 
     Args:
-      base: of the model whose `targets` are given.
+      x: `[..., n_in]`.
+      w: `[n_in, columns]` of one layer, as it is or packed.
+      adapters: module name -> the first of its columns, and its effective factors of this layer.
+    """
+    return primitives.project(x, w, _side_by_side(adapters, w.shape[-1]))
+
+
+def _side_by_side(adapters: Mapping[str, tuple[int, Factors]], columns: int) -> Factors | None:
+    """One pair of factors for all the modules: each b is padded to the columns of its own; None for no module."""
+    if not adapters:
+        return None
+    parts = []
+    for first, factors in adapters.values():
+        after = columns - first - factors.b.shape[-1]
+        parts.append(Factors(a=factors.a, b=jnp.pad(factors.b, ((0, 0), (first, after)))))
+    return Factors(a=jnp.concatenate([p.a for p in parts], 1), b=jnp.concatenate([p.b for p in parts], 0))
+
+
+def products(modules: Mapping[str, Factors]) -> dict[str, Array]:
+    """Module name -> `a @ b`, `[L, n_in, n_out]`, of effective factors."""
+    return {name: jnp.einsum("lir,lro->lio", f.a, f.b) for name, f in modules.items()}
+
+
+def merge(base: Base, adapters: Adapters, sites: Mapping[str, Site]) -> Base:
+    """Frozen weights with the products `a @ b` of effective adapters added, see `add_to_base`."""
+    return add_to_base(base, products(adapters.modules), sites)
+
+
+def add_to_base(base: Base, changes: Mapping[str, Array], sites: Mapping[str, Site]) -> Base:
+    """Frozen weights with the changes of their modules added, in the dtype of the weights.
+
+    Args:
+      base: of the model whose `sites` are given.
       changes: module name -> `[L, n_in, n_out]`.
-      targets: `Model.targets`, all of them.
+      sites: `Model.sites`.
+
+    Raises:
+      ValueError: a module has no site, or a change is not of its site's shape.
     """
     layers = dict(base["layers"])
-    for group in layers:
-        start = 0
-        for name in (part for part in group.split("_") if part in targets):
-            stop = start + targets[name][1]
-            if name in changes:
-                w = layers[group]["w"]
-                merged = w.astype(jnp.float32).at[:, :, start:stop].add(changes[name]).astype(w.dtype)
-                layers[group] = {**layers[group], "w": merged}
-            start = stop
+    for name, change in changes.items():
+        if name not in sites:
+            raise ValueError(f"changes must be of the model's sites, {', '.join(sites)}, got {name!r}")
+        site = sites[name]
+        group = layers[site.group]
+        w, stop = group["w"], site.first + site.n_out
+        place = w[:, :, site.first : stop].shape
+        if not change.shape == place == (w.shape[0], site.n_in, site.n_out):
+            raise ValueError(
+                f"the change of {name} must be of its site's shape, {(w.shape[0], site.n_in, site.n_out)}, got "
+                f"{change.shape} for {place} of {site.group}"
+            )
+        merged = w.astype(jnp.float32).at[:, :, site.first : stop].add(change).astype(w.dtype)
+        layers[site.group] = {**group, "w": merged}
     return {**base, "layers": layers}

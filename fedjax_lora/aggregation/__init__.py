@@ -1,4 +1,4 @@
-"""How the server averages: one file a method, each with a config and `make(config) -> strategies.Aggregator`."""
+"""How the server averages: a file for each method, with its options, `make(options, context)` and METHOD."""
 
 from fedjax_lora.aggregation import fedex as fedex
 from fedjax_lora.aggregation import fedit as fedit

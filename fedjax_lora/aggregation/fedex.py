@@ -12,8 +12,9 @@ from jax.typing import ArrayLike
 
 from fedjax_lora.aggregation import errors, flora
 from fedjax_lora.aggregation.fedit import average_factors
-from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, by_products, product_bits
-from fedjax_lora.core.methods import Aggregate, Aggregator, Sent
+from fedjax_lora.aggregation.products import Layer, LayerResult, by_layer, by_products, product_bits
+from fedjax_lora.core.count import Count
+from fedjax_lora.core.methods import Aggregate, Aggregator, Context, Method, Received
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters
 from fedjax_lora.ops.products import differences
@@ -32,8 +33,19 @@ class FedExConfig(Options):
     name: Literal["fedex"] = "fedex"
     start: Start = "average"
 
+    def needs(self) -> dict[str, str]:
+        return dict.fromkeys(("everything_sent", "exact_wire", "one_rank"), "start") if self.start == "keep" else {}
 
-def make(config: FedExConfig) -> Aggregator:
+    def breaks(self) -> dict[str, str]:
+        broken = {
+            "average": (),
+            "reinit": ("fixed_basis", "lasting_zeros"),
+            "keep": ("fixed_basis", "start_from_broadcast"),
+        }
+        return dict.fromkeys(broken[self.start], "start")
+
+
+def make(options: FedExConfig, context: Context) -> Aggregator:
     """The aggregator whose base, after `merged` is added, and factors hold the ideal average of products.
 
     The residual `sum_k p_k a_k b_k - abar bbar` has rank C r at most, at which it is charged: the clients' factors span
@@ -43,38 +55,47 @@ def make(config: FedExConfig) -> Aggregator:
     Who keeps its factors a0, b0 computes with `base + s (a b - a0 b0)`, so that one base serves all. The mean of these
     changes has rank 2 C r at most, and the server, whose b stays 0, has no product of its own.
     """
-    if config.start == "reinit":
-        return flora.make(flora.FloraConfig())
-    if config.start == "keep":
-
-        def extra_downlink_bits(like: Adapters, clients: int | None, rank: ArrayLike) -> Array:
-            # Who sits out may not have its first factors yet: it draws them from a seed.
-            return (
-                product_bits(like, 2 * clients, rank) if clients else product_bits(like, None, rank) + flora.SEED_BITS
-            )
-
+    if options.start == "reinit":
+        return flora.make(flora.FloraConfig(), context)
+    if options.start == "keep":
         return Aggregator(
             aggregate=_merge_changes,
             enter=by_products,
             merges=True,
             resumes=True,
-            moved=flora.factors_once,
-            extra_downlink_bits=extra_downlink_bits,
+            stale=flora.factors_once,
+            extra_downlink=_bits_of_changes,
         )
-    return by_layer(_residual)._replace(merges=True, extra_downlink_bits=product_bits)
+    return by_layer(_residual)._replace(merges=True, extra_downlink=product_bits)
 
 
-def _residual(layer: Layer) -> Outcome:
+METHOD = Method(
+    "aggregation",
+    "fedex",
+    FedExConfig,
+    make,
+    needs=frozenset({"dense_broadcast", "memoryless_server", "whole_step", "float32_base"}),
+)
+
+
+def _residual(layer: Layer) -> LayerResult:
     mean = average_factors(layer.old, layer.received, layer.counted, layer.weights)
-    return Outcome(mean, errors.product_gap(layer.received, mean, layer.weights))
+    return LayerResult(mean, errors.product_gap(layer.received, mean, layer.weights))
+
+
+def _bits_of_changes(like: Adapters, clients: int | None, rank: ArrayLike) -> Count:
+    """Who sits out may not have its first factors yet: it draws them from a seed."""
+    if clients is None:
+        return product_bits(like, None, rank) + Count.of(flora.SEED_BITS)
+    return product_bits(like, 2 * clients, rank)
 
 
 def _merge_changes(
-    broadcast: Adapters, trained: Adapters, sent: Sent, weights: Array, scale: Array, key: Array
+    broadcast: Adapters, trained: Adapters, received: Received, weights: Array, scale: Array, key: Array
 ) -> Aggregate:
     """The mean change of the clients' products merged, of factors of 2 R components; the broadcast's stay."""
     # A product of 0 in as many components, for who is absent.
     start = dataclasses.replace(broadcast, modules=differences(broadcast.modules, broadcast.modules))
-    merge = by_layer(lambda layer: Outcome(layer.old, flora.mean_product(layer))).aggregate
-    found = merge(start, trained, sent, weights, scale, key)
+    merge = by_layer(lambda layer: LayerResult(layer.old, flora.mean_product(layer))).aggregate
+    found = merge(start, trained, received, weights, scale, key)
     return found._replace(adapters=dataclasses.replace(found.adapters, modules=broadcast.modules))

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.aggregation import errors
+from fedjax_lora.aggregation import errors, folds
 from fedjax_lora.core import trees
-from fedjax_lora.core.methods import Aggregate, Aggregator, Enter, Sent
+from fedjax_lora.core.methods import Aggregate, Aggregator, Context, Enter, Fold, Method, Received
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Factors
 
@@ -25,41 +25,49 @@ class FedItConfig(Options):
     name: Literal["fedit"] = "fedit"
 
 
-def make(config: FedItConfig) -> Aggregator:
+def make(options: FedItConfig, context: Context) -> Aggregator:
     """The aggregator that averages the factors apart, heads too; a component is averaged over those who sent it.
 
     A client of weight 0 changes nothing, not even with NaN. For the error norms a client holds the broadcast in the
     ranks that it does not have.
     """
-    del config  # it has no option yet, but every method is made in the same way
-    return averaging(by_senders)
+    del options, context  # it has none yet, but every method is made in the same way
+    return AVERAGE
 
 
-def averaging(enter: Enter) -> Aggregator:
-    """The aggregator of the weighted averages of each factor, and of the heads by p."""
+METHOD = Method("aggregation", "fedit", FedItConfig, make)
+
+
+def averaging(enter: Enter, fold: Fold) -> Aggregator:
+    """The aggregator of the weighted averages of each factor, and of the heads by p.
+
+    Args:
+      enter: what of a layer enters, and its weights.
+      fold: the same average client by client; it leaves both error norms unmeasured, see `aggregation.folds`.
+    """
 
     def aggregate(
-        broadcast: Adapters, trained: Adapters, sent: Sent, weights: Array, scale: Array, key: Array
+        broadcast: Adapters, trained: Adapters, received: Received, weights: Array, scale: Array, key: Array
     ) -> Aggregate:
         del key
         modules, sparsification, covariance = {}, jnp.zeros(()), jnp.zeros(())
         for name, old in broadcast.modules.items():
-            cohort = trained.modules[name], sent.adapters.modules[name], sent.counted[name]
+            cohort = trained.modules[name], received.adapters.modules[name], received.counted[name]
             modules[name], of_sparsification, of_averaging = _average_module(enter, old, *cohort, weights)
             sparsification += jnp.sum(of_sparsification)
             covariance += jnp.sum(of_averaging)
         return Aggregate(
-            adapters=Adapters(modules=modules, head=average_head(broadcast.head, sent.adapters.head, weights)),
+            adapters=Adapters(modules=modules, head=average_head(broadcast.head, received.adapters.head, weights)),
             merged={},
             sparsification_error=scale * jnp.sqrt(sparsification),
             covariance_error=scale * jnp.sqrt(covariance),
         )
 
-    return Aggregator(aggregate=aggregate, enter=enter)
+    return Aggregator(aggregate=aggregate, enter=enter, fold=fold)
 
 
 def by_senders(old: Factors, received: Factors, counted: Array, weights: Array) -> tuple[Factors, Array]:
-    """The `Enter` in which `w_ki = p_k m_ki / sum_j p_j m_ji`, where m is `Sent.counted`.
+    """The `Enter` in which `w_ki = p_k m_ki / sum_j p_j m_ji`, where m is `Received.counted`.
 
     Where nobody counts, all enter with the broadcast, by p.
     """
@@ -71,6 +79,16 @@ def by_senders(old: Factors, received: Factors, counted: Array, weights: Array) 
     a = jnp.where(anyone, received.a, old.a)
     b = jnp.where(anyone[:, None], received.b, old.b)
     return Factors(a=a, b=b), w
+
+
+def _weigh(old: Factors, received: Factors, counted: Array, p: Array) -> tuple[Factors, Array]:
+    """The `folds.Weigh` of `by_senders`."""
+    del old
+    return received, p * counted
+
+
+AVERAGE = averaging(by_senders, folds.weighted(_weigh))
+"""What FedIT is, and the methods that differ from it in what they train and send alone."""
 
 
 def _average_module(

@@ -8,7 +8,7 @@ import dataclasses
 from typing import Literal
 
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.core.methods import Aggregator
+from fedjax_lora.core.methods import Aggregator, Context, Method
 from fedjax_lora.core.numbers import Options
 
 
@@ -19,12 +19,15 @@ class FedSaConfig(Options):
     name: Literal["fedsa"] = "fedsa"
 
 
-def make(config: FedSaConfig) -> Aggregator:
+def make(options: FedSaConfig, context: Context) -> Aggregator:
     """The aggregator of a shared a under the clients' own b and heads.
 
     The server's b and head stay as they were at the start, b = 0. The global accuracy is that of the shared a with the
     mean of the clients' b and heads, which is never sent; the clients' own is `Metrics.personal_accuracy`. Both error
     norms are 0, since what is shared has no product.
     """
-    del config  # it has no option yet, but every method is made in the same way
-    return fedit.make(fedit.FedItConfig())._replace(keeps=("b", "head"))
+    del options, context  # it has none yet, but every method is made in the same way
+    return fedit.AVERAGE._replace(personal=("b", "head"))
+
+
+METHOD = Method("aggregation", "fedsa", FedSaConfig, make, breaks=frozenset({"shared_b"}))

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Literal
 
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.core.methods import Aggregator, Live
+from fedjax_lora.core.methods import Aggregator, Context, Live, Method
 from fedjax_lora.core.numbers import Options
 
 
@@ -18,12 +18,15 @@ class FfaConfig(Options):
     name: Literal["ffa"] = "ffa"
 
 
-def make(config: FfaConfig) -> Aggregator:
+def make(options: FfaConfig, context: Context) -> Aggregator:
     """The aggregator of one shared a: `sum_k p_k a b_k = a sum_k p_k b_k`, so that the covariance error is 0."""
-    del config  # it has no option yet, but every method is made in the same way
+    del options, context  # it has none yet, but every method is made in the same way
 
     def live(round_number: object) -> Live:
         del round_number
         return Live(a=0.0)
 
-    return fedit.make(fedit.FedItConfig())._replace(trains=live)
+    return fedit.AVERAGE._replace(trains=live)
+
+
+METHOD = Method("aggregation", "ffa", FfaConfig, make)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import Precision
 
-from fedjax_lora.aggregation.products import Layer, Outcome, by_layer
-from fedjax_lora.core.methods import Aggregator
+from fedjax_lora.aggregation.products import Layer, LayerResult, by_layer
+from fedjax_lora.core.methods import Aggregator, Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Factors
 from fedjax_lora.ops import factorise
@@ -25,18 +25,28 @@ class FlexLoraConfig(Options):
     name: Literal["flexlora"] = "flexlora"
 
 
-def make(config: FlexLoraConfig) -> Aggregator:
+def make(options: FlexLoraConfig, context: Context) -> Aggregator:
     """The aggregator of the best factors for the mean product (Eckart-Young): `a = U sqrt(S)`, `b = sqrt(S) V^T`.
 
     Components come sorted, so that a client of lower rank, which masks the last of them, starts from the best of its
     rank. What is cut off is the covariance error. A component that no singular value is left for keeps its a, with
     zero b: it can be trained again.
     """
-    del config  # it has no option yet, but every method is made in the same way
+    del options, context  # it has none yet, but every method is made in the same way
     return by_layer(_truncate)
 
 
-def _truncate(layer: Layer) -> Outcome:
+METHOD = Method(
+    "aggregation",
+    "flexlora",
+    FlexLoraConfig,
+    make,
+    needs=frozenset({"dense_broadcast", "memoryless_server", "whole_step"}),
+    breaks=frozenset({"fixed_basis", "lasting_zeros"}),
+)
+
+
+def _truncate(layer: Layer) -> LayerResult:
     max_rank = layer.old.a.shape[-1]
     u, size, v = mean_product_svd(layer.received, layer.weights)
     missing = max(max_rank - size.shape[0], 0)
@@ -48,7 +58,7 @@ def _truncate(layer: Layer) -> Outcome:
     noise = size[0] * max(u.shape[0], v.shape[1]) * jnp.finfo(size.dtype).eps
     kept = (position < rank) & (size > noise)
     root = jnp.sqrt(jnp.where(kept, size, 0.0))
-    return Outcome(Factors(a=jnp.where(kept, u * root, layer.old.a), b=root[:, None] * v))
+    return LayerResult(Factors(a=jnp.where(kept, u * root, layer.old.a), b=root[:, None] * v))
 
 
 def mean_product_svd(received: Factors, weights: Array) -> tuple[Array, Array, Array]:

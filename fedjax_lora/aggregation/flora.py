@@ -13,8 +13,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from fedjax_lora.aggregation import errors
-from fedjax_lora.aggregation.products import Layer, Outcome, by_layer, fresh, product_bits
-from fedjax_lora.core.methods import Aggregator, Live
+from fedjax_lora.aggregation.products import Layer, LayerResult, by_layer, fresh, product_bits
+from fedjax_lora.core.count import Count
+from fedjax_lora.core.methods import Aggregator, Context, Live, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters
 
@@ -29,31 +30,41 @@ class FloraConfig(Options):
     name: Literal["flora"] = "flora"
 
 
-def make(config: FloraConfig) -> Aggregator:
+def make(options: FloraConfig, context: Context) -> Aggregator:
     """The aggregator that merges `s sum_k p_k a_k b_k` and draws new factors: orthogonal a, zero b.
 
     The broadcast is charged with the stack of C r components or, where that is shorter or clients sit out rounds and
     have missed some, with the matrix in full. After the first round it holds no factors: clients draw a from the seed
     that comes with it, and b is zero.
     """
-    del config  # it has no option yet, but every method is made in the same way
+    del options, context  # it has none yet, but every method is made in the same way
 
-    def extra_downlink_bits(like: Adapters, clients: int | None, rank: ArrayLike) -> Array:
-        return product_bits(like, clients, rank) + SEED_BITS
+    def extra_downlink(like: Adapters, clients: int | None, rank: ArrayLike) -> Count:
+        return product_bits(like, clients, rank) + Count.of(SEED_BITS)
 
-    return by_layer(merge_all)._replace(merges=True, moved=factors_once, extra_downlink_bits=extra_downlink_bits)
+    return by_layer(merge_all)._replace(merges=True, stale=factors_once, extra_downlink=extra_downlink)
+
+
+METHOD = Method(
+    "aggregation",
+    "flora",
+    FloraConfig,
+    make,
+    needs=frozenset({"dense_broadcast", "memoryless_server", "whole_step", "float32_base"}),
+    breaks=frozenset({"fixed_basis", "lasting_zeros"}),
+)
 
 
 def factors_once(round_number: Array, everyone: bool) -> Live:
-    """The `Aggregator.moved` of factors that clients have or draw themselves after the first round."""
+    """The `Aggregator.stale` of factors that clients have or draw themselves after the first round."""
     del everyone
     first = jnp.where(round_number > 0, 0.0, 1.0)
     return Live(a=first, b=first)
 
 
-def merge_all(layer: Layer) -> Outcome:
+def merge_all(layer: Layer) -> LayerResult:
     """The whole mean product merged, and new factors."""
-    return Outcome(fresh(layer), mean_product(layer))
+    return LayerResult(fresh(layer), mean_product(layer))
 
 
 def mean_product(layer: Layer) -> Array:

@@ -12,9 +12,10 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.aggregation import fedit
-from fedjax_lora.core.methods import Aggregator
-from fedjax_lora.core.numbers import Options
+from fedjax_lora.aggregation import fedit, folds
+from fedjax_lora.core import trees
+from fedjax_lora.core.methods import Aggregator, Context, Fold, Method, Received
+from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.ops.products import product_energy, safe_sqrt
 
@@ -33,8 +34,8 @@ class HetLoraConfig(Options):
     """
 
     name: Literal["hetlora"] = "hetlora"
-    prune: float = 0.99
-    regularisation: float = 1e-3
+    prune: float = traced(0.99)
+    regularisation: float = traced(1e-3)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,29 +44,35 @@ class HetLoraConfig(Options):
         if not 0.0 <= self.regularisation < float("inf"):
             raise ValueError(f"regularisation must be finite and at least 0, got {self.regularisation}")
 
+    def breaks(self) -> dict[str, str]:
+        return {"one_rank": "prune"} if self.prune < 1.0 else {}
 
-def make(config: HetLoraConfig) -> Aggregator:
+
+def make(options: HetLoraConfig, context: Context) -> Aggregator:
     """The aggregator of zero-padded factors, whose clients prune themselves.
 
     With `t = sum ||a_{gamma r:r}||_F ||b_{gamma r:r}||_F` over modules and layers, a client adds `lambda t` to its
-    local loss, and falls to the shorter rank where local training ended with a smaller t than it began with.
+    local loss, and falls to the shorter rank where local training ended with a smaller t than it began with. With
+    gamma = 1 there are no trailing ranks: t is 0, and ranks stay.
     """
-    average = fedit.averaging(zero_padded)
-    if config.prune == 1.0:
-        return average
+    del context  # shapes are those of what arrives
 
     def shorter(rank: Array) -> Array:
-        return jnp.maximum(jnp.floor(config.prune * rank + FLOOR_SLACK), 1.0)
+        return jnp.maximum(jnp.floor(options.prune * rank + FLOOR_SLACK), 1.0)
 
     def penalty(adapters: Adapters, rank_mask: Array) -> Array:
         rank = jnp.sum(rank_mask)
-        return config.regularisation * trailing_norm(adapters, shorter(rank), rank)
+        return options.regularisation * trailing_norm(adapters, shorter(rank), rank)
 
     def next_rank(broadcast: Adapters, trained: Adapters, rank: Array) -> Array:
         began, ended = (trailing_norm(adapters, shorter(rank), rank) for adapters in (broadcast, trained))
         return jnp.where(ended < began, shorter(rank), rank)
 
+    average = fedit.averaging(zero_padded, zero_padded_fold())
     return average._replace(penalty=penalty, next_rank=next_rank)
+
+
+METHOD = Method("aggregation", "hetlora", HetLoraConfig, make, needs=frozenset({"unchanged_where_unsent"}))
 
 
 def zero_padded(old: Factors, received: Factors, counted: Array, weights: Array) -> tuple[Factors, Array]:
@@ -81,6 +88,49 @@ def zero_padded(old: Factors, received: Factors, counted: Array, weights: Array)
     anyone = jnp.any(own > 0, axis=0)
     entering = Factors(a=jnp.where(anyone, a, old.a), b=jnp.where(anyone[:, None], b, old.b))
     return entering, jnp.broadcast_to(w[:, None], counted.shape)
+
+
+def zero_padded_fold() -> Fold:
+    """The average of `zero_padded` client by client.
+
+    Weights in hand are p_k ||a_k b_k||_F, and p_k in case all of these turn out zero: there are two sums, as large as
+    two clients' updates, and the weights of who counts in each component, `[L, R]` a module.
+    """
+    by_norm, by_p = folds.weighted(_weigh_by_norm), folds.weighted(_weigh_by_p)
+
+    def init(broadcast: Adapters) -> tuple[folds.Sums, folds.Sums, dict[str, Array]]:
+        sums = by_norm.init(broadcast), by_p.init(broadcast)
+        return *sums, {name: jnp.zeros_like(weight) for name, weight in sums[0].weight.items()}
+
+    def add(sums, broadcast: Adapters, received: Received, p: Array):
+        counted = {
+            name: trees.where(p > 0, so_far + p * received.counted[name], so_far) for name, so_far in sums[2].items()
+        }
+        return by_norm.add(sums[0], broadcast, received, p), by_p.add(sums[1], broadcast, received, p), counted
+
+    def finish(sums, broadcast: Adapters) -> Adapters:
+        usual, equal = by_norm.finish(sums[0], broadcast), by_p.finish(sums[1], broadcast)
+        modules = {}
+        for name, old in broadcast.modules.items():
+            mean = trees.where(jnp.any(sums[0].weight[name] > 0, axis=-1), usual.modules[name], equal.modules[name])
+            anyone = sums[2][name] > 0
+            modules[name] = Factors(
+                a=jnp.where(anyone[:, None, :], mean.a, old.a), b=jnp.where(anyone[:, :, None], mean.b, old.b)
+            )
+        return Adapters(modules=modules, head=equal.head)
+
+    return Fold(init, add, finish)
+
+
+def _weigh_by_norm(old: Factors, received: Factors, counted: Array, p: Array) -> tuple[Factors, Array]:
+    entering, equal = _weigh_by_p(old, received, counted, p)
+    return entering, equal * jnp.sqrt(product_energy(entering.a, entering.b))[:, None]
+
+
+def _weigh_by_p(old: Factors, received: Factors, counted: Array, p: Array) -> tuple[Factors, Array]:
+    del old
+    own = Factors(a=received.a * counted[:, None, :], b=received.b * counted[:, :, None])
+    return own, jnp.broadcast_to(p, counted.shape)
 
 
 def trailing_norm(adapters: Adapters, first: Array, stop: Array) -> Array:

@@ -12,9 +12,9 @@ from jax import Array
 from jax.lax import Precision
 
 from fedjax_lora.aggregation.fedit import average_factors
-from fedjax_lora.aggregation.products import Layer, Outcome, by_layer
-from fedjax_lora.core.methods import Aggregator
-from fedjax_lora.core.numbers import Options
+from fedjax_lora.aggregation.products import Layer, LayerResult, by_layer
+from fedjax_lora.core.methods import Aggregator, Context, Method
+from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Factors
 from fedjax_lora.ops import factorise
 from fedjax_lora.ops.products import gram
@@ -28,7 +28,7 @@ class LoraFairConfig(Options):
     """
 
     name: Literal["lora_fair"] = "lora_fair"
-    regularisation: float = 0.01
+    regularisation: float = traced(0.01)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,23 +36,28 @@ class LoraFairConfig(Options):
             raise ValueError(f"regularisation must be positive and finite, got {self.regularisation}")
 
 
-def make(config: LoraFairConfig) -> Aggregator:
+def make(options: LoraFairConfig, context: Context) -> Aggregator:
     """The aggregator that adds to `bbar` the d of least `||sum_k p_k a_k b_k - abar (bbar + d)||^2 + lambda ||d||^2`.
 
     It is `(abar^T abar + lambda I)^-1 abar^T (sum_k p_k a_k b_k - abar bbar)`, through R x R matrices alone.
     """
 
-    def correct(layer: Layer) -> Outcome:
+    del context  # shapes are those of what arrives
+
+    def correct(layer: Layer) -> LayerResult:
         mean = average_factors(layer.old, layer.received, layer.counted, layer.weights)
         a = mean.a * layer.used  # a rank that nobody uses is not to fill
         energies, basis = factorise.eigh(gram(a))
         target = _projected_gap(a, layer.received, mean, layer.weights)
         # Rounding may leave an eigenvalue below zero; lambda then still bounds the inverse.
-        shrunk = _matmul(basis.T, target) / (jnp.maximum(energies, 0.0) + config.regularisation)[:, None]
+        shrunk = _matmul(basis.T, target) / (jnp.maximum(energies, 0.0) + options.regularisation)[:, None]
         correction = jnp.where(layer.used[:, None], _matmul(basis, shrunk), 0.0)
-        return Outcome(Factors(a=mean.a, b=mean.b + correction))
+        return LayerResult(Factors(a=mean.a, b=mean.b + correction))
 
     return by_layer(correct)
+
+
+METHOD = Method("aggregation", "lora_fair", LoraFairConfig, make, needs=frozenset({"dense_broadcast"}))
 
 
 def _projected_gap(a: Array, received: Factors, server: Factors, weights: Array) -> Array:

@@ -4,6 +4,7 @@ A client's product is that of its adapters as the server decodes them, ranks tha
 server's copy holds the broadcast. Clients weigh p_k in it, whatever they count in.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,10 +16,12 @@ from jax.typing import ArrayLike
 
 from fedjax_lora.aggregation import errors
 from fedjax_lora.aggregation.fedit import average_head
-from fedjax_lora.core import trees
-from fedjax_lora.core.methods import Aggregate, Aggregator, Sent
+from fedjax_lora.core import count, trees
+from fedjax_lora.core.count import Count
+from fedjax_lora.core.methods import Aggregate, Aggregator, Received
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.ops.factorise import orthonormal
+from fedjax_lora.ops.products import differences
 
 
 class Layer(NamedTuple):
@@ -39,7 +42,7 @@ class Layer(NamedTuple):
     key: Array
 
 
-class Outcome(NamedTuple):
+class LayerResult(NamedTuple):
     """The new factors of a layer, and `[n_in, n_out]` to merge into the base, without the scale s; None for never."""
 
     factors: Factors
@@ -52,7 +55,7 @@ def by_products(old: Factors, received: Factors, counted: Array, weights: Array)
     return received, jnp.broadcast_to(weights[:, None], counted.shape)
 
 
-def by_layer(method: Callable[[Layer], Outcome]) -> Aggregator:
+def by_layer(method: Callable[[Layer], LayerResult]) -> Aggregator:
     """The aggregator of a method that treats each layer of each module alike; heads are averaged by p.
 
     Where all weights are zero the broadcast stays, whatever the method says. Layers go one after the other: what is
@@ -60,11 +63,11 @@ def by_layer(method: Callable[[Layer], Outcome]) -> Aggregator:
     """
 
     def aggregate(
-        broadcast: Adapters, trained: Adapters, sent: Sent, weights: Array, scale: Array, key: Array
+        broadcast: Adapters, trained: Adapters, received: Received, weights: Array, scale: Array, key: Array
     ) -> Aggregate:
         modules, merged, sparsification, covariance = {}, {}, jnp.zeros(()), jnp.zeros(())
         for name, old in broadcast.modules.items():
-            cohort = trained.modules[name], sent.adapters.modules[name], sent.counted[name]
+            cohort = trained.modules[name], received.adapters.modules[name], received.counted[name]
             module_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
             outcome, of_sparsification, of_averaging = _module(method, old, *cohort, weights, module_key)
             modules[name] = outcome.factors
@@ -73,7 +76,7 @@ def by_layer(method: Callable[[Layer], Outcome]) -> Aggregator:
             sparsification += jnp.sum(of_sparsification)
             covariance += jnp.sum(of_averaging)
         return Aggregate(
-            adapters=Adapters(modules=modules, head=average_head(broadcast.head, sent.adapters.head, weights)),
+            adapters=Adapters(modules=modules, head=average_head(broadcast.head, received.adapters.head, weights)),
             merged=merged,
             sparsification_error=scale * jnp.sqrt(sparsification),
             covariance_error=scale * jnp.sqrt(covariance),
@@ -83,25 +86,25 @@ def by_layer(method: Callable[[Layer], Outcome]) -> Aggregator:
 
 
 def _module(
-    method: Callable[[Layer], Outcome],
+    method: Callable[[Layer], LayerResult],
     old: Factors,
     trained: Factors,
     decoded: Factors,
     counted: Array,
     weights: Array,
     key: Array,
-) -> tuple[Outcome, Array, Array]:
+) -> tuple[LayerResult, Array, Array]:
     """What becomes of one module `[L, ...]`, and the energies `[L]` of both errors."""
     present = weights > 0
 
-    def layer(index: Array) -> tuple[Outcome, Array, Array]:
+    def layer(index: Array) -> tuple[LayerResult, Array, Array]:
         before = trees.take(old, index)
         mine, received, m = jax.tree.map(lambda leaf: leaf[:, index], (trained, decoded, counted))
         mine, received = trees.where(present, (mine, received), (before, before))
         m = jnp.where(present[:, None], m, 0.0)
         used = jnp.any(m > 0, axis=0) | jnp.any(before.b != 0, axis=-1) | jnp.any(mine.b != 0, axis=(0, 2))
         found = method(Layer(before, received, m, weights, used, jax.random.fold_in(key, index)))
-        nothing = Outcome(before, jax.tree.map(jnp.zeros_like, found.merged))
+        nothing = LayerResult(before, jax.tree.map(jnp.zeros_like, found.merged))
         found = trees.where(jnp.any(present), found, nothing)
         return (
             found,
@@ -120,7 +123,26 @@ def fresh(layer: Layer) -> Factors:
     return Factors(a=length * a, b=jnp.zeros_like(layer.old.b))
 
 
-def product_bits(like: Adapters, adapters: int | None, rank: ArrayLike) -> Array:
+def as_changes(own: dict[str, Factors], held: Adapters, received: Received) -> tuple[Adapters, Received]:
+    """What the clients hold and what arrived, `[C, ...]`, as the changes of their products since they began.
+
+    Args:
+      own: module name -> the factors that each client began with, `[C, ...]`.
+      held: what the clients hold of what they send.
+      received: what the server has decoded.
+
+    Returns:
+      The same two, modules of 2 R components each, see `ops.products.differences`.
+    """
+    held, arrived = (
+        dataclasses.replace(adapters, modules=differences(adapters.modules, own))
+        for adapters in (held, received.adapters)
+    )
+    counted = {name: jnp.concatenate([mask, mask], axis=-1) for name, mask in received.counted.items()}
+    return held, Received(adapters=arrived, counted=counted)
+
+
+def product_bits(like: Adapters, adapters: int | None, rank: ArrayLike) -> Count:
     """Bits of what is merged: a matrix for every adapted one, as two stacked factors or, if shorter, in full.
 
     Args:
@@ -129,19 +151,13 @@ def product_bits(like: Adapters, adapters: int | None, rank: ArrayLike) -> Array
       rank: components of each.
 
     Returns:
-      uint32.
-
-    Raises:
-      ValueError: together with the adapters they could overflow uint32.
+      Exact below 2**64.
     """
-    values, most = jnp.uint32(0), 0
     rank = jnp.asarray(rank).astype(jnp.uint32)
-    for factors in like.modules.values():
-        (layers, n_in, max_rank), n_out = factors.a.shape, factors.b.shape[2]
-        full, width = n_in * n_out, (n_in + n_out) * (adapters or 0)
-        shorter = full // width if width else 0  # up to this rank the stack is
-        values += layers * jnp.where(rank <= shorter, width * rank, full).astype(jnp.uint32)
-        most += layers * (width * max_rank if max_rank <= shorter else full)
-    if 32 * most + 8 * trees.num_bytes(like) >= 2**32:
-        raise ValueError(f"downlink of merged products must be below 2**32 bits, got {32 * most}")
-    return 32 * values
+
+    def matrix(factors: Factors) -> Count:
+        n_in, n_out = factors.a.shape[1], factors.b.shape[2]
+        full, width = Count.of(n_in * n_out), (n_in + n_out) * (adapters or 0)
+        return full.minimum(Count.of(width) * rank) if width else full
+
+    return count.total(matrix(factors) * (32 * factors.a.shape[0]) for factors in like.modules.values())

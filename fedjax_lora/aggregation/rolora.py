@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.core.methods import Aggregator, Live
+from fedjax_lora.core.methods import Aggregator, Context, Live, Method
 from fedjax_lora.core.numbers import Options
 
 
@@ -22,22 +22,32 @@ class RoLoraConfig(Options):
     name: Literal["rolora"] = "rolora"
 
 
-def make(config: RoLoraConfig) -> Aggregator:
+def make(options: RoLoraConfig, context: Context) -> Aggregator:
     """The aggregator that alternates: b in even rounds, a in odd ones, counted from 0; the head in all.
 
     The other factor is one for all clients, so that the covariance error is 0. The first round is b's: as long as b
-    is 0, the gradient to a is 0. Clients are sent the factor that moved in the round before, or both in the first round
-    and where clients sit out rounds: who did so knows neither.
+    is 0, the gradient to a is 0. Clients are sent the factor that was trained in the round before, or both in the
+    first round and where clients sit out rounds: who did so knows neither.
     """
-    del config  # it has no option yet, but every method is made in the same way
+    del options, context  # it has none yet, but every method is made in the same way
 
     def live(round_number: Array) -> Live:
         of_a = jnp.asarray(round_number % 2, jnp.float32)
         return Live(a=of_a, b=1.0 - of_a)
 
-    def moved(round_number: Array, everyone: bool) -> Live:
+    def stale(round_number: Array, everyone: bool) -> Live:
         if not everyone:
             return Live()
         return Live(*(jnp.where(round_number > 0, part, 1.0) for part in live(round_number - 1)))
 
-    return fedit.make(fedit.FedItConfig())._replace(trains=live, moved=moved)
+    return fedit.AVERAGE._replace(trains=live, stale=stale)
+
+
+METHOD = Method(
+    "aggregation",
+    "rolora",
+    RoLoraConfig,
+    make,
+    needs=frozenset({"dense_broadcast", "memoryless_server"}),
+    breaks=frozenset({"factors_together"}),
+)

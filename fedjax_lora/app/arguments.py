@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from typing import Any
 
 from fedjax_lora import __version__
 
@@ -15,16 +16,22 @@ def make_parser() -> argparse.ArgumentParser:
     """The commands, their arguments and their help."""
     parser = _Parser(prog="fedjax-lora", description="Federated LoRA fine-tuning over wireless networks, in JAX.")
     parser.add_argument("--version", action="version", version=f"fedjax-lora {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for add in (_run, _plan, _sweep, _report, _export, _init, _keys, _presets, _cache):
+        add(commands)
+    return parser
 
+
+def _run(commands: Any) -> None:
     run = commands.add_parser("run", help="run an experiment", description="Run an experiment.")
     _experiment_arguments(run)
     run.add_argument("--out", metavar="DIR", help="folder of the run; runs/<preset or file name> by default")
     run.add_argument("--plan", metavar="PLAN.json", help="take rank, V and queue from what `fedjax-lora plan` wrote")
     run.add_argument("--resume", action="store_true", help="continue the run that DIR holds")
     _output_arguments(run)
-    run.set_defaults(command="run")
 
+
+def _plan(commands: Any) -> None:
     plan = commands.add_parser(
         "plan",
         help="choose rank, V and first queue before a run",
@@ -33,8 +40,9 @@ def make_parser() -> argparse.ArgumentParser:
     _experiment_arguments(plan)
     plan.add_argument("--out", metavar="DIR", help="folder of the plan; plans/<preset or file name> by default")
     _output_arguments(plan)
-    plan.set_defaults(command="plan")
 
+
+def _sweep(commands: Any) -> None:
     sweep = commands.add_parser(
         "sweep",
         help="run every combination of values",
@@ -51,37 +59,69 @@ def make_parser() -> argparse.ArgumentParser:
         help="a key and its values; may be repeated",
     )
     _output_arguments(sweep, has_json=False)
-    sweep.set_defaults(command="sweep")
 
+
+def _report(commands: Any) -> None:
     report = commands.add_parser("report", help="compare runs", description="Write one report over several runs.")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or of the runs of a sweep")
     report.add_argument("--out", default="report.html", metavar="FILE", help="report.html by default")
     _output_arguments(report)
-    report.set_defaults(command="report")
 
+
+def _export(commands: Any) -> None:
     export = commands.add_parser("export", help="export adapters", description="Export a run's adapters.")
     export.add_argument("run", metavar="RUN", help="folder of a run")
     export.add_argument("folder", metavar="DIR", help="new folder to write to")
     export.add_argument("--format", choices=["peft"], default="peft", help="peft: a folder for PeftModel")
+    _methods_argument(export)
     _output_arguments(export, has_json=False)
-    export.set_defaults(command="export")
 
-    presets = commands.add_parser("presets", help="list the presets", description="List the presets.")
-    presets.set_defaults(command="presets")
 
+def _init(commands: Any) -> None:
+    init = commands.add_parser(
+        "init",
+        help="write a configuration to begin with",
+        description="Write a configuration with every key in use, and what each means, in comments.",
+    )
+    init.add_argument("--preset", metavar="NAME", help="start from a preset (see `fedjax-lora presets`)")
+    init.add_argument("--out", metavar="FILE", default="experiment.yaml", help="new file; experiment.yaml by default")
+    _overrides_argument(init)
+    _methods_argument(init)
+    init.set_defaults(config=None)
+
+
+def _keys(commands: Any) -> None:
+    keys = commands.add_parser(
+        "keys",
+        help="list the keys of a configuration",
+        description="List the keys of a configuration: type, default, whether it sweeps in one program, and meaning.",
+    )
+    keys.add_argument("pattern", nargs="?", metavar="PATTERN", help="a part of the keys, or a pattern: control.*")
+    _methods_argument(keys)
+    keys.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _presets(commands: Any) -> None:
+    commands.add_parser("presets", help="list the presets", description="List the presets.")
+
+
+def _cache(commands: Any) -> None:
     cache = commands.add_parser(
         "cache",
         help="show or clear what is kept on disk",
         description="Show what is kept on disk so that a second run starts fast: compiled programs, tokens, models.",
     )
     cache.add_argument("--clear", action="store_true", help="remove it; other files in its folder stay")
-    cache.set_defaults(command="cache")
-    return parser
 
 
 def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="what differs from the defaults or the preset")
     parser.add_argument("--preset", metavar="NAME", help="start from a preset (see `fedjax-lora presets`)")
+    _overrides_argument(parser)
+    _methods_argument(parser)
+
+
+def _overrides_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         nargs="+",
@@ -90,6 +130,16 @@ def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="a.b=value",
         dest="overrides",
         help="override a key; may be repeated",
+    )
+
+
+def _methods_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--methods",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="a Python file, or a module, with methods of your own in METHOD or METHODS; it is run; may be repeated",
     )
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fedjax_lora.config.experiment import ExperimentConfig
+    from fedjax_lora.config.user_methods import UserMethods
 
 _OUT_OF_MEMORY = (
     "fedjax-lora: error: out of memory; lower engine.client_chunk, engine.eval_batch_size or local.batch_size, "
@@ -88,12 +89,13 @@ def _run(options: argparse.Namespace) -> int:
     _start()
     console = _console(options)
     options.preset = _preset(options, "digits", console)
-    config, path = _load(options), _folder(options, "runs/{}")
+    methods = _methods(options)
+    config, path = _load(options, methods), _folder(options, "runs/{}")
     plan = read_plan(options.plan) if options.plan else None
     if plan:
         config = apply_plan(plan, config, options.plan)
         console.print(f"by the plan: {choice(plan)}")
-    summary = run(config, path, options.resume, console, plan)
+    summary = run(config, path, options.resume, console, plan, *methods)
     console.print(summary_lines(summary))
     if plan:
         console.print(binding(effects_of_run(plan, read_metrics(path))))
@@ -112,11 +114,12 @@ def _plan(options: argparse.Namespace) -> int:
     _start()
     console = _console(options)
     options.preset = _preset(options, "digits-tsfa", console)
-    config, folder = _load(options), _folder(options, "plans/{}")
+    methods = _methods(options)
+    config, folder = _load(options, methods), _folder(options, "plans/{}")
     check_can_hold_files(folder)
     if is_run(folder):
         raise ValueError(f"--out {folder} must be a folder for a plan, got that of a run")
-    found = plan(config, console)
+    found = plan(config, console, methods=methods.methods)
     folder.mkdir(parents=True, exist_ok=True)
     plans.write_plan(found, folder / plans.NAME)
     plot_plan(found, folder / "plan.png")
@@ -127,12 +130,21 @@ def _plan(options: argparse.Namespace) -> int:
         console.print(
             f"note: rank {found.rank} takes {over:.3g} of control.latency_budget_s, near the least of all ranks"
         )
-    start = [*([options.config] if options.config else []), *(["--preset", options.preset] if options.preset else [])]
-    overrides = ["--set", *options.overrides] if options.overrides else []
-    command = shlex.join(["fedjax-lora", "run", *start, "--plan", str(folder / plans.NAME), *overrides])
+    command = shlex.join(["fedjax-lora", "run", *_again(options), "--plan", str(folder / plans.NAME)])
     console.print(f"{choice(found)}: take it with {command}")
     _document(options, {**found._asdict(), "folder": str(folder)})
     return 0
+
+
+def _again(options: argparse.Namespace) -> list[str]:
+    """The arguments that describe the same experiment."""
+    start = [*([options.config] if options.config else []), *(["--preset", options.preset] if options.preset else [])]
+    return [*start, *_named(options), *(["--set", *options.overrides] if options.overrides else [])]
+
+
+def _named(options: argparse.Namespace) -> list[str]:
+    """The arguments that name the same methods."""
+    return [word for name in options.methods for word in ("--methods", name)]
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -141,8 +153,8 @@ def _sweep(options: argparse.Namespace) -> int:
     _start()
     console = _console(options)
     options.preset = _preset(options, "digits", console)
-    path = _folder(options, "runs/{}-sweep")
-    console.print(sweep(options.over, functools.partial(_load, options), path, console))
+    methods, path = _methods(options), _folder(options, "runs/{}-sweep")
+    console.print(sweep(options.over, functools.partial(_load, options, methods), path, console, methods))
     console.print(f"report: {path / 'report.html'}")
     return 0
 
@@ -177,8 +189,37 @@ def _report(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from fedjax_lora.app.export import export_run
 
-    export_run(options.run, options.folder)
+    export_run(options.run, options.folder, methods=_methods(options).methods)
     _console(options).print(f"adapters: {options.folder}")
+    return 0
+
+
+def _init(options: argparse.Namespace) -> int:
+    from fedjax_lora.config.catalogue import Catalogue
+    from fedjax_lora.config.template import commented
+
+    path, methods = Path(options.out), _methods(options)
+    options.preset = _preset(options, "digits", None)
+    text = commented(_load(options, methods), Catalogue.of(methods.methods))
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ValueError(f"--out must be a new file, got {path}, which is there") from None
+    print(f"configuration: {path}; run it with {shlex.join(['fedjax-lora', 'run', str(path), *_named(options)])}")
+    return 0
+
+
+def _keys(options: argparse.Namespace) -> int:
+    from fedjax_lora.app.keys import document, listing, select
+    from fedjax_lora.config.catalogue import Catalogue
+    from fedjax_lora.config.keys import keys
+
+    found = select(keys(Catalogue.of(_methods(options).methods)), options.pattern)
+    if options.json:
+        _document(options, document(found))
+    else:
+        print(listing(found))
     return 0
 
 
@@ -225,21 +266,29 @@ def _document(options: argparse.Namespace, document: Any) -> None:
         print(json.dumps(document, indent=2, allow_nan=False))
 
 
-def _preset(options: argparse.Namespace, default: str, console: "Console") -> str | None:
-    """The preset to start from: the one that is asked for, or `default` where nothing is."""
+def _preset(options: argparse.Namespace, default: str, console: "Console | None") -> str | None:
+    """The preset to start from: the one that is asked for, or `default` where nothing is; the console is told so."""
     if options.preset or options.config:
         return options.preset
-    console.print(f"preset {default}, as neither a file nor --preset is given")
+    if console:
+        console.print(f"preset {default}, as neither a file nor --preset is given")
     return default
 
 
-def _load(options: argparse.Namespace, values: Sequence[str] = ()) -> "ExperimentConfig":
+def _methods(options: argparse.Namespace) -> "UserMethods":
+    """The methods that --methods names."""
+    from fedjax_lora.config.user_methods import load
+
+    return load(options.methods)
+
+
+def _load(options: argparse.Namespace, methods: "UserMethods", values: Sequence[str] = ()) -> "ExperimentConfig":
     """The configuration that the arguments describe, with `values` over them."""
     from fedjax_lora.config.experiment import load_config
     from fedjax_lora.config.presets import preset
 
     base = preset(options.preset) if options.preset else None
-    return load_config(options.config, [*options.overrides, *values], base=base)
+    return load_config(options.config, [*options.overrides, *values], base=base, methods=methods.methods)
 
 
 def _folder(options: argparse.Namespace, default: str) -> Path:
@@ -253,6 +302,8 @@ _COMMANDS = {
     "sweep": _sweep,
     "report": _report,
     "export": _export,
+    "init": _init,
+    "keys": _keys,
     "presets": _presets,
     "cache": _cache,
 }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import ExperimentConfig, dump
 from fedjax_lora.core import trees
 from fedjax_lora.core.errors import RunWarning
+from fedjax_lora.core.methods import Method
 from fedjax_lora.core.progress import Progress, measured
 from fedjax_lora.core.types import FedState
 from fedjax_lora.io import checkpoint
@@ -32,13 +34,24 @@ from fedjax_lora.sim.engine import Simulation
 
 
 def run(
-    config: ExperimentConfig, path: Path, resume: bool, console: Console, plan: Plan | None = None
+    config: ExperimentConfig,
+    path: Path,
+    resume: bool,
+    console: Console,
+    plan: Plan | None = None,
+    methods: Sequence[Method] = (),
+    files: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run an experiment to its last round, or continue it from its last good checkpoint.
 
     The program is built, compiled and evaluated once before the folder is made: a mistake in the configuration
     leaves nothing behind. Times in the summary are those of the last session of a resumed run. With the plan that the
     configuration has taken, the summary names it, and the effects on its bound under the errors of the run.
+
+    Args:
+      config, path, resume, console, plan: of the run.
+      methods: a user's own, see `build`.
+      files: where they come from: file or module -> SHA-256 of its text; a run is continued with the same alone.
 
     Returns:
       The summary, as in `summary.json`; that of a run that has ended already stays as it is.
@@ -47,10 +60,18 @@ def run(
       ValueError: the folder is in use, or cannot be resumed with this configuration, these weights or these data.
     """
     with Progress(console) as progress:
-        return _run(config, path, resume, progress, plan)
+        return _run(config, path, resume, progress, plan, methods, files or {})
 
 
-def _run(config: ExperimentConfig, path: Path, resume: bool, progress: Progress, plan: Plan | None) -> dict[str, Any]:
+def _run(
+    config: ExperimentConfig,
+    path: Path,
+    resume: bool,
+    progress: Progress,
+    plan: Plan | None,
+    methods: Sequence[Method],
+    files: Mapping[str, str],
+) -> dict[str, Any]:
     started = time.perf_counter()
     folder, text = RunFolder(path), dump(config)
     ended = begin = None
@@ -60,8 +81,8 @@ def _run(config: ExperimentConfig, path: Path, resume: bool, progress: Progress,
     else:
         folder.check_free()
     progress.stage("reading the model and the data")
-    simulation = build(config)
-    data = started_with(simulation)
+    simulation = build(config, methods)
+    data = started_with(simulation) | {"methods": dict(files)}
     if resume:
         folder.check_data(data)
     if ended and ended["rounds"] == config.rounds:
@@ -93,16 +114,17 @@ def _run(config: ExperimentConfig, path: Path, resume: bool, progress: Progress,
 def started_with(simulation: Simulation) -> dict[str, Any]:
     """What tells a run's data and model from any other: of `data.json`, what stays when a run is continued."""
     hashes = ("examples_hash", "partition_hash", "base_hash", "model_config_hash", "tokenizer_hash")
-    return {name: getattr(simulation, name) for name in hashes} | {"class_names": list(simulation.class_names)}
+    facts = simulation.facts
+    return {name: getattr(facts, name) for name in hashes} | {"class_names": list(facts.class_names)}
 
 
 def _setting(config: ExperimentConfig, simulation: Simulation, initial_accuracy: float) -> str:
     """What a run begins with, in one line."""
-    names = simulation.class_names
+    names = simulation.facts.class_names
     listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     return (
-        f"{len(names)} classes: {listed}; {config.clients.count} clients, {simulation.parts.cohort_size} a round, "
-        f"{simulation.parts.chunk} at once; compiled in {simulation.compile_s:.1f} s; "
+        f"{len(names)} classes: {listed}; {config.clients.count} clients, {simulation.layout.cohort_size} a round, "
+        f"{simulation.layout.chunk} at once; compiled in {simulation.compile_s:.1f} s; "
         f"accuracy before: {measured(initial_accuracy)}"
     )
 
@@ -130,7 +152,7 @@ def _circumstances(config: ExperimentConfig, simulation: Simulation) -> dict[str
         "device": device_name(),
         "versions": versions(),
         "seed": config.seed,
-        "partition_hash": simulation.partition_hash,
+        "partition_hash": simulation.facts.partition_hash,
         "latency_budget_s": getattr(config.control, "latency_budget_s", None),
     }
 
@@ -159,8 +181,9 @@ def _commit() -> str | None:
 def _notes(config: ExperimentConfig, simulation: Simulation) -> list[str]:
     """What a user should know of this run beforehand."""
     notes = []
-    if simulation.truncated:
-        notes.append(f"{simulation.truncated} sentences were cut to data.max_length = {config.data.max_length} tokens")
+    if cut := simulation.facts.truncated:
+        longest = getattr(config.data, "max_length", None)
+        notes.append(f"{cut} sentences were cut to data.max_length = {longest} tokens")
     state = jax.eval_shape(simulation.init, jax.random.key(config.seed))
     for what, tree in (("what the clients keep", state.clients), ("what is merged into the base", state.merged)):
         if (size := trees.num_bytes(tree)) > 8 * config.clients.count:  # more than a rank each
@@ -170,8 +193,8 @@ def _notes(config: ExperimentConfig, simulation: Simulation) -> list[str]:
 
 def _samples(simulation: Simulation, rounds: int) -> float:
     """Examples that were trained on, for a cohort that holds as many as the mean of all clients."""
-    parts = simulation.parts
-    return rounds * parts.cohort_size * float(jnp.mean(parts.samples(simulation.world.data.count)))
+    work = simulation.make_parts(simulation.numbers).trainer.work(simulation.world.data.count)
+    return rounds * simulation.layout.cohort_size * float(jnp.mean(work.samples))
 
 
 def peak_memory_bytes() -> int:

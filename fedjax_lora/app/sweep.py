@@ -14,6 +14,7 @@ from rich.console import Console
 from fedjax_lora.app.runner import run, started_with
 from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import ConfigError, ExperimentConfig, dump
+from fedjax_lora.config.user_methods import NO_METHODS, UserMethods
 from fedjax_lora.config.yaml import parse_value
 from fedjax_lora.core.errors import RunWarning
 from fedjax_lora.data.cache import keep_programs
@@ -66,7 +67,13 @@ def folder_name(overrides: Sequence[str]) -> str:
     return start[: _LONGEST_NAME - len(digest)] + digest
 
 
-def sweep(over: Sequence[str], load: Callable[[list[str]], ExperimentConfig], path: Path, console: Console) -> str:
+def sweep(
+    over: Sequence[str],
+    load: Callable[[list[str]], ExperimentConfig],
+    path: Path,
+    console: Console,
+    methods: UserMethods = NO_METHODS,
+) -> str:
     """Run what has not ended yet, one run for each of `combinations(over)`, and write `report.html` over all.
 
     Compiled programs are kept: runs that differ in traced numbers alone (rank, rates, weights, ratios) share one. A
@@ -77,6 +84,7 @@ def sweep(over: Sequence[str], load: Callable[[list[str]], ExperimentConfig], pa
       load: overrides -> configuration.
       path: of the folder of the runs' folders.
       console: told of each run.
+      methods: a user's own, that the configurations may choose.
 
     Returns:
       The comparison of the runs, and what was refused and why, as text.
@@ -90,13 +98,13 @@ def sweep(over: Sequence[str], load: Callable[[list[str]], ExperimentConfig], pa
         check_replaceable(path / "report.html")
     check_can_hold_files(path)
     configs, refused = _load(combinations(over), load)
-    ended = _ended({path / name: config for name, config in configs.items()})
+    ended = _ended({path / name: config for name, config in configs.items()}, methods)
     for number, (name, config) in enumerate(configs.items(), 1):
         console.print(f"run {number} of {len(configs)}: {name}", soft_wrap=True, markup=False)
         if path / name in ended:
             continue
         try:
-            run(config, path / name, is_run(path / name), console)
+            run(config, path / name, is_run(path / name), console, None, *methods)
         except (ValueError, OSError) as error:
             refused[name] = error
     folders = [path / name for name in configs if name not in refused]
@@ -127,7 +135,7 @@ def _load(
     return {name: config for config, name in names.items()}, refused
 
 
-def _ended(configs: Mapping[Path, ExperimentConfig]) -> set[Path]:
+def _ended(configs: Mapping[Path, ExperimentConfig], methods: UserMethods) -> set[Path]:
     """The folders of runs that have ended.
 
     Raises:
@@ -139,7 +147,7 @@ def _ended(configs: Mapping[Path, ExperimentConfig]) -> set[Path]:
         RunFolder(folder).check_configuration(dump(config))
         decisive = (config.data, config.model, config.pretrain, config.clients, config.seed)
         if decisive not in now:
-            now[decisive] = started_with(build(config))
+            now[decisive] = started_with(build(config, methods.methods))
         RunFolder(folder).check_data(now[decisive])
     return {folder for folder, config in started.items() if _has_ended(folder, config)}
 

@@ -1,7 +1,7 @@
 """Configuration text: YAML with the scalars of YAML 1.2, in which no key is silently there twice."""
 
 import re
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,14 @@ def write_value(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
+def write_line(value: Any) -> str:
+    """As `write_value`, of a value without mappings, in one line."""
+    options: dict[str, Any] = {"Dumper": _Dumper, "default_flow_style": True, "width": float("inf")}
+    text = yaml.dump(value, **options).removesuffix("...\n").strip()
+    # A text of several lines is one in double quotes.
+    return text if "\n" not in text else yaml.dump(value, default_style='"', **options).strip()
+
+
 def read(path: Path) -> dict[str, Any]:
     """The mapping that a file holds."""
     try:
@@ -122,21 +130,25 @@ def read_override(override: str) -> dict[str, Any]:
     return value
 
 
-def merge(below: Mapping[str, Any], above: Mapping[str, Any], variants: Collection[str] = ()) -> dict[str, Any]:
-    """`above` laid over `below`, level by level; another `name` replaces the whole of a section of `variants`."""
+def merge(
+    below: Mapping[str, Any], above: Mapping[str, Any], variants: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """`above` laid over `below`, level by level; another name replaces the whole of a section.
+
+    Args:
+      below, above: nested.
+      variants: section -> the key that holds its name.
+    """
     merged = dict(below)
     for key, value in above.items():
         under = below.get(key)
-        if (
-            not isinstance(value, dict)
-            or not isinstance(under, dict)
-            or (key in variants and _is_renamed(under, value))
-        ):
-            merged[key] = value
-        else:
+        both = isinstance(value, dict) and isinstance(under, dict)
+        if both and not _is_renamed(under, value, (variants or {}).get(key)):
             merged[key] = merge(under, value)
+        else:
+            merged[key] = value
     return merged
 
 
-def _is_renamed(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
-    return "name" in below and "name" in above and below["name"] != above["name"]
+def _is_renamed(below: Mapping[str, Any], above: Mapping[str, Any], name: str | None) -> bool:
+    return name is not None and name in below and name in above and below[name] != above[name]

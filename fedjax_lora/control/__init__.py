@@ -1,19 +1,10 @@
-"""Who gets which keep ratio and how much bandwidth, round by round."""
+"""Who keeps how many ranks, and sends them on which part of the band, round by round."""
 
-from fedjax_lora.control.baselines import FixedConfig, IdealConfig, UniformConfig, fixed, ideal, uniform
-from fedjax_lora.control.budgeted import GreedyConfig, ProportionalConfig, greedy, proportional
+from fedjax_lora.control.fixed import FixedConfig
+from fedjax_lora.control.greedy import GreedyConfig
+from fedjax_lora.control.ideal import IdealConfig
+from fedjax_lora.control.proportional import ProportionalConfig
 from fedjax_lora.control.tsfa_online import TsfaConfig
+from fedjax_lora.control.uniform import UniformConfig
 
-__all__ = [
-    "FixedConfig",
-    "GreedyConfig",
-    "IdealConfig",
-    "ProportionalConfig",
-    "TsfaConfig",
-    "UniformConfig",
-    "fixed",
-    "greedy",
-    "ideal",
-    "proportional",
-    "uniform",
-]
+__all__ = ["FixedConfig", "GreedyConfig", "IdealConfig", "ProportionalConfig", "TsfaConfig", "UniformConfig"]

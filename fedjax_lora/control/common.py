@@ -1,30 +1,93 @@
-"""What the controllers that choose the keep ratio share: payloads of whole ranks, shares, and the queue's law."""
+"""What controllers share: options, what kept ranks cost, shares of least latency, and virtual queues."""
 
+import dataclasses
+import math
 from collections.abc import Callable
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
-from fedjax_lora.core.methods import Observation
+from fedjax_lora.core.methods import Decision, Observation, Outcome
+from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.wireless.allocation import Allocation, min_max_latency
 
+WHOLE = 1e-4
+"""Ranks: so that float32's `k - 1e-4` ranks are k when they are rounded down."""
 
-def payloads(observation: Observation) -> Array:
-    """`[C, R + 1]` bits at 0 ... R whole ranks; beyond a client's own rank it stays, and 0 ranks cost what 1 does."""
-    kept = jnp.clip(jnp.arange(observation.tail_energy.shape[-1])[:, None], 1.0, observation.rank)
-    return jax.vmap(observation.payload_bits)(kept / observation.rank).T
+Queues = dict[str, Array]
+"""Virtual queue -> its length: `queue_s` of the latency, and `energy_queue_j` where energy has a budget."""
 
 
-def rank_limits(min_keep_ratio: float, max_keep_ratio: float, rank: Array) -> tuple[Array, Array]:
-    """`[C]` fewest whole ranks that keep the least ratio, at least 1, and most within the largest, at least these."""
-    least = jnp.clip(jnp.ceil(min_keep_ratio * rank - 1e-4), 1.0, rank)
-    return least, jnp.clip(jnp.floor(max_keep_ratio * rank + 1e-4), least, rank)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommonRatio(Options):
+    """Options of the controllers that do not choose the keep ratio.
+
+    keep_ratio: share of the ranks that every client keeps, in (0, 1].
+    """
+
+    keep_ratio: float = traced(1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.keep_ratio <= 1:
+            raise ValueError(f"keep_ratio must be in (0, 1], got {self.keep_ratio!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budgeted(Options):
+    """Options of the controllers that have a latency budget.
+
+    latency_budget_s: what the latency of every round should be at most, or of TSFA's on average.
+    min_keep_ratio: the least that a client keeps, rounded up to whole ranks.
+    max_keep_ratio: the most, rounded down to whole ranks, but not under the least. Latency alone does not limit the
+      bits: a client that the round does not wait for sends more at no cost.
+    """
+
+    latency_budget_s: float = traced(2.0)
+    min_keep_ratio: float = traced(0.1)
+    max_keep_ratio: float = traced(1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.latency_budget_s < math.inf:
+            raise ValueError(f"latency_budget_s must be positive and finite, got {self.latency_budget_s!r}")
+        if not 0 < self.min_keep_ratio <= 1:
+            raise ValueError(f"min_keep_ratio must be in (0, 1], got {self.min_keep_ratio!r}")
+        if not self.min_keep_ratio <= self.max_keep_ratio <= 1:
+            allowed = f"between min_keep_ratio = {self.min_keep_ratio} and 1"
+            raise ValueError(f"max_keep_ratio must be {allowed}, got {self.max_keep_ratio!r}")
+
+
+def common_kept(keep_ratio: ArrayLike, observation: Observation) -> Array:
+    """`[C]` ranks that clients keep at one keep ratio for all."""
+    return jnp.asarray(keep_ratio, jnp.float32) * observation.rank
+
+
+def bits_at(observation: Observation, kept: Array) -> Array:
+    """`[C]` bits of a client that keeps `kept` `[C]` ranks.
+
+    Who sends whole ranks rounds down, to 1 at least. Who sends a share of the values pays in proportion between two
+    whole ranks, and below 1 as between 1 and 2.
+    """
+    bits, rank = observation.bits, observation.rank
+    whole = at_rank(bits, jnp.clip(jnp.floor(kept + WHOLE), 1.0, rank))
+    low = jnp.clip(jnp.floor(kept), 1.0, jnp.maximum(rank - 1.0, 1.0))
+    at_low, at_next = at_rank(bits, low), at_rank(bits, jnp.minimum(low + 1.0, rank))
+    between = jnp.maximum(at_low + (kept - low) * (at_next - at_low), 0.0)
+    return jnp.where(observation.whole_ranks, whole, between)
 
 
 def at_rank(table: Array, kept: Array) -> Array:
     """`[C]` entries of `[C, R + 1]` at whole ranks `[C]`."""
     return jnp.take_along_axis(table, kept.astype(jnp.int32)[:, None], axis=1)[:, 0]
+
+
+def rank_limits(min_keep_ratio: ArrayLike, max_keep_ratio: ArrayLike, rank: Array) -> tuple[Array, Array]:
+    """`[C]` fewest whole ranks that keep the least ratio, at least 1, and most within the largest, at least these."""
+    least = jnp.clip(jnp.ceil(min_keep_ratio * rank - WHOLE), 1.0, rank)
+    return least, jnp.clip(jnp.floor(max_keep_ratio * rank + WHOLE), least, rank)
 
 
 def relative_tail(tail_energy: Array, weights: Array) -> Array:
@@ -46,25 +109,51 @@ def linear_tail(rank: Array, max_rank: int) -> Array:
 
 def able(observation: Observation) -> Array:
     """`[C]` who takes part and can be heard at all."""
-    return (observation.weights > 0) & (observation.snr_hz > 0) & (observation.start_s < jnp.inf)
+    radio = observation.radio
+    return (observation.weights > 0) & (radio.snr_hz > 0) & (radio.start_s < jnp.inf)
 
 
-def allocate(observation: Observation, bits: Array) -> Allocation:
+def least_latency(observation: Observation, bits: Array) -> Allocation:
     """Shares of least latency for those who take part and can be heard; the others are left out."""
+    radio = observation.radio
+    sends = able(observation) & (bits < 1e15 * radio.snr_hz)
+    return min_max_latency(jnp.where(sends, bits, 0.0), radio.snr_hz, radio.start_s, radio.band_hz)
+
+
+def equal_split(observation: Observation) -> Array:
+    """`[C]` Hz: the same part of the band for every client that takes part and can be heard."""
     heard = able(observation)
-    snr_hz, start_s = observation.snr_hz, observation.start_s
-    return min_max_latency(
-        jnp.where(heard & (bits < 1e15 * snr_hz), bits, 0.0), snr_hz, start_s, observation.bandwidth_hz
-    )
+    return jnp.where(heard, observation.radio.band_hz / jnp.maximum(heard.sum(), 1), 0.0)
 
 
-def queue_law(budget: Array | float) -> Callable[[Array, Array], Array]:
-    """`Q <- max(Q + spent - budget, 0)`: the mean spent exceeds the budget by at most `(Q_T - Q_0) / T`.
+def at_equal_split(keep_ratio: ArrayLike) -> Callable[[Any, Observation], Decision]:
+    """`Controller.allocate` of one keep ratio for all and the same part of the band."""
+
+    def allocate(state: Any, observation: Observation) -> Decision:
+        del state
+        return Decision(common_kept(keep_ratio, observation), equal_split(observation))
+
+    return allocate
+
+
+def lengthen(queue: Array, spent: Array, budget: ArrayLike) -> Array:
+    """`max(queue + spent - budget, 0)`: the mean spent exceeds the budget by at most `(Q_T - Q_0) / T`.
 
     Of latency or of energy, each in its unit.
     """
+    return jnp.maximum(queue + spent - budget, 0.0)
 
-    def update_queue(queue: Array, spent: Array) -> Array:
-        return jnp.maximum(queue + spent - budget, 0.0)
 
-    return update_queue
+def latency_queue(latency_budget_s: ArrayLike) -> Callable[[Queues, Outcome], tuple[Queues, Queues]]:
+    """`Controller.update` of a queue of the latency."""
+
+    def update(queues: Queues, outcome: Outcome) -> tuple[Queues, Queues]:
+        queues = queues | {"queue_s": lengthen(queues["queue_s"], outcome.latency_s, latency_budget_s)}
+        return queues, queues
+
+    return update
+
+
+def empty_queue() -> Queues:
+    """`Controller.init` of a queue of the latency that begins at 0."""
+    return {"queue_s": jnp.zeros(())}

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from fedjax_lora.control import common as planning
-from fedjax_lora.control.budgeted import Budgeted
+from fedjax_lora.control import common
+from fedjax_lora.control.solver.best_response import Problem
 from fedjax_lora.control.solver.common_ratio import common_share
-from fedjax_lora.control.solver.shares import MOST_WORTH, Offer, sent_share
-from fedjax_lora.core.methods import Controller, Decision, Observation
+from fedjax_lora.control.solver.shares import MOST_WORTH, sent_share
+from fedjax_lora.core import methods
+from fedjax_lora.core.methods import Context, Controller, Method, Observation, Outcome
+from fedjax_lora.core.numbers import traced
 from fedjax_lora.wireless.allocation import min_max_latency
 
 Tail = Literal["relative", "energy", "linear"]
@@ -28,7 +30,7 @@ _ROUNDING = 1e-5  # so that float32's k - 1e-6 ranks are k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TsfaConfig(Budgeted):
+class TsfaConfig(common.Budgeted):
     """TSFA online; defaults and options are our choice.
 
     V: weight of what is not sent against the queue, in s^2 over the unit of the tail. Larger: better updates, a
@@ -45,13 +47,13 @@ class TsfaConfig(Budgeted):
     """
 
     name: Literal["tsfa"] = "tsfa"
-    V: float = 10.0
-    queue_s: float = 0.0
-    energy_budget_j: float | None = None
+    V: float = traced(10.0)
+    queue_s: float = traced(0.0)
+    energy_budget_j: float | None = traced(None)
     tail: Tail = "relative"
     ratio: Ratio = "client"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.V < math.inf:
             raise ValueError(f"V must be at least 0 and finite, got {self.V!r}")
@@ -60,6 +62,27 @@ class TsfaConfig(Budgeted):
             raise ValueError(f"queue_s must be in 0 ... {longest}, got {self.queue_s!r}")
         if self.energy_budget_j is not None and not 0 < self.energy_budget_j < math.inf:
             raise ValueError(f"energy_budget_j must be positive and finite, or null, got {self.energy_budget_j!r}")
+
+    def needs(self) -> dict[str, str]:
+        """Tail energies that count all that a client may send, where it goes by them."""
+        return {} if self.tail == "linear" else {"whole_tail": "tail"}
+
+    def breaks(self) -> dict[str, str]:
+        """With a budget of energy, latency is not all that is constrained."""
+        return {} if self.energy_budget_j is None else {"latency_alone": "energy_budget_j"}
+
+
+class Decision(NamedTuple):
+    """What `solve` finds.
+
+    keep_ratio: `[K]` in (0, 1]. bandwidth_hz: `[K]` shares of the band. latency_s: scalar, when all who send end.
+    objective: scalar, its least value.
+    """
+
+    keep_ratio: Array
+    bandwidth_hz: Array
+    latency_s: Array
+    objective: Array
 
 
 def solve(
@@ -124,10 +147,10 @@ def solve(
     most = jnp.clip(rank if max_keep_ratio is None else max_keep_ratio * rank, least, rank)
     steps = _steps(bits_full, weights[:, None] * tail_energy, least, most)
     able = _able(steps, snr_hz, start_s, bandwidth_hz, weights)
-    offer = _offer(steps, able, _worth(steps, queue, V), snr_hz, start_s, bandwidth_hz)
-    share = sent_share(offer) if ratio == "client" else common_share(offer, steps.begin, steps.length, rank)
-    sent_bits = offer.least_bits + jnp.sum(share * offer.step_bits, -1)
-    allocation = min_max_latency(sent_bits, offer.snr_hz, offer.start_s, offer.bandwidth_hz)
+    problem = _problem(steps, able, _worth(steps, queue, V), snr_hz, start_s, bandwidth_hz)
+    share = sent_share(problem) if ratio == "client" else common_share(problem, steps.begin, steps.length, rank)
+    sent_bits = problem.least_bits + jnp.sum(share * problem.step_bits, -1)
+    allocation = min_max_latency(sent_bits, problem.snr_hz, problem.start_s, problem.band_hz)
     left_out = steps.last_cost + jnp.sum((1.0 - share) * steps.cost, -1)
     return Decision(
         keep_ratio=jnp.minimum(jnp.where(able, least + jnp.sum(share * steps.length, -1), most) / rank, 1.0),
@@ -191,15 +214,15 @@ def _worth(steps: _Steps, queue: Array, V: Array) -> Array:
     return lax.cummin(jnp.where(counts, jnp.minimum(per_bit, MOST_WORTH), MOST_WORTH), axis=1)
 
 
-def _offer(steps: _Steps, able: Array, worth: Array, snr_hz: Array, start_s: Array, bandwidth_hz: Array) -> Offer:
+def _problem(steps: _Steps, able: Array, worth: Array, snr_hz: Array, start_s: Array, band_hz: Array) -> Problem:
     """What is there to send, with harmless values for who is left out."""
-    return Offer(
+    return Problem(
         least_bits=jnp.where(able, steps.least_bits, 0.0),
         step_bits=jnp.where(able[:, None], steps.bits, 0.0),
         worth=worth,
         snr_hz=jnp.where(able, snr_hz, 1.0),
         start_s=jnp.where(able, start_s, 0.0),
-        bandwidth_hz=jnp.where(bandwidth_hz > 0, bandwidth_hz, 1.0),
+        band_hz=jnp.where(band_hz > 0, band_hz, 1.0),
     )
 
 
@@ -207,58 +230,73 @@ def left_out(tail: Tail, observation: Observation) -> Array:
     """`[C, R + 1]` what it costs that 0 ... R ranks are kept, see `TsfaConfig.tail`."""
     energy = observation.tail_energy
     if tail == "linear":
-        return planning.linear_tail(observation.rank, energy.shape[-1] - 1)
-    return planning.relative_tail(energy, observation.weights) if tail == "relative" else energy
+        return common.linear_tail(observation.rank, energy.shape[-1] - 1)
+    return common.relative_tail(energy, observation.weights) if tail == "relative" else energy
 
 
-def make(config: TsfaConfig, V: ArrayLike | None = None) -> Controller:
+def make(options: TsfaConfig, context: Context | None = None) -> Controller:
     """Solves, rounds ratios down to whole ranks, and shares the band anew: the latency never exceeds the plan's.
 
-    Latency and objective of its decisions are those after rounding. `V` stands in for `config.V`; it may be traced.
-
-    All who send end together, so that the energy of the uploads is affine in the latency: the energy constraint adds to
-    the price of time alone, and the objective leaves out what no decision changes.
+    Latency and objective of its decisions are those after rounding. All who send end together, so that the energy of
+    the uploads is affine in the latency: the energy constraint adds to the price of time alone, and the objective
+    leaves out what no decision changes.
     """
-    V = jnp.asarray(config.V if V is None else V, jnp.float32)
+    del context
 
-    def decide(observation: Observation) -> Decision:
-        rank = observation.rank
-        bits, tail = planning.payloads(observation), left_out(config.tail, observation)
-        least, most = planning.rank_limits(config.min_keep_ratio, config.max_keep_ratio, rank)
-        weights, queue = observation.weights, observation.queue_s
-        if config.energy_budget_j is not None:
-            queue += _price_of_energy(observation, config.latency_budget_s / config.energy_budget_j)
+    def allocate(queues: common.Queues, observation: Observation) -> methods.Decision:
+        rank, weights, bits = observation.rank, observation.weights, observation.bits
+        tail, price_s = left_out(options.tail, observation), price_of_time(options, queues, observation)
+        least, most = common.rank_limits(options.min_keep_ratio, options.max_keep_ratio, rank)
         planned = solve(
             bits,
-            observation.snr_hz,
-            observation.start_s,
-            observation.bandwidth_hz,
+            observation.radio.snr_hz,
+            observation.radio.start_s,
+            observation.radio.band_hz,
             weights,
             tail,
-            queue,
-            V,
+            price_s,
+            options.V,
             min_keep_ratio=least / rank,
             max_keep_ratio=most / rank,
             rank=rank,
-            ratio=config.ratio,
+            ratio=options.ratio,
         )
         kept = jnp.clip(jnp.floor(planned.keep_ratio * rank + _ROUNDING), least, most)
-        allocation = planning.allocate(observation, planning.at_rank(bits, kept))
-        lost = jnp.where(allocation.bandwidth_hz > 0, weights * planning.at_rank(tail, kept), 0.0)
-        objective = V * lost.sum() + queue * allocation.latency_s
-        return Decision(kept / rank, allocation.bandwidth_hz, allocation.latency_s, objective)
+        allocation = common.least_latency(observation, common.at_rank(bits, kept))
+        lost = jnp.where(allocation.bandwidth_hz > 0, weights * common.at_rank(tail, kept), 0.0)
+        objective = options.V * lost.sum() + price_s * allocation.latency_s
+        return methods.Decision(kept, allocation.bandwidth_hz, allocation.latency_s, objective)
 
-    controller = Controller(decide, planning.queue_law(config.latency_budget_s), config.queue_s)
-    if config.energy_budget_j is None:
-        return controller
-    return controller._replace(update_energy_queue=planning.queue_law(config.energy_budget_j))
+    return Controller(allocate, lambda: first_queues(options), lambda queues, outcome: step(options, queues, outcome))
 
 
-def _price_of_energy(observation: Observation, exchange_s_per_j: float) -> Array:
-    """Scalar, s: what the energy constraint adds to the queue of the latency.
+def first_queues(options: TsfaConfig) -> common.Queues:
+    """Before round 1."""
+    queues = {"queue_s": jnp.asarray(options.queue_s, jnp.float32)}
+    return queues if options.energy_budget_j is None else queues | {"energy_queue_j": jnp.zeros(())}
+
+
+def step(options: TsfaConfig, queues: common.Queues, outcome: Outcome) -> tuple[common.Queues, common.Queues]:
+    """The queues after a round, as state and as report."""
+    after = {"queue_s": common.lengthen(queues["queue_s"], outcome.latency_s, options.latency_budget_s)}
+    if options.energy_budget_j is not None:
+        energy_queue_j = common.lengthen(queues["energy_queue_j"], outcome.energy_j, options.energy_budget_j)
+        after["energy_queue_j"] = energy_queue_j
+    return after, after
+
+
+def price_of_time(options: TsfaConfig, queues: common.Queues, observation: Observation) -> Array:
+    """Scalar, s: the queue of the latency, and what the energy constraint adds to it.
 
     The mean energy of the uploads is `p sum_k (latency - start_k) / n`, over those who send: its slope by the latency
     is p times their share. Squared queues count relative to their budgets, which sets the exchange of J for s.
     """
-    senders = jnp.sum(planning.able(observation)) / jnp.maximum(jnp.sum(observation.weights > 0), 1)
-    return exchange_s_per_j**2 * observation.energy_queue_j * observation.power_w * senders
+    queue_s = queues["queue_s"]
+    if options.energy_budget_j is None:
+        return queue_s
+    exchange_s_per_j = options.latency_budget_s / options.energy_budget_j
+    senders = jnp.sum(common.able(observation)) / jnp.maximum(jnp.sum(observation.weights > 0), 1)
+    return queue_s + exchange_s_per_j**2 * queues["energy_queue_j"] * observation.radio.power_w * senders
+
+
+METHOD = Method("control", "tsfa", TsfaConfig, make)

@@ -42,6 +42,7 @@ class Context(NamedTuple):
 
     num_clients: K. cohort_size: C. num_classes: labels of the task.
     image_shape: `(height, width, channels)` of an image task; None for text.
+    rounds: T. local: the section `local` of the configuration, steps and optimizer of the clients.
     like: shapes of the adapters; None before there are any.
     made: slot -> record, of the slots that come earlier in the catalogue.
     """
@@ -50,6 +51,8 @@ class Context(NamedTuple):
     cohort_size: int
     num_classes: int = 0
     image_shape: tuple[int, int, int] | None = None
+    rounds: int = 1
+    local: Any = None
     like: Adapters | None = None
     made: Mapping[str, Any] = {}
 
@@ -87,14 +90,14 @@ class Site(NamedTuple):
 class Adapter(NamedTuple):
     """What is trained beside a frozen matrix `w: [n_in, n_out]`.
 
-    init: `(key, sites, num_layers) -> {name: leaves [L, ...]}` at the start, where it adds nothing.
+    init: `(key, sites, num_layers, max_rank, init_scale) -> {name: leaves [L, ...]}` at the start, where it adds nothing.
     effective: `(leaves by name, rank_mask [R], scale) -> leaves by name` as a model takes them, mask and scale folded in.
     project: `(x [..., n_in], w, {name: (first column, leaves of one layer)}) -> [..., columns]`: `x @ w` with what the
       adapters of its sites add.
     merge: `leaves by name, effective -> {name: [L, n_in, n_out]}`: what they add to the weights.
     """
 
-    init: Callable[[Array, Mapping[str, Site], int], dict[str, Any]]
+    init: Callable[[Array, Mapping[str, Site], int, int, ArrayLike], dict[str, Any]]
     effective: Callable[[Mapping[str, Any], Array, ArrayLike], dict[str, Any]]
     project: Callable[[Array, Array, Mapping[str, tuple[int, Any]]], Array]
     merge: Callable[[Mapping[str, Any]], dict[str, Array]]
@@ -108,6 +111,8 @@ class Task(NamedTuple):
     loss: `(outputs, batch, weight [B]) -> scalar`: mean loss over the examples of weight 1, nats.
     score: `(outputs, batch) -> {name: [B]}`: what is summed over a pool; NaN marks what is not to be counted as measured.
     finish: `({name: mean over the pool}) -> {"eval_loss": ..., "eval_accuracy": ...}`.
+    weigh: `(own [n_max, ...], count, pool [N, ...]) -> [N]`: how much an example of the pool counts for a client whose
+      own examples are the first `count`; None where all count alike.
     """
 
     head: Callable[[Array, int], dict[str, Array]]
@@ -115,6 +120,7 @@ class Task(NamedTuple):
     loss: Callable[[Array, Batch, Array], Array]
     score: Callable[[Array, Batch], dict[str, Array]]
     finish: Callable[[Mapping[str, Array]], dict[str, Array]]
+    weigh: Callable[[Batch, Array, Batch], Array] | None = None
 
 
 class Model(NamedTuple):
@@ -130,6 +136,7 @@ class Model(NamedTuple):
     task: `(base, adapters, hidden, key) -> [B, ...]` outputs, such as logits.
     sites: name -> where an adapter may sit.
     num_layers: L.
+    weights: `() -> base`: pretrained weights, read on the host; None where there are none.
     """
 
     init: Callable[[Array], Base]
@@ -139,6 +146,7 @@ class Model(NamedTuple):
     task: Callable[[Base, Adapters, Hidden, Array | None], Array]
     sites: Mapping[str, Site]
     num_layers: int
+    weights: Callable[[], Base] | None = None
 
     def apply(self, base: Base, adapters: Adapters, batch: Batch, key: Array | None = None) -> Array:
         """`[B, ...]` outputs of the task."""

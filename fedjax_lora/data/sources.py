@@ -1,17 +1,20 @@
-"""Examples on the host, as NumPy arrays: bundled images of digits, or sentences from a tab-separated file."""
+"""Examples on the host, as NumPy arrays: digits, sentences from a tab-separated file, or a user's own arrays."""
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.data import tokens, tsv
+from fedjax_lora.data.arrays import Pool, check_pools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Source = Literal["digits", "tsv"]
+SourceName = Literal["digits", "tsv"]
 
 # The split of the digits is part of the data set: every experiment, whatever its seed, sees the same one.
 _DIGITS_SEED = 2024
@@ -29,15 +32,15 @@ class DataConfig:
     max_length: tokens of a sentence, special ones included; longer sentences are cut. For `tsv` only.
     """
 
-    source: Source = "digits"
+    source: SourceName = "digits"
     train: str | None = None
     test: str | None = None
     max_length: int = 64
 
     def __post_init__(self):
         """Raises ValueError on a value that is not allowed."""
-        if self.source not in get_args(Source):
-            raise ValueError(f"source must be one of {', '.join(get_args(Source))}, got {self.source!r}")
+        if self.source not in get_args(SourceName):
+            raise ValueError(f"source must be one of {', '.join(get_args(SourceName))}, got {self.source!r}")
         for field, path in (("train", self.train), ("test", self.test)):
             if self.source == "tsv" and not path:
                 raise ValueError(f"{field} must be the path of a file when source is tsv, got {path!r}")
@@ -69,6 +72,85 @@ class Examples(NamedTuple):
     truncated: int
     fingerprint: str
     tokenizer_hash: str = ""
+
+
+class Source(NamedTuple):
+    """Where a run's examples come from: what a method of the slot "data" makes.
+
+    load: `(tokenizer, what names it in the cache of tokens) -> Examples`; None and "" where there is no tokenizer.
+    tokenizes: whether it reads sentences, and so needs the tokenizer of the model.
+    """
+
+    load: Callable[["PreTrainedTokenizerBase | None", str], Examples]
+    tokenizes: bool = False
+
+
+def make(options: DataConfig, context: Context) -> Source:
+    """The source of one of the package's own data sets."""
+    del context
+    return Source(lambda tokenizer, name: load(options, tokenizer, name), tokenizes=options.source == "tsv")
+
+
+METHODS = (
+    Method("data", "digits", DataConfig, make, needs=frozenset({"image_model"})),
+    Method("data", "tsv", DataConfig, make, needs=frozenset({"text_model"})),
+)
+
+
+def arrays(
+    name: str,
+    *,
+    train: Mapping[str, Any],
+    test: Mapping[str, Any],
+    class_names: Sequence[str],
+    public: Mapping[str, Any] | None = None,
+) -> Method:
+    """A data source of arrays, to be given by `methods=[...]` and chosen by `data.source=NAME`.
+
+    Example:
+      >>> images, label = np.zeros((4, 8, 8, 1)), np.array([0, 1, 0, 1])
+      >>> pool = {"image": images, "label": label}
+      >>> arrays("mine", train=pool, test=pool, class_names=("no", "yes")).name
+      'mine'
+
+    Args:
+      name: of the source.
+      train, test: input name -> `[N, ...]`, with `label: [N]` integers. Images are floats `image: [N, height, width,
+        channels]`, in [0, 1] for `vit-tiny`; text is `input_ids` and `attention_mask`, `[N, S]` integers. A model of
+        one's own may read others. Floats become float32 and integers int32.
+      class_names: name of each label, from 0 on.
+      public: disjoint examples of the same form for central pre-training, or None.
+
+    Raises:
+      ValueError: names the array, what it must be and what it is.
+    """
+    if not name or name in get_args(SourceName):
+        raise ValueError(f"name must be one that no other source has, got {name!r}")
+    parts = {"train": train, "test": test} | ({} if public is None else {"public": public})
+    checked, names = check_pools(parts, class_names)
+    examples = _examples(
+        name, checked["train"], checked["test"], names, public=checked.get("public"), image_shape=_image_shape(checked)
+    )
+    return Method("data", name, _options_of(name), lambda options, context: Source(lambda tokenizer, name: examples))
+
+
+def _image_shape(pools: Mapping[str, Pool]) -> tuple[int, int, int] | None:
+    if "image" not in pools["train"]:
+        return None
+    height, width, channels = pools["train"]["image"].shape[1:]
+    return height, width, channels
+
+
+def _options_of(name: str) -> type:
+    """The options of a source of arrays: its name alone, by the key of `DataConfig`."""
+
+    def check(self: Any) -> None:
+        if self.source != name:
+            raise ValueError(f"source must be {name!r}, got {self.source!r}")
+
+    fields = [("source", str, dataclasses.field(default=name))]
+    namespace = {"__post_init__": check, "__doc__": "Options of a source of arrays: none beside its name."}
+    return dataclasses.make_dataclass("ArraysConfig", fields, namespace=namespace, frozen=True, kw_only=True)
 
 
 def load(

@@ -96,7 +96,7 @@ def restore(found: Checkpoint, like: FedState) -> FedState:
 class Trained(NamedTuple):
     """What a checkpoint's model is made of, beside the frozen weights: fields as of FedState, NumPy arrays.
 
-    clients: their `rank` and `kept` alone.
+    clients: their `rank` and `personal` alone.
     """
 
     round: int
@@ -115,7 +115,7 @@ def restore_trained(found: Checkpoint) -> Trained:
         held = _read_parts(found.path / _STATE)
         _check_round(found, held["round"])
         modules = {name: Factors(**factors) for name, factors in held["adapters"]["modules"].items()}
-        clients = ClientState(rank=held["clients"]["rank"], kept=held["clients"]["kept"], memory=None, drift=None)
+        clients = ClientState(**held["clients"], methods={})
     except Exception as error:  # Orbax and TensorStore share no base class
         raise ValueError(f"checkpoint {found.path} cannot be read: {_one_line(error)}") from error
     return Trained(found.step, Adapters(modules=modules, head=held["adapters"]["head"]), held["merged"], clients)
@@ -136,7 +136,7 @@ def _read_parts(state: Path) -> dict[str, Any]:
     place: Any = state.resolve()  # of etils by Orbax's types, which takes any; TensorStore takes no `..`
     stored = handler.metadata(place).tree
     parts = {name: stored[name] for name in ("round", "adapters", "merged")}
-    parts["clients"] = {name: stored["clients"][name] for name in ("rank", "kept")}
+    parts["clients"] = {name: stored["clients"][name] for name in ("rank", "personal")}
     to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), parts)
     wanted = ocp.args.PyTreeRestore(item=parts, restore_args=to_numpy, partial_restore=True)
     return handler.restore(place, args=wanted)

@@ -235,6 +235,7 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -
 
 def _lines(metrics: Metrics) -> Iterator[dict[str, Any]]:
     columns = {name: np.asarray(getattr(metrics, attribute)) for name, attribute in FIELDS.items()}
+    columns |= {name: np.asarray(column) for name, column in metrics.methods.items()}
     for i in range(len(columns["round"])):
         yield {name: _plain(column[i]) for name, column in columns.items()}
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from fedjax_lora.core.methods import Site
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.io.files import atomic_folder
 
@@ -66,7 +67,7 @@ def _factorise(product: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def export(
-    folder: str | Path, adapters: Adapters, names: Mapping[str, str], rank: int, alpha: float, card: Card
+    folder: str | Path, adapters: Adapters, sites: Mapping[str, Site], rank: int, alpha: float, card: Card
 ) -> None:
     """Write adapters for `peft.PeftModel.from_pretrained` and `peft.AutoPeftModelForFeatureExtraction`.
 
@@ -75,19 +76,21 @@ def export(
     Args:
       folder: new or empty.
       adapters: trained ones; components beyond `rank` are left out.
-      names: module name -> its name in the base model, with `{layer}`.
+      sites: of the model, whose `source` names each in the base model.
       rank, alpha: structural rank and LoRA's alpha.
       card: what else to tell.
 
     Raises:
-      ValueError: the folder is in use.
+      ValueError: the folder is in use, or a module has no name in the base model.
     """
     tensors, targets = {}, []
     for module, factors in adapters.modules.items():
+        if module not in sites or not sites[module].source:
+            raise ValueError(f"adapters must be of modules of the base model to export to peft, got {module!r}")
         a, b = np.asarray(factors.a)[:, :, :rank], np.asarray(factors.b)[:, :rank]
         for layer in range(a.shape[0]):
             # Whole names: PEFT matches endings, and that of `down` is the ending of `output` too.
-            targets.append(names[module].format(layer=layer))
+            targets.append(sites[module].source.format(layer=layer))
             prefix = f"base_model.model.{targets[-1]}"
             tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a[layer].T)
             tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b[layer].T)

@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     factors: of the learning rate in each round, see `bound.terms`.
     rows: one dict a candidate rank: `rank, V, queue_s, keep_ratio, kept_ranks, latency_s, uplink_bits, final_queue_s`,
       each term of the bound, `rank_cost` (the effect of the rank on it), `bound`, `score`, of a rollout `losses` (one a
-      seed; their mean is the score), `excess` and `excess_error` (see `tsfa_offline.Excess`), `accuracy` and
+      seed; their mean is the score), `excess` and `excess_error` (see `rank_search.Excess`), `accuracy` and
       `rollout_latency_s`, and what the pilot measured.
     """
 
@@ -136,22 +136,22 @@ def described(
     chosen: int,
     most_latency_s: float,
     factors: Any,
-    outlook: Any,
+    forecast: Any,
     measured: Any,
     rollout: Any,
     excess: Any,
 ) -> Plan:
-    """The plan from arrays on the host: factors `[T]`; by candidate an `Outlook` and a `Measured`.
+    """The plan from arrays on the host: factors `[T]`; by candidate a `Forecast` and a `Measured`.
 
     By rollout, a `Rollout` and an `Excess` too, else None.
     """
-    rows, effects = [], bound.effects(measured, outlook.terms)
-    for i, rank in enumerate(outlook.rank):
+    rows, effects = [], bound.effects(measured, forecast.terms)
+    for i, rank in enumerate(forecast.rank):
         row: dict[str, Any] = {"rank": int(rank)}
-        row |= {name: float(getattr(outlook, name)[i]) for name in _EXPECTED}
-        row |= {name: float(term[i]) for name, term in outlook.terms._asdict().items()}
+        row |= {name: float(getattr(forecast, name)[i]) for name in _EXPECTED}
+        row |= {name: float(term[i]) for name, term in forecast.terms._asdict().items()}
         row |= {"rank_cost": float(effects.rank[i])}
-        row |= {"bound": float(outlook.score[i]), "score": float(outlook.score[i])}
+        row |= {"bound": float(forecast.score[i]), "score": float(forecast.score[i])}
         if rollout is not None:
             row["losses"] = [_finite(loss) for loss in rollout.loss[i].tolist()]
             row["score"] = float(rollout.loss[i].mean())

@@ -74,8 +74,8 @@ def check_config(folder: str | Path) -> None:
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The rounds that the log of a run holds, oldest first; a last line without its newline does not count.
 
-    Each is a dict of `FIELDS`: a whole number where something is counted, a list for the importance profile, else a
-    number; null for a number that was not measured or is not finite.
+    Each is a dict of `FIELDS`, and of `slot/name` for what else the methods report: a whole number where something is
+    counted, a list for the importance profile, else a number; null for a number that was not measured or is not finite.
 
     Raises:
       ValueError: there is no log, or a line is not of the round that follows the line before; names file and line.
@@ -97,7 +97,8 @@ def _round(line: bytes, number: int) -> dict[str, Any]:
         record = None
     if not isinstance(record, dict) or record.get("round") != number:
         raise ValueError(f"must be the JSON object of round {number}, got {line[:40]!r}")
-    if odd := sorted(FIELDS.keys() ^ record.keys()):
+    named = {name for name in record if "/" not in name}
+    if odd := sorted(FIELDS.keys() ^ named):
         got = repr(odd[0]) if odd[0] in record else f"no {odd[0]!r}"
         raise ValueError(f"must hold {len(FIELDS)} fields, of a round and no others, got {got}")
     for name, value in record.items():
@@ -152,7 +153,8 @@ def read_data(folder: str | Path) -> dict[str, Any]:
 
     `examples_hash`, `partition_hash`, `base_hash`, `model_config_hash`, `tokenizer_hash`: of the data and of the model.
     `class_names`: of the columns of the task head. `started`: when, ISO 8601. `commit`: of the Git repository that the
-    run was started in, or null. `config_sha256`: of each `config.yaml` that the run has had.
+    run was started in, or null. `config_sha256`: of each `config.yaml` that the run has had. `methods`: file or module of
+    a user's own methods -> SHA-256 of its text.
 
     Raises:
       ValueError: it is missing, or was changed since.

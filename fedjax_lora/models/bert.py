@@ -1,7 +1,7 @@
-"""BERT-family encoder classifier (Devlin et al., arXiv 1810.04805), MiniLM and BERT checkpoints included.
+"""Encoders of the BERT family (Devlin et al., arXiv 1810.04805), MiniLM and BERT checkpoints included.
 
-Adapters may sit on the modules of MODULE_NAMES: `query`, `key`, `value`, `output` (attention.output.dense), `up`
-(intermediate.dense) and `down` (output.dense).
+Adapters may sit on `query`, `key`, `value`, `output` (attention.output.dense), `up` (intermediate.dense) and `down`
+(output.dense).
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.core.methods import Hidden, Model
+from fedjax_lora.core.methods import Adapter, Hidden, Model, Site, Task
 from fedjax_lora.core.types import Adapters, Base, Batch
 from fedjax_lora.models import layers
-from fedjax_lora.models.primitives import layer_norm, project
 from fedjax_lora.models.safetensors import Weight
+from fedjax_lora.ops.primitives import layer_norm, project
 
-MODULE_NAMES = {
+SOURCES = {
     "query": "encoder.layer.{layer}.attention.self.query",
     "key": "encoder.layer.{layer}.attention.self.key",
     "value": "encoder.layer.{layer}.attention.self.value",
@@ -27,34 +27,7 @@ MODULE_NAMES = {
     "up": "encoder.layer.{layer}.intermediate.dense",
     "down": "encoder.layer.{layer}.output.dense",
 }
-"""Modules that may carry an adapter -> their names in a Hugging Face BertModel."""
-
-
-def _dense(path: str, *names: str) -> dict[str, Weight]:
-    return {
-        f"{path}/w": Weight(tuple(f"{name}.weight" for name in names), transpose=True),
-        f"{path}/b": Weight(tuple(f"{name}.bias" for name in names)),
-    }
-
-
-def _norm(path: str, name: str) -> dict[str, Weight]:
-    return {f"{path}/scale": Weight((f"{name}.weight",)), f"{path}/bias": Weight((f"{name}.bias",))}
-
-
-WEIGHT_MAP: dict[str, Weight] = {
-    "embeddings/word": Weight(("embeddings.word_embeddings.weight",)),
-    "embeddings/position": Weight(("embeddings.position_embeddings.weight",)),
-    "embeddings/type": Weight(("embeddings.token_type_embeddings.weight",)),
-    **_norm("embeddings/norm", "embeddings.LayerNorm"),
-    **_dense("layers/query_key_value", MODULE_NAMES["query"], MODULE_NAMES["key"], MODULE_NAMES["value"]),
-    **_dense("layers/output", MODULE_NAMES["output"]),
-    **_norm("layers/norm_attention", "encoder.layer.{layer}.attention.output.LayerNorm"),
-    **_dense("layers/up", MODULE_NAMES["up"]),
-    **_dense("layers/down", MODULE_NAMES["down"]),
-    **_norm("layers/norm_mlp", "encoder.layer.{layer}.output.LayerNorm"),
-    **_dense("pooler", "pooler.dense"),
-}
-"""Where each frozen weight lies in a Hugging Face checkpoint."""
+"""`Site.source` of each site: its name in a Hugging Face BertModel."""
 
 RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 """Endings of checkpoints that were converted from TensorFlow, bert-base-uncased among them -> today's."""
@@ -136,28 +109,62 @@ def read_config(fields: Mapping[str, Any], **ours: Any) -> BertConfig:
         raise ValueError(f"{names.get(name, name)} {problem}") from None
 
 
+def sites(config: BertConfig) -> dict[str, Site]:
+    """Where adapters may sit, and where these matrices lie in a checkpoint."""
+    return layers.block_sites(config.width, config.mlp_width, SOURCES)
+
+
 def weight_map(config: BertConfig) -> dict[str, Weight]:
-    """The entries of WEIGHT_MAP that the model needs."""
-    return {path: weight for path, weight in WEIGHT_MAP.items() if config.pooler or not path.startswith("pooler/")}
+    """Where each frozen weight lies in a Hugging Face checkpoint; several sites of one matrix lie side by side."""
+    groups: dict[str, list[Site]] = {}
+    for site in sites(config).values():
+        groups.setdefault(site.group, []).append(site)
+    weights = {
+        "embeddings/word": Weight(("embeddings.word_embeddings.weight",)),
+        "embeddings/position": Weight(("embeddings.position_embeddings.weight",)),
+        "embeddings/type": Weight(("embeddings.token_type_embeddings.weight",)),
+        **_norm("embeddings/norm", "embeddings.LayerNorm"),
+        **_norm("layers/norm_attention", "encoder.layer.{layer}.attention.output.LayerNorm"),
+        **_norm("layers/norm_mlp", "encoder.layer.{layer}.output.LayerNorm"),
+    }
+    for group, side_by_side in groups.items():
+        in_order = sorted(side_by_side, key=lambda site: site.first)
+        weights |= _dense(f"layers/{group}", *(site.source for site in in_order))
+    if config.pooler:
+        weights |= _dense("pooler", "pooler.dense")
+    return weights
 
 
-def bert(config: BertConfig, num_classes: int) -> Model:
-    """A BERT encoder with a linear classifier on top.
+def _dense(path: str, *names: str) -> dict[str, Weight]:
+    return {
+        f"{path}/w": Weight(tuple(f"{name}.weight" for name in names), transpose=True),
+        f"{path}/b": Weight(tuple(f"{name}.bias" for name in names)),
+    }
+
+
+def _norm(path: str, name: str) -> dict[str, Weight]:
+    return {f"{path}/scale": Weight((f"{name}.weight",)), f"{path}/bias": Weight((f"{name}.bias",))}
+
+
+def bert(config: BertConfig, task: Task, adapter: Adapter) -> Model:
+    """A BERT encoder with the head of a task on top.
 
     A batch holds `input_ids: [B, S]` and `attention_mask: [B, S]`, and `token_type_ids: [B, S]` where the types
     are not all 0.
 
     Args:
       config: shape of the encoder.
-      num_classes: of the classifier, which is the trained head.
+      task: what is read of the pooled positions, by the trained head.
+      adapter: what is trained beside the frozen matrices.
     """
+    block = _block(config, adapter.project)
     return Model(
         init=partial(init, config),
-        init_head=lambda key: layers.init_head(key, config.width, num_classes),
+        init_head=lambda key: task.head(key, config.width),
         embed=partial(embed, config),
-        layers=partial(encode, config),
-        task=partial(classify, config),
-        targets=layers.block_targets(config.width, config.mlp_width),
+        layers=partial(encode, block),
+        task=lambda base, adapters, hidden, key: task.read(adapters.head, pooled(config, base, hidden)),
+        sites=sites(config),
         num_layers=config.num_layers,
     )
 
@@ -203,25 +210,23 @@ def check_length(config: BertConfig, max_length: int) -> None:
         )
 
 
-def encode(config: BertConfig, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:
+def encode(block: layers.Block, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:
     """All blocks."""
     layers_key = None if key is None else jax.random.fold_in(key, 1)
-    return layers.run_blocks(_block(config), base["layers"], adapters.modules, hidden, layers_key)
+    return layers.run_blocks(block, base["layers"], adapters.modules, hidden, layers_key)
 
 
-def classify(config: BertConfig, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Array:
-    """`[B, classes]` logits of the pooled positions."""
-    del key
-    pooled = layers.pool(hidden, config.pooling)
-    if config.pooler:
-        pooled = jnp.tanh(project(pooled, base["pooler"]["w"]) + base["pooler"]["b"])
-    return pooled @ adapters.head["w"] + adapters.head["b"]
+def pooled(config: BertConfig, base: Base, hidden: Hidden) -> Array:
+    """`[B, d]`: the pooled positions, through the pretrained pooler where the model has one."""
+    values = layers.pool(hidden, config.pooling)
+    return jnp.tanh(project(values, base["pooler"]["w"]) + base["pooler"]["b"]) if config.pooler else values
 
 
-def _block(config: BertConfig) -> layers.Block:
+def _block(config: BertConfig, project: layers.Project = layers.without_adapters) -> layers.Block:
     return layers.Block(
+        sites=sites(config),
+        project=project,
         num_heads=config.num_heads,
-        mlp_width=config.mlp_width,
         activation=config.activation,
         norm_eps=config.norm_eps,
         pre_norm=False,

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fedjax_lora.core.methods import Hidden
-from fedjax_lora.core.types import Factors
-from fedjax_lora.models.primitives import attention, gelu, layer_norm, pack, project
+from fedjax_lora.core.methods import Hidden, Site
+from fedjax_lora.ops.primitives import attention, gelu, layer_norm, pack, project
 
 ACTIVATIONS: dict[str, Callable[[Array, str], Array]] = {
     "gelu": gelu,
@@ -33,35 +32,39 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     return jnp.where(keep, x / (1 - rate), 0)
 
 
+Project = Callable[[Array, Array, Mapping[str, tuple[int, Any]]], Array]
+"""`Adapter.project`."""
+
+
+def without_adapters(x: Array, w: Array, adapters: Mapping[str, tuple[int, Any]]) -> Array:
+    """The frozen projection `x @ w` alone, for weights that are only shaped or drawn.
+
+    Raises:
+      ValueError: there are adapters.
+    """
+    if adapters:
+        raise ValueError(f"a model that is made without an adapter must have none, got {', '.join(adapters)}")
+    return project(x, w)
+
+
 class Dense(nn.Module):
     """Projections of one input, side by side in one frozen matrix, each with an adapter or none.
 
-    widths: module name -> n_out.
+    columns: of all of them.
     dtype: of the frozen matrix and of its product.
+    project: of the adapter.
     """
 
-    widths: Mapping[str, int]
+    columns: int
     dtype: str
+    project: Project
 
     @nn.compact
-    def __call__(self, x: Array, adapters: Mapping[str, Factors]) -> Array:
-        """`[B, S, n_in] -> [B, S, sum of widths]`."""
-        n_out = sum(self.widths.values())
-        w = self.param("w", nn.initializers.lecun_normal(), (x.shape[-1], n_out), self.dtype)
-        b = self.param("b", nn.initializers.zeros, (n_out,))
-        return project(x, w, self._side_by_side(adapters)) + b
-
-    def _side_by_side(self, adapters: Mapping[str, Factors]) -> Factors | None:
-        """One pair of factors for all the modules: each b is padded to the columns of its own."""
-        n_out, start, parts = sum(self.widths.values()), 0, []
-        for name, width in self.widths.items():
-            if name in adapters:
-                a, b = adapters[name].a, adapters[name].b
-                parts.append(Factors(a=a, b=jnp.pad(b, ((0, 0), (start, n_out - start - width)))))
-            start += width
-        if not parts:
-            return None
-        return Factors(a=jnp.concatenate([p.a for p in parts], 1), b=jnp.concatenate([p.b for p in parts], 0))
+    def __call__(self, x: Array, adapters: Mapping[str, tuple[int, Any]]) -> Array:
+        """`[B, S, n_in] -> [B, S, columns]`; `adapters`: module name -> first column, effective leaves."""
+        w = self.param("w", nn.initializers.lecun_normal(), (x.shape[-1], self.columns), self.dtype)
+        b = self.param("b", nn.initializers.zeros, (self.columns,))
+        return self.project(x, w, adapters) + b
 
 
 class LayerNorm(nn.Module):
@@ -81,8 +84,9 @@ class LayerNorm(nn.Module):
 class Block(nn.Module):
     """One transformer layer: self-attention and a two-layer perceptron, each in a residual branch.
 
+    sites: of the model, which state the columns of each matrix, see `block_sites`.
+    project: of the adapter.
     num_heads: attention heads; they divide the width.
-    mlp_width: width between the perceptron's two layers.
     activation: name in ACTIVATIONS.
     norm_eps: of the layer normalisations.
     pre_norm: whether a branch normalises its input (ViT) or its sum with the residual stream (BERT).
@@ -90,8 +94,9 @@ class Block(nn.Module):
     dtype: of the frozen matrices, their products, and what the backward pass keeps.
     """
 
+    sites: Mapping[str, Site]
+    project: Project
     num_heads: int
-    mlp_width: int
     activation: str
     norm_eps: float
     pre_norm: bool
@@ -99,32 +104,51 @@ class Block(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array, adapters: Mapping[str, Factors], key: Array | None) -> Array:
+    def __call__(self, x: Array, mask: Array, adapters: Mapping[str, Any], key: Array | None) -> Array:
         """`[B, S, d] -> [B, S, d]`."""
-        d = x.shape[-1]
         keys = (None, None) if key is None else jax.random.split(key)
         norm_attention = LayerNorm(self.norm_eps, self.dtype, name="norm_attention")
         norm_mlp = LayerNorm(self.norm_eps, self.dtype, name="norm_mlp")
 
         y = norm_attention(x) if self.pre_norm else x
-        qkv = Dense({"query": d, "key": d, "value": d}, self.dtype, name="query_key_value")(y, adapters)
+        qkv = self._dense("query_key_value", y, adapters)
         y = attention(qkv, mask, self.num_heads, self.dtype)
-        y = Dense({"output": d}, self.dtype, name="output")(y, adapters)
+        y = self._dense("output", y, adapters)
         x = x + dropout(y, self.dropout, keys[0])
         x = x if self.pre_norm else norm_attention(x)
 
         y = norm_mlp(x) if self.pre_norm else x
-        y = Dense({"up": self.mlp_width}, self.dtype, name="up")(y, adapters)
+        y = self._dense("up", y, adapters)
         y = ACTIVATIONS[self.activation](y, self.dtype)
-        y = Dense({"down": d}, self.dtype, name="down")(y, adapters)
+        y = self._dense("down", y, adapters)
         x = x + dropout(y, self.dropout, keys[1])
         return x if self.pre_norm else norm_mlp(x)
 
+    def _dense(self, group: str, x: Array, adapters: Mapping[str, Any]) -> Array:
+        """One frozen matrix with the adapters of its sites."""
+        sites = {name: site for name, site in self.sites.items() if site.group == group}
+        columns = max(site.first + site.n_out for site in sites.values())
+        own = {name: (site.first, adapters[name]) for name, site in sites.items() if name in adapters}
+        return Dense(columns, self.dtype, self.project, name=group)(x, own)
 
-def block_targets(d: int, mlp_width: int) -> dict[str, tuple[int, int]]:
-    """`Model.targets` of a stack of blocks: query, key, value, output (of attention), up and down (of the MLP)."""
-    square = dict.fromkeys(("query", "key", "value", "output"), (d, d))
-    return square | {"up": (d, mlp_width), "down": (mlp_width, d)}
+
+def block_sites(d: int, mlp_width: int, sources: Mapping[str, str] | None = None) -> dict[str, Site]:
+    """`Model.sites` of a stack of blocks: query, key, value, output (of attention), up and down (of the perceptron).
+
+    Args:
+      d: model width.
+      mlp_width: width between the perceptron's two layers.
+      sources: `Site.source` by name; None where there is no checkpoint.
+    """
+    table = {
+        "query": Site("query_key_value", 0, d, d),
+        "key": Site("query_key_value", d, d, d),
+        "value": Site("query_key_value", 2 * d, d, d),
+        "output": Site("output", 0, d, d),
+        "up": Site("up", 0, d, mlp_width),
+        "down": Site("down", 0, mlp_width, d),
+    }
+    return {name: site._replace(source=(sources or {}).get(name, "")) for name, site in table.items()}
 
 
 def init_blocks(block: Block, key: Array, num_layers: int, d: int) -> dict:
@@ -134,9 +158,7 @@ def init_blocks(block: Block, key: Array, num_layers: int, d: int) -> dict:
     return jax.vmap(lambda layer_key: dict(block.init(layer_key, x, mask, {}, None)["params"]))(keys)
 
 
-def run_blocks(
-    block: Block, layers: Mapping, modules: Mapping[str, Factors], hidden: Hidden, key: Array | None
-) -> Hidden:
+def run_blocks(block: Block, layers: Mapping, modules: Mapping[str, Any], hidden: Hidden, key: Array | None) -> Hidden:
     """The stack applied in order.
 
     Args:
@@ -163,8 +185,3 @@ def pool(hidden: Hidden, pooling: str) -> Array:
         return hidden.values[:, 0]
     count = jnp.maximum(hidden.mask.sum(1, keepdims=True), 1)
     return (hidden.values * hidden.mask[:, :, None]).sum(1) / count
-
-
-def init_head(key: Array, d: int, num_classes: int) -> dict[str, Array]:
-    """A classifier's fresh `{"w": [d, classes], "b": [classes]}`."""
-    return {"w": 0.02 * jax.random.normal(key, (d, num_classes)), "b": jnp.zeros(num_classes)}

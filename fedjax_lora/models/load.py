@@ -4,14 +4,16 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
 
 from fedjax_lora.core.errors import reason_of
-from fedjax_lora.core.methods import Model
+from fedjax_lora.core.methods import Context, Method, Model
+from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Base
 from fedjax_lora.models import bert, safetensors, vit
 
@@ -23,16 +25,17 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Options):
     """Which model to fine-tune.
 
     name: of a small model that starts from random weights; used where `pretrained` is not given.
     pretrained: a Hugging Face folder or hub id.
-    pooling: what the classifier sees: the mean over real positions, or the first position, through the
+    pooling: what the task's head sees: the mean over real positions, or the first position, through the
       checkpoint's pooler where it has one.
     compute_dtype: of the frozen matrices, of what products multiply and of what a backward pass keeps; sums, softmax,
       norms, the adapters themselves and their optimizer are float32.
-    dropout: rate after the embeddings and on the output of each residual branch.
+    dropout: rate after the embeddings and on the output of each residual branch. It is not traced: 0 is another
+      program, which draws no masks.
     """
 
     name: Literal["vit-tiny"] = "vit-tiny"
@@ -42,42 +45,72 @@ class ModelConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        choices = {"name": ("vit-tiny",), "pooling": get_args(Pooling), "compute_dtype": get_args(Dtype)}
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
+        super().__post_init__()
         if self.pretrained == "":
             raise ValueError("pretrained must be a folder or a Hugging Face model id, got ''")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
+    def breaks(self) -> dict[str, str]:
+        """Rounded matrices are no place for a merge that is to be exact."""
+        return {} if self.compute_dtype == "float32" else {"float32_base": "compute_dtype"}
+
+
+def make(options: ModelConfig, context: Context) -> Model:
+    """The model: of a checkpoint's shape where one is named, for text, or else a small one for images.
+
+    Args:
+      options: which model.
+      context: `made["task"]` and `made["adapter"]`; the `image_shape`, None for text.
+
+    Raises:
+      ValueError: the model does not fit the data, or the folder cannot be read.
+    """
+    parts = context.made["task"], context.made["adapter"]
+    if options.pretrained is not None:
+        if context.image_shape is not None:
+            raise ValueError(f"model.pretrained must be absent for images, got {options.pretrained!r}")
+        model = bert.bert(_shape(options, safetensors.resolve(options.pretrained)), *parts)
+        return model._replace(weights=lambda: read_pretrained(options, str(options.pretrained))[1])
+    if context.image_shape is None:
+        raise ValueError("model.pretrained must be a folder or a Hugging Face model id for text, got None")
+    more = {"pooling": options.pooling, "dropout": options.dropout, "compute_dtype": options.compute_dtype}
+    return vit.vit(vit.tiny(context.image_shape, **more), *parts)
+
+
+METHOD = Method("model", "vit-tiny", ModelConfig, make)
+
 
 def build_model(
-    config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int] | None = None
+    config: Options, context: Context, make: Callable[[Any, Context], Model] = make
 ) -> tuple[Model, Base | None]:
     """The model and its pretrained weights.
 
     Args:
       config: which model.
-      num_classes: of the task.
-      image_shape: `(height, width, channels)` of an image task; None for text.
+      context: as for `make`.
+      make: of the method that `config` is the options of.
 
     Returns:
       the model, and its frozen weights or None where nothing pretrained is given (`Model.init` makes some).
 
     Raises:
-      ValueError: where the model does not fit the data, or the folder cannot be loaded.
+      ValueError: the model does not fit the data, or the folder cannot be loaded.
     """
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-    if config.pretrained is not None:
-        if image_shape is not None:
-            raise ValueError(f"model.pretrained must be absent for images, got {config.pretrained!r}")
-        return _pretrained_bert(config, config.pretrained, num_classes)
-    if image_shape is None:
-        raise ValueError("model.pretrained must be a folder or a Hugging Face model id for text, got None")
-    options = {"pooling": config.pooling, "dropout": config.dropout, "compute_dtype": config.compute_dtype}
-    return vit.vit(vit.tiny(image_shape, **options), num_classes), None
+    model = make(config, context)
+    return model, None if model.weights is None else model.weights()
+
+
+def read_pretrained(config: ModelConfig, pretrained: str) -> tuple[bert.BertConfig, Base]:
+    """The shape and the frozen weights of a Hugging Face folder or hub id, with our own options of `config`.
+
+    Raises:
+      ValueError: the folder cannot be loaded.
+    """
+    folder = safetensors.resolve(pretrained)
+    shape = _shape(config, folder)
+    like = jax.eval_shape(lambda: bert.init(shape, jax.random.key(0)))
+    return shape, safetensors.load(folder, bert.weight_map(shape), like, bert.PREFIXES, bert.IGNORED, bert.RENAMED)
 
 
 def read_shape(pretrained: str) -> bert.BertConfig:
@@ -132,20 +165,16 @@ def load_tokenizer(pretrained: str) -> "PreTrainedTokenizerBase":
         raise ValueError(f"model.pretrained must hold a readable tokenizer, got {folder} ({reason})") from None
 
 
-def _pretrained_bert(config: ModelConfig, pretrained: str, num_classes: int) -> tuple[Model, Base]:
-    folder = safetensors.resolve(pretrained)
+def _shape(config: ModelConfig, folder: Path) -> bert.BertConfig:
+    """The encoder of a folder with our own options: it has a pooler where the folder has one and it is asked for."""
     has_pooler = not {prefix + bert.POOLER for prefix in bert.PREFIXES}.isdisjoint(safetensors.tensor_files(folder))
-    shape = _read_shape(
+    return _read_shape(
         folder,
         pooling=config.pooling,
         pooler=has_pooler and config.pooling == "cls",
         dropout=config.dropout,
         compute_dtype=config.compute_dtype,
     )
-    model = bert.bert(shape, num_classes)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    base = safetensors.load(folder, bert.weight_map(shape), shapes, bert.PREFIXES, bert.IGNORED, bert.RENAMED)
-    return model, base
 
 
 def _read_shape(folder: Path, **ours: Any) -> bert.BertConfig:

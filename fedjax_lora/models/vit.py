@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.core.methods import Hidden, Model
+from fedjax_lora.core.methods import Adapter, Hidden, Model, Site, Task
 from fedjax_lora.core.types import Adapters, Base, Batch
 from fedjax_lora.models import layers
-from fedjax_lora.models.primitives import layer_norm, project
+from fedjax_lora.ops.primitives import layer_norm, project
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,22 +53,29 @@ def tiny(image_shape: tuple[int, int, int], **options) -> VitConfig:
     return VitConfig(height=height, width=width, channels=channels, **options)
 
 
-def vit(config: VitConfig, num_classes: int) -> Model:
-    """A vision transformer with a linear classifier on top.
+def sites(config: VitConfig) -> dict[str, Site]:
+    """Where adapters may sit."""
+    return layers.block_sites(config.hidden, config.mlp_width)
+
+
+def vit(config: VitConfig, task: Task, adapter: Adapter) -> Model:
+    """A vision transformer with the head of a task on top.
 
     A batch holds `image: [B, height, width, channels]` float32 in [0, 1].
 
     Args:
       config: shape of the transformer.
-      num_classes: of the classifier, which is the trained head.
+      task: what is read of the pooled positions, by the trained head.
+      adapter: what is trained beside the frozen matrices.
     """
+    block = _block(config, adapter.project)
     return Model(
         init=partial(init, config),
-        init_head=lambda key: layers.init_head(key, config.hidden, num_classes),
+        init_head=lambda key: task.head(key, config.hidden),
         embed=partial(embed, config),
-        layers=partial(encode, config),
-        task=partial(classify, config),
-        targets=layers.block_targets(config.hidden, config.mlp_width),
+        layers=partial(encode, block),
+        task=lambda base, adapters, hidden, key: task.read(adapters.head, layers.pool(hidden, config.pooling)),
+        sites=sites(config),
         num_layers=config.num_layers,
     )
 
@@ -106,17 +113,11 @@ def embed(config: VitConfig, base: Base, batch: Batch, key: Array | None) -> Hid
     return Hidden(values=values, mask=jnp.ones(values.shape[:2]))
 
 
-def encode(config: VitConfig, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:
+def encode(block: layers.Block, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:
     """All blocks, and the last norm."""
-    layers_key, block, norm = None if key is None else jax.random.fold_in(key, 1), _block(config), base["norm"]
+    layers_key, norm = None if key is None else jax.random.fold_in(key, 1), base["norm"]
     hidden = layers.run_blocks(block, base["layers"], adapters.modules, hidden, layers_key)
     return hidden._replace(values=layer_norm(hidden.values, (norm["scale"], norm["bias"]), block.norm_eps))
-
-
-def classify(config: VitConfig, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Array:
-    """`[B, classes]` logits of the pooled positions."""
-    del base, key
-    return layers.pool(hidden, config.pooling) @ adapters.head["w"] + adapters.head["b"]
 
 
 def _patches(config: VitConfig, image: Array) -> Array:
@@ -126,10 +127,11 @@ def _patches(config: VitConfig, image: Array) -> Array:
     return grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows * columns, patch * patch * config.channels)
 
 
-def _block(config: VitConfig) -> layers.Block:
+def _block(config: VitConfig, project: layers.Project = layers.without_adapters) -> layers.Block:
     return layers.Block(
+        sites=sites(config),
+        project=project,
         num_heads=config.num_heads,
-        mlp_width=config.mlp_width,
         activation="gelu",
         norm_eps=1e-6,
         pre_norm=True,

@@ -14,12 +14,24 @@ from fedjax_lora.aggregation.products import by_products
 from fedjax_lora.core import trees
 from fedjax_lora.core.keys import round_keys
 from fedjax_lora.core.methods import Aggregate, Decision, Delivery, Enter, Live
-from fedjax_lora.core.types import Adapters, Factors, FedState, Scope
+from fedjax_lora.core.types import Adapters, Factors, FedState
 from fedjax_lora.data.batches import gather
 from fedjax_lora.planning import bound
 from fedjax_lora.sim.full_gradient import FullGradient, Gradient
-from fedjax_lora.sim.parts import Cohort, Local, Parts, Uplink, World
-from fedjax_lora.sim.round import advance, average, choose_cohort, normalised, sparsify, train_locally
+from fedjax_lora.sim.merged import current_base
+from fedjax_lora.sim.parts import Cohort, Local, MakeParts, Parts, Uplink, World, scope_of
+from fedjax_lora.sim.round import (
+    advance,
+    average,
+    broadcast,
+    choose_cohort,
+    correction_bits,
+    importance,
+    normalised,
+    sparsify,
+    train_locally,
+)
+from fedjax_lora.sparsifiers import payload
 
 SAMPLE = 512
 """Training examples that the loss and its gradient are measured on: the same ones in every round, at every rank."""
@@ -31,8 +43,8 @@ class Pilot(NamedTuple):
     measured: what the bound needs.
     rank: r.
     weights: `[C]` by place in the cohort, mean over the rounds, which sum to 1.
-    tail_energy: `[C, R + 1]` of `Sparsifier.tail_energy` likewise.
-    payload_bits: `[R + 1]` uplink bits of a client that keeps 0 ... R ranks; 0 cost what 1 does.
+    tail_energy: `[C, R + 1]` of `Offer` likewise.
+    bits: `[R + 1]` of the uplink of a client that keeps 0 ... R ranks; 0 cost what 1 does.
     downlink_bits: of the broadcast.
     sparsification, covariance: `[R + 1]` mean squares of the two errors where each client keeps 0 ... R ranks, at the
       peak of the learning rate: that of E_s falls with its factor's square, that of Cov with the fourth power.
@@ -43,7 +55,7 @@ class Pilot(NamedTuple):
     rank: Array
     weights: Array
     tail_energy: Array
-    payload_bits: Array
+    bits: Array
     downlink_bits: Array
     sparsification: Array
     covariance: Array
@@ -61,9 +73,9 @@ def sample_of(world: World, parts: Parts, key: Array) -> dict[str, Array]:
 
 def at_rank(state: FedState, rank: Array) -> FedState:
     """The state with this structural rank for all."""
-    hyper = dataclasses.replace(state.hyper, rank=rank)
+    numbers = {**state.numbers, "lora.rank": jnp.asarray(rank, jnp.float32)}
     clients = dataclasses.replace(state.clients, rank=jnp.full_like(state.clients.rank, rank))
-    return dataclasses.replace(state, hyper=hyper, clients=clients)
+    return dataclasses.replace(state, numbers=numbers, clients=clients)
 
 
 class _Error(NamedTuple):
@@ -94,7 +106,7 @@ class _Step(NamedTuple):
     covariance: _Error
 
 
-def make_pilot(parts: Parts, full_gradient: FullGradient, factors: Array):
+def make_pilot(make_parts: MakeParts, full_gradient: FullGradient, factors: Array):
     """`(world, sample, state, rank) -> Pilot`: the rounds of a run in which everything is sent and arrives.
 
     factors: `[1 + rounds]`, the learning rate of each round over its peak. Of the first round only the loss at the
@@ -104,13 +116,15 @@ def make_pilot(parts: Parts, full_gradient: FullGradient, factors: Array):
     phi = factors[1:]
 
     def pilot(world: World, sample: Mapping[str, Array], state: FedState, rank: Array) -> Pilot:
+        start = at_rank(state, rank)
+        parts = make_parts(start.numbers)
+
         def step(state: FedState, _: None) -> tuple[FedState, _Step]:
             return _measure(parts, full_gradient, world, sample, state)
 
-        start = at_rank(state, rank)
         end, every = lax.scan(step, start, length=len(factors))
         steps = jax.tree.map(lambda x: x[1:], every)
-        last, _ = full_gradient(parts.current_base(world, end), sample, end.adapters, end.hyper)
+        last, _ = full_gradient(current_base(parts, world, end), sample, end.adapters, parts.rank, parts.scale)
         loss = jnp.append(every.loss, last)
         bits, downlink_bits = _payloads(parts, start)
 
@@ -134,7 +148,7 @@ def make_pilot(parts: Parts, full_gradient: FullGradient, factors: Array):
             rank=rank,
             weights=jnp.mean(steps.weights, 0),
             tail_energy=jnp.mean(steps.tail_energy, 0),
-            payload_bits=bits,
+            bits=bits,
             downlink_bits=downlink_bits,
             sparsification=_from_zero(at_peak(steps.sparsification.norm_sq, 1)),
             covariance=_from_zero(at_peak(steps.covariance.norm_sq, 2)),
@@ -148,29 +162,25 @@ def _measure(
     parts: Parts, full_gradient: FullGradient, world: World, sample: Mapping[str, Array], state: FedState
 ) -> tuple[FedState, _Step]:
     """One round without a network, and what it shows."""
-    keys, hyper = round_keys(state.key, state.round), state.hyper
-    scale, num_ranks = hyper.alpha / hyper.rank, max_rank(state.adapters)
-    loss, gradient = full_gradient(parts.current_base(world, state), sample, state.adapters, hyper)
+    keys, num_ranks, scale = round_keys(state.key, state.round), max_rank(state.adapters), parts.scale
+    loss, gradient = full_gradient(current_base(parts, world, state), sample, state.adapters, parts.rank, scale)
     cohort = choose_cohort(parts, world, state, keys)
     local = train_locally(parts, world, state, cohort)
-    weights, mask = normalised(local.weight * local.active), rank_mask(hyper.rank, num_ranks)
+    weights, mask = normalised(local.weight * local.active), rank_mask(parts.rank, num_ranks)
 
     def at(kept: Array) -> tuple[Uplink, Aggregate]:
         """The cohort's round where each client keeps so many ranks."""
-        uplink = _all_heard(parts, cohort, local, jnp.minimum(kept / hyper.rank, 1.0), keys.sparsify)
-        return uplink, average(parts, state, cohort, local, uplink, keys.aggregate)
-
-    def tail_energy(shown: Adapters, ranks: Array) -> Array:
-        return parts.sparsifier.tail_energy(cohort.start, shown, cohort.scope(ranks))
+        uplink = _all_heard(parts, cohort, local, jnp.minimum(kept, parts.rank), keys.sparsify)
+        return uplink, average(parts, cohort, local, uplink, keys.aggregate)
 
     def errors_at(kept: Array) -> tuple[_Error, _Error]:
         uplink, found = at(kept)
-        sent = uplink.sent
+        received = uplink.upload.received
         decoded = _mean_movement(
-            parts.aggregator.enter, cohort.start, sent.adapters, sent.counted, weights, mask, scale
+            parts.aggregator.enter, cohort.start, received.adapters, received.counted, weights, mask, scale
         )
         server = _movement(cohort.start, found.adapters, found.merged, mask, scale)
-        here = kept <= hyper.rank
+        here = kept <= parts.rank
 
         def error(norm: Array, of: Gradient, instead: Gradient) -> _Error:
             missed = jax.tree.map(jnp.subtract, of, instead)
@@ -182,7 +192,7 @@ def _measure(
     ideal = _mean_movement(by_products, cohort.start, local.shown, everything, weights, mask, scale)
     uplink, whole = at(jnp.float32(num_ranks))
     sparsification, covariance = lax.map(errors_at, jnp.arange(1.0, num_ranks + 1.0))
-    new_state = advance(parts, state, cohort, local, uplink, whole)
+    new_state, _ = advance(parts, state, cohort, local, uplink, whole)
     merged = jax.tree.map(jnp.subtract, new_state.merged, state.merged)
     moved = _movement(state.adapters, new_state.adapters, merged, mask, scale)
     live = Live(*map(jnp.float32, parts.aggregator.trains(state.round)))
@@ -195,19 +205,19 @@ def _measure(
         slope=_dot(gradient, moved),
         distance_sq=_dot(moved, moved),
         weights=weights,
-        tail_energy=jax.vmap(tail_energy)(local.shown, cohort.ranks),
+        tail_energy=importance(parts, cohort, local).tail_energy,
         sparsification=sparsification,
         covariance=covariance,
     )
 
 
-def _all_heard(parts: Parts, cohort: Cohort, local: Local, keep_ratio: Array, key: Array) -> Uplink:
-    """Steps 6 and 7 with one keep ratio for all and no network between."""
+def _all_heard(parts: Parts, cohort: Cohort, local: Local, kept: Array, key: Array) -> Uplink:
+    """Steps 6 and 7 where each client keeps so many ranks, with no network between."""
     nothing = jnp.zeros(local.active.shape)
-    decision = Decision(jnp.full_like(nothing, keep_ratio), nothing, jnp.zeros(()), jnp.zeros(()))
-    sent, memory = sparsify(parts, cohort, local, decision, key)
+    decision = Decision(kept=jnp.full_like(nothing, kept), share_hz=nothing)
+    upload = sparsify(parts, cohort, local, decision.kept, key)
     delivery = Delivery(latency_s=nothing, energy_j=nothing, delivered=cohort.present)
-    return Uplink(decision, sent, memory, delivery, arrived=local.active, latency_s=jnp.zeros(()))
+    return Uplink(decision, upload, delivery, arrived=local.active, latency_s=jnp.zeros(()))
 
 
 def _payloads(parts: Parts, state: FedState) -> tuple[Array, Array]:
@@ -215,20 +225,14 @@ def _payloads(parts: Parts, state: FedState) -> tuple[Array, Array]:
 
     Means of two rounds, in which the factors may take turns; not of the first, whose broadcast is like no other.
     """
-    num_ranks = max_rank(state.adapters)
-    ranks = rank_mask(state.hyper.rank, num_ranks)
-    kept = jnp.clip(jnp.arange(num_ranks + 1.0), 1.0, state.hyper.rank)
+    ranks, adapters = rank_mask(parts.rank, max_rank(state.adapters)), state.adapters
 
     def of(round_number: Array) -> tuple[Array, Array]:
-        sent, received = (
-            Scope(ranks, *map(jnp.float32, live))
-            for live in (parts.aggregator.sends(round_number), parts.receives(round_number))
-        )
-        drift_bits = parts.drift_bits(sent)
-        bits = parts.sparsifier.payload_bits(kept / state.hyper.rank, sent) + drift_bits
-        _, downlink_bits = parts.sparsifier.broadcast(state.adapters, received, ranks)
-        downlink_bits += drift_bits + parts.extra_downlink_bits(state.hyper.rank)
-        return bits.astype(jnp.float32), downlink_bits.astype(jnp.float32)
+        scope = scope_of(ranks, parts.aggregator.traffic(round_number, parts.layout.everyone).sent)
+        offer = parts.sparsifier.offer(adapters, adapters, scope)
+        bits = payload.bits(offer.size, parts.transforms) + correction_bits(parts, adapters, scope)
+        _, downlink = broadcast(parts, dataclasses.replace(state, round=round_number), ranks[None])
+        return bits.float32(), downlink.float32()[0]
 
     return jax.tree.map(lambda *both: sum(both) / 2, of(state.round + 1), of(state.round + 2))
 
@@ -238,7 +242,7 @@ def _mean_movement(
 ) -> Gradient:
     """`s sum_ki w_ki (a_ki b_ki - a_i b_i)`, and the heads' average change: what averaging products would do.
 
-    held: `[C, ...]`, what the clients have or what is decoded of it. counted: module -> `[C, L, R]`, see `Sent`.
+    held: `[C, ...]`, what the clients have or what is decoded of it. counted: module -> `[C, L, R]`, see `Received`.
     """
     modules = {}
     for name, old in start.modules.items():

@@ -16,13 +16,15 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
-from fedjax_lora.control import common as planning
 from fedjax_lora.control import tsfa_online
+from fedjax_lora.control.common import Queues
 from fedjax_lora.control.tsfa_online import TsfaConfig
-from fedjax_lora.core.methods import Decision, Observation
-from fedjax_lora.core.types import Hyper
+from fedjax_lora.core.methods import Controller, Observation, Radio
+from fedjax_lora.core.numbers import Numbers, fill, split
 from fedjax_lora.planning import bound
+from fedjax_lora.sim.network import Played, play
 
 Objective = Literal["bound", "rollout"]
 Search = Literal["grid", "gradient"]
@@ -78,39 +80,25 @@ class PlanConfig:
             raise ValueError(f"tolerance must be at least 0 and finite, got {self.tolerance!r}")
 
 
-class Site(NamedTuple):
+class Candidate(NamedTuple):
     """What is known of a structural rank before a run; a leading axis of candidates where it is mapped.
 
     measured: of the pilot. rank: scalar. weights: `[C]`, which sum to 1. tail_energy: `[C, R + 1]`.
-    payload_bits, sparsification, covariance: `[R + 1]` at 0 ... R kept ranks, see `sim.pilot.Pilot`.
-    snr_hz, start_s: `[paths, T, C]` draws of the channel.
+    bits, sparsification, covariance: `[R + 1]` at 0 ... R kept ranks, see `planning.pilot.Pilot`.
+    radio: draws of the channel, leaves `[paths, T, C]` and `[paths, T]`.
     """
 
     measured: bound.Measured
     rank: Array
     weights: Array
     tail_energy: Array
-    payload_bits: Array
+    bits: Array
     sparsification: Array
     covariance: Array
-    snr_hz: Array
-    start_s: Array
+    radio: Radio
 
 
-class Setting(NamedTuple):
-    """What is the same for all ranks: traced numbers, so that one program serves every budget.
-
-    budget_s: what the latency of a round may be on average; it stands in for the controller's own.
-    factors: `[T]` of the learning rate, see `bound.terms`. bandwidth_hz: the band. hyper: passed on to the controller.
-    """
-
-    budget_s: float
-    factors: Array
-    bandwidth_hz: float
-    hyper: Hyper
-
-
-class Outlook(NamedTuple):
+class Forecast(NamedTuple):
     """What to expect of a rank, a V and a first queue; any leading axes.
 
     V: weight of what is not sent. queue_s: before round 1. latency_s: mean of a round. keep_ratio, kept_ranks,
@@ -129,36 +117,35 @@ class Outlook(NamedTuple):
     score: Array
 
 
-Decide = Callable[[Array, Observation], Decision]
+Make = Callable[[TsfaConfig], Controller]
+"""The controller of options whose numbers may be traced: a run's, `tsfa_online.make`, or `rank_descent.relaxed`."""
 
 
-def unit_of_V(config: TsfaConfig, setting: Setting, site: Site) -> Array:
+def unit_of_V(options: TsfaConfig, candidate: Candidate) -> Array:
     """The budget squared over what all of the clients' tails amount to: V in proportion means the same at any scale."""
-    whole = jnp.sum(site.weights * site.tail_energy[:, 0]) if config.tail == "energy" else 1.0
-    return setting.budget_s**2 / jnp.maximum(whole, 1e-30)
+    whole = jnp.sum(candidate.weights * candidate.tail_energy[:, 0]) if options.tail == "energy" else 1.0
+    return jnp.asarray(options.latency_budget_s**2 / jnp.maximum(whole, 1e-30))
 
 
-def whole_ranks(config: TsfaConfig) -> Decide:
-    """`(V, observation) -> Decision` of the controller that the run will have."""
-    return lambda V, observation: tsfa_online.make(config, V).decide(observation)
-
-
-def latency_price(decide: Decide, setting: Setting, site: Site, V: Array) -> Array:
+def latency_price(make: Make, options: TsfaConfig, candidate: Candidate) -> Array:
     """The queue over V at which the drawn rounds take the budget on average and no more, if it stays; by bisection.
 
-    It is the multiplier of the static problem, to which that ratio tends in a long run, and does not depend on V: any
-    of the size of `unit_of_V` will do. 0 where all that may be sent is within the budget; where no price is enough, the
+    It is the multiplier of the static problem, to which that ratio tends in a long run, and does not depend on V: it is
+    searched with V = `unit_of_V`. 0 where all that may be sent is within the budget; where no price is enough, the
     largest that is tried, at which the least is sent.
     """
+    V = unit_of_V(options, candidate)
+    controller, budget_s = make(fill(options, {"V": V})), options.latency_budget_s
 
     def exceeds(price: Array) -> Array:
-        def latency_s(snr_hz: Array, start_s: Array) -> Array:
-            return jnp.asarray(decide(V, _observation(setting, site, snr_hz, start_s, price * V)).latency_s)
+        def latency_s(radio: Radio) -> Array:
+            decision = controller.allocate({"queue_s": price * V}, observed(candidate, radio))
+            return jnp.asarray(decision.latency_s)
 
-        return jnp.mean(jax.vmap(jax.vmap(latency_s))(site.snr_hz, site.start_s)) > setting.budget_s
+        return jnp.mean(jax.vmap(jax.vmap(latency_s))(candidate.radio)) > budget_s
 
     def price_at(log: Array) -> Array:
-        return jnp.exp(log) * setting.budget_s / V
+        return jnp.exp(log) * budget_s / V
 
     def halve(_, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
@@ -171,77 +158,90 @@ def latency_price(decide: Decide, setting: Setting, site: Site, V: Array) -> Arr
     return jnp.where(exceeds(jnp.float32(0)), price_at(log), 0.0)
 
 
-def first_queue(price: Array, V: Array, budget_s: float) -> Array:
+def first_queue(price: ArrayLike, V: ArrayLike, budget_s: ArrayLike) -> Array:
     """The queue before round 1, s, at a price of latency: V times it, as far as float32 can count rounds on it."""
-    return jnp.minimum(price * V, _LONGEST_PLANNED * budget_s)
+    return jnp.minimum(jnp.asarray(price) * V, _LONGEST_PLANNED * budget_s)
 
 
-def outlook(decide: Decide, setting: Setting, site: Site, V: Array, first_queue_s: Array | float) -> Outlook:
-    """The online stage without training, for T rounds from a first queue; mean over rounds and draws.
+def at_price(options: TsfaConfig, V: ArrayLike, price: ArrayLike) -> TsfaConfig:
+    """The options with this V, and with the first queue at this price of latency."""
+    return fill(options, {"V": V, "queue_s": first_queue(price, V, options.latency_budget_s)})
 
-    A client that cannot be heard in a round has no part in it.
+
+def forecast(make: Make, options: TsfaConfig, candidate: Candidate, factors: Array) -> Forecast:
+    """The online stage without training, for T rounds from the first queue of the options; mean over rounds and draws.
+
+    A client that cannot be heard in a round has no part in it. `factors` are `[T]` of the learning rate, see
+    `bound.terms`.
     """
-    update_queue = planning.queue_law(setting.budget_s)
+    controller, rank = make(options), candidate.rank
+    tables = candidate.bits, candidate.sparsification, candidate.covariance
 
-    def step(queue_s: Array, drawn: tuple[Array, Array]):
-        snr_hz, start_s = drawn
-        decision = decide(V, _observation(setting, site, snr_hz, start_s, queue_s))
-        kept = decision.keep_ratio * site.rank
-        tables = (site.payload_bits, site.sparsification, site.covariance)
-        seen = (decision.keep_ratio, kept, *(at(table, kept) for table in tables))
-        heard = site.weights * (snr_hz > 0)
-        means = tuple(jnp.sum(heard * x) / jnp.maximum(jnp.sum(heard), 1e-30) for x in seen)
-        latency_s = jnp.asarray(decision.latency_s)
-        return update_queue(queue_s, latency_s), (latency_s, *means)
+    def means(radio: Radio, played: Played) -> tuple[Array, ...]:
+        kept = played.decision.kept
+        heard = candidate.weights * (radio.snr_hz > 0)
+        seen = kept / rank, kept, *(at(table, kept) for table in tables)
+        cohort = (jnp.sum(heard * x) / jnp.maximum(jnp.sum(heard), 1e-30) for x in seen)
+        return played.outcome.latency_s, *cohort
 
-    first_queue_s = jnp.asarray(first_queue_s, jnp.float32)
+    def path(radio: Radio) -> tuple[Queues, tuple[Array, ...]]:
+        return play(controller, controller.init(), radio, lambda radio: observed(candidate, radio), keep=means)
 
-    def path(snr_hz: Array, start_s: Array):
-        return lax.scan(step, first_queue_s, (snr_hz, start_s))
-
-    final_queue_s, rounds = jax.vmap(path)(site.snr_hz, site.start_s)
+    queues, rounds = jax.vmap(path)(candidate.radio)
     *expected, sparsification, covariance = (jnp.mean(x, 0) for x in rounds)
     latency_s, keep_ratio, kept_ranks, bits = (jnp.mean(x) for x in expected)
     # What is left out is of first order in the learning rate, what averaging apart misses of second.
-    of_first, of_second = (sparsification * setting.factors**2, covariance * setting.factors**4)
-    found = bound.terms(site.measured, of_first, of_second, setting.factors)
-    end_s = jnp.mean(final_queue_s)
-    return Outlook(site.rank, V, first_queue_s, latency_s, keep_ratio, kept_ranks, bits, end_s, found, found.total)
-
-
-def _observation(setting: Setting, site: Site, snr_hz: Array, start_s: Array, queue_s: Array) -> Observation:
-    """What the controller sees of a drawn round `[C]`."""
-    return Observation(
-        snr_hz=snr_hz,
-        start_s=start_s,
-        weights=site.weights,
-        tail_energy=site.tail_energy,
-        rank=jnp.broadcast_to(site.rank, site.weights.shape),
-        payload_bits=lambda ratio: at(site.payload_bits, ratio * site.rank),
-        bandwidth_hz=jnp.asarray(setting.bandwidth_hz, jnp.float32),
-        queue_s=queue_s,
-        hyper=setting.hyper,
+    terms = bound.terms(candidate.measured, sparsification * factors**2, covariance * factors**4, factors)
+    return Forecast(
+        rank=rank,
+        V=jnp.asarray(options.V, jnp.float32),
+        queue_s=jnp.asarray(options.queue_s, jnp.float32),
+        latency_s=latency_s,
+        keep_ratio=keep_ratio,
+        kept_ranks=kept_ranks,
+        uplink_bits=bits,
+        final_queue_s=jnp.mean(queues["queue_s"]),
+        terms=terms,
+        score=terms.total,
     )
 
 
+def observed(candidate: Candidate, radio: Radio) -> Observation:
+    """What the controller sees of a drawn round `[C]`."""
+    clients = candidate.weights.shape
+    return Observation(
+        radio=radio,
+        weights=candidate.weights,
+        rank=jnp.broadcast_to(candidate.rank, clients),
+        tail_energy=candidate.tail_energy,
+        bits=jnp.broadcast_to(candidate.bits, (*clients, *candidate.bits.shape)),
+    )
+
+
+def grid(config: TsfaConfig, candidates: Candidate, factors: Array) -> Forecast:
+    """`[candidates, len(WEIGHTS)]`: every candidate with every V, each from its first queue, in one program.
+
+    V and first queue of the configuration do not matter. One program serves every budget.
+    """
+    return _grid(*split(config), candidates, factors)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def grid(config: TsfaConfig, setting: Setting, sites: Site) -> Outlook:
-    """`[candidates, len(WEIGHTS)]`: every candidate with every V, each from its first queue, in one program."""
-    decide = whole_ranks(config)
+def _grid(structure: TsfaConfig, numbers: Numbers, candidates: Candidate, factors: Array) -> Forecast:
+    options, make = fill(structure, numbers), tsfa_online.make
 
-    def row(site: Site) -> Outlook:
-        unit = unit_of_V(config, setting, site)
-        price = latency_price(decide, setting, site, unit)
+    def row(candidate: Candidate) -> Forecast:
+        unit, price = unit_of_V(options, candidate), latency_price(make, options, candidate)
 
-        def cell(V: Array) -> Outlook:
-            return outlook(decide, setting, site, V, first_queue(price, V, setting.budget_s))
+        def cell(V: Array) -> Forecast:
+            return forecast(make, at_price(options, V, price), candidate, factors)
 
         return jax.vmap(cell)(jnp.array(WEIGHTS) * unit)
 
-    return jax.vmap(row)(sites)
+    return jax.vmap(row)(candidates)
 
 
-def best_V(found: Outlook, most_latency_s: float) -> Outlook:
+def best_V(found: Forecast, most_latency_s: float) -> Forecast:
     """`[candidates]`: of each, a V of least score within the latency; where none is within, that of least latency.
 
     Of those with nearly the least score it is the smallest, whose queue follows a run's own fading the most.
@@ -309,7 +309,7 @@ def at(table: Array, position: Array) -> Array:
     return table[low] + share * (table[high] - table[low])
 
 
-def candidates_of(config: PlanConfig, max_rank: int) -> tuple[int, ...]:
+def candidate_ranks(config: PlanConfig, max_rank: int) -> tuple[int, ...]:
     """The ranks to choose from."""
     if config.candidates:
         return config.candidates

@@ -1,15 +1,15 @@
-"""How many clients to train at once: as many as keep their activations where they are cheap to reach."""
+"""How many clients to train at once: as many as fit the cache, or the memory of an accelerator."""
 
 import jax
 import jax.numpy as jnp
 
 from fedjax_lora.adapters.lora import max_rank, rank_mask
 from fedjax_lora.core import trees
-from fedjax_lora.core.methods import Aggregator, Model, Sparsifier
-from fedjax_lora.core.types import Adapters, Base, Hyper
+from fedjax_lora.core.numbers import Numbers
+from fedjax_lora.core.types import Adapters, Base
 from fedjax_lora.data.batches import gather
 from fedjax_lora.sim.cohort import padded_size
-from fedjax_lora.sim.parts import World
+from fedjax_lora.sim.parts import MakeParts, World
 from fedjax_lora.training.local import local_loss
 
 CPU_CACHE_BYTES = 32 * 2**20
@@ -21,25 +21,20 @@ ACCELERATOR_SHARE = 0.5
 
 
 def activation_bytes(
-    model: Model,
-    sparsifier: Sparsifier,
-    aggregator: Aggregator,
-    world: World,
-    like: Adapters,
-    hyper: Hyper,
-    batch_size: int,
+    make_parts: MakeParts, numbers: Numbers, world: World, like: Adapters, batch_size: int
 ) -> int:
     """Bytes that one client's backward pass keeps for its batch, from shapes alone."""
-    loss = local_loss(model, sparsifier, aggregator)
 
     def kept_bytes(size: int) -> int:
-        def residuals(adapters: Adapters, base: Base, pool: dict[str, jax.Array]):
+        def residuals(numbers: Numbers, adapters: Adapters, base: Base, pool: dict[str, jax.Array]):
+            parts = make_parts(numbers)
+            loss = local_loss(parts.model, parts.adapter, parts.task, parts.sparsifier, parts.aggregator)
             batch = gather(pool, jnp.zeros(size, jnp.int32))
-            key, weight = jax.random.key(0), jnp.ones(size)
-            mask = rank_mask(hyper.rank, max_rank(adapters))
-            return jax.vjp(lambda x: loss(x, adapters, base, hyper, mask, batch, weight, key)[0], adapters)[1]
+            key, weight, mask = jax.random.key(0), jnp.ones(size), rank_mask(parts.rank, max_rank(adapters))
+            inputs = adapters, base, parts.scale, mask, batch, weight, key
+            return jax.vjp(lambda x: loss(x, *inputs)[0], adapters)[1]
 
-        return trees.num_bytes(jax.eval_shape(residuals, like, world.base, world.data.train))
+        return trees.num_bytes(jax.eval_shape(residuals, numbers, like, world.base, world.data.train))
 
     # Weights are kept too, as many for two batches as for one.
     return kept_bytes(2 * batch_size) - kept_bytes(batch_size)

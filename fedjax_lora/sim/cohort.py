@@ -10,8 +10,6 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedjax_lora.core.keys import client_keys
-
 CLIENTS = "clients"
 
 MAX_CPU_DEVICES = 8
@@ -36,23 +34,26 @@ def padded_size(size: int, chunk: int, num_devices: int) -> int:
     return -(-size // block) * block
 
 
-def choose(key: Array, num_clients: int, cohort_size: int, size: int) -> tuple[Array, Array]:
-    """A uniform sample of clients without replacement, padded to `size`.
+def choose(priority: Array | None, num_clients: int, cohort_size: int, size: int) -> tuple[Array, Array]:
+    """The clients of the highest priorities, padded to `size`.
+
+    Args:
+      priority: `[K]`, -inf for who shall not take part; None for all, where all K do.
+      num_clients, cohort_size: K and C.
+      size: padded.
 
     Returns:
       ids: `[size]` int32 in increasing order; padding has the id `num_clients`, which no client has: a
         gather clips it and a scatter drops it.
       present: `[size]` bool.
     """
-    all_ids = jnp.arange(num_clients, dtype=jnp.int32)
-    if cohort_size < num_clients:
-        ticket = jax.vmap(jax.random.uniform)(client_keys(key, all_ids))
-        ids = jnp.sort(lax.top_k(ticket, cohort_size)[1]).astype(jnp.int32)
+    if priority is None:
+        ids = jnp.arange(num_clients, dtype=jnp.int32)
     else:
-        ids = all_ids
-    present = jnp.arange(size) < cohort_size
-    padding = jnp.full(size - cohort_size, num_clients, jnp.int32)
-    return jnp.concatenate([ids, padding]), present
+        highest, ids = lax.top_k(priority, cohort_size)
+        ids = jnp.sort(jnp.where(highest > -jnp.inf, ids, num_clients)).astype(jnp.int32)
+    ids = jnp.concatenate([ids, jnp.full(size - cohort_size, num_clients, jnp.int32)])
+    return ids, ids < num_clients
 
 
 def map_over_devices(work: Callable[..., Any], shared: Any, items: Any, chunk: int, mesh: Mesh) -> Any:

@@ -3,21 +3,24 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 
-from fedjax_lora.core.methods import Link
-from fedjax_lora.core.types import Adapters, Base, ClientState, FedState, Hyper, Metrics
+from fedjax_lora.adapters.lora import max_rank, rank_mask
+from fedjax_lora.core.numbers import Numbers
+from fedjax_lora.core.types import Adapters, ClientState, FedState, Metrics
 from fedjax_lora.sim.cohort import replicated
-from fedjax_lora.sim.evaluate import Evaluate, EvaluatePersonal
+from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal
 from fedjax_lora.sim.full_gradient import FullGradient
-from fedjax_lora.sim.parts import Parts, World
-from fedjax_lora.sim.round import RoundFn, make_round
+from fedjax_lora.sim.merged import current_base, nothing_merged
+from fedjax_lora.sim.parts import Layout, MakeParts, Parts, World
+from fedjax_lora.sim.round import make_round
 from fedjax_lora.training.personal import deployed, extract
 
 
@@ -43,53 +46,56 @@ class EngineConfig:
             raise ValueError(f"eval_batch_size must be at least 1, got {self.eval_batch_size}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Initial:
-    """What a state starts from, beside the key.
-
-    adapters: `key -> Adapters`. memory: `adapters -> memory` of one client's sparsifier.
-    server: `adapters -> state` of the server optimizer. merged: `adapters -> FedState.merged`.
-    ranks: `[K]`, the clients' structural ranks.
-    """
-
-    adapters: Callable[[Array], Adapters]
-    memory: Callable[[Adapters], Any]
-    server: Callable[[Adapters], Any]
-    merged: Callable[[Adapters], dict[str, Array]]
-    ranks: Array
-    link: Link
-    hyper: Hyper
-
-
-def first_state(parts: Parts, initial: Initial, num_clients: int, key: Array) -> FedState:
-    """The state before round 1."""
-    run_key, adapter_key, link_key = jax.random.split(key, 3)
-    adapters = initial.adapters(adapter_key)
+def first_state(make_parts: MakeParts, num_clients: int, key: Array, numbers: Numbers) -> FedState:
+    """The state before round 1 of a run with these numbers: fresh adapters, channels, and the methods' first states."""
+    parts = make_parts(numbers)
+    run_key, adapter_key, wireless_key = jax.random.split(key, 3)
+    adapters = parts.init_adapters(adapter_key)
     one = ClientState(
         rank=jnp.float32(0),
-        kept=extract(adapters, parts.aggregator.keeps),
-        memory=initial.memory(adapters),
-        drift=parts.drift.init_client(adapters),
-        own=adapters.modules if parts.aggregator.resumes else {},
+        personal=extract(adapters, parts.aggregator.personal),
+        methods={
+            "sparsifier": parts.sparsifier.init(adapters),
+            "drift": parts.correction.init_client(adapters),
+            "aggregation": adapters.modules if parts.aggregator.resumes else (),
+        },
     )
-    clients = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)), one)
+    clients = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_clients, *jnp.shape(x))), one)
     return FedState(
         key=run_key,
         round=jnp.int32(0),
+        numbers=dict(numbers),
         adapters=adapters,
-        server=initial.server(adapters),
-        link=initial.link.init(link_key, jnp.arange(num_clients)),
-        queue_s=jnp.float32(parts.controller.queue_s),
-        energy_queue_j=jnp.float32(0),
+        merged=nothing_merged(adapters) if parts.aggregator.merges else {},
         elapsed_s=jnp.float32(0),
-        merged=initial.merged(adapters),
-        drift=parts.drift.init_server(adapters),
-        clients=dataclasses.replace(clients, rank=initial.ranks),
-        hyper=initial.hyper,
+        methods={
+            "wireless": parts.wireless.init(wireless_key, jnp.arange(num_clients)),
+            "control": parts.controller.init(),
+            "server": parts.server.init(adapters),
+            "drift": parts.correction.init_server(adapters),
+        },
+        clients=dataclasses.replace(clients, rank=parts.ranks),
     )
 
 
-BaseOf = Callable[[World, FedState], Base]
+class Facts(NamedTuple):
+    """What a run is of, for its log and for a second start.
+
+    base_hash: of the frozen weights, and of the task head where it is not drawn.
+    examples_hash: of the examples, those for pre-training and testing included.
+    partition_hash: of who holds which examples.
+    tokenizer_hash, model_config_hash: of the pretrained model's tokenizer and `config.json`; empty without one.
+    class_names: name of each label, in the order of the head's columns.
+    truncated: sentences that were cut to the maximum length.
+    """
+
+    base_hash: str
+    examples_hash: str
+    partition_hash: str
+    tokenizer_hash: str
+    model_config_hash: str
+    class_names: tuple[str, ...]
+    truncated: int
 
 
 class Scores(NamedTuple):
@@ -100,16 +106,14 @@ class Scores(NamedTuple):
     personal: Array
 
 
-def make_segment(
-    round_fn: RoundFn, evaluate: Evaluate, evaluate_personal: EvaluatePersonal, base_of: BaseOf, max_rounds: int
-):
+def make_segment(make_parts: MakeParts, eval_batch_size: int, max_rounds: int):
     """`(world, state, rounds) -> (state, metrics [max_rounds], Scores)`: rounds, then one evaluation.
 
     The number of rounds is traced: one executable serves a whole segment, a shorter last one, and 0 rounds,
     which only evaluates. Rows of the metrics from `rounds` on are to be ignored.
     """
 
-    step = jax.jit(round_fn, inline=True)  # traced once, for the shapes of its metrics and for the loop
+    step = jax.jit(make_round(make_parts), inline=True)  # traced once, for the shapes of its metrics and for the loop
 
     def segment(world: World, state: FedState, rounds: Array):
         shapes = jax.eval_shape(step, world, state)[1]
@@ -121,71 +125,91 @@ def make_segment(
             return state, jax.tree.map(lambda all_rows, x: all_rows.at[number].set(x), rows, row)
 
         state, rows = lax.fori_loop(0, rounds, body, (state, rows))
-        base = base_of(world, state)
-        loss, accuracy = evaluate(base, world.data.test, deployed(state.adapters, state.clients), state.hyper)
-        personal = evaluate_personal(base, world.data, state.adapters, state.clients, state.hyper)
-        return state, rows, Scores(loss, accuracy, personal)
+        return state, rows, score(make_parts(state.numbers), world, state, eval_batch_size)
 
     return segment
+
+
+def score(parts: Parts, world: World, state: FedState, batch_size: int) -> Scores:
+    """The evaluation of a state on the held-out pool of the world."""
+    base, of = current_base(parts, world, state), (parts.model, parts.adapter, parts.task, batch_size)
+    adapters, mesh = deployed(state.adapters, state.clients), parts.layout.mesh
+    loss, accuracy = make_evaluate(*of, mesh)(base, world.data.test, adapters, parts.rank, parts.scale)
+    personal = jnp.float32(jnp.nan)
+    if parts.aggregator.personal:
+        evaluate = make_evaluate_personal(*of, mesh)
+        personal = evaluate(base, world.data, state.adapters, state.clients, parts.rank, parts.scale)
+    return Scores(loss, accuracy, personal)
 
 
 class Simulation:
     """A built experiment. `init` makes a state, `run` advances it; both are deterministic in the key.
 
+    Example:
+      >>> import fedjax_lora as fl, jax
+      >>> simulation = fl.build(fl.load_config(None, ["rounds=2", "pretrain.steps=2", "clients.count=3"]))
+      >>> state, metrics = simulation.run(simulation.init(jax.random.key(0)), rounds=2)
+      >>> metrics.latency_s.shape
+      (2,)
+
     Attributes:
       world: frozen base and data, on the device.
-      parts: the functions that a round is made of.
-      base_hash: of the frozen weights, and of the task head where it is not drawn.
-      examples_hash: of the examples, those for pre-training and testing included.
-      partition_hash: of who holds which examples.
-      tokenizer_hash, model_config_hash: of the pretrained model's tokenizer and `config.json`; empty without one.
-      class_names: name of each label, in the order of the head's columns.
-      truncated: sentences that were cut to the maximum length.
+      numbers: the traced numbers of the configuration, see `core.numbers`.
+      make_parts: from numbers to the records that a round is made of.
+      layout: how the work of a round is laid out.
+      facts: what the run is of, see `Facts`.
       full_gradient: loss and gradient by the weights themselves, for what measures rather than trains.
-      score: loss and accuracy on a pool.
       compile_s: seconds that tracing and compiling took; 0 until the first run.
     """
 
     def __init__(
         self,
-        parts: Parts,
+        make_parts: MakeParts,
+        numbers: Numbers,
+        layout: Layout,
         world: World,
-        initial: Initial,
-        evaluate: Evaluate,
-        evaluate_personal: EvaluatePersonal,
-        eval_every: int,
-        base_hash: str,
-        examples_hash: str,
-        partition_hash: str,
-        tokenizer_hash: str,
-        model_config_hash: str,
-        class_names: tuple[str, ...],
-        truncated: int,
+        engine: EngineConfig,
+        facts: Facts,
         full_gradient: FullGradient,
     ):
-        self.parts = parts
-        self.eval_every = eval_every
-        self.base_hash = base_hash
-        self.examples_hash = examples_hash
-        self.partition_hash = partition_hash
-        self.tokenizer_hash = tokenizer_hash
-        self.model_config_hash = model_config_hash
-        self.class_names = class_names
-        self.truncated = truncated
+        self.make_parts = make_parts
+        self.numbers = numbers
+        self.layout = layout
+        self.eval_every = engine.eval_every
+        self.eval_batch_size = engine.eval_batch_size
+        self.facts = facts
         self.full_gradient = full_gradient
-        self.score = evaluate
         self.compile_s = 0.0
-        self._initial = initial
-        self._everywhere = replicated(parts.mesh)
+        self._everywhere = replicated(layout.mesh)
         self.world = jax.device_put(world, self._everywhere)
-        segment = make_segment(make_round(parts), evaluate, evaluate_personal, parts.current_base, eval_every)
+        segment = make_segment(make_parts, engine.eval_batch_size, engine.eval_every)
         self._program = jax.jit(segment, donate_argnums=1, out_shardings=self._everywhere)
         self._compiled = None
 
     def init(self, key: Array) -> FedState:
         """The state before round 1: fresh adapters, a cell drawn anew, the controller's first queue."""
-        make = functools.partial(first_state, self.parts, self._initial, self.world.data.count.shape[0])
-        return jax.jit(make, out_shardings=self._everywhere)(key)
+        make = functools.partial(first_state, self.make_parts, self.world.data.count.shape[0])
+        return jax.jit(make, out_shardings=self._everywhere)(key, self.numbers)
+
+    def predict(self, state: FedState, inputs: Mapping[str, ArrayLike]) -> Array:
+        """`[B, ...]` outputs of the task, such as logits, by the adapters that a newcomer would be given.
+
+        Args:
+          state: of this simulation.
+          inputs: a batch as the model takes it, such as `input_ids` and `attention_mask`, or `image`.
+        """
+        return self._predict(self.world, state, {name: jnp.asarray(leaf) for name, leaf in inputs.items()})
+
+    @functools.cached_property
+    def _predict(self):
+        def predict(world: World, state: FedState, inputs: Mapping[str, Array]) -> Array:
+            parts, adapters = self.make_parts(state.numbers), deployed(state.adapters, state.clients)
+            mask = rank_mask(parts.rank, max_rank(adapters))
+            modules = parts.adapter.effective(adapters.modules, mask, parts.scale)
+            used = Adapters(modules=modules, head=adapters.head)
+            return parts.model.apply(current_base(parts, world, state), used, inputs)
+
+        return jax.jit(predict)
 
     def compile(self, state: FedState) -> None:
         """Compile the program ahead of time, once; `compile_s` says how long it took."""

@@ -6,110 +6,101 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from fedjax_lora.adapters.lora import effective, max_rank, rank_mask
-from fedjax_lora.core.methods import Model
-from fedjax_lora.core.types import Adapters, Base, ClientState, Dataset, Hyper
+from fedjax_lora.adapters.lora import max_rank, rank_mask
+from fedjax_lora.core.methods import Adapter, Model, Task
+from fedjax_lora.core.types import Adapters, Base, ClientState, Dataset
 from fedjax_lora.data.batches import evaluation_batches, gather
 from fedjax_lora.sim.cohort import map_over_devices, padded_size
 from fedjax_lora.training.personal import compose
 
-Evaluate = Callable[[Base, Mapping[str, Array], Adapters, Hyper], tuple[Array, Array]]
-EvaluatePersonal = Callable[[Base, Dataset, Adapters, ClientState, Hyper], Array]
+Evaluate = Callable[[Base, Mapping[str, Array], Adapters, Array, Array], tuple[Array, Array]]
+EvaluatePersonal = Callable[[Base, Dataset, Adapters, ClientState, Array], Array]
 
 
-def make_evaluate(model: Model, batch_size: int, mesh: Mesh) -> Evaluate:
-    """`(base, pool, adapters, hyper) -> (mean cross-entropy in nats, accuracy)` over the whole pool.
+def make_evaluate(model: Model, adapter: Adapter, task: Task, batch_size: int, mesh: Mesh) -> Evaluate:
+    """`(base, pool, adapters, rank, scale) -> (mean loss, accuracy)` over the whole pool.
 
-    The devices share the batches. The accuracy is NaN, "not measured", where a logit is not finite.
+    `rank` is the structural one, and `scale` is s = alpha / r. The devices share the batches. What the task's score
+    marks by NaN makes the mean NaN, "not measured".
     """
 
-    def evaluate(base: Base, pool: Mapping[str, Array], adapters: Adapters, hyper: Hyper) -> tuple[Array, Array]:
-        num_examples = pool["label"].shape[0]
+    def evaluate(
+        base: Base, pool: Mapping[str, Array], adapters: Adapters, rank: Array, scale: Array
+    ) -> tuple[Array, Array]:
+        num_examples = _size(pool)
         batches = evaluation_batches(num_examples, batch_size, mesh.size)
-        used = effective(adapters, rank_mask(hyper.rank, max_rank(adapters)), hyper.alpha / hyper.rank)
+        used = _used(adapter, adapters, rank, scale)
 
-        def score(shared, rows_and_weight: tuple[Array, Array]) -> tuple[Array, Array]:
+        def score(shared, rows_and_weight: tuple[Array, Array]) -> dict[str, Array]:
             base, pool, used = shared
             rows, weight = rows_and_weight
             batch = gather(pool, rows)
-            logits = model.apply(base, used, batch)
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-            return jnp.sum(loss * weight), jnp.sum(hits(logits, batch["label"]) * weight)
+            found = task.score(model.apply(base, used, batch), batch)
+            return {name: jnp.sum(value * weight) for name, value in found.items()}
 
-        loss, correct = map_over_devices(score, (base, pool, used), batches, 1, mesh)
-        return jnp.sum(loss) / num_examples, jnp.sum(correct) / num_examples
+        sums = map_over_devices(score, (base, pool, used), batches, 1, mesh)
+        found = task.finish({name: jnp.sum(value) / num_examples for name, value in sums.items()})
+        return found["eval_loss"], found["eval_accuracy"]
 
     return evaluate
 
 
-def make_evaluate_personal(model: Model, batch_size: int, num_classes: int, mesh: Mesh) -> EvaluatePersonal:
-    """`(base, data, adapters, clients, hyper) -> mean over the K clients of the accuracy of their own adapters`.
+def make_evaluate_personal(model: Model, adapter: Adapter, task: Task, batch_size: int, mesh: Mesh) -> EvaluatePersonal:
+    """`(base, data, adapters, clients, scale) -> mean over the K clients of the accuracy of their own adapters`.
 
-    A client's own adapters are what it keeps within the global ones, in its own ranks; who has never taken part still
-    keeps the start. They are scored where the client would use them: an example of label y in the held-out pool
-    weighs `p_client(y) / p_test(y)`, the ratio of y's shares of the client's training examples and of the pool, and
-    the accuracy is the weighted mean, NaN where a logit is not finite. A client of whose labels the pool has none does
-    not enter the mean.
+    A client's own adapters are what is personal within the global ones, in its own ranks, at the scale s = alpha / r of
+    all; who has never taken part still has the start. They are scored where the client would use them: an example of
+    the held-out pool has the weight of `Task.weigh` (in classification, the ratio of its label's shares of the
+    client's training examples and of the pool), and the accuracy is the weighted mean, NaN where the score of an
+    example that counts is. A client for whom the pool has no weight does not enter the mean.
 
     One client is scored at a time on each device, and each goes through the whole pool: memory is that of one global
     evaluation, time is K of them.
     """
 
-    def evaluate(base: Base, data: Dataset, adapters: Adapters, clients: ClientState, hyper: Hyper) -> Array:
-        num_clients, num_examples = data.count.shape[0], data.test["label"].shape[0]
+    def evaluate(base: Base, data: Dataset, adapters: Adapters, clients: ClientState, scale: Array) -> Array:
+        num_clients, num_examples = data.count.shape[0], _size(data.test)
         batches = evaluation_batches(num_examples, batch_size)
         size = padded_size(num_clients, 1, mesh.size)
-        items = clients.rank, clients.kept, data.index, data.count
+        items = clients.rank, clients.personal, data.index, data.count
         items = jax.tree.map(lambda leaf: leaf[np.arange(size) % num_clients], items)
 
-        def score(shared, item: tuple[Array, Any, Array, Array]) -> tuple[Array, Array]:
-            base, data, adapters, hyper = shared
-            rank, kept, rows, count = item
-            mask = rank_mask(rank, max_rank(adapters))
-            used = effective(compose(adapters, kept), mask, hyper.alpha / hyper.rank)
+        def score(shared, item: tuple[Array, Any, Array, Array]) -> tuple[dict[str, Array], Array]:
+            base, data, adapters, scale = shared
+            rank, personal, rows, count = item
+            used = _used(adapter, compose(adapters, personal), rank, scale)
 
-            def correct(rows_and_weight: tuple[Array, Array]) -> Array:
+            def of_batch(rows_and_weight: tuple[Array, Array]) -> dict[str, Array]:
                 batch = gather(data.test, rows_and_weight[0])
-                return hits(model.apply(base, used, batch), batch["label"])
+                return task.score(model.apply(base, used, batch), batch)
 
-            right = lax.map(correct, batches).ravel()[:num_examples]
-            weight = label_weights(data.train["label"][rows], count, data.test["label"], num_classes)
-            return jnp.sum(jnp.where(weight > 0, right * weight, 0.0)), jnp.sum(weight)
+            found = {name: value.ravel()[:num_examples] for name, value in lax.map(of_batch, batches).items()}
+            if task.weigh is None:
+                weight = jnp.ones(num_examples)
+            else:
+                weight = task.weigh(gather(data.train, rows), count, data.test)
+            sums = {name: jnp.sum(jnp.where(weight > 0, value * weight, 0.0)) for name, value in found.items()}
+            return sums, jnp.sum(weight)
 
-        right, weight = map_over_devices(score, (base, data, adapters, hyper), items, 1, mesh)
-        scored = weight[:num_clients] > 0
-        accuracy = jnp.where(scored, right[:num_clients] / jnp.where(scored, weight[:num_clients], 1.0), 0.0)
+        sums, weight = map_over_devices(score, (base, data, adapters, scale), items, 1, mesh)
+        sums, weight = jax.tree.map(lambda leaf: leaf[:num_clients], (sums, weight))
+        scored = weight > 0
+        means = {name: value / jnp.where(scored, weight, 1.0) for name, value in sums.items()}
+        accuracy = jnp.where(scored, jax.vmap(task.finish)(means)["eval_accuracy"], 0.0)
         return jnp.sum(accuracy) / jnp.sum(scored)
 
     return evaluate
 
 
-def hits(logits: Array, label: Array) -> Array:
-    """`[B]`: 1 where the label has the largest of the logits `[B, classes]`, else 0; NaN where one is not finite."""
-    finite = jnp.all(jnp.isfinite(logits), -1)
-    return jnp.where(finite, jnp.argmax(logits, -1) == label, jnp.nan)
+def _used(adapter: Adapter, adapters: Adapters, rank: Array, scale: Array) -> Adapters:
+    """Effective adapters of this rank."""
+    mask = rank_mask(rank, max_rank(adapters))
+    return Adapters(modules=adapter.effective(adapters.modules, mask, scale), head=adapters.head)
 
 
-def label_weights(own: Array, count: Array, pool: Array, num_classes: int) -> Array:
-    """`[N_test]` of `p_client(y) / p_test(y)`, the ratio of shares, at the labels of a pool.
-
-    Args:
-      own: `[n_max]` labels of a client, of which the first `count` are valid.
-      count: scalar.
-      pool: `[N_test]` labels.
-      num_classes: labels are below it.
-    """
-    valid = (jnp.arange(own.shape[0]) < count).astype(jnp.float32)
-    of_client = jnp.bincount(own, valid, length=num_classes) / jnp.maximum(count, 1)
-    of_pool = jnp.bincount(pool, length=num_classes) / pool.shape[0]
-    return of_client[pool] / of_pool[pool]
-
-
-def nothing_personal(base: Base, data: Dataset, adapters: Adapters, clients: ClientState, hyper: Hyper) -> Array:
-    """The `EvaluatePersonal` of a method whose clients keep nothing: NaN, "not measured"."""
-    del base, data, adapters, clients, hyper
-    return jnp.float32(jnp.nan)
+def _size(pool: Mapping[str, Array]) -> int:
+    """N."""
+    return next(iter(pool.values())).shape[0]

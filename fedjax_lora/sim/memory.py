@@ -6,7 +6,7 @@ from fedjax_lora.core.memory import Term, total
 from fedjax_lora.core.types import FedState
 from fedjax_lora.sim.cohort import padded_size
 from fedjax_lora.sim.engine import EngineConfig
-from fedjax_lora.sim.parts import Parts, World
+from fedjax_lora.sim.parts import Layout, World
 from fedjax_lora.training.local import LocalConfig
 
 ADAPTERS_OF_A_CLIENT = 3
@@ -17,7 +17,7 @@ ADAPTERS_IN_TRAINING = 4
 
 
 def run_terms(
-    parts: Parts,
+    layout: Layout,
     world: World,
     state: FedState,
     activation_bytes: int,
@@ -30,27 +30,30 @@ def run_terms(
     A low estimate: what XLA adds to it is not known before it has compiled.
 
     Args:
-      parts, world, state: of the run; of the latter two only shapes are used.
+      layout, world, state: of the run; of the latter two only shapes are used.
       activation_bytes: what the backward pass of one client keeps, see `sim.chunk`.
       num_layers: L of the model, which work one after the other.
       local, engine: as they were asked for; a batch takes no more than what fills it.
     """
     base, adapters = trees.num_bytes(world.base), trees.num_bytes(state.adapters)
-    clients = trees.num_bytes((state.clients, state.link))
+    clients = trees.num_bytes((state.clients, state.methods["wireless"]))
     num_clients, num_tests = world.data.count.shape[0], world.data.test["label"].shape[0]
-    cohort = padded_size(parts.cohort_size, parts.chunk, parts.mesh.size) // parts.mesh.size
+    cohort = padded_size(layout.cohort_size, layout.chunk, layout.mesh.size) // layout.mesh.size
     # The backward pass works on one layer beside what is kept of all; a forward pass holds half of a layer at a time.
     training = activation_bytes * (1 + 1 / num_layers) + ADAPTERS_IN_TRAINING * adapters
     example = activation_bytes / min(local.batch_size, int(world.data.count.max())) / num_layers / 2
-    tested = min(engine.eval_batch_size, -(-num_tests // parts.mesh.size))
+    tested = min(engine.eval_batch_size, -(-num_tests // layout.mesh.size))
 
     several = f"lower engine.client_chunk, got {engine.client_chunk}"
     in_training = [
         Term(
             cohort * (ADAPTERS_OF_A_CLIENT * adapters + clients / num_clients),
-            f"lower clients.per_round, got {parts.cohort_size}",
+            f"lower clients.per_round, got {layout.cohort_size}",
         ),
-        Term(parts.chunk * training, several if parts.chunk > 1 else f"lower local.batch_size, got {local.batch_size}"),
+        Term(
+            layout.chunk * training,
+            several if layout.chunk > 1 else f"lower local.batch_size, got {local.batch_size}",
+        ),
     ]
     in_evaluation = [Term(tested * example, f"lower engine.eval_batch_size, got {engine.eval_batch_size}")]
     return [
@@ -60,6 +63,6 @@ def run_terms(
         Term(2 * clients, f"lower clients.count, got {num_clients}"),
         Term(2 * (trees.num_bytes(state) - clients), f"lower lora.max_rank, got {max_rank(state.adapters)}"),
         # The bits of each client, up and down, of all rounds between two evaluations.
-        Term(engine.eval_every * 8 * parts.cohort_size, f"lower engine.eval_every, got {engine.eval_every}"),
+        Term(engine.eval_every * 16 * layout.cohort_size, f"lower engine.eval_every, got {engine.eval_every}"),
         *max(in_training, in_evaluation, key=total),
     ]

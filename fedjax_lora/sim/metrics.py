@@ -1,22 +1,37 @@
 """What is observed of a round: its metrics, from what its steps hand on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fedjax_lora.core import count
+from fedjax_lora.core.count import Count
 from fedjax_lora.core.methods import Aggregate
 from fedjax_lora.core.types import FedState, Metrics
-from fedjax_lora.sim.parts import Cohort, Local, Uplink
+from fedjax_lora.sim.parts import Cohort, Local, Offers, Uplink
+
+_OWN = ("queue_s", "energy_queue_j")
+"""What of a controller's report is a metric of its own."""
 
 
 def observe(
-    after: FedState, cohort: Cohort, local: Local, tail_energy: Array, uplink: Uplink, aggregate: Aggregate
+    after: FedState,
+    cohort: Cohort,
+    local: Local,
+    offers: Offers,
+    uplink: Uplink,
+    aggregate: Aggregate,
+    report: Mapping[str, Array],
 ) -> Metrics:
-    """The metrics of the round; evaluation, which is not of every round, adds its own."""
-    sent, delivery, arrived, trained = uplink.sent, uplink.delivery, uplink.arrived, local.trained
-    over_arrived, not_measured = mean_over(arrived), jnp.float32(jnp.nan)
+    """The metrics of the round; evaluation, which is not of every round, adds its own.
+
+    report: of the controller, see `Controller.update`.
+    """
+    upload, delivery, arrived, trained = uplink.upload, uplink.delivery, uplink.arrived, local.trained
+    over_arrived, not_measured, nothing = mean_over(arrived), jnp.float32(jnp.nan), Count.of(0)
+    queue_s, energy_queue_j = (jnp.asarray(report.get(name, 0.0), jnp.float32) for name in _OWN)
     return Metrics(
         round=after.round,
         train_loss=over_arrived(trained.loss),
@@ -25,21 +40,22 @@ def observe(
         personal_accuracy=not_measured,
         latency_s=uplink.latency_s,
         elapsed_s=after.elapsed_s,
-        client_uplink_bits=jnp.where(jnp.isfinite(delivery.latency_s), sent.bits, 0),
-        client_downlink_bits=jnp.where(cohort.present, cohort.downlink_bits, 0),
+        uplink=count.where(jnp.isfinite(delivery.latency_s), upload.bits, nothing),
+        downlink=count.where(cohort.present, cohort.downlink, nothing),
         energy_j=jnp.sum(delivery.energy_j),
-        queue_s=after.queue_s,
-        energy_queue_j=after.energy_queue_j,
-        keep_ratio_mean=over_arrived(uplink.decision.keep_ratio),
-        kept_ranks_mean=over_arrived(sent.kept_ranks),
+        queue_s=queue_s,
+        energy_queue_j=energy_queue_j,
+        keep_ratio_mean=over_arrived(uplink.decision.kept / cohort.clients.rank),
+        kept_ranks_mean=over_arrived(upload.kept_ranks),
         participants=jnp.sum(arrived),
         outages=jnp.sum(local.active & ~delivery.delivered),
         nonfinite_clients=jnp.sum(cohort.present & ~local.finite),
         sparsification_error=aggregate.sparsification_error,
         covariance_error=aggregate.covariance_error,
-        dropped_energy=over_arrived(sent.dropped_energy),
-        tail_energy=jax.vmap(over_arrived, in_axes=1)(tail_energy),
+        dropped_energy=over_arrived(upload.dropped_energy),
+        tail_energy=jax.vmap(over_arrived, in_axes=1)(offers.tail_energy),
         orthogonality=over_arrived(trained.orthogonality),
+        methods={f"control/{name}": value for name, value in report.items() if name not in _OWN},
     )
 
 

@@ -7,12 +7,31 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 from jax.sharding import Mesh
-from jax.typing import ArrayLike
 
-from fedjax_lora.core.methods import Aggregator, Controller, Decision, Delivery, Drift, Link, Live, Sent, Sparsifier
-from fedjax_lora.core.types import Adapters, Base, Dataset, FedState, LinkState, Scope
-from fedjax_lora.training.local import Client, Train, Trained
-from fedjax_lora.training.optimizers import Optimizer
+from fedjax_lora.core.count import Count
+from fedjax_lora.core.methods import (
+    Adapter,
+    Aggregator,
+    Client,
+    Controller,
+    Correction,
+    Decision,
+    Delivery,
+    Live,
+    Model,
+    Optimizer,
+    Radio,
+    Received,
+    Sparsifier,
+    Task,
+    Trained,
+    Trainer,
+    Transform,
+    Wireless,
+    Work,
+)
+from fedjax_lora.core.numbers import Numbers
+from fedjax_lora.core.types import Adapters, Base, Dataset, Scope
 
 
 @struct.dataclass
@@ -23,68 +42,82 @@ class World:
     data: Dataset
 
 
-class Parts(NamedTuple):
-    """The functions a round is made of.
+class Layout(NamedTuple):
+    """How the work of a round is laid out; static.
 
-    train: local training of one client. optimizer: the server's.
-    drift_bits: `scope -> uint32` bits of the drift correction of one client, on the uplink and on the downlink.
-    receives: `round -> Live` that the clients are sent.
-    extra_downlink_bits: `rank -> uint32` bits of each broadcast but the first, for what the aggregator has merged.
-    current_base: `(world, state) -> base`: the frozen weights with all that was merged into them.
-    client_weight: examples `[C]` -> weights `[C]` in the average, not yet normalised.
-    samples: examples `[C]` that clients hold -> examples `[C]` that they compute in a round.
+    cohort_size: C, clients a round. chunk: clients trained at once on each device. mesh: the devices.
+    everyone: whether all clients take part in every round.
     one_rank: whether all clients have the structural rank, in every round.
-    cohort_size: C, clients a round. chunk: clients trained at once on each device.
     """
 
-    train: Train
-    sparsifier: Sparsifier
-    drift: Drift
-    drift_bits: Callable[[Scope], Array]
-    aggregator: Aggregator
-    receives: Callable[[Array], Live]
-    extra_downlink_bits: Callable[[ArrayLike], Array]
-    current_base: Callable[[World, FedState], Base]
-    controller: Controller
-    link: Link
-    optimizer: Optimizer
-    client_weight: Callable[[Array], Array]
-    samples: Callable[[Array], Array]
-    one_rank: bool
     cohort_size: int
     chunk: int
     mesh: Mesh
+    everyone: bool
+    one_rank: bool
+
+
+class Parts(NamedTuple):
+    """The records that a round is made of, with the numbers of one run in them.
+
+    transforms: of every message, one after the other. server: its optimizer.
+    client_weight: examples `[C]` -> weights `[C]` in the average, not yet normalised.
+    rank: structural rank r. scale: s = alpha / r. ranks: `[K]`, the clients' ranks before round 1.
+    init_adapters: `key -> Adapters` before round 1.
+    """
+
+    model: Model
+    adapter: Adapter
+    task: Task
+    trainer: Trainer
+    sparsifier: Sparsifier
+    transforms: tuple[Transform, ...]
+    aggregator: Aggregator
+    correction: Correction
+    controller: Controller
+    wireless: Wireless
+    server: Optimizer
+    client_weight: Callable[[Array], Array]
+    rank: Array
+    scale: Array
+    ranks: Array
+    init_adapters: Callable[[Array], Adapters]
+    layout: Layout
+
+
+MakeParts = Callable[[Numbers], Parts]
+"""From the traced numbers of a run to its records; called inside the program."""
 
 
 class Cohort(NamedTuple):
     """Who takes part in a round, and with what.
 
-    ids: `[C]`. present: `[C]` bool, False for padding. link: their part of the radio world.
+    ids: `[C]`. present: `[C]` bool, False for padding. wireless: their part of the network's state.
     clients: what they train on, with leaves `[C, ...]`.
     ranks: `[C, R]` masks of their ranks in use. sends: the parts of the adapters that all of them send.
-    start: the adapters that are broadcast to them. downlink_bits: `[C]` uint32.
-    samples: `[C]` examples that they compute. start_s: `[C]` seconds at which they can begin their upload.
+    start: the adapters that are broadcast to them. downlink: `[C]` bits.
+    work: `[C]` of their training. radio: what control knows of the network.
     """
 
     ids: Array
     present: Array
-    link: LinkState
+    wireless: Any
     clients: Client
     ranks: Array
     sends: Live
     start: Adapters
-    downlink_bits: Array
-    samples: Array
-    start_s: Array
+    downlink: Count
+    work: Work
+    radio: Radio
 
     def scope(self, ranks: Array) -> Scope:
         """What a client with the ranks `[R]` sends."""
         return scope_of(ranks, self.sends)
 
 
-def scope_of(ranks: Array, sends: Live) -> Scope:
-    """The parts `sends` of the ranks `[R]`."""
-    return Scope(ranks, *map(jnp.float32, sends))
+def scope_of(ranks: Array, live: Live) -> Scope:
+    """The parts `live` of the ranks `[R]`."""
+    return Scope(ranks, *map(jnp.float32, live))
 
 
 class Local(NamedTuple):
@@ -103,15 +136,35 @@ class Local(NamedTuple):
     weight: Array
 
 
+class Offers(NamedTuple):
+    """What control can choose from: tail energy and float32 bits `[C, R + 1]` of 0 ... R kept ranks, see `Offer`."""
+
+    tail_energy: Array
+    bits: Array
+
+
+class Upload(NamedTuple):
+    """What the clients send; leaves are `[C, ...]`.
+
+    received: as the server decodes it. bits: of all that each sends. kept_ranks, dropped_energy: see `Message`.
+    memory: of the sparsifier, for those who are heard.
+    """
+
+    received: Received
+    bits: Count
+    kept_ranks: Array
+    dropped_energy: Array
+    memory: Any
+
+
 class Uplink(NamedTuple):
     """How the uploads were planned and how they went; leaves are `[C, ...]`, but for the round's `latency_s`.
 
-    memory: of the sparsifier, for those who were heard. arrived: bool, who enters the average.
+    arrived: bool, who enters the average.
     """
 
     decision: Decision
-    sent: Sent
-    memory: Any
+    upload: Upload
     delivery: Delivery
     arrived: Array
     latency_s: Array

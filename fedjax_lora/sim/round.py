@@ -9,15 +9,27 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_lora.adapters.lora import max_rank, rank_mask
-from fedjax_lora.core import trees
+from fedjax_lora.aggregation.products import as_changes
+from fedjax_lora.core import count, trees
+from fedjax_lora.core.count import Count
 from fedjax_lora.core.keys import RoundKeys, client_keys, round_keys
-from fedjax_lora.core.methods import Aggregate, Decision, Delivery, Live, Observation, Sent
+from fedjax_lora.core.methods import (
+    Aggregate,
+    Broadcast,
+    Client,
+    Decision,
+    Delivery,
+    Live,
+    Observation,
+    Outcome,
+    Trained,
+)
 from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState, Metrics, Scope
-from fedjax_lora.ops.products import differences
 from fedjax_lora.sim.cohort import choose, map_over_devices, padded_size
+from fedjax_lora.sim.merged import current_base
 from fedjax_lora.sim.metrics import observe
-from fedjax_lora.sim.parts import Cohort, Local, Parts, Uplink, World, scope_of
-from fedjax_lora.training.local import Broadcast, Client, Trained
+from fedjax_lora.sim.parts import Cohort, Local, MakeParts, Offers, Parts, Uplink, Upload, World, scope_of
+from fedjax_lora.sparsifiers import payload, transforms
 from fedjax_lora.training.personal import extract
 
 SPARSIFIED_AT_ONCE = 32
@@ -26,15 +38,14 @@ SPARSIFIED_AT_ONCE = 32
 RoundFn = Callable[[World, FedState], tuple[FedState, Metrics]]
 
 
-def make_round(parts: Parts) -> RoundFn:
+def make_round(make_parts: MakeParts) -> RoundFn:
     """`(world, state) -> (state, metrics)`: one round of federated LoRA over the simulated cell."""
 
     def round_fn(world: World, state: FedState) -> tuple[FedState, Metrics]:
-        keys = round_keys(state.key, state.round)
+        parts, keys = make_parts(state.numbers), round_keys(state.key, state.round)
 
         # 1. Draw the channel.
-        link = parts.link.step(state.link, keys.channel, jnp.arange(world.data.count.shape[0]))
-        state = dataclasses.replace(state, link=link)
+        state = draw_channel(parts, state, keys.channel)
 
         # 2. Choose the cohort, and broadcast to it.
         cohort = choose_cohort(parts, world, state, keys)
@@ -42,53 +53,87 @@ def make_round(parts: Parts) -> RoundFn:
         # 3. Train locally; who diverged is left out from here on.
         local = train_locally(parts, world, state, cohort)
 
-        # 4. Importance of each rank, and 5. control of keep ratio and bandwidth.
-        tail_energy = importance(parts, cohort, local)
-        decision = control(parts, state, cohort, local, tail_energy)
+        # 4. Importance of each rank, and 5. control of kept ranks and bandwidth.
+        offers = importance(parts, cohort, local)
+        decision = control(parts, state, cohort, local, offers)
 
         # 6. Sparsify, and 7. transmit.
-        sent, memory = sparsify(parts, cohort, local, decision, keys.sparsify)
-        uplink = transmit(parts, cohort, local, decision, sent, memory)
+        upload = sparsify(parts, cohort, local, decision.kept, keys.sparsify)
+        uplink = transmit(parts, cohort, local, decision, upload)
 
-        # 8. Aggregate, step the server, update the queue.
-        aggregate = average(parts, state, cohort, local, uplink, keys.aggregate)
-        after = advance(parts, state, cohort, local, uplink, aggregate)
-        return after, observe(after, cohort, local, tail_energy, uplink, aggregate)
+        # 8. Aggregate, step the server, update the controller.
+        aggregate = average(parts, cohort, local, uplink, keys.aggregate)
+        after, report = advance(parts, state, cohort, local, uplink, aggregate)
+        return after, observe(after, cohort, local, offers, uplink, aggregate, report)
 
     return round_fn
 
 
+def draw_channel(parts: Parts, state: FedState, key: Array) -> FedState:
+    """Step 1: the state with the round's channels of all K clients."""
+    ids = jnp.arange(state.clients.rank.shape[0])
+    channels = parts.wireless.step(state.methods["wireless"], key, ids)
+    return dataclasses.replace(state, methods={**state.methods, "wireless": channels})
+
+
 def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> Cohort:
-    """Steps 2 and the broadcast: who takes part, what each sends, and when it can begin to."""
-    num_clients = world.data.count.shape[0]
-    size = padded_size(parts.cohort_size, parts.chunk, parts.mesh.size)
-    ids, present = choose(keys.cohort, num_clients, parts.cohort_size, size)
-    own, link = trees.take((state.clients, state.link), ids)
+    """Step 2 and the broadcast: who takes part, what each sends, and when it can begin to."""
+    layout, channels = parts.layout, state.methods["wireless"]
+    size = padded_size(layout.cohort_size, layout.chunk, layout.mesh.size)
+    priority = schedule(parts, world, state, keys.cohort)
+    ids, present = choose(priority, state.clients.rank.shape[0], layout.cohort_size, size)
+    own, wireless = trees.take((state.clients, channels), ids)
     ranks = jax.vmap(rank_mask, (0, None))(own.rank, max_rank(state.adapters))
-    sends, receives = parts.aggregator.sends(state.round), parts.receives(state.round)
-
-    scope = Scope(rank_mask(state.hyper.rank, max_rank(state.adapters)), *map(jnp.float32, receives))
-
-    def broadcast(ranks: Array) -> tuple[Adapters, Array]:
-        adapters, bits = parts.sparsifier.broadcast(state.adapters, scope, ranks)
-        return adapters, bits + parts.drift_bits(Scope(ranks, *map(jnp.float32, sends)))
-
-    start, downlink_bits = jax.vmap(broadcast, out_axes=(None, 0))(ranks)
-    downlink_bits += jnp.where(state.round > 0, parts.extra_downlink_bits(state.hyper.rank), 0)
-    count = world.data.count[ids]
-    samples = parts.samples(count)
+    start, downlink = broadcast(parts, state, ranks)
+    examples = world.data.count[ids]
+    work = parts.trainer.work(examples)
+    bits = downlink.float32() if parts.controller.over_the_air else jnp.zeros(ids.shape)
+    keyed = client_keys(keys.local, ids)
     return Cohort(
         ids=ids,
         present=present,
-        link=link,
-        clients=Client(world.data.index[ids], count, client_keys(keys.local, ids), own),
+        wireless=wireless,
+        clients=Client(world.data.index[ids], examples, keyed, own.rank, own.personal, own.methods),
         ranks=ranks,
-        sends=sends,
+        sends=parts.aggregator.traffic(state.round, layout.everyone).sent,
         start=start,
-        downlink_bits=downlink_bits,
-        samples=samples,
-        start_s=parts.link.start_s(link, samples, downlink_bits, present),
+        downlink=downlink,
+        work=work,
+        radio=parts.wireless.observe(wireless, work, bits, present),
     )
+
+
+def schedule(parts: Parts, world: World, state: FedState, key: Array) -> Array | None:
+    """`[K]` priorities of the clients, see `Controller.schedule`; None where all take part and nobody chooses."""
+    ids, controller = jnp.arange(state.clients.rank.shape[0], dtype=jnp.int32), parts.controller
+    if controller.schedule is None:
+        return None if parts.layout.everyone else jax.vmap(jax.random.uniform)(client_keys(key, ids))
+    work = parts.trainer.work(world.data.count)
+    radio = parts.wireless.observe(state.methods["wireless"], work, jnp.zeros(ids.shape), jnp.ones(ids.shape, bool))
+    return controller.schedule(state.methods["control"], key, ids, radio)
+
+
+def broadcast(parts: Parts, state: FedState, ranks: Array) -> tuple[Adapters, Count]:
+    """What clients of the ranks `[C, R]` start from, and the bits `[C]` of all that each is sent."""
+    traffic = parts.aggregator.traffic(state.round, parts.layout.everyone)
+    scope = scope_of(rank_mask(parts.rank, ranks.shape[-1]), traffic.received)
+    of_adapters = parts.sparsifier.broadcast or payload.dense_broadcast
+
+    def to_client(ranks: Array) -> tuple[Adapters, Count]:
+        adapters, size = of_adapters(state.adapters, scope, ranks)
+        return adapters, payload.bits(size, ()) + correction_bits(parts, state.adapters, scope_of(ranks, traffic.sent))
+
+    start, bits = jax.vmap(to_client, out_axes=(None, 0))(ranks)
+    clients = parts.layout.cohort_size if parts.layout.everyone else None
+    more = parts.aggregator.extra_downlink(state.adapters, clients, parts.rank)
+    return start, bits + count.where(state.round > 0, more, Count.of(0))
+
+
+def correction_bits(parts: Parts, like: Adapters, scope: Scope) -> Count:
+    """A client whose correction has a state sends the change of it and is sent the server's, both in full."""
+    if not jax.tree.leaves(jax.eval_shape(parts.correction.init_client, like)):
+        return Count.of(0)
+    return payload.bits(payload.dense_size(like, scope), ())
 
 
 def train_locally(parts: Parts, world: World, state: FedState, cohort: Cohort) -> Local:
@@ -98,7 +143,7 @@ def train_locally(parts: Parts, world: World, state: FedState, cohort: Cohort) -
     active = cohort.present & finite
     adapters = keep_where(active, trained.adapters, cohort.start)
     shown = adapters
-    if parts.aggregator.keeps:  # else what a client holds is what it sends, and a copy is saved
+    if parts.aggregator.personal:  # else what a client holds is what it sends, and a copy is saved
         shown = jax.vmap(lambda own, ranks: cohort.scope(ranks).select(own, cohort.start))(adapters, cohort.ranks)
     return Local(
         trained=trained._replace(adapters=adapters),
@@ -112,128 +157,127 @@ def train_locally(parts: Parts, world: World, state: FedState, cohort: Cohort) -
 def train_cohort(parts: Parts, world: World, state: FedState, start: Adapters, clients: Client) -> Trained:
     """Local training of every client of the cohort: leaves `[C, ...]`."""
     given = Broadcast(
-        base=parts.current_base(world, state),
+        base=current_base(parts, world, state),
         pool=world.data.train,
         adapters=start,
         live=Live(*map(jnp.float32, parts.aggregator.trains(state.round))),
-        drift=state.drift,
-        hyper=state.hyper,
+        correction=state.methods["drift"],
+        scale=parts.scale,
         round=state.round,
     )
-    return map_over_devices(parts.train, given, clients, parts.chunk, parts.mesh)
+    return map_over_devices(parts.trainer.train, given, clients, parts.layout.chunk, parts.layout.mesh)
 
 
-def importance(parts: Parts, cohort: Cohort, local: Local) -> Array:
-    """Step 4: what the ranks of each client are worth, as the energy left out without them, `[C, R + 1]`."""
+def importance(parts: Parts, cohort: Cohort, local: Local) -> Offers:
+    """Step 4: what the ranks of each client are worth, and what they cost."""
 
-    def tail_energy(shared: tuple[Adapters, Live], item: tuple[Adapters, Array]) -> Array:
+    def offer(shared: tuple[Adapters, Live], item: tuple[Adapters, Array]) -> Offers:
         (start, sends), (shown, ranks) = shared, item
-        return parts.sparsifier.tail_energy(start, shown, scope_of(ranks, sends))
+        scope = scope_of(ranks, sends)
+        found = parts.sparsifier.offer(start, shown, scope)
+        bits = payload.bits(found.size, parts.transforms) + correction_bits(parts, start, scope)
+        return Offers(found.tail_energy, bits.float32())
 
-    shared, items = (cohort.start, cohort.sends), (local.shown, cohort.ranks)
-    return map_over_devices(tail_energy, shared, items, max(parts.chunk, SPARSIFIED_AT_ONCE), parts.mesh)
+    return _map_cohort(parts, offer, (cohort.start, cohort.sends), (local.shown, cohort.ranks))
 
 
-def control(parts: Parts, state: FedState, cohort: Cohort, local: Local, tail_energy: Array) -> Decision:
-    """Step 5: keep ratio and bandwidth of each client, as the controller has it."""
-
-    def payload_bits(keep_ratio: Array, ranks: Array) -> Array:
-        scope = cohort.scope(ranks)
-        return parts.sparsifier.payload_bits(keep_ratio, scope) + parts.drift_bits(scope)
-
+def control(parts: Parts, state: FedState, cohort: Cohort, local: Local, offers: Offers) -> Decision:
+    """Step 5: kept ranks and bandwidth of each client, as the controller has it."""
     observation = Observation(
-        snr_hz=parts.link.snr_hz(cohort.link),
-        start_s=cohort.start_s,
+        radio=cohort.radio,
         weights=normalised(local.weight * local.active),
-        tail_energy=tail_energy,
-        rank=cohort.clients.state.rank,
-        payload_bits=lambda keep_ratio: jax.vmap(payload_bits)(keep_ratio, cohort.ranks),
-        bandwidth_hz=jnp.float32(parts.link.bandwidth_hz),
-        queue_s=state.queue_s,
-        hyper=state.hyper,
-        energy_queue_j=state.energy_queue_j,
-        power_w=parts.link.power_w,
+        rank=cohort.clients.rank,
+        tail_energy=offers.tail_energy,
+        bits=offers.bits,
+        whole_ranks=parts.sparsifier.whole_ranks,
     )
-    return parts.controller.decide(observation)
+    return parts.controller.allocate(state.methods["control"], observation)
 
 
-def sparsify(parts: Parts, cohort: Cohort, local: Local, decision: Decision, key: Array) -> tuple[Sent, Any]:
-    """Step 6: what each client sends, with the bits of all that it sends, and what its sparsifier remembers.
+def sparsify(parts: Parts, cohort: Cohort, local: Local, kept: Array, key: Array) -> Upload:
+    """Step 6: what each client sends and the server decodes, where it keeps `kept` `[C]` ranks.
 
     Some at a time: what one client's choice takes beside its adapters is not held for all of them.
     """
 
-    def compress(shared: tuple[Adapters, Live], item: Any) -> tuple[Sent, Any]:
-        (start, sends), (shown, memory, keep_ratio, ranks, key) = shared, item
-        scope = scope_of(ranks, sends)
-        sent, memory = parts.sparsifier.compress(start, shown, memory, keep_ratio, scope, key)
-        return dataclasses.replace(sent, bits=sent.bits + parts.drift_bits(scope)), memory
+    def send(shared: tuple[Adapters, Live], item: Any) -> Upload:
+        (start, sends), (shown, memory, kept, ranks, key) = shared, item
+        scope, (encode_key, transform_key) = scope_of(ranks, sends), jax.random.split(key)
+        message = parts.sparsifier.encode(start, shown, memory, kept, scope, encode_key)
+        bits = payload.bits(payload.message_size(message), parts.transforms) + correction_bits(parts, start, scope)
+        message = transforms.apply(parts.transforms, message, transform_key)
+        received = parts.sparsifier.decode(start, message, scope)
+        memory = parts.sparsifier.remember(shown, memory, received, scope)
+        return Upload(received, bits, message.kept_ranks, message.dropped_energy, memory)
 
-    keys, chunk = client_keys(key, cohort.ids), max(parts.chunk, SPARSIFIED_AT_ONCE)
-    items = local.shown, cohort.clients.state.memory, decision.keep_ratio, cohort.ranks, keys
-    sent, memory = map_over_devices(compress, (cohort.start, cohort.sends), items, chunk, parts.mesh)
-    return dataclasses.replace(sent, bits=jnp.where(local.active, sent.bits, 0)), memory
+    memory = cohort.clients.methods["sparsifier"]
+    items = local.shown, memory, kept, cohort.ranks, client_keys(key, cohort.ids)
+    upload = _map_cohort(parts, send, (cohort.start, cohort.sends), items)
+    return upload._replace(bits=count.where(local.active, upload.bits, Count.of(0)))
 
 
-def transmit(parts: Parts, cohort: Cohort, local: Local, decision: Decision, sent: Sent, memory: Any) -> Uplink:
+def _map_cohort(parts: Parts, work: Callable[..., Any], shared: Any, items: Any) -> Any:
+    chunk = max(parts.layout.chunk, SPARSIFIED_AT_ONCE)
+    return map_over_devices(work, shared, items, chunk, parts.layout.mesh)
+
+
+def transmit(parts: Parts, cohort: Cohort, local: Local, decision: Decision, upload: Upload) -> Uplink:
     """Step 7: who is heard, and when the round ends."""
-    delivery = parts.link.deliver(cohort.link, cohort.samples, sent.bits, decision, cohort.start_s, cohort.present)
+    bits = upload.bits.float32() if parts.controller.over_the_air else jnp.zeros(cohort.ids.shape)
+    delivery = parts.wireless.deliver(
+        cohort.wireless, cohort.work, bits, decision.share_hz, cohort.radio.start_s, cohort.present
+    )
     return Uplink(
         decision=decision,
-        sent=sent,
-        memory=memory,
+        upload=upload,
         delivery=delivery,
         arrived=local.active & delivery.delivered,
         latency_s=round_latency(delivery, local.active),
     )
 
 
-def average(parts: Parts, state: FedState, cohort: Cohort, local: Local, uplink: Uplink, key: Array) -> Aggregate:
+def average(parts: Parts, cohort: Cohort, local: Local, uplink: Uplink, key: Array) -> Aggregate:
     """Step 8, as the aggregator has it."""
-    held, received = local.shown, uplink.sent.adapters
-    if not parts.one_rank:  # else b is zero beyond the ranks in use, and two copies are saved
-        held, received = (jax.vmap(own_product)(adapters, cohort.ranks) for adapters in (held, received))
-    sent = dataclasses.replace(uplink.sent, adapters=received)
+    held, received = local.shown, uplink.upload.received
+    if not parts.layout.one_rank:  # else b is zero beyond the ranks in use, and two copies are saved
+        held, theirs = (jax.vmap(own_product)(adapters, cohort.ranks) for adapters in (held, received.adapters))
+        received = dataclasses.replace(received, adapters=theirs)
     if parts.aggregator.resumes:
-        held, sent = as_changes(cohort.clients.state.own, held, sent)
-    return parts.aggregator.aggregate(
-        cohort.start,
-        held,
-        sent,
-        normalised(local.weight * uplink.arrived),
-        state.hyper.alpha / state.hyper.rank,
-        key,
-    )
+        held, received = as_changes(cohort.clients.methods["aggregation"], held, received)
+    weights = normalised(local.weight * uplink.arrived)
+    return parts.aggregator.aggregate(cohort.start, held, received, weights, parts.scale, key)
 
 
 def advance(
     parts: Parts, state: FedState, cohort: Cohort, local: Local, uplink: Uplink, aggregate: Aggregate
-) -> FedState:
-    """The state after the round; `state` holds its channel already."""
+) -> tuple[FedState, dict[str, Array]]:
+    """The state after the round, which holds its channel already, and the controller's report."""
     adapters, server = step_server(parts, state, cohort, aggregate)
     clients = remember(parts, state, cohort, local, uplink)
     mean_energy_j = jnp.sum(uplink.delivery.energy_j) / jnp.maximum(jnp.sum(cohort.present), 1)
-    return dataclasses.replace(
+    outcome = Outcome(latency_s=uplink.latency_s, energy_j=mean_energy_j)
+    controller, report = parts.controller.update(state.methods["control"], outcome)
+    change = mean_change(clients.methods["drift"], state.clients.methods["drift"])
+    correction = parts.correction.next_server(state.methods["drift"], change)
+    after = dataclasses.replace(
         state,
         round=state.round + 1,
         adapters=adapters,
-        server=server,
-        queue_s=parts.controller.update_queue(state.queue_s, uplink.latency_s),
-        energy_queue_j=parts.controller.update_energy_queue(state.energy_queue_j, mean_energy_j),
-        elapsed_s=state.elapsed_s + uplink.latency_s,
         merged=jax.tree.map(jnp.add, state.merged, aggregate.merged),
-        drift=parts.drift.next_server(state.drift, mean_change(clients.drift, state.clients.drift)),
+        elapsed_s=state.elapsed_s + uplink.latency_s,
+        methods={**state.methods, "control": controller, "server": server, "drift": correction},
         clients=clients,
     )
+    return after, report
 
 
 def step_server(parts: Parts, state: FedState, cohort: Cohort, aggregate: Aggregate) -> tuple[Adapters, Any]:
     """The new global adapters, and the server optimizer's state."""
     start = cohort.start
     pseudo_gradient = jax.tree.map(jnp.subtract, start, aggregate.adapters)
-    updates, server = parts.optimizer.update(pseudo_gradient, state.server, state.adapters)
+    updates, server = parts.server.update(pseudo_gradient, state.methods["server"], state.adapters)
     # Momentum would move what is at rest in this round.
-    shared = cohort.scope(rank_mask(state.hyper.rank, max_rank(start)))
+    shared = cohort.scope(rank_mask(parts.rank, max_rank(start)))
     updates = shared.select(updates, jax.tree.map(jnp.zeros_like, start))
     # To the state's adapters, which are whole also where the broadcast was not.
     return jax.tree.map(jnp.add, state.adapters, updates), server
@@ -241,15 +285,19 @@ def step_server(parts: Parts, state: FedState, cohort: Cohort, aggregate: Aggreg
 
 def remember(parts: Parts, state: FedState, cohort: Cohort, local: Local, uplink: Uplink) -> ClientState:
     """What all clients carry on; only for those of the cohort who were heard it is new."""
-    old, trained, next_rank = cohort.clients.state, local.trained, parts.aggregator.next_rank
+    own, trained, next_rank = cohort.clients, local.trained, parts.aggregator.next_rank
     new = ClientState(
-        rank=jax.vmap(next_rank, (None, 0, 0))(cohort.start, trained.adapters, old.rank) if next_rank else old.rank,
-        kept=extract(trained.adapters, parts.aggregator.keeps),
-        memory=uplink.memory,
-        drift=trained.drift,
-        own=trained.adapters.modules if parts.aggregator.resumes else {},
+        rank=jax.vmap(next_rank, (None, 0, 0))(cohort.start, trained.adapters, own.rank) if next_rank else own.rank,
+        personal=extract(trained.adapters, parts.aggregator.personal),
+        methods={
+            "sparsifier": uplink.upload.memory,
+            "drift": trained.correction,
+            "aggregation": trained.adapters.modules if parts.aggregator.resumes else (),
+        },
     )
-    return scatter(state.clients, cohort.ids, uplink.arrived, new, old)
+    old = ClientState(rank=own.rank, personal=own.personal, methods=own.methods)
+    rows = trees.where(uplink.arrived, new, old)
+    return jax.tree.map(lambda whole, row: whole.at[cohort.ids].set(row, mode="drop"), state.clients, rows)
 
 
 def mean_change(new: Any, old: Any) -> Any:
@@ -274,22 +322,7 @@ def own_product(adapters: Adapters, ranks: Array) -> Adapters:
     return Adapters(modules=modules, head=adapters.head)
 
 
-def as_changes(own: dict[str, Factors], held: Adapters, sent: Sent) -> tuple[Adapters, Sent]:
-    """What the clients hold and what arrived, `[C, ...]`, as the changes of their products since they began."""
-    held, received = (
-        dataclasses.replace(adapters, modules=differences(adapters.modules, own)) for adapters in (held, sent.adapters)
-    )
-    counted = {name: jnp.concatenate([mask, mask], axis=-1) for name, mask in sent.counted.items()}
-    return held, dataclasses.replace(sent, adapters=received, counted=counted)
-
-
 def round_latency(delivery: Delivery, active: Array) -> Array:
     """Seconds until the last upload ended; who diverged or can never be heard is not waited for."""
     heard = active & jnp.isfinite(delivery.latency_s)
     return jnp.max(jnp.where(heard, delivery.latency_s, 0.0))
-
-
-def scatter(memory, ids: Array, arrived: Array, new, old):
-    """All clients' memory `[K, ...]` with the rows of those who were heard replaced."""
-    rows = trees.where(arrived, new, old)
-    return jax.tree.map(lambda whole, row: whole.at[ids].set(row, mode="drop"), memory, rows)

@@ -20,7 +20,10 @@ SCALE_BITS = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WireConfig:
-    """Bits of a value on the uplink: 32 is exact; 8 and 4 are rounded at random, without bias, to that many."""
+    """How values travel on the uplink.
+
+    bits: of a value; 32 is exact, 8 and 4 are rounded at random, without bias, to that many.
+    """
 
     bits: Literal[32, 8, 4] = 32
 

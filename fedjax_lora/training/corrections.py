@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.core.methods import Drift
-from fedjax_lora.core.numbers import Options
+from fedjax_lora.core.methods import Context, Correction, Method
+from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Scope
 
 
@@ -26,10 +26,13 @@ class NoDriftConfig(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FedProxConfig(Options):
-    """A pull back to the broadcast: `mu / 2 * ||adapters - broadcast||^2` is added to the local loss."""
+    """A pull back to the broadcast: `mu / 2 * ||adapters - broadcast||^2` is added to the local loss.
+
+    mu: weight of the pull.
+    """
 
     name: Literal["fedprox"] = "fedprox"
-    mu: float = 0.01
+    mu: float = traced(0.01)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,10 +47,9 @@ class ScaffoldConfig(Options):
     name: Literal["scaffold"] = "scaffold"
 
 
-def no_drift(config: NoDriftConfig) -> Drift:
+def no_correction(config: NoDriftConfig, context: Context) -> Correction:
     """No correction, no state."""
-    del config
-    return Drift(
+    return Correction(
         init_client=lambda adapters: (),
         init_server=lambda adapters: (),
         gradient=lambda gradient, adapters, start, server, client: gradient,
@@ -56,22 +58,21 @@ def no_drift(config: NoDriftConfig) -> Drift:
     )
 
 
-def fedprox(config: FedProxConfig) -> Drift:
+def fedprox(config: FedProxConfig, context: Context) -> Correction:
     """The gradient of the proximal term is added; there is no state."""
 
     def gradient(gradient: Adapters, adapters: Adapters, start: Adapters, server: Any, client: Any) -> Adapters:
         del server, client
         return jax.tree.map(lambda g, x, x0: g + config.mu * (x - x0), gradient, adapters, start)
 
-    return no_drift(NoDriftConfig())._replace(gradient=gradient)
+    return no_correction(NoDriftConfig(), context)._replace(gradient=gradient)
 
 
-def scaffold(config: ScaffoldConfig) -> Drift:
+def scaffold(config: ScaffoldConfig, context: Context) -> Correction:
     """The gradient is corrected by `c - c_k`; after training `c_k` becomes `c_k - c + (start - trained) / path`.
 
     A control variate of what was not trained in a round stays as it is.
     """
-    del config
 
     def zeros(adapters: Adapters) -> Adapters:
         return jax.tree.map(jnp.zeros_like, adapters)
@@ -89,10 +90,23 @@ def scaffold(config: ScaffoldConfig) -> Drift:
         moved = jax.tree.map(lambda x0, x, c, own: own - c + (x0 - x) * rate, start, trained, server, client)
         return scope.select(moved, client)
 
-    return Drift(
+    return Correction(
         init_client=zeros,
         init_server=zeros,
         gradient=gradient,
         next_client=next_client,
         next_server=lambda server, change: jax.tree.map(jnp.add, server, change),
     )
+
+
+METHODS = (
+    Method("drift", "none", NoDriftConfig, no_correction),
+    Method("drift", "fedprox", FedProxConfig, fedprox),
+    Method(
+        "drift",
+        "scaffold",
+        ScaffoldConfig,
+        scaffold,
+        needs=frozenset({"one_rank", "plain_sgd", "unclipped", "shared_b", "fixed_basis"}),
+    ),
+)

@@ -1,33 +1,40 @@
-"""Optimizers and learning-rate schedules by name: optax's, with the rate kept outside as a traced number."""
+"""Optimizers and learning-rate schedules by name: optax's, with every number traced.
+
+The clients' optimizer gives a direction, and the rate stands apart; a server optimizer makes the whole step.
+"""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
+from jax.typing import ArrayLike
 
-from fedjax_lora.core.numbers import Options
+from fedjax_lora.core.methods import Context, Method, Optimizer
+from fedjax_lora.core.numbers import Options, traced
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The clients' optimizer. Its state starts afresh each round.
 
+    name: which optimizer it is.
     learning_rate: peak rate.
-    schedule: decay to 0 over all local steps of all rounds, after `warmup_steps` of linear rise.
+    schedule: decay to 0 over all local steps of all rounds, after `warmup_steps`.
+    warmup_steps: local steps of linear rise, counted over all rounds.
     momentum: of `momentum`, where None stands for 0.9. weight_decay: of `adamw`.
     clip_norm: global gradient norm; None leaves it free.
     """
 
     name: Literal["sgd", "momentum", "adamw"] = "adamw"
-    learning_rate: float = 1e-3
+    learning_rate: float = traced(1e-3)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0
-    momentum: float | None = None
-    weight_decay: float = 0.0
-    clip_norm: float | None = None
+    warmup_steps: int = traced(0)
+    momentum: float | None = traced(None)
+    weight_decay: float = traced(0.0)
+    clip_norm: float | None = traced(None)
 
     def __post_init__(self):
         if self.learning_rate <= 0:
@@ -48,9 +55,12 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _ServerOptions(Options):
-    """What the server's optimizers on the pseudo-gradient `broadcast - average` have in common."""
+    """What the server's optimizers on the pseudo-gradient `broadcast - average` have in common.
 
-    learning_rate: float = 1.0
+    learning_rate: of the server.
+    """
+
+    learning_rate: float = traced(1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,13 +74,19 @@ class FedAvgConfig(_ServerOptions):
 
     name: Literal["sgd"] = "sgd"
 
+    def breaks(self) -> dict[str, str]:
+        return {} if self.learning_rate == 1.0 else {"whole_step": "learning_rate"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FedAvgMConfig(_ServerOptions):
-    """Momentum: T.-M. H. Hsu et al., arXiv 1909.06335."""
+    """Momentum: T.-M. H. Hsu et al., arXiv 1909.06335.
+
+    momentum: share of the last step that is taken again.
+    """
 
     name: Literal["momentum"] = "momentum"
-    momentum: float = 0.9
+    momentum: float = traced(0.9)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,12 +99,15 @@ class _AdaptiveOptions(_ServerOptions):
     """Decays of both moments, and what is added to the root of the second.
 
     At first a step moves every entry by about the learning rate, whatever the pseudo-gradient is: 1.0 is far too much.
+
+    beta1: decay of the first moment. beta2: decay of the second moment.
+    epsilon: what is added to the root of the second moment.
     """
 
-    learning_rate: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.99
-    epsilon: float = 1e-3
+    learning_rate: float = traced(0.01)
+    beta1: float = traced(0.9)
+    beta2: float = traced(0.99)
+    epsilon: float = traced(1e-3)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,16 +132,6 @@ class FedYogiConfig(_AdaptiveOptions):
     name: Literal["yogi"] = "yogi"
 
 
-class Optimizer(NamedTuple):
-    """An optax transformation, over trees of any kind: optax's own types name arrays alone.
-
-    init: `params -> state`. update: `(gradient, state, params) -> (update, state)`.
-    """
-
-    init: Callable[[Any], Any]
-    update: Callable[[Any, Any, Any], tuple[Any, Any]]
-
-
 def direction(config: OptimizerConfig) -> Optimizer:
     """The descent direction before it is multiplied by the learning rate."""
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
@@ -134,22 +143,43 @@ def direction(config: OptimizerConfig) -> Optimizer:
     return Optimizer(*optax.chain(clip, step))
 
 
-def fed_avg(config: FedAvgConfig) -> Optimizer:
+def schedule(config: OptimizerConfig, total_steps: int, step: ArrayLike) -> Array:
+    """`[...]` factor in [0, 1] on the peak learning rate at local steps `[...]`, counted over all rounds.
+
+    Linear rise over `warmup_steps`, then the decay over what is left. Our own: optax's schedules take no traced lengths.
+    """
+    step = jnp.asarray(step, jnp.float32)
+    warmup = jnp.asarray(config.warmup_steps, jnp.float32)
+    done = jnp.clip((step - warmup) / jnp.maximum(total_steps - warmup, 1.0), 0.0, 1.0)
+    decay = {
+        "constant": jnp.ones_like(done),
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
+    }[config.schedule]
+    return jnp.where(step < warmup, (step + 1.0) / jnp.maximum(warmup, 1.0), decay)
+
+
+def depends_on_rounds(config: OptimizerConfig) -> bool:
+    """Whether the rates of the first rounds are others where more rounds follow."""
+    return config.schedule != "constant"
+
+
+def fed_avg(config: FedAvgConfig, context: Context) -> Optimizer:
     """The server's whole step, learning rate included, as of all that follow."""
     return Optimizer(*optax.sgd(config.learning_rate))
 
 
-def fed_avg_m(config: FedAvgMConfig) -> Optimizer:
+def fed_avg_m(config: FedAvgMConfig, context: Context) -> Optimizer:
     """Steps along a decaying sum of the pseudo-gradients."""
     return Optimizer(*optax.sgd(config.learning_rate, config.momentum))
 
 
-def fed_adam(config: FedAdamConfig) -> Optimizer:
+def fed_adam(config: FedAdamConfig, context: Context) -> Optimizer:
     """Steps by the ratio of the moments."""
     return Optimizer(*optax.adam(config.learning_rate, config.beta1, config.beta2, config.epsilon))
 
 
-def fed_yogi(config: FedYogiConfig) -> Optimizer:
+def fed_yogi(config: FedYogiConfig, context: Context) -> Optimizer:
     """As `fed_adam`, with Yogi's second moment.
 
     The first starts at 0 as in Reddi et al., where optax has it start where the second does.
@@ -164,20 +194,11 @@ def fed_yogi(config: FedYogiConfig) -> Optimizer:
     return Optimizer(init, made.update)
 
 
-def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """`step -> factor` in [0, 1] on the peak learning rate; `step` counts local steps over all rounds."""
-    steps = max(1, total_steps - config.warmup_steps)
-    decay = {
-        "constant": lambda: optax.schedules.constant_schedule(1.0),
-        "linear": lambda: optax.schedules.linear_schedule(1.0, 0.0, steps),
-        "cosine": lambda: optax.schedules.cosine_decay_schedule(1.0, steps),
-    }[config.schedule]()
-    if config.warmup_steps == 0:
-        return decay
-    rise = optax.schedules.linear_schedule(1 / config.warmup_steps, 1.0, config.warmup_steps - 1)
-    return optax.schedules.join_schedules([rise, decay], [config.warmup_steps])
+_REMEMBERS = frozenset({"memoryless_server", "whole_step"})
 
-
-def depends_on_rounds(config: OptimizerConfig) -> bool:
-    """Whether the rates of the first rounds are others where more rounds follow."""
-    return config.schedule != "constant"
+METHODS = (
+    Method("server", "sgd", FedAvgConfig, fed_avg),
+    Method("server", "momentum", FedAvgMConfig, fed_avg_m, breaks=_REMEMBERS),
+    Method("server", "adam", FedAdamConfig, fed_adam, breaks=_REMEMBERS),
+    Method("server", "yogi", FedYogiConfig, fed_yogi, breaks=_REMEMBERS),
+)

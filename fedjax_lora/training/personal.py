@@ -12,27 +12,29 @@ from fedjax_lora.core.types import Adapters, ClientState, Factors
 
 def extract(adapters: Adapters, parts: Sequence[str]) -> dict[str, Any]:
     """The leaves of these parts ("a", "b", "head"), by part."""
-    kept: dict[str, Any] = {}
+    personal: dict[str, Any] = {}
     for part in parts:
-        kept[part] = adapters.head if part == "head" else {n: getattr(f, part) for n, f in adapters.modules.items()}
-    return kept
+        personal[part] = adapters.head if part == "head" else {n: getattr(f, part) for n, f in adapters.modules.items()}
+    return personal
 
 
-def compose(adapters: Adapters, kept: dict[str, Any]) -> Adapters:
+def compose(adapters: Adapters, personal: dict[str, Any]) -> Adapters:
     """The adapters with a client's own leaves in place of the shared ones."""
     modules = {
-        name: Factors(a=kept["a"][name] if "a" in kept else f.a, b=kept["b"][name] if "b" in kept else f.b)
+        name: Factors(
+            a=personal["a"][name] if "a" in personal else f.a, b=personal["b"][name] if "b" in personal else f.b
+        )
         for name, f in adapters.modules.items()
     }
-    return Adapters(modules=modules, head=kept.get("head", adapters.head))
+    return Adapters(modules=modules, head=personal.get("head", adapters.head))
 
 
 def deployed(adapters: Adapters, clients: ClientState) -> Adapters:
     """The adapters that a newcomer would be given, of the global ones and the state of all K clients.
 
-    The parts that clients keep are their mean. A rank that all have pruned away is no part of any client's model.
+    Personal parts are their mean over the clients. A rank that all have pruned away is no part of any client's model.
     """
-    whole = compose(adapters, jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), clients.kept))
+    whole = compose(adapters, jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), clients.personal))
     in_use = rank_mask(jnp.max(clients.rank), max_rank(whole))
     modules = {name: Factors(a=f.a, b=f.b * in_use[:, None]) for name, f in whole.modules.items()}
     return Adapters(modules=modules, head=whole.head)

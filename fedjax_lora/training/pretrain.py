@@ -13,20 +13,24 @@ import optax
 from jax import Array, lax
 
 from fedjax_lora.core import memory, trees
-from fedjax_lora.core.methods import Model
+from fedjax_lora.core.methods import Model, Task
 from fedjax_lora.core.types import Adapters, Base
 from fedjax_lora.data import tokens
 from fedjax_lora.data.batches import gather
 from fedjax_lora.data.cache import cache_folder
 from fedjax_lora.models import safetensors
-from fedjax_lora.training.local import cross_entropy
 
 _FORMAT = 1  # part of the cache's key: raise it when the training below changes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Central training with AdamW and cosine decay; used where `model.pretrained` is not given."""
+    """Central training with AdamW and cosine decay; used where `model.pretrained` is not given.
+
+    steps: of the optimizer.
+    batch_size: examples of a step.
+    learning_rate: peak rate.
+    """
 
     steps: int = 300
     batch_size: int = 64
@@ -42,13 +46,14 @@ class PretrainConfig:
 
 
 def pretrain(
-    model: Model, pool: Mapping[str, Array], config: PretrainConfig, key: Array
+    model: Model, task: Task, pool: Mapping[str, Array], config: PretrainConfig, key: Array
 ) -> tuple[Base, dict[str, Array]]:
     """Train base and head from scratch.
 
     Args:
       model: as built; its weights must be float32.
-      pool: public examples, leaves `[N, ...]` with `label`.
+      task: of the model, whose loss is lowered.
+      pool: public examples, leaves `[N, ...]`.
       key: seeds the weights and the batches.
 
     Returns:
@@ -60,12 +65,12 @@ def pretrain(
     base_key, head_key, batch_key = jax.random.split(key, 3)
     params = (model.init(base_key), model.init_head(head_key))
     optimizer = optax.adamw(optax.schedules.cosine_decay_schedule(config.learning_rate, config.steps))
-    num_examples = pool["label"].shape[0]
+    num_examples = next(iter(pool.values())).shape[0]
 
     def loss(params: tuple[Base, dict[str, Array]], batch: Mapping[str, Array], key: Array) -> Array:
         base, head = params
-        logits = model.apply(base, Adapters(modules={}, head=head), batch, key)
-        return cross_entropy(logits, batch["label"], jnp.ones(config.batch_size))
+        outputs = model.apply(base, Adapters(modules={}, head=head), batch, key)
+        return task.loss(outputs, batch, jnp.ones(config.batch_size))
 
     def backward(params, batch: Mapping[str, Array], key: Array):
         return jax.vjp(lambda params: loss(params, batch, key), params)[1]
@@ -92,13 +97,13 @@ def pretrain(
 
 
 def pretrained(
-    model: Model, pool: Mapping[str, np.ndarray], config: PretrainConfig, fingerprint: str
+    model: Model, task: Task, pool: Mapping[str, np.ndarray], config: PretrainConfig, fingerprint: str
 ) -> tuple[Base, dict[str, Array]]:
     """What `pretrain` gives at seed 0, kept on disk: the second run of a setting does not train again.
 
     Args:
-      model, pool, config: as for `pretrain`.
-      fingerprint: of the model's options and the data.
+      model, task, pool, config: as for `pretrain`.
+      fingerprint: of the options of model and task, and of the data.
     """
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     text = f"{_FORMAT} {fingerprint} {config} {shapes}"
@@ -108,7 +113,8 @@ def pretrained(
             kept, metadata = safetensors.restore(path)
             if metadata.get("sha256") == _digest(kept):
                 return kept["base"], kept["head"]
-    base, head = pretrain(model, {name: jnp.asarray(leaf) for name, leaf in pool.items()}, config, jax.random.key(0))
+    on_device = {name: jnp.asarray(leaf) for name, leaf in pool.items()}
+    base, head = pretrain(model, task, on_device, config, jax.random.key(0))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = {"base": base, "head": head}

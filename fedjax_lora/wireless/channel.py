@@ -1,6 +1,5 @@
-"""Power gain of one client's channel: path loss, shadowing and small-scale fading."""
+"""Power gain of one client's channel: path loss, shadowing and small-scale fading. All numbers may be traced."""
 
-import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -43,7 +42,7 @@ def los_probability(model: Literal["umi", "uma"], distance_m: Array) -> Array:
     return near + jnp.exp(-distance_m / _STREETS[model].los_decay_m) * (1.0 - near)
 
 
-def path_loss_db(model: PathLoss, distance_m: Array, carrier_ghz: float, line_of_sight: Array) -> Array:
+def path_loss_db(model: PathLoss, distance_m: Array, carrier_ghz: Array | float, line_of_sight: Array) -> Array:
     """`[...]` path loss at a ground distance, dB, users at 1.5 m.
 
     `3gpp128` is `128.1 + 37.6 log10(d_km)`, whatever the carrier and the sight. `umi` (base at 10 m) and `uma`
@@ -58,12 +57,12 @@ def path_loss_db(model: PathLoss, distance_m: Array, carrier_ghz: float, line_of
         4.0
         * (street.base_height_m - _ENVIRONMENT_HEIGHT_M)
         * (_USER_HEIGHT_M - _ENVIRONMENT_HEIGHT_M)
-        * (carrier_ghz * 1e9 / _LIGHT_M_PER_S)
+        * (carrier_ghz * (1e9 / _LIGHT_M_PER_S))
     )
-    decades, carrier_decades = jnp.log10(slant_m), math.log10(carrier_ghz)
+    decades, carrier_decades = jnp.log10(slant_m), jnp.log10(carrier_ghz)
     intercept, slope, weight = street.los
     before = intercept + slope * decades + 20.0 * carrier_decades
-    bend_db = weight * math.log10(breakpoint_m**2 + height_m**2)
+    bend_db = weight * jnp.log10(breakpoint_m**2 + height_m**2)
     after = intercept + 40.0 * decades + 20.0 * carrier_decades - bend_db
     los_db = jnp.where(distance_m <= breakpoint_m, before, after)
     intercept, slope, carrier_slope = street.nlos
@@ -71,7 +70,9 @@ def path_loss_db(model: PathLoss, distance_m: Array, carrier_ghz: float, line_of
     return jnp.where(line_of_sight, los_db, nlos_db)
 
 
-def draw_mean_gain(key: Array, model: PathLoss, distance_m: Array, carrier_ghz: float, shadowing_db: float) -> Array:
+def draw_mean_gain(
+    key: Array, model: PathLoss, distance_m: Array, carrier_ghz: Array | float, shadowing_db: Array | float
+) -> Array:
     """Scalar power gain of path loss and log-normal shadowing; the line of sight is drawn too."""
     sight_key, shadow_key = jax.random.split(key)
     if model == "3gpp128":
@@ -89,18 +90,18 @@ class FadingLaw(NamedTuple):
     scatter: the Rayleigh part.
     """
 
-    steady: float
-    scatter: float
+    steady: Array | float
+    scatter: Array | float
 
 
-def fading_law(kind: FadingKind, rician_k_db: float) -> FadingLaw:
+def fading_law(kind: FadingKind, rician_k_db: Array | float) -> FadingLaw:
     """Amplitudes of a kind of fading; `rician_k_db`, the steady over the scattered power, is Rician's alone."""
     if kind == "none":
         return FadingLaw(1.0, 0.0)
     if kind == "rayleigh":
         return FadingLaw(0.0, 1.0)
-    ratio = db_to_linear(rician_k_db)
-    return FadingLaw(math.sqrt(ratio / (1.0 + ratio)), math.sqrt(1.0 / (1.0 + ratio)))
+    ratio = db_to_linear(jnp.asarray(rician_k_db, jnp.float32))
+    return FadingLaw(jnp.sqrt(ratio / (1.0 + ratio)), jnp.sqrt(1.0 / (1.0 + ratio)))
 
 
 def draw_fading(key: Array, law: FadingLaw) -> Array:
@@ -108,10 +109,12 @@ def draw_fading(key: Array, law: FadingLaw) -> Array:
     return law.steady + law.scatter * jax.random.normal(key, dtype=jnp.complex64)
 
 
-def step_fading(key: Array, fading: Array, law: FadingLaw, correlation: float) -> Array:
+def step_fading(key: Array, fading: Array, law: FadingLaw, correlation: Array | float) -> Array:
     """The next round's coefficient: AR(1) in the scattered part, so that the steady part stays and E|h|^2 = 1."""
     fresh = draw_fading(key, law) - law.steady
-    return law.steady + correlation * (fading - law.steady) + math.sqrt(1.0 - correlation**2) * fresh
+    # 1 - correlation^2 as a product: near 1 the square's rounding would be most of the difference.
+    innovation = jnp.sqrt((1.0 - correlation) * (1.0 + correlation))
+    return law.steady + correlation * (fading - law.steady) + innovation * fresh
 
 
 def power(fading: Array) -> Array:
@@ -119,17 +122,17 @@ def power(fading: Array) -> Array:
     return jnp.square(fading.real) + jnp.square(fading.imag)
 
 
-def estimate(key: Array, fading: Array, law: FadingLaw, error: float) -> Array:
+def estimate(key: Array, fading: Array, law: FadingLaw, error: Array | float) -> Array:
     """Complex64 scalar estimate of a coefficient, of the same law, that misses the share `error` of its scatter.
 
     With scattered parts g of the coefficient and g' of the estimate, `g = sqrt(1 - error) g' + sqrt(error) w` where w
     is independent of g'. It is drawn the other way round, which is the same joint law.
     """
     fresh = draw_fading(key, law) - law.steady
-    return law.steady + math.sqrt(1.0 - error) * (fading - law.steady) + math.sqrt(error) * fresh
+    return law.steady + jnp.sqrt(1.0 - error) * (fading - law.steady) + jnp.sqrt(error) * fresh
 
 
-def expected_power(estimate: Array, law: FadingLaw, error: float) -> Array:
+def expected_power(estimate: Array, law: FadingLaw, error: Array | float) -> Array:
     """`[...]` mean of |h|^2 given the estimate: `|steady + sqrt(1 - error) g'|^2 + error scatter^2`."""
-    known = law.steady + math.sqrt(1.0 - error) * (estimate - law.steady)
+    known = law.steady + jnp.sqrt(1.0 - error) * (estimate - law.steady)
     return power(known) + error * law.scatter**2

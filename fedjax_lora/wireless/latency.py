@@ -19,7 +19,7 @@ def transfer_time_s(bits: ArrayLike, rate_bps: Array) -> Array:
     return jnp.where(bits > 0, jnp.where(rate_bps > 0, time_s, jnp.inf), 0.0)
 
 
-def broadcast_time_s(bits: ArrayLike, bandwidth_hz: float, snr_hz: Array, present: Array) -> Array:
+def broadcast_time_s(bits: ArrayLike, bandwidth_hz: ArrayLike, snr_hz: Array, present: Array) -> Array:
     """Seconds to send the same bits to all present clients, at the rate of the worst of them on the whole band.
 
     bits: scalar or `[C]`; snr_hz: `[C]` of the server's transmitter; present: `[C]`, 0 for an absent client.

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from fedjax_lora.aggregation.fedit import FedItConfig, make
-from fedjax_lora.core.methods import Sent
+from fedjax_lora.core.methods import Context, Received
 from oracles.sparsifier_oracle import LAYERS, MAX_RANK, WIDTHS, fedit, product, random_adapters
 
-AGGREGATE = jax.jit(make(FedItConfig()).aggregate)
+AGGREGATE = jax.jit(make(FedItConfig(), Context(num_clients=4, cohort_size=4)).aggregate)
 BROADCAST = random_adapters(0)
 WEIGHTS = np.array([0.5, 0.0, 0.2, 0.3])
 SCALE = jnp.float32(2.0)
@@ -27,9 +27,7 @@ def cohort(seed=1):
 
 
 def message(decoded, counted):
-    zeros = jnp.zeros(4)
-    counted = jax.tree.map(jnp.asarray, counted)
-    return Sent(adapters=decoded, counted=counted, bits=zeros, kept_ranks=zeros, dropped_energy=zeros)
+    return Received(adapters=decoded, counted=jax.tree.map(jnp.asarray, counted))
 
 
 def test_average_equals_loop():

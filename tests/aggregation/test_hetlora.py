@@ -6,26 +6,25 @@ import numpy as np
 import pytest
 
 from fedjax_lora.aggregation.hetlora import HetLoraConfig, make
-from fedjax_lora.core.types import Scope
-from fedjax_lora.sparsifiers import dense
+from fedjax_lora.core.methods import Context
+from fedjax_lora.core.numbers import fill, split
 from oracles.sparsifier_oracle import LAYERS, MAX_RANK, WIDTHS, product, random_adapters, rank_mask, stack, trained_from
+from oracles.uploads import uploads
 
 START = random_adapters(0)
 WEIGHTS = np.array([0.4, 0.0, 0.35, 0.25])
 RANKS = [1, 6, 5, 2]
 SCALE = jnp.float32(2.0)
 KEY = jax.random.key(0)
-AGGREGATE = jax.jit(make(HetLoraConfig()).aggregate)
+CONTEXT = Context(num_clients=4, cohort_size=4)
+AGGREGATE = jax.jit(make(HetLoraConfig(), CONTEXT).aggregate)
 
 
 def cohort():
     """Four clients of ranks 1, 6 (absent), 5 and 2, of steps of unlike size, and what the server decodes."""
     steps = zip((1, 2, 3, 4), (0.1, 1.0, 0.5, 2.0), RANKS, strict=True)
     trained = stack([trained_from(START, seed, step, rank) for seed, step, rank in steps])
-    scopes = stack([Scope.whole(jnp.asarray(rank_mask(rank))) for rank in RANKS])
-    compress = dense.make(dense.DenseConfig(), START).compress
-    sent, _ = jax.vmap(compress, (None, 0, None, None, 0, None))(START, trained, (), jnp.float32(1), scopes, KEY)
-    return trained, sent
+    return trained, uploads(START, trained, np.stack([rank_mask(rank) for rank in RANKS]))
 
 
 def padded_average(trained, name, layer):
@@ -46,8 +45,8 @@ def padded_average(trained, name, layer):
 
 
 def test_average_equals_loop():
-    trained, sent = cohort()
-    found = AGGREGATE(START, trained, sent, jnp.float32(WEIGHTS), SCALE, KEY).adapters
+    trained, received = cohort()
+    found = AGGREGATE(START, trained, received, jnp.float32(WEIGHTS), SCALE, KEY).adapters
     for name in WIDTHS:
         for layer in range(LAYERS):
             a, b, _ = padded_average(trained, name, layer)
@@ -60,8 +59,8 @@ def test_average_equals_loop():
 
 def test_identity_of_averages_and_both_error_norms():
     """Explicit matrices: ideal = product of averages + Cov + E_s, and the norms are those of the terms."""
-    trained, sent = cohort()
-    found = AGGREGATE(START, trained, sent, jnp.float32(WEIGHTS), SCALE, KEY)
+    trained, received = cohort()
+    found = AGGREGATE(START, trained, received, jnp.float32(WEIGHTS), SCALE, KEY)
     sparsification = covariance = 0.0
     for name in WIDTHS:
         for layer in range(LAYERS):
@@ -83,11 +82,11 @@ def test_identity_of_averages_and_both_error_norms():
 
 def test_where_all_products_are_zero_clients_weigh_p():
     """Closed form: from b = 0 that nobody has moved, the averages of a by p."""
-    trained, sent = cohort()
-    zeros = jax.tree.map(lambda f: f, sent.adapters.modules)
+    trained, received = cohort()
+    zeros = jax.tree.map(lambda f: f, received.adapters.modules)
     zeros = {name: f.replace(b=jnp.zeros_like(f.b)) for name, f in zeros.items()}
-    sent = sent.replace(adapters=sent.adapters.replace(modules=zeros))
-    found = AGGREGATE(START, trained, sent, jnp.float32(WEIGHTS), SCALE, KEY).adapters
+    received = received.replace(adapters=received.adapters.replace(modules=zeros))
+    found = AGGREGATE(START, trained, received, jnp.float32(WEIGHTS), SCALE, KEY).adapters
     for name, f in zeros.items():
         expected = sum(p * np.float64(f.a[k, :, :, 0]) for k, p in enumerate(WEIGHTS))
         np.testing.assert_allclose(found.modules[name].a[:, :, 0], expected, rtol=1e-5, atol=1e-6)
@@ -113,7 +112,7 @@ FALLS = [(0.7, 6, 4), (0.7, 5, 3), (0.7, 3, 2), (0.7, 2, 1), (0.7, 1, 1), (0.99,
 @pytest.mark.parametrize(("prune", "rank", "shorter"), FALLS)
 def test_the_penalty_is_that_of_a_loop(prune, rank, shorter):
     """Oracle: the loop of `trailing`; ranks that stay and ranks beyond the client's own have no say."""
-    penalty = jax.jit(make(HetLoraConfig(prune=prune, regularisation=0.3)).penalty)
+    penalty = jax.jit(make(HetLoraConfig(prune=prune, regularisation=0.3), CONTEXT).penalty)
     found = penalty(START, jnp.asarray(rank_mask(rank)))
     np.testing.assert_allclose(found, 0.3 * trailing(START, shorter, rank), rtol=1e-5)
     assert (found > 0) == (rank > 1)
@@ -128,13 +127,13 @@ def test_a_rank_falls_exactly_where_its_trailing_norms_ended_smaller(prune, rank
     trained = START.replace(modules=modules)
     falls = trailing(trained, shorter, rank) < trailing(START, shorter, rank)
     assert falls == (shrink < 1 and rank > 1)
-    next_rank = jax.jit(make(HetLoraConfig(prune=prune)).next_rank)
+    next_rank = jax.jit(make(HetLoraConfig(prune=prune), CONTEXT).next_rank)
     assert next_rank(START, trained, jnp.float32(rank)) == (shorter if falls else rank)
 
 
 def test_gradients_of_the_penalty_are_finite_at_the_start_and_else_autodiff_of_the_formula():
     """Closed form: 0 at b = 0; elsewhere d/db of ||a|| ||b|| is ||a|| b / ||b||, on the trailing ranks alone."""
-    penalty, mask = make(HetLoraConfig(prune=0.5, regularisation=1.0)).penalty, jnp.asarray(rank_mask(4))
+    penalty, mask = make(HetLoraConfig(prune=0.5, regularisation=1.0), CONTEXT).penalty, jnp.asarray(rank_mask(4))
     fresh = START.replace(modules={n: f.replace(b=jnp.zeros_like(f.b)) for n, f in START.modules.items()})
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(jax.grad(penalty)(fresh, mask)))
     found = jax.grad(penalty)(START, mask).modules
@@ -147,11 +146,29 @@ def test_gradients_of_the_penalty_are_finite_at_the_start_and_else_autodiff_of_t
         np.testing.assert_allclose(found[name].b, expected_b, rtol=1e-5, atol=1e-6)
 
 
-def test_without_pruning_no_rank_falls_and_nothing_is_penalised():
-    """Closed form: gamma = 1."""
-    method = make(HetLoraConfig(prune=1.0))
-    assert method.next_rank is None
-    assert method.penalty(START, jnp.asarray(rank_mask())) == 0.0
+@pytest.mark.parametrize("rank", [1, 2, 5, 6])
+def test_without_pruning_no_rank_falls_and_nothing_is_penalised(rank):
+    """Closed form: gamma = 1, traced as in a sweep, whatever training did to the factors."""
+    structure, numbers = split(HetLoraConfig(prune=1.0, regularisation=0.3))
+
+    @jax.jit
+    def found(numbers, trained):
+        method, mask = make(fill(structure, numbers), CONTEXT), jnp.asarray(rank_mask(rank))
+        assert method.next_rank is not None
+        gradient = jax.grad(method.penalty)(START, mask)
+        return method.penalty(START, mask), gradient, method.next_rank(START, trained, jnp.float32(rank))
+
+    for shrink in (0.5, 2.0):
+        penalty, gradient, after = found(numbers, jax.tree.map(lambda x, s=shrink: s * x, START))
+        assert penalty == 0.0
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+        assert after == rank
+
+
+def test_pruning_is_what_breaks_equal_ranks():
+    """By definition."""
+    assert HetLoraConfig(prune=0.9).breaks() == {"one_rank": "prune"}
+    assert HetLoraConfig(prune=1.0).breaks() == {}
 
 
 @pytest.mark.parametrize(

@@ -7,20 +7,21 @@ import pytest
 
 from fedjax_lora.aggregation import errors, fedex, fedit, flexlora, flora, lora_fair
 from fedjax_lora.aggregation.products import product_bits
-from fedjax_lora.core.methods import Sent
+from fedjax_lora.core.methods import Context, Received
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.ops.factorise import orthonormal
 from fedjax_lora.ops.products import differences
 from oracles import sparsifier_oracle as oracle
 from oracles.sparsifier_oracle import LAYERS, MAX_RANK, WIDTHS, product, random_adapters, stack
 
+CONTEXT = Context(num_clients=4, cohort_size=4)
 METHODS = {
-    "fedit": fedit.make(fedit.FedItConfig()),
-    "fedex": fedex.make(fedex.FedExConfig()),
-    "fedex reinit": fedex.make(fedex.FedExConfig(start="reinit")),
-    "flora": flora.make(flora.FloraConfig()),
-    "flexlora": flexlora.make(flexlora.FlexLoraConfig()),
-    "lora_fair": lora_fair.make(lora_fair.LoraFairConfig(regularisation=0.3)),
+    "fedit": fedit.make(fedit.FedItConfig(), CONTEXT),
+    "fedex": fedex.make(fedex.FedExConfig(), CONTEXT),
+    "fedex reinit": fedex.make(fedex.FedExConfig(start="reinit"), CONTEXT),
+    "flora": flora.make(flora.FloraConfig(), CONTEXT),
+    "flexlora": flexlora.make(flexlora.FlexLoraConfig(), CONTEXT),
+    "lora_fair": lora_fair.make(lora_fair.LoraFairConfig(regularisation=0.3), CONTEXT),
 }
 AGGREGATE = {name: jax.jit(method.aggregate) for name, method in METHODS.items()}
 BROADCAST = random_adapters(0)
@@ -43,8 +44,7 @@ def cohort(ranks, seed=1, same=False):
 def message(decoded, ranks):
     masks = np.stack([oracle.rank_mask(rank) for rank in ranks])
     counted = {name: jnp.asarray(np.repeat(masks[:, None], LAYERS, 1)) for name in WIDTHS}
-    zeros = jnp.zeros(len(ranks))
-    return Sent(adapters=decoded, counted=counted, bits=zeros, kept_ranks=zeros, dropped_energy=zeros)
+    return Received(adapters=decoded, counted=counted)
 
 
 def run(name, decoded, ranks, weights=WEIGHTS, broadcast=BROADCAST):
@@ -220,8 +220,8 @@ def test_flexlora_cuts_at_the_rank_that_is_trained_not_at_what_was_sent():
         },
         head=trained.head,
     )
-    sent = message(decoded, (1, 1, 1, 1))
-    found = AGGREGATE["flexlora"](start, trained, sent, jnp.float32(WEIGHTS), jnp.float32(SCALE), KEY).adapters
+    received = message(decoded, (1, 1, 1, 1))
+    found = AGGREGATE["flexlora"](start, trained, received, jnp.float32(WEIGHTS), jnp.float32(SCALE), KEY).adapters
     for name, layer in MATRICES:
         u, size, v = np.linalg.svd(ideal(decoded, name, layer) / SCALE, full_matrices=False)
         assert size[2] > 0.1  # of three clients that take part
@@ -277,11 +277,11 @@ def test_changes_may_have_more_components_than_a_module_has_inputs():
         for _ in range(2)
     )
     changes = Adapters(differences(after, before), {})
-    sent = Sent(changes, {"w": jnp.ones((2, 1, 8))}, jnp.zeros(2), jnp.zeros(2), jnp.zeros(2))
+    received = Received(changes, {"w": jnp.ones((2, 1, 8))})
     start = Adapters({"w": Factors(a=jnp.ones((1, 5, 4)), b=jnp.zeros((1, 4, 7)))}, {})
     weights = jnp.array([0.25, 0.75])
-    found = fedex.make(fedex.FedExConfig(start="keep")).aggregate(
-        start, changes, sent, weights, jnp.float32(SCALE), KEY
+    found = fedex.make(fedex.FedExConfig(start="keep"), CONTEXT).aggregate(
+        start, changes, received, weights, jnp.float32(SCALE), KEY
     )
     product_of = [np.float64(x["w"].a)[:, 0] @ np.float64(x["w"].b)[:, 0] for x in (before, after)]
     expected = SCALE * np.einsum("c,cio->io", np.float64(weights), product_of[1] - product_of[0])
@@ -289,12 +289,18 @@ def test_changes_may_have_more_components_than_a_module_has_inputs():
     jax.tree.map(np.testing.assert_array_equal, found.adapters, start)
 
 
-def test_downlink_beyond_uint32_is_refused_by_name():
-    """The message itself."""
+@pytest.mark.parametrize(("adapters", "rank"), [(None, 8), (100, 16), (3, 200), (1000, 64), (10**6, 64)])
+def test_downlink_of_a_large_model_is_counted_exactly(adapters, rank):
+    """Oracle: Python integers, far beyond 2**32."""
     wide = jax.ShapeDtypeStruct((24, 4096, 8), jnp.float32), jax.ShapeDtypeStruct((24, 8, 4096), jnp.float32)
-    like = Adapters(modules={"query": Factors(*wide)}, head={})
-    with pytest.raises(ValueError, match=r"downlink of merged products must be below 2\*\*32 bits, got 12884901888"):
-        product_bits(like, None, 8)
+    up = jax.ShapeDtypeStruct((24, 4096, 8), jnp.float32), jax.ShapeDtypeStruct((24, 8, 11008), jnp.float32)
+    like = Adapters(modules={"query": Factors(*wide), "up": Factors(*up)}, head={})
+    expected = 0
+    for n_in, n_out in ((4096, 4096), (4096, 11008)):
+        full = n_in * n_out
+        expected += 24 * 32 * (full if adapters is None else min(full, adapters * rank * (n_in + n_out)))
+    assert expected > 2**32
+    assert jax.jit(lambda rank: product_bits(like, adapters, rank))(jnp.float32(rank)).exact() == expected
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from fedjax_lora.aggregation import ffa, rolora
-from fedjax_lora.core.methods import Sent
+from fedjax_lora.core.methods import Context, Received
 from fedjax_lora.core.types import Adapters, Factors
 
 CLIENTS, EXAMPLES, WIDTH, OUT = 5, 200, 10, 4
+CONTEXT = Context(num_clients=CLIENTS, cohort_size=CLIENTS)
 WEIGHTS = jnp.full(CLIENTS, 1 / CLIENTS)
 GENERATOR = np.random.default_rng(0)
 DESIGNS = GENERATOR.standard_normal((CLIENTS, EXAMPLES, WIDTH))
@@ -43,13 +44,13 @@ def local(live, adapters, k):
 def run(aggregator, sine, rounds):
     """Sine of the angle between a and a*, and the mean loss over the clients, after each round."""
     adapters, sines, losses = start(sine), [sine], []
-    aggregate, zeros = jax.jit(aggregator.aggregate), jnp.zeros(CLIENTS)
+    aggregate = jax.jit(aggregator.aggregate)
     counted = {"x": jnp.ones((CLIENTS, 1, 1))}
     for number in range(rounds):
         trained = [local(aggregator.trains(jnp.int32(number)), adapters, k) for k in range(CLIENTS)]
         trained = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trained)
-        sent = Sent(adapters=trained, counted=counted, bits=zeros, kept_ranks=zeros, dropped_energy=zeros)
-        result = aggregate(adapters, trained, sent, WEIGHTS, jnp.float32(1), jax.random.key(0))
+        received = Received(adapters=trained, counted=counted)
+        result = aggregate(adapters, trained, received, WEIGHTS, jnp.float32(1), jax.random.key(0))
         assert result.covariance_error == 0.0
         adapters = result.adapters
         a, b = np.float64(adapters.modules["x"].a[0]), np.float64(adapters.modules["x"].b[0])
@@ -62,7 +63,7 @@ def run(aggregator, sine, rounds):
 @pytest.mark.parametrize("sine", [0.5, 0.9])
 def test_alternation_turns_a_by_a_constant_factor_every_two_rounds(sine):
     """Closed form: with identity covariance, half a step along a halves its part that is aside of a*."""
-    sines, _ = run(rolora.make(rolora.RoLoraConfig()), sine, 30)
+    sines, _ = run(rolora.make(rolora.RoLoraConfig(), CONTEXT), sine, 30)
     after_a = sines[::2]  # the start, and after each odd round, which trains a
     np.testing.assert_allclose(sines[1::2], sines[:-1:2], rtol=1e-6)  # b's rounds leave a as it is
     falling = after_a[1:][after_a[:-1] > 1e-3] / after_a[:-1][after_a[:-1] > 1e-3]
@@ -74,11 +75,11 @@ def test_a_frozen_a_stalls_at_a_loss_proportional_to_its_squared_sine():
     """Closed form: |b*|^2 sin^2 in expectation over the designs, to a tenth at a thousand examples."""
     last = {}
     for sine in (0.3, 0.6):
-        sines, losses = run(ffa.make(ffa.FfaConfig()), sine, 6)
+        sines, losses = run(ffa.make(ffa.FfaConfig(), CONTEXT), sine, 6)
         np.testing.assert_allclose(sines, sine, rtol=1e-5)
         np.testing.assert_allclose(losses[1:], losses[0], rtol=1e-4)
         last[sine] = losses[-1]
         np.testing.assert_allclose(last[sine], np.sum(TRUE_B**2) * sine**2, rtol=0.1)
     np.testing.assert_allclose(last[0.6] / last[0.3], 4.0, rtol=0.1)
-    _, losses = run(rolora.make(rolora.RoLoraConfig()), 0.6, 30)
+    _, losses = run(rolora.make(rolora.RoLoraConfig(), CONTEXT), 0.6, 30)
     assert losses[-1] < 1e-5 * last[0.6]

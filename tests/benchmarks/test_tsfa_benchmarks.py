@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 from fedjax_lora import build, load_config
+from fedjax_lora.core.methods import Radio
+from fedjax_lora.planning.bound import Measured
+from fedjax_lora.planning.rank_search import Candidate
 from oracles import wireless_oracle
 from oracles.toy_bert import WORDS, save_toy_bert
 
@@ -139,8 +142,18 @@ def test_the_budget_is_a_share_of_what_dense_uploads_take(monkeypatch):
         heard = (snr > 0) & (weights[-1] > 0)
         alone = np.full(heard.sum(), 4e6), snr[heard], start[heard], 2e7
         expected.append(wireless_oracle.min_max_latency(*alone)[0])
-    sites = SimpleNamespace(snr_hz=snr_hz, start_s=start_s, weights=weights, payload_bits=bits)
-    link = SimpleNamespace(bandwidth_hz=2e7)
-    known = SimpleNamespace(sites=sites, simulation=SimpleNamespace(parts=SimpleNamespace(link=link)))
+    band_hz, power_w = np.full((2, 3, 5), 2e7), np.full((2, 3, 5), 0.01)
+    nothing = np.zeros(2)  # of what a budget does not depend on
+    candidates = Candidate(
+        measured=Measured(*[nothing] * len(Measured._fields)),
+        rank=np.array([1.0, 2.0]),
+        weights=weights,
+        tail_energy=nothing,
+        bits=bits,
+        sparsification=nothing,
+        covariance=nothing,
+        radio=Radio(*map(np.float32, (snr_hz, start_s, band_hz, power_w))),
+    )
+    known = SimpleNamespace(candidates=candidates)
     found = importlib.import_module("offline_truth").dense_latency_s(known)
     np.testing.assert_allclose(found, np.mean(expected), rtol=1e-5)

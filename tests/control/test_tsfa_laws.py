@@ -13,16 +13,15 @@ from fedjax_lora.control import (
     ProportionalConfig,
     TsfaConfig,
     UniformConfig,
+    common,
     greedy,
-    planning,
     proportional,
-    tsfa_offline,
     tsfa_online,
     uniform,
 )
 from fedjax_lora.control.tsfa_online import solve
-from fedjax_lora.core.methods import Observation
-from fedjax_lora.core.types import Hyper
+from fedjax_lora.core.methods import Context, Observation, Outcome, Radio
+from fedjax_lora.planning import rank_search
 from fedjax_lora.wireless import min_max_latency, uplink_rate
 from oracles import tsfa_oracle
 
@@ -32,6 +31,7 @@ START_S = np.float32([0.05, 0.1, 0.08, 0.02])
 WEIGHTS = np.float32([0.3, 0.2, 0.1, 0.4])
 TAIL = np.float32([[10, 6, 3, 1, 0], [8, 3, 1.5, 0.5, 0], [20, 12, 6, 2, 0], [4, 2.5, 1.2, 0.4, 0]])
 COMPUTE_J = 0.02
+CONTEXT = Context(num_clients=CLIENTS, cohort_size=CLIENTS)
 
 
 def gains(rounds, seed=0):
@@ -40,38 +40,36 @@ def gains(rounds, seed=0):
     return np.float32([1e8, 3e7, 1e7, 1e9] * (0.1 + rng.exponential(1, (rounds, CLIENTS))))
 
 
-def observation(snr_hz, queue_s=0.0, energy_queue_j=0.0, tail=TAIL, keep_ratio=1.0):
-    one = jnp.float32(1)
+def observation(snr_hz, tail=TAIL):
+    radio = Radio(jnp.asarray(snr_hz), jnp.asarray(START_S), band_hz=jnp.float32(BAND_HZ), power_w=jnp.float32(POWER_W))
     return Observation(
-        snr_hz=jnp.asarray(snr_hz),
-        start_s=jnp.asarray(START_S),
+        radio=radio,
         weights=jnp.asarray(WEIGHTS),
-        tail_energy=jnp.asarray(tail),
         rank=jnp.full(CLIENTS, float(RANKS)),
-        payload_bits=lambda ratio: BITS * (0.1 + ratio),
-        bandwidth_hz=jnp.float32(BAND_HZ),
-        queue_s=jnp.float32(queue_s),
-        hyper=Hyper(rank=one * RANKS, alpha=one, learning_rate=one, orthogonality=one, keep_ratio=one * keep_ratio),
-        energy_queue_j=jnp.float32(energy_queue_j),
-        power_w=POWER_W,
+        tail_energy=jnp.asarray(tail),
+        bits=BITS[:, None] * (0.1 + jnp.maximum(jnp.arange(RANKS + 1), 1) / RANKS),
     )
 
 
-def simulate(controller, snr_hz, first_s=0.0, keep_ratio=1.0):
+def queues_of(queue_s, energy_queue_j=0.0):
+    return {"queue_s": jnp.float32(queue_s), "energy_queue_j": jnp.float32(energy_queue_j)}
+
+
+def simulate(controller, snr_hz):
     """The controller alone: latency, mean energy, dropped energy and both queues after each round, in float64."""
 
-    def round_(queues, snr_hz):
-        decision = controller.decide(observation(snr_hz, *queues, keep_ratio=keep_ratio))
-        rate = uplink_rate(decision.bandwidth_hz, snr_hz)
-        upload_s = BITS * (0.1 + decision.keep_ratio) / rate
+    def round_(state, snr_hz):
+        decision = controller.allocate(state, observation(snr_hz))
+        rate = uplink_rate(decision.share_hz, snr_hz)
+        upload_s = BITS * (0.1 + decision.kept / RANKS) / rate
         latency_s, energy_j = jnp.max(START_S + upload_s), COMPUTE_J + POWER_W * jnp.mean(upload_s)
-        kept = jnp.round(decision.keep_ratio * RANKS).astype(jnp.int32)
+        kept = jnp.round(decision.kept).astype(jnp.int32)
         dropped = jnp.sum(WEIGHTS * jnp.asarray(TAIL)[jnp.arange(CLIENTS), kept])
-        queues = controller.update_queue(queues[0], latency_s), controller.update_energy_queue(queues[1], energy_j)
-        return queues, (latency_s, energy_j, dropped, *queues)
+        state, report = controller.update(state, Outcome(latency_s, energy_j))
+        queues = (report.get(name, jnp.float32(0)) for name in ("queue_s", "energy_queue_j"))
+        return state, (latency_s, energy_j, dropped, *queues)
 
-    first = jnp.float32(first_s), jnp.float32(0)
-    found = jax.jit(lambda snr_hz: jax.lax.scan(round_, first, snr_hz)[1])(snr_hz)
+    found = jax.jit(lambda snr_hz: jax.lax.scan(round_, controller.init(), snr_hz)[1])(snr_hz)
     return [np.float64(column) for column in found]
 
 
@@ -91,9 +89,9 @@ def law_holds(spent, queue, first, budget):
 
 def test_the_law_holds_from_the_longest_first_queue_of_a_plan():
     """Oracle: the law; float32 must still count rounds on top of that queue, to a thousandth of the budget."""
-    first_s = float(tsfa_offline.first_queue(jnp.float32(1e9), jnp.float32(0.3), 1.2))
+    first_s = float(rank_search.first_queue(jnp.float32(1e9), jnp.float32(0.3), 1.2))
     config = TsfaConfig(V=0.3, latency_budget_s=1.2, queue_s=first_s)
-    latency_s, _, _, queue, _ = simulate(tsfa_online.make(config), gains(600), first_s)
+    latency_s, _, _, queue, _ = simulate(tsfa_online.make(config), gains(600))
     assert first_s > 1e3 * 1.2
     moved, due = queue - first_s, np.cumsum(latency_s - 1.2)
     assert (np.abs(moved - due) / np.arange(1, 601) < 1e-3 * 1.2).all()
@@ -103,10 +101,10 @@ def test_the_law_holds_from_the_longest_first_queue_of_a_plan():
 def test_both_laws_hold_on_every_path_and_both_budgets_are_met(first_s):
     """Exact telescoping in float64; after 600 rounds each mean is within its queue over T of the budget, and binds."""
     snr_hz = gains(600)
-    free = simulate(tsfa_online.make(TsfaConfig(V=0.3, latency_budget_s=1.2)), snr_hz, first_s)
+    free = simulate(tsfa_online.make(TsfaConfig(V=0.3, latency_budget_s=1.2, queue_s=first_s)), snr_hz)
     budget_j = 0.8 * free[1].mean()
     config = TsfaConfig(V=0.3, latency_budget_s=1.2, energy_budget_j=budget_j, queue_s=first_s)
-    bound = simulate(tsfa_online.make(config), snr_hz, first_s)
+    bound = simulate(tsfa_online.make(config), snr_hz)
     assert law_holds(bound[0], bound[3], first_s, 1.2) and law_holds(bound[1], bound[4], 0.0, budget_j)
     assert law_holds(free[0], free[3], first_s, 1.2)
     np.testing.assert_array_equal(free[4], 0)
@@ -121,7 +119,7 @@ def test_without_a_budget_of_energy_its_queue_changes_nothing():
     @functools.partial(jax.jit, static_argnums=0)
     def decide(budget_j, energy_queue_j):
         config = TsfaConfig(V=1.0, latency_budget_s=1.0, energy_budget_j=budget_j)
-        return tsfa_online.make(config).decide(observation(snr_hz, 1.0, energy_queue_j))
+        return tsfa_online.make(config).allocate(queues_of(1.0, energy_queue_j), observation(snr_hz))
 
     plain = decide(None, 0.0)
     for other in (decide(None, 9.0), decide(0.2, 0.0)):
@@ -131,32 +129,37 @@ def test_without_a_budget_of_energy_its_queue_changes_nothing():
 
 def test_the_price_of_energy_is_its_slope_by_the_latency():
     """By hand: all end together, so that the mean energy of the uploads is p (n latency - sum of starts) / n."""
-    seen = observation(gains(1)[0], energy_queue_j=0.7)
-    allocation = min_max_latency(BITS, seen.snr_hz, START_S, BAND_HZ)
-    upload_s = BITS / np.float64(uplink_rate(allocation.bandwidth_hz, seen.snr_hz))
+    seen = observation(gains(1)[0])
+    snr_hz, options = seen.radio.snr_hz, TsfaConfig(latency_budget_s=6.0, energy_budget_j=2.0)
+    allocation = min_max_latency(BITS, snr_hz, START_S, BAND_HZ)
+    upload_s = BITS / np.float64(uplink_rate(allocation.bandwidth_hz, snr_hz))
     affine = POWER_W * (CLIENTS * float(allocation.latency_s) - START_S.sum()) / CLIENTS
     np.testing.assert_allclose(POWER_W * upload_s.mean(), affine, rtol=1e-4)
-    np.testing.assert_allclose(tsfa_online._price_of_energy(seen, 3.0), 9 * 0.7 * POWER_W, rtol=1e-6)
-    absent = seen._replace(weights=jnp.float32([0.5, 0.5, 0, 0]), snr_hz=seen.snr_hz.at[1].set(0))
-    np.testing.assert_allclose(tsfa_online._price_of_energy(absent, 3.0), 9 * 0.7 * POWER_W / 2, rtol=1e-6)
+    price_s = tsfa_online.price_of_time(options, queues_of(1.5, 0.7), seen)
+    np.testing.assert_allclose(price_s, 1.5 + 9 * 0.7 * POWER_W, rtol=1e-6)
+    absent = seen._replace(weights=jnp.float32([0.5, 0.5, 0, 0]), radio=seen.radio._replace(snr_hz=snr_hz.at[1].set(0)))
+    price_s = tsfa_online.price_of_time(options, queues_of(1.5, 0.7), absent)
+    np.testing.assert_allclose(price_s, 1.5 + 9 * 0.7 * POWER_W / 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-36, 1e-6, 1e6, 1e36])
 def test_relative_tails_do_not_know_the_unit_of_energy(scale):
     """Invariance: the decision is that of the same energies in another unit; the weighted mean of the whole is 1."""
     snr_hz = gains(1)[0]
-    decide = jax.jit(lambda tail: tsfa_online.make(TsfaConfig(V=1.0)).decide(observation(snr_hz, 2.0, tail=tail)))
+    controller = tsfa_online.make(TsfaConfig(V=1.0))
+    decide = jax.jit(lambda tail: controller.allocate(queues_of(2.0), observation(snr_hz, tail)))
     here, there = decide(TAIL), decide(TAIL * np.float32(scale))
-    np.testing.assert_array_equal(here.keep_ratio, there.keep_ratio)
+    np.testing.assert_array_equal(here.kept, there.kept)
     np.testing.assert_allclose(there.objective, here.objective, rtol=1e-5)
-    relative = planning.relative_tail(TAIL * np.float32(scale), WEIGHTS)
+    relative = common.relative_tail(TAIL * np.float32(scale), WEIGHTS)
     np.testing.assert_allclose(np.sum(WEIGHTS * relative[:, 0]), 1, rtol=1e-6)
 
 
 def test_tails_of_zero_are_safe():
     """By definition: nothing to lose, so that with a queue the least is sent, and all is finite."""
-    decision = tsfa_online.make(TsfaConfig(min_keep_ratio=0.5)).decide(observation(gains(1)[0], 2.0, tail=TAIL * 0))
-    np.testing.assert_allclose(decision.keep_ratio, 0.5)
+    controller = tsfa_online.make(TsfaConfig(min_keep_ratio=0.5))
+    decision = controller.allocate(queues_of(2.0), observation(gains(1)[0], TAIL * 0))
+    np.testing.assert_allclose(decision.kept, 0.5 * RANKS)
     assert np.isfinite(np.concatenate([np.ravel(x) for x in decision])).all()
 
 
@@ -167,16 +170,17 @@ def test_at_equal_budget_tsfa_drops_no_more_than_its_baselines(seed, budget_s, t
     """Dropped energy by definition; all may spend what TSFA spent on average, `uniform` by two ratios in turn."""
     snr_hz, V = gains(400, seed), 0.2 if tail == "energy" else 0.2 * np.sum(WEIGHTS * TAIL[:, 0])
     config = TsfaConfig(V=float(V), latency_budget_s=budget_s, tail=tail, queue_s=0.5)
-    latency_s, _, dropped, *_ = simulate(tsfa_online.make(config), snr_hz, 0.5)
+    latency_s, _, dropped, *_ = simulate(tsfa_online.make(config), snr_hz)
     spent_s = latency_s.mean()
     assert spent_s < 1.01 * budget_s
-    equal = [simulate(uniform(UniformConfig()), snr_hz, keep_ratio=k / RANKS) for k in range(1, RANKS + 1)]
+    equal = [simulate(uniform.make(UniformConfig(keep_ratio=k / RANKS), CONTEXT), snr_hz) for k in range(1, RANKS + 1)]
     means = [(found[0].mean(), found[2].mean()) for found in equal]
     others = {}
     if means[0][0] <= spent_s:  # else not even the fewest bits fit
         others["uniform"] = np.interp(spent_s, *np.transpose(means))
-    for make, options in ((greedy, GreedyConfig), (proportional, ProportionalConfig)):
-        others[options.name] = simulate(make(options(latency_budget_s=spent_s)), snr_hz)[2].mean()
+    for options in (GreedyConfig(latency_budget_s=spent_s), ProportionalConfig(latency_budget_s=spent_s)):
+        make = {"greedy": greedy.make, "proportional": proportional.make}[options.name]
+        others[options.name] = simulate(make(options, CONTEXT), snr_hz)[2].mean()
     assert "uniform" in others or budget_s < 1.0
     for name, lost in others.items():
         assert dropped.mean() <= lost, name
@@ -252,12 +256,12 @@ def test_under_rayleigh_fading_a_budget_holds_for_good_just_where_deep_fades_are
     drawn = np.float32(np.where(power < threshold, 0.0, power) * mean_hz)
     controller = tsfa_online.make(TsfaConfig(V=0.3, latency_budget_s=budget_s))
 
-    def round_(queue, snr_hz):
-        latency_s = controller.decide(observation(snr_hz, queue)).latency_s
-        queue = controller.update_queue(queue, latency_s)
-        return queue, (latency_s, queue)
+    def round_(queues, snr_hz):
+        latency_s = controller.allocate(queues, observation(snr_hz)).latency_s
+        queues, report = controller.update(queues, Outcome(latency_s, jnp.float32(0)))
+        return queues, (latency_s, report["queue_s"])
 
-    found = jax.jit(lambda snr_hz: jax.lax.scan(round_, jnp.float32(0), snr_hz)[1])(drawn)
+    found = jax.jit(lambda snr_hz: jax.lax.scan(round_, controller.init(), snr_hz)[1])(drawn)
     latency_s, queue = (np.float64(x) for x in found)
     longest = float(min_max_latency(1.1 * BITS, np.float32(0.05 * mean_hz), START_S, BAND_HZ).latency_s)
     quarters = queue.reshape(4, -1).mean(1)

@@ -13,8 +13,8 @@ from scipy import optimize
 
 from fedjax_lora.control import TsfaConfig, tsfa_online
 from fedjax_lora.control.tsfa_online import solve
-from fedjax_lora.core.methods import Observation
-from fedjax_lora.core.types import Hyper
+from fedjax_lora.core.methods import Observation, Outcome, Radio
+from fedjax_lora.core.numbers import fill, split
 from fedjax_lora.wireless import min_max_latency, uplink_rate
 from oracles import tsfa_oracle, wireless_oracle
 from oracles.tsfa_cases import BAND, CLIENTS, RANKS, able, random_case, steps, tails
@@ -111,7 +111,7 @@ def test_brute_force_over_whole_ranks_finds_no_lower_objective(clients, most):
     whole = jax.jit(
         jax.vmap(lambda bits, snr, start: min_max_latency(bits, snr, start, BAND).latency_s, (0, None, None))
     )
-    decide = jax.jit(lambda *case: tsfa_online.make(config, case[7]).decide(observation(case, beside=0.0)))
+    decide = jax.jit(lambda *case: allocate(fill(config, {"V": case[7]}), case, beside=0.0))
     for _ in range(12):
         bits, snr, start = (np.float32(10 ** rng.uniform(*x, clients)) for x in ((6, 7), (5.5, 10), (-2, -0.5)))
         bits[2:3] = 0.0
@@ -253,22 +253,23 @@ def test_common_ratio_equals_a_search_over_a_grid(seed, most):
 
 def observation(case, rank=None, beside=0.1):
     """A cohort as the controller sees it; `beside` the ranks, that share of the payload is always sent."""
-    bits, snr, start, band, weights, tail, queue, _ = (jnp.asarray(x) for x in case)
+    bits, snr, start, band, weights, tail, _, _ = (jnp.asarray(x) for x in case)
     clients, num_ranks = tail.shape[0], tail.shape[1] - 1
     rank = jnp.full(clients, float(num_ranks)) if rank is None else jnp.asarray(rank, jnp.float32)
-    one = jnp.float32(1)
-    tail = jnp.where(jnp.arange(num_ranks + 1) < rank[:, None], tail, 0.0)
+    ranks = jnp.arange(num_ranks + 1)
     return Observation(
-        snr_hz=snr,
-        start_s=start,
+        radio=Radio(snr, start, band, power_w=jnp.float32(0.01)),
         weights=weights,
-        tail_energy=tail,
         rank=rank,
-        payload_bits=lambda ratio: bits * (beside + jnp.clip(jnp.floor(ratio * rank + 1e-4), 1, rank) / num_ranks),
-        bandwidth_hz=band,
-        queue_s=queue,
-        hyper=Hyper(rank=one * num_ranks, alpha=one, learning_rate=one, orthogonality=one, keep_ratio=one),
+        tail_energy=jnp.where(ranks < rank[:, None], tail, 0.0),
+        bits=bits[:, None] * (beside + jnp.clip(ranks, 1, rank[:, None]) / num_ranks),
     )
+
+
+def allocate(options, case, rank=None, beside=0.1):
+    """The controller's decision where its queue is the case's."""
+    queues = {"queue_s": jnp.asarray(case[6])}
+    return tsfa_online.make(options).allocate(queues, observation(case, rank, beside))
 
 
 @pytest.mark.parametrize(("ratio", "tail"), [("client", "energy"), ("common", "linear")])
@@ -285,20 +286,20 @@ def test_rounding_never_exceeds_the_planned_latency(ratio, tail):
         payloads = bits[:, None] * (0.1 + jnp.clip(jnp.arange(RANKS + 1), 1, rank[:, None]) / RANKS)
         limits = {"min_keep_ratio": np.ceil(0.2 * rank) / rank, "max_keep_ratio": np.floor(0.7 * rank) / rank}
         plan = solve(payloads, snr, start, band, weights, cost, queue, 3.0, **limits, rank=rank, ratio=ratio)
-        decision = tsfa_online.make(config).decide(seen)
-        sent = seen.payload_bits(decision.keep_ratio)
-        return plan, decision, start + sent / jnp.maximum(uplink_rate(decision.bandwidth_hz, snr), 1e-9)
+        decision = allocate(config, case, rank)
+        sent = jnp.take_along_axis(seen.bits, decision.kept.astype(int)[:, None], 1)[:, 0]
+        return plan, decision, start + sent / jnp.maximum(uplink_rate(decision.share_hz, snr), 1e-9)
 
     for seed in range(20):
         case = random_case(seed)
         plan, decision, ends = both(case)
-        kept = np.asarray(decision.keep_ratio) * rank
-        np.testing.assert_allclose(kept, np.round(kept), atol=1e-5)
-        assert (kept >= np.ceil(0.2 * rank) - 1e-5).all() and (kept <= np.floor(0.7 * rank) + 1e-5).all()
-        assert (decision.keep_ratio <= plan.keep_ratio + 1e-5).all()
+        kept = np.asarray(decision.kept)
+        np.testing.assert_array_equal(kept, np.round(kept))
+        assert (kept >= np.ceil(0.2 * rank)).all() and (kept <= np.floor(0.7 * rank)).all()
+        assert (kept <= plan.keep_ratio * rank + 1e-4).all()
         assert decision.latency_s <= plan.latency_s * (1 + 1e-5)
         assert (ends[able(case)] <= decision.latency_s * (1 + 1e-5)).all()
-        assert np.sum(np.float64(decision.bandwidth_hz)) <= BAND * (1 + 1e-6)
+        assert np.sum(np.float64(decision.share_hz)) <= BAND * (1 + 1e-6)
 
 
 def test_queue_bounds_the_mean_latency_and_steers_it_to_the_budget():
@@ -310,16 +311,18 @@ def test_queue_bounds_the_mean_latency_and_steers_it_to_the_budget():
     controller = tsfa_online.make(config)
     bits, _, start, band, weights, tail, *_ = random_case(6, left_out=False)
 
-    def round_(queue, snr):
-        case = bits, snr, start * 0.01, band / 4, weights, tail, queue, 0.0
-        latency = controller.decide(observation(case)).latency_s
-        queue = controller.update_queue(queue, latency)
-        return queue, (queue, latency)
+    def round_(queues, snr):
+        case = bits, snr, start * 0.01, band / 4, weights, tail, 0.0, 0.0
+        latency = controller.allocate(queues, observation(case)).latency_s
+        queues, report = controller.update(queues, Outcome(latency, jnp.float32(0)))
+        return queues, (report["queue_s"], latency)
 
     rng = np.random.default_rng(0)
     gains = np.float32(1e8 * rng.exponential(1, (400, CLIENTS)) + 1e7)
     for first in (0.0, 5.0):
-        _, (queues, latency) = jax.jit(lambda queue: jax.lax.scan(round_, queue, gains))(jnp.float32(first))
+        _, (queues, latency) = jax.jit(lambda queue: jax.lax.scan(round_, {"queue_s": queue}, gains))(
+            jnp.float32(first)
+        )
         latency = np.float64(latency)
         for length in (1, 7, 400):
             queue = np.float64(first)
@@ -328,6 +331,39 @@ def test_queue_bounds_the_mean_latency_and_steers_it_to_the_budget():
             assert latency[:length].mean() - 0.35 <= (queues[length - 1] - first) / length + 1e-6
             np.testing.assert_allclose(queues[length - 1], queue, rtol=1e-4, atol=1e-4)
         assert latency.max() > 0.35 > latency.min()
+
+
+@pytest.mark.parametrize("energy_budget_j", [None, 0.1])
+def test_all_numbers_are_traced(energy_budget_j):
+    """Oracle: the options' own decision and queues; one compilation for two sets of numbers, None being structure."""
+    case, count = random_case(6, left_out=False), []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def traced(structure, numbers):
+        count.append(1)
+        options = fill(structure, numbers)
+        return allocate_from_first(options), tsfa_online.make(options).init()
+
+    def allocate_from_first(options):
+        controller = tsfa_online.make(options)
+        queues = controller.init()
+        decision = controller.allocate(queues, observation(case))
+        return decision, controller.update(queues, Outcome(decision.latency_s, jnp.float32(0.3)))
+
+    first = {"latency_budget_s": 0.3, "min_keep_ratio": 0.2, "max_keep_ratio": 0.6, "V": 1.0, "queue_s": 2.0}
+    for numbers in (first, {**first, "V": 3.0, "queue_s": 0.5, "max_keep_ratio": 0.9}):
+        config = TsfaConfig(**numbers, energy_budget_j=energy_budget_j)
+        found, queues = traced(*split(config))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), found, allocate_from_first(config))
+        assert queues["queue_s"] == numbers["queue_s"] and len(queues) == (1 if energy_budget_j is None else 2)
+    assert len(count) == 1
+
+
+def test_what_it_needs_and_breaks_follows_from_its_options():
+    """By definition: tails count all that may be sent unless they are linear; energy is a second budget."""
+    assert TsfaConfig().needs() == {"whole_tail": "tail"} and TsfaConfig(tail="linear").needs() == {}
+    assert TsfaConfig(energy_budget_j=1.0).breaks() == {"latency_alone": "energy_budget_j"}
+    assert TsfaConfig().breaks() == {}
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import optax
 import pytest
 
 from fedjax_lora.core.errors import RunWarning
-from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState, Hyper, LinkState
+from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState
 from fedjax_lora.io import checkpoint
+from fedjax_lora.wireless.cell import CellState
 
 
 def make_state(round_number, memory=()):
@@ -27,16 +28,17 @@ def make_state(round_number, memory=()):
     return FedState(
         key=jax.random.key(7),
         round=jnp.int32(round_number),
+        numbers={"control.V": jnp.float32(3.0), "lora.client_ranks": jnp.arange(2.0)},
         adapters=adapters,
-        server=optax.sgd(0.1, momentum=0.9).init(adapters),
-        link=LinkState(mean_gain=draw(3, 6), fading=draw(4, 6) * (1 + 2j), cpu_hz=draw(5, 6)),
-        queue_s=jnp.float32(0.1),
-        energy_queue_j=jnp.float32(0.2),
-        elapsed_s=jnp.float32(jnp.inf),
         merged={},
-        drift=(),
-        clients=ClientState(rank=jnp.full(2, 4.0), kept={}, memory=memory, drift=()),
-        hyper=Hyper(*jnp.arange(5.0)),
+        elapsed_s=jnp.float32(jnp.inf),
+        methods={
+            "server": optax.sgd(0.1, momentum=0.9).init(adapters),
+            "wireless": CellState(mean_gain=draw(3, 6), fading=draw(4, 6) * (1 + 2j), cpu_hz=draw(5, 6)),
+            "control": {"queue_s": jnp.float32(0.1)},
+            "drift": (),
+        },
+        clients=ClientState(rank=jnp.full(2, 4.0), personal={}, methods={"sparsifier": memory, "drift": ()}),
     )
 
 

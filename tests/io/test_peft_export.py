@@ -2,16 +2,19 @@
 
 import jax
 import numpy as np
-import peft
 import pytest
-import torch
 import transformers
 from safetensors.numpy import load_file
 
 from fedjax_lora.adapters import lora
+from fedjax_lora.core.methods import Site
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.io.peft import Card, export
-from fedjax_lora.models import bert, load
+from fedjax_lora.models import load
+from oracles.model_context import model_context
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +35,14 @@ def card(base_model):
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # raised inside PEFT
 @pytest.mark.parametrize("targets", [("query", "up"), ("down",)])
 def test_peft_computes_with_exported_adapters_what_the_model_does(folder, tmp_path, targets):
-    model, base = load.build_model(load.ModelConfig(pretrained=str(folder)), 3)
+    model, base = load.build_model(load.ModelConfig(pretrained=str(folder)), model_context(3))
     max_rank, rank, alpha = 5, 3, 6.0
-    modules = lora.init(jax.random.key(1), {name: model.targets[name] for name in targets}, 2, max_rank)
+    modules = lora.init(jax.random.key(1), {name: model.sites[name] for name in targets}, 2, max_rank)
     modules = {
         name: Factors(a=f.a, b=0.3 * jax.random.normal(jax.random.key(2), f.b.shape)) for name, f in modules.items()
     }
     adapters = Adapters(modules=modules, head=model.init_head(jax.random.key(3)))
-    export(tmp_path / "out", adapters, bert.MODULE_NAMES, rank, alpha, card(str(folder)))
+    export(tmp_path / "out", adapters, model.sites, rank, alpha, card(str(folder)))
 
     ids = np.arange(12).reshape(2, 6) % 40
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
@@ -59,3 +62,11 @@ def test_a_folder_in_use_is_refused_by_name(tmp_path):
     (tmp_path / "kept").write_text("mine")
     with pytest.raises(ValueError, match="must be a new or an empty folder"):
         export(tmp_path, Adapters(modules={}, head={}), {}, 1, 1.0, card("base"))
+
+
+def test_a_module_without_a_name_in_the_base_model_is_refused(tmp_path):
+    adapters = Adapters(modules={"up": Factors(a=np.ones((1, 2, 1)), b=np.ones((1, 1, 3)))}, head={})
+    for sites in ({}, {"up": Site("up", 0, 2, 3)}):
+        with pytest.raises(ValueError, match=r"adapters must be of modules of the base model .*, got 'up'"):
+            export(tmp_path / "out", adapters, sites, 1, 1.0, card("base"))
+    assert not (tmp_path / "out").exists()

@@ -55,8 +55,9 @@ BESIDE = ["dropped_energy", "tail_energy"]
 def make_metrics(first=1, rounds=3, **replaced):
     values = {name: jnp.arange(rounds) + 0.1 for name in Metrics.__dataclass_fields__}
     values["round"] = jnp.arange(first, first + rounds)
-    values["client_uplink_bits"] = jnp.full((rounds, 4), 2**31 + 1, jnp.uint32)
-    values["client_downlink_bits"] = jnp.zeros((rounds, 4), jnp.uint32)
+    values["uplink"] = Count.of(jnp.full((rounds, 4), 2**31 + 1, jnp.uint32))
+    values["downlink"] = Count.of(jnp.zeros((rounds, 4), jnp.uint32))
+    values["methods"] = {}
     values["tail_energy"] = jnp.arange(rounds)[:, None] + jnp.linspace(0.3, 0.0, 5)
     values |= {name: jnp.full(rounds, 4, jnp.int32) for name in ("participants", "outages", "nonfinite_clients")}
     return Metrics(**(values | replaced))

@@ -1,5 +1,7 @@
 """Laws that every aggregator obeys, over one table of all of them."""
 
+import importlib
+import pkgutil
 from typing import Any, NamedTuple
 
 import jax
@@ -7,33 +9,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedjax_lora import aggregation
 from fedjax_lora.aggregation import fedex, fedit, fedsa, ffa, flexlora, flora, hetlora, lora_fair, rolora
-from fedjax_lora.config.assemble import AGGREGATORS
+from fedjax_lora.aggregation.products import as_changes
 from fedjax_lora.core import trees
-from fedjax_lora.core.methods import Sent
+from fedjax_lora.core.methods import Context, Received
+from fedjax_lora.core.numbers import fill, split
 from fedjax_lora.core.types import Adapters, Scope
-from fedjax_lora.sim.round import as_changes
-from fedjax_lora.sparsifiers import soft
 from oracles.sparsifier_oracle import LAYERS, WIDTHS, random_adapters, rank_mask, stack, trained_from
-
-SENDERS, ZERO = soft.SoftConfig(), soft.SoftConfig(missing="zero")
+from oracles.uploads import uploads
 
 
 class Row(NamedTuple):
     """A method, and what tells it from the others in these laws.
 
-    round: decides about what is trained and sent. sparsifier: one that goes with the method.
+    round: decides about what is trained and sent. counts: where a client has a say, see `oracles.uploads`.
     exact: whether averaging is free of error. new_basis: whether equal clients' product comes back in other factors.
     signs: whether the factors are unique up to signs alone. received: the factors that clients are sent in rounds 0, 1
     and 2 where all take part in each. received_away: the same where clients sit out rounds. stacks: at how many times
     C r components what was merged is charged. seed_bits: what comes with it. seed_bits_away: the same where clients sit
-    out rounds. has_head: whether the head is sent.
+    out rounds. has_head: whether the head is sent. folds: whether clients can be averaged one by one.
     """
 
     module: Any
     config: Any
     round: int = 0
-    sparsifier: soft.SoftConfig = SENDERS
+    counts: str = "senders"
     exact: bool = False
     new_basis: bool = False
     signs: bool = False
@@ -43,9 +44,12 @@ class Row(NamedTuple):
     seed_bits: int = 0
     seed_bits_away: int = 0
     has_head: bool = True
+    folds: bool = False
 
 
-ROLORA = Row(rolora, rolora.RoLoraConfig(), exact=True, received=("ab", "b", "a"), received_away=("ab", "ab", "ab"))
+ROLORA = Row(
+    rolora, rolora.RoLoraConfig(), exact=True, received=("ab", "b", "a"), received_away=("ab", "ab", "ab"), folds=True
+)
 ONCE = ("ab", "", "")
 FLORA = Row(
     flora,
@@ -58,12 +62,12 @@ FLORA = Row(
     seed_bits_away=32,
 )
 TABLE = {
-    "fedit": Row(fedit, fedit.FedItConfig()),
-    "ffa": Row(ffa, ffa.FfaConfig(), exact=True, received=("b", "b", "b")),
+    "fedit": Row(fedit, fedit.FedItConfig(), folds=True),
+    "ffa": Row(ffa, ffa.FfaConfig(), exact=True, received=("b", "b", "b"), folds=True),
     "rolora even": ROLORA,
     "rolora odd": ROLORA._replace(round=1),
-    "fedsa": Row(fedsa, fedsa.FedSaConfig(), exact=True, received=("a", "a", "a"), has_head=False),
-    "hetlora": Row(hetlora, hetlora.HetLoraConfig(), sparsifier=ZERO),
+    "fedsa": Row(fedsa, fedsa.FedSaConfig(), exact=True, received=("a", "a", "a"), has_head=False, folds=True),
+    "hetlora": Row(hetlora, hetlora.HetLoraConfig(), counts="owners", folds=True),
     "fedex": Row(fedex, fedex.FedExConfig(), exact=True, stacks=1),
     "fedex reinit": FLORA._replace(module=fedex, config=fedex.FedExConfig(start="reinit")),
     "fedex keep": Row(fedex, fedex.FedExConfig(start="keep"), exact=True, received=ONCE, stacks=2, seed_bits_away=32),
@@ -75,40 +79,47 @@ START = random_adapters(0)
 WEIGHTS = jnp.array([0.4, 0.3, 0.2, 0.1])
 KEY = jax.random.key(1)
 SCALE = jnp.float32(2.0)
-COMPRESS = {
-    config: jax.jit(jax.vmap(soft.make(config, START).compress, in_axes=(None, 0, None, None, None, None)))
-    for config in (SENDERS, ZERO)
-}
-FEDIT = jax.jit(fedit.make(fedit.FedItConfig()).aggregate)
+PATH = aggregation.__path__
+CONTEXT = Context(num_clients=4, cohort_size=4, like=START)
+FEDIT = jax.jit(fedit.make(fedit.FedItConfig(), CONTEXT).aggregate)
 
 
 class Cohort(NamedTuple):
     """What four clients hold within the scope of what the method sends, and their uploads."""
 
     trained: Adapters
-    sent: Sent
+    received: Received
+
+
+def method_of(row: Row):
+    return row.module.make(row.config, CONTEXT)
 
 
 def decoded(row: Row, clients: list[Adapters]) -> Cohort:
     """The clients' adapters, equal to the broadcast outside of the method's scope, half of their ranks sent."""
-    sends = row.module.make(row.config).sends(jnp.int32(row.round))
+    sends = method_of(row).traffic(jnp.int32(row.round), True).sent
     scope = Scope(jnp.asarray(rank_mask()), *map(jnp.float32, sends))
     trained = stack([scope.select(client, START) for client in clients])
-    compress = COMPRESS[row.sparsifier]
-    return Cohort(trained, compress(START, trained, (), jnp.float32(0.5), scope, jax.random.key(0))[0])
+    return Cohort(trained, uploads(START, trained, rank_mask(), sends, keep=2, counts=row.counts))
 
 
 def upload(row: Row, clients: list[Adapters]) -> Cohort:
     """What the method is given of them: their changes since the broadcast, where it asks for these."""
     cohort = decoded(row, clients)
-    if row.module.make(row.config).resumes:
+    if method_of(row).resumes:
         return Cohort(*as_changes(stack([START] * len(clients)).modules, *cohort))
     return cohort
 
 
 def test_every_aggregator_is_in_the_table():
-    """Oracle: the names that a configuration may choose."""
-    assert {row.config.name for row in TABLE.values()} == set(AGGREGATORS)
+    """Oracle: the files of the package that hold a METHOD."""
+    files = [importlib.import_module(f"{aggregation.__name__}.{file.name}") for file in pkgutil.iter_modules(PATH)]
+    methods = [file.METHOD for file in files if hasattr(file, "METHOD")]
+    assert {row.module.METHOD for row in TABLE.values()} == set(methods)
+    assert len(methods) == 9
+    for method in methods:
+        assert method.slot == "aggregation"
+        assert method.options().name == method.name
 
 
 @pytest.fixture(scope="module", params=TABLE, ids=list(TABLE))
@@ -123,7 +134,7 @@ def cohort(row):
 
 @pytest.fixture(scope="module")
 def aggregate(row):
-    return row.module.make(row.config).aggregate
+    return method_of(row).aggregate
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +181,7 @@ def test_dtypes_and_shapes_are_kept(row, aggregate, cohort):
     """Structure: the result is like the broadcast, what is merged like the products, the errors float32 scalars."""
     found = jax.eval_shape(aggregate, START, *cohort, WEIGHTS, SCALE, KEY)
     jax.tree.map(lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), found.adapters, START)
-    merges = row.module.make(row.config).merges
+    merges = method_of(row).merges
     merged = {n: (LAYERS, *widths) for n, widths in WIDTHS.items()} if merges else {}
     assert {n: leaf.shape for n, leaf in found.merged.items()} == merged
     for error in (found.sparsification_error, found.covariance_error):
@@ -211,7 +222,9 @@ def test_client_of_weight_zero_changes_nothing(jitted, cohort, assert_same, valu
 
 def test_nobody_leaves_the_broadcast(jitted, cohort):
     """Closed form: weights all zero give the broadcast to the bit, nothing merged, and no error."""
-    found = jitted(START, jax.tree.map(lambda x: x * jnp.nan, cohort.trained), cohort.sent, jnp.zeros(4), SCALE, KEY)
+    found = jitted(
+        START, jax.tree.map(lambda x: x * jnp.nan, cohort.trained), cohort.received, jnp.zeros(4), SCALE, KEY
+    )
     jax.tree.map(np.testing.assert_array_equal, found.adapters, START)
     assert not any(np.any(leaf) for leaf in found.merged.values())
     assert found.sparsification_error == 0.0
@@ -259,10 +272,10 @@ def test_identical_clients_give_the_product_of_fedit(row, jitted):
 @pytest.mark.parametrize("everyone", [True, False])
 def test_clients_are_sent_what_they_cannot_know(row, everyone):
     """Oracle: the factors that the row names, round by round, and the head."""
-    method = row.module.make(row.config)
+    method = method_of(row)
     expected = row.received if everyone else row.received_away or row.received
     for number, factors in enumerate(expected):
-        live = method.receives(jnp.int32(number), everyone)
+        live = method.traffic(jnp.int32(number), everyone).received
         assert tuple(map(float, live)) == ("a" in factors, "b" in factors, row.has_head)
 
 
@@ -272,11 +285,35 @@ def test_downlink_of_what_was_merged_equals_an_independent_count(row, clients, r
 
     A matrix is sent in full where that is shorter; a client that has missed merges is sent their sum in full.
     """
-    method = row.module.make(row.config)
+    method = method_of(row)
     bits = bits_away = 0
     for n_in, n_out in WIDTHS.values():
         for _ in range(LAYERS):
             bits += 32 * min(row.stacks * clients * rank * (n_in + n_out), n_in * n_out)
             bits_away += 32 * n_in * n_out * (row.stacks > 0)
-    assert method.extra_downlink_bits(START, clients, jnp.float32(rank)) == bits + row.seed_bits
-    assert method.extra_downlink_bits(START, None, jnp.float32(rank)) == bits_away + row.seed_bits_away
+    assert method.extra_downlink(START, clients, jnp.float32(rank)).exact() == bits + row.seed_bits
+    assert method.extra_downlink(START, None, jnp.float32(rank)).exact() == bits_away + row.seed_bits_away
+
+
+def test_no_code_turns_on_a_number(row, cohort):
+    """Structure: the method is made inside a program whose numbers are arguments; NaN in each raises nothing."""
+    structure, numbers = split(row.config)
+    mask = jnp.asarray(rank_mask())
+
+    @jax.jit
+    def program(numbers):
+        method = row.module.make(fill(structure, numbers), CONTEXT)
+        after = None if method.next_rank is None else method.next_rank(START, START, jnp.float32(4))
+        return method.aggregate(START, *cohort, WEIGHTS, SCALE, KEY), method.penalty(START, mask), after
+
+    jax.eval_shape(program, numbers)
+    for key in numbers:
+        row.module.make(fill(structure, numbers | {key: jnp.float32(jnp.nan)}), CONTEXT)
+    if row.config.name in ("hetlora", "lora_fair"):
+        assert numbers
+        poisoned = program(dict.fromkeys(numbers, jnp.float32(jnp.nan)))
+        assert any(np.any(np.isnan(leaf)) for leaf in jax.tree.leaves(poisoned))
+
+
+def test_a_method_folds_where_the_table_says_so(row):
+    assert (method_of(row).fold is not None) == row.folds

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.config.assemble import DRIFTS
-from fedjax_lora.config.experiment import VARIANTS
 from fedjax_lora.core import trees
+from fedjax_lora.training.corrections import METHODS
+from oracles.contexts import context
 from oracles.sparsifier_oracle import MAX_RANK, RANK, random_adapters, scope, stack
 
 START = random_adapters(0)
@@ -22,8 +22,11 @@ RATE, STEPS = 0.2, 3
 TABLE = {"none": {}, "fedprox": {"mu": 0.5}, "scaffold": {}}
 
 
+DRIFTS = {method.name: method for method in METHODS}
+
+
 def make(name, **options):
-    return DRIFTS[name](VARIANTS["drift"][name](**options))
+    return DRIFTS[name].make(DRIFTS[name].options(**options), context())
 
 
 def test_every_correction_is_in_the_table():

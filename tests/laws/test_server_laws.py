@@ -7,25 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.config.assemble import SERVERS
-from fedjax_lora.config.experiment import VARIANTS
 from fedjax_lora.core.methods import Live
 from fedjax_lora.sim.parts import scope_of
 from fedjax_lora.sim.round import step_server
+from fedjax_lora.training.optimizers import METHODS
+from oracles.contexts import context
 from oracles.sparsifier_oracle import RANK, random_adapters, stack
 
 START = random_adapters(0)
 GRADIENTS = [random_adapters(seed) for seed in (1, 2, 3)]
 
 
-@pytest.fixture(scope="module", params=SERVERS)
-def name(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def optimizer(name):
-    return SERVERS[name](VARIANTS["server"][name](learning_rate=0.3))
+@pytest.fixture(scope="module", params=METHODS, ids=[method.name for method in METHODS])
+def optimizer(request):
+    return request.param.make(request.param.options(learning_rate=0.3), context())
 
 
 def rounds(optimizer, gradients, update=None):
@@ -89,11 +84,11 @@ def test_zero_pseudo_gradient_from_rest_moves_nothing(optimizer):
 @pytest.mark.parametrize("live", [Live(), Live(a=0.0), Live(b=0.0)])
 def test_what_is_out_of_use_never_moves(optimizer, live):
     """Invariance, to the bit: ranks beyond r, and a factor at rest, whatever the average and the moments hold there."""
-    parts, cohort = SimpleNamespace(optimizer=optimizer), SimpleNamespace(start=START)
+    parts, cohort = SimpleNamespace(server=optimizer, rank=jnp.float32(RANK)), SimpleNamespace(start=START)
     cohort.scope = lambda ranks: scope_of(ranks, live)
-    state = SimpleNamespace(adapters=START, server=optimizer.init(START), hyper=SimpleNamespace(rank=jnp.float32(RANK)))
+    state = SimpleNamespace(adapters=START, methods={"server": optimizer.init(START)})
     for average in GRADIENTS:
-        state.adapters, state.server = step_server(parts, state, cohort, SimpleNamespace(adapters=average))
+        state.adapters, state.methods["server"] = step_server(parts, state, cohort, SimpleNamespace(adapters=average))
         cohort.start = state.adapters
     for name, f in state.adapters.modules.items():
         old = START.modules[name]

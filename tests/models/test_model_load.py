@@ -1,18 +1,25 @@
 """Loading of Hugging Face folders: names, shards, prefixes, and one clear line for each thing that is wrong."""
 
+import dataclasses
 import json
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
-from safetensors import torch as torch_file
 from safetensors.numpy import load_file, save_file
 
-from fedjax_lora.core.types import Adapters
-from fedjax_lora.models import load, safetensors
+from fedjax_lora.adapters import lora
+from fedjax_lora.core.methods import Hidden, Method, Model, Site
+from fedjax_lora.core.numbers import Options
+from fedjax_lora.core.types import Adapters, Factors
+from fedjax_lora.models import bert, load, safetensors
+from oracles.model_context import model_context
+
+torch = pytest.importorskip("torch")
+torch_file = pytest.importorskip("safetensors.torch")
 
 SHAPE = {
     "vocab_size": 31,
@@ -32,7 +39,7 @@ def folder(tmp_path):
 
 
 def build(folder, **options):
-    return load.build_model(load.ModelConfig(pretrained=str(folder), **options), 2)
+    return load.build_model(load.ModelConfig(pretrained=str(folder), **options), model_context(2))
 
 
 DOUBLED = 2e-4
@@ -367,7 +374,7 @@ def test_save_and_restore_give_the_same_tree_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "vit"}, "name must be one of vit-tiny, got 'vit'"),
+        ({"name": "vit"}, "^name must be 'vit-tiny', got 'vit'$"),
         ({"pooling": "max"}, "pooling must be one of mean, cls, got 'max'"),
         ({"compute_dtype": "float16"}, "compute_dtype must be one of float32, bfloat16, got 'float16'"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
@@ -381,8 +388,70 @@ def test_config_refuses(fields, message):
 
 def test_model_and_data_must_fit(folder):
     with pytest.raises(ValueError, match=r"model.pretrained must be a folder .* for text, got None"):
-        load.build_model(load.ModelConfig(), 2)
+        load.build_model(load.ModelConfig(), model_context(2))
     with pytest.raises(ValueError, match=r"model.pretrained must be absent for images"):
-        load.build_model(load.ModelConfig(pretrained=str(folder)), 2, (8, 8, 1))
+        load.build_model(load.ModelConfig(pretrained=str(folder)), model_context(2, (8, 8, 1)))
     with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
-        load.build_model(load.ModelConfig(), 1, (8, 8, 1))
+        load.build_model(load.ModelConfig(), model_context(1, (8, 8, 1)))
+
+
+def test_a_family_of_ones_own_is_made_with_the_task_and_the_adapter_numpy_loop():
+    """Oracle: `x (w + s a b)` summed over positions, and the head's product, in NumPy."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class OneLayer(Options):
+        name: Literal["one-layer"] = "one-layer"
+        width: int = 5
+
+    def make(options, context):
+        task, adapter = context.made["task"], context.made["adapter"]
+        n_in, sites = context.image_shape[2], {"in_proj": Site("inner", 2, context.image_shape[2], 3)}
+
+        def layers(base, adapters, hidden, key):
+            placed = {
+                name: (sites[name].first, jax.tree.map(lambda x: x[0], f)) for name, f in adapters.modules.items()
+            }
+            return hidden._replace(values=adapter.project(hidden.values, base["layers"]["inner"]["w"][0], placed))
+
+        return Model(
+            init=lambda key: {"layers": {"inner": {"w": jax.random.normal(key, (1, n_in, options.width))}}},
+            init_head=lambda key: task.head(key, options.width),
+            embed=lambda base, batch, key: Hidden(batch["image"].reshape(len(batch["image"]), -1, n_in), jnp.ones(())),
+            layers=layers,
+            task=lambda base, adapters, hidden, key: task.read(adapters.head, hidden.values.sum(1)),
+            sites=sites,
+            num_layers=1,
+        )
+
+    method = Method("model", "one-layer", OneLayer, make)
+    model, base = load.build_model(OneLayer(), model_context(4, (2, 3, 7)), method.make)
+    assert base is None
+    base, head = model.init(jax.random.key(0)), model.init_head(jax.random.key(1))
+    f = Factors(a=jax.random.normal(jax.random.key(2), (1, 7, 2)), b=jax.random.normal(jax.random.key(3), (1, 2, 3)))
+    image = jax.random.normal(jax.random.key(4), (6, 2, 3, 7))
+    got = model.apply(base, Adapters(modules={"in_proj": f}, head=head), {"image": image})
+    w = np.array(base["layers"]["inner"]["w"][0])
+    w[:, 2:] += np.asarray(f.a[0]) @ np.asarray(f.b[0])
+    expected = np.asarray(image).reshape(6, 6, 7).sum(1) @ w @ np.asarray(head["w"]) + np.asarray(head["b"])
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    merged = lora.merge(base, Adapters(modules={"in_proj": f}, head={}), model.sites)
+    np.testing.assert_allclose(merged["layers"]["inner"]["w"][0], w, rtol=1e-5, atol=1e-6)
+
+
+def test_every_frozen_weight_has_its_place_in_a_checkpoint_and_sites_lie_in_their_matrices(folder):
+    """Oracle: the shapes of the folder's tensors, by the names that the sites state."""
+    shape, base = load.read_pretrained(load.ModelConfig(pretrained=str(folder)), str(folder))
+    tensors = load_file(folder / "model.safetensors")
+    sites = bert.sites(shape)
+    assert list(sites) == ["query", "key", "value", "output", "up", "down"]
+    for site in sites.values():
+        for layer in range(shape.num_layers):
+            stored = tensors[site.source.format(layer=layer) + ".weight"]
+            columns = base["layers"][site.group]["w"][layer, :, site.first : site.first + site.n_out]
+            np.testing.assert_array_equal(columns, stored.T)
+            assert columns.shape == (site.n_in, site.n_out)
+
+
+def test_rounded_matrices_are_a_property_that_the_options_break():
+    assert load.ModelConfig(compute_dtype="bfloat16").breaks() == {"float32_base": "compute_dtype"}
+    assert load.ModelConfig().breaks() == {}

@@ -7,13 +7,15 @@ import pytest
 
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.models import layers, load, vit
+from oracles.model_context import model_context
 
 
 def build(pooling="mean"):
     config = vit.VitConfig(
         height=6, width=8, channels=2, patch=2, hidden=12, num_layers=2, num_heads=3, mlp_width=20, pooling=pooling
     )
-    return vit.vit(config, 5)
+    made = model_context(5).made
+    return vit.vit(config, made["task"], made["adapter"])
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def small():
         return jnp.asarray(0.2 * random.normal(size=shape), jnp.float32)
 
     modules = {
-        name: Factors(a=normal(2, n_in, 4), b=normal(2, 4, n_out)) for name, (n_in, n_out) in model.targets.items()
+        name: Factors(a=normal(2, site.n_in, 4), b=normal(2, 4, site.n_out)) for name, site in model.sites.items()
     }
     adapters = Adapters(modules=modules, head={"w": normal(12, 5), "b": normal(5)})
     image = jnp.asarray(random.uniform(size=(3, 6, 8, 2)), jnp.float32)
@@ -77,10 +79,10 @@ def test_gradients_of_adapters_and_base_by_finite_differences(small):
 
 
 def test_tiny_is_the_documented_model_for_digits():
-    model, base = load.build_model(load.ModelConfig(), 10, (8, 8, 1))
+    model, base = load.build_model(load.ModelConfig(), model_context(10, (8, 8, 1)))
     assert base is None
     assert model.num_layers == 4
-    assert model.targets["query"] == (64, 64) and model.targets["down"] == (256, 64)
+    assert model.sites["query"][2:] == (64, 64, "") and model.sites["down"][2:] == (256, 64, "")
     base = jax.eval_shape(model.init, jax.random.key(0))
     assert base["embeddings"]["position"].shape == (4, 64)
 

@@ -7,26 +7,40 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedjax_lora.core.keys import client_keys
 from fedjax_lora.sim.cohort import MAX_CPU_DEVICES, choose, client_mesh, map_over_devices, padded_size
 
 
+def uniform(key, num_clients):
+    return jax.vmap(jax.random.uniform)(client_keys(key, jnp.arange(num_clients)))
+
+
 def test_full_participation_is_every_client_once_then_padding():
-    ids, present = choose(jax.random.key(0), 5, 5, 8)
+    ids, present = choose(None, 5, 5, 8)
     assert ids.tolist() == [0, 1, 2, 3, 4, 5, 5, 5]
     assert present.tolist() == [True] * 5 + [False] * 3
 
 
 def test_a_sample_is_without_replacement_and_uniform_against_the_binomial():
-    draws = jax.vmap(lambda key: choose(key, 12, 3, 3)[0])(jax.random.split(jax.random.key(1), 4000))
+    draws = jax.vmap(lambda key: choose(uniform(key, 12), 12, 3, 3)[0])(jax.random.split(jax.random.key(1), 4000))
     assert (np.diff(draws, axis=1) > 0).all()
     count = np.bincount(np.ravel(draws), minlength=12)
     # Each client is in with probability 1/4: 1000 times, with deviation 27.
     assert abs(count - 1000).max() < 4.5 * np.sqrt(4000 * 0.25 * 0.75)
 
 
+def test_the_highest_priorities_take_part_and_none_of_minus_infinity():
+    """By hand."""
+    ids, present = choose(jnp.array([0.3, -jnp.inf, 2.0, -1.0, -jnp.inf]), 5, 2, 3)
+    assert (ids.tolist(), present.tolist()) == ([0, 2, 5], [True, True, False])
+    ids, present = choose(jnp.array([0.3, -jnp.inf, 2.0, -jnp.inf, -jnp.inf]), 5, 3, 4)
+    assert (ids.tolist(), present.tolist()) == ([0, 2, 5, 5], [True, True, False, False])
+
+
 def test_padding_of_the_sample_does_not_change_it():
-    short, _ = choose(jax.random.key(2), 9, 4, 4)
-    long, present = choose(jax.random.key(2), 9, 4, 6)
+    priority = uniform(jax.random.key(2), 9)
+    short, _ = choose(priority, 9, 4, 4)
+    long, present = choose(priority, 9, 4, 6)
     assert long[:4].tolist() == short.tolist()
     assert present.tolist() == [True] * 4 + [False] * 2
 

@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 
 from fedjax_lora.adapters.lora import effective, rank_mask
-from fedjax_lora.config.assemble import _check_fits
 from fedjax_lora.core.keys import round_keys
 from fedjax_lora.core.methods import Decision
 from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.data.batches import gather, local_batches
 from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.sim.round import choose_cohort, control, importance, sparsify, train_locally
-from fedjax_lora.sparsifiers import dense
 from fedjax_lora.training.corrections import FedProxConfig, ScaffoldConfig, fedprox, scaffold
 from fedjax_lora.training.local import cross_entropy
 from oracles.sparsifier_oracle import random_adapters
@@ -87,15 +85,15 @@ def test_scaffold_equals_a_loop_over_clients_and_steps(two_rounds, number):
     sim, states, _ = two_rounds
     mean, clients, server = scaffold_round(sim, states[number])
     assert_close(states[number + 1].adapters, mean)
-    assert_close(states[number + 1].clients.drift, clients, rtol=1e-3, atol=1e-4)
-    assert_close(states[number + 1].drift, server, rtol=1e-3, atol=1e-4)
+    assert_close(states[number + 1].clients.methods["drift"], clients, rtol=1e-3, atol=1e-4)
+    assert_close(states[number + 1].methods["drift"], server, rtol=1e-3, atol=1e-4)
 
 
 def test_the_mean_of_all_control_variates_is_the_servers(two_rounds):
     """Conservation law, when all take part."""
     for state in two_rounds[1]:
-        assert_close(jax.tree.map(lambda leaf: jnp.mean(leaf, 0), state.clients.drift), state.drift, atol=1e-6)
-    assert max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(two_rounds[1][-1].drift)) > 1e-3
+        assert_close(jax.tree.map(lambda leaf: jnp.mean(leaf, 0), state.clients.methods["drift"]), state.methods["drift"], atol=1e-6)
+    assert max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(two_rounds[1][-1].methods["drift"])) > 1e-3
 
 
 def test_scaffold_doubles_both_links(two_rounds):
@@ -112,39 +110,26 @@ def test_control_plans_with_the_bits_that_are_sent(drift):
     sim = simulation(f"drift.name={drift}", "local.optimizer.name=sgd")
     planned = []
 
-    def decide(observation):
-        ratio = jnp.full(6, 0.7)
-        planned.append(observation.payload_bits(ratio))
-        return Decision(keep_ratio=ratio, bandwidth_hz=jnp.full(6, 1e5))
+    def allocate(state, observation):
+        planned.append(observation.bits[:, 2])
+        return Decision(kept=jnp.full(6, 2.0), share_hz=jnp.full(6, 1e5))
 
-    parts = sim.parts._replace(controller=sim.parts.controller._replace(decide=decide))
+    parts = toy.parts(sim)
+    parts = parts._replace(controller=parts.controller._replace(allocate=allocate))
     state = sim.init(jax.random.key(3))
     keys = round_keys(state.key, state.round)
     cohort = choose_cohort(parts, sim.world, state, keys)
     local = train_locally(parts, sim.world, state, cohort)
     decision = control(parts, state, cohort, local, importance(parts, cohort, local))
-    sent, _ = sparsify(parts, cohort, local, decision, keys.sparsify)
-    np.testing.assert_array_equal(planned[0], sent.bits)
-
-
-@pytest.mark.parametrize(("name", "merged", "values"), [("uplink", 0, 32), ("downlink", 2**31, 33)])
-def test_control_variates_beyond_uint32_are_refused(name, merged, values):
-    """The message itself; bits by hand, of a value and of one with its place in a bitmap."""
-    like = random_adapters(0)
-    number = sum(leaf.size for leaf in jax.tree.leaves(like))
-    beside = 2**32 - merged - values * number
-    method = dense.make(dense.DenseConfig(), like)
-    _check_fits(like, method, lambda scope: jnp.uint32(beside - 1 - (name == "uplink") * number), merged)
-    message = rf"^{name} bits of one client must be below 2\*\*32, got {2**32}$"
-    with pytest.raises(ValueError, match=message):
-        _check_fits(like, method, lambda scope: jnp.uint32(beside), merged)
+    upload = sparsify(parts, cohort, local, decision.kept, keys.sparsify)
+    np.testing.assert_array_equal(planned[0], upload.bits.exact())
 
 
 def test_a_control_variate_of_what_is_not_trained_stays():
     """Invariance: in a round of b alone, those of a, and of ranks that are not in use, are as they were."""
     start, trained, server, client = (random_adapters(seed) for seed in range(4))
     scope = Scope(jnp.asarray(numpy_mask()), jnp.float32(0), jnp.float32(1), jnp.float32(1))
-    moved: Adapters = scaffold(ScaffoldConfig()).next_client(start, trained, jnp.float32(0.5), scope, server, client)
+    moved: Adapters = scaffold(ScaffoldConfig(), context()).next_client(start, trained, jnp.float32(0.5), scope, server, client)
     for name, f in moved.modules.items():
         x0, x, c, own = (part.modules[name].b[:, :4] for part in (start, trained, server, client))
         np.testing.assert_array_equal(f.a, client.modules[name].a)

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 from fedjax_lora.core.methods import Hidden, Model
-from fedjax_lora.core.types import Adapters, ClientState, Dataset, Factors, Hyper
+from fedjax_lora.core.types import Adapters, ClientState, Dataset, Factors
 from fedjax_lora.sim.cohort import client_mesh
 from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal
+from oracles.model_context import model_context
 
 LOGITS = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
 LABEL = np.array([0, 1, 2, 0, 1, 2, 0])
-HYPER = Hyper(*map(jnp.float32, (2.0, 4.0, 0.1, 0.0, 1.0)))
+RANK, SCALE = jnp.float32(2), jnp.float32(2)
+PARTS = model_context(3).made
 LIKE = Adapters(modules={"inner": Factors(a=jnp.ones((1, 5, 2)), b=jnp.ones((1, 2, 5)))}, head={})
 
 TABLE = Model(
@@ -21,7 +23,7 @@ TABLE = Model(
     embed=lambda base, batch, key: Hidden(batch["logits"], jnp.ones(batch["logits"].shape[:1])),
     layers=lambda base, adapters, hidden, key: hidden,
     task=lambda base, adapters, hidden, key: hidden.values,
-    targets={},
+    sites={},
     num_layers=1,
 )
 
@@ -31,16 +33,16 @@ def pool(logits):
 
 
 def evaluate(logits, batch_size):
-    score = jax.jit(make_evaluate(TABLE, batch_size, client_mesh()))
-    return [float(x) for x in score({}, pool(logits), LIKE, HYPER)]
+    score = jax.jit(make_evaluate(TABLE, PARTS["adapter"], PARTS["task"], batch_size, client_mesh()))
+    return [float(x) for x in score({}, pool(logits), LIKE, RANK, SCALE)]
 
 
 def evaluate_personal(logits, clients):
     """Of clients who hold the given rows of the pool, two each."""
     data = Dataset(train=pool(LOGITS), index=jnp.asarray(clients), count=jnp.full(len(clients), 2), test=pool(logits))
-    state = ClientState(rank=jnp.full(len(clients), 2.0), kept={}, memory=(), drift=())
-    score = jax.jit(make_evaluate_personal(TABLE, 4, 3, client_mesh()))
-    return float(score({}, data, LIKE, state, HYPER))
+    state = ClientState(rank=jnp.full(len(clients), 2.0), personal={}, methods={})
+    score = jax.jit(make_evaluate_personal(TABLE, PARTS["adapter"], PARTS["task"], 4, client_mesh()))
+    return float(score({}, data, LIKE, state, SCALE))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10**12])

@@ -11,7 +11,7 @@ from fedjax_lora.core.errors import ConfigError
 from fedjax_lora.core.keys import round_keys
 from fedjax_lora.core.memory import Term
 from fedjax_lora.sim.round import choose_cohort, train_cohort
-from toy import simulation
+from toy import parts, simulation
 
 
 class Accelerator:
@@ -85,8 +85,8 @@ def test_training_takes_what_xla_says_it_does(two_clients):
     state = jax.eval_shape(sim.init, jax.random.key(0))
 
     def train(world, state):
-        cohort = choose_cohort(sim.parts, world, state, round_keys(state.key, state.round))
-        return train_cohort(sim.parts, world, state, cohort.start, cohort.clients)
+        cohort = choose_cohort(parts(sim), world, state, round_keys(state.key, state.round))
+        return train_cohort(parts(sim), world, state, cohort.start, cohort.clients)
 
     found = jax.jit(train).lower(sim.world, state).compile().memory_analysis().temp_size_in_bytes
     (estimate,) = (term.bytes for term in terms if term.remedy == "lower local.batch_size, got 100000")
@@ -100,8 +100,8 @@ def test_a_client_is_charged_for_what_it_holds_and_not_for_a_batch(two_clients):
 
     @jax.jit
     def start_s(world, state):
-        return choose_cohort(sim.parts, world, state, round_keys(state.key, state.round)).start_s
+        return choose_cohort(parts(sim), world, state, round_keys(state.key, state.round)).radio.start_s
 
     count = np.asarray(sim.world.data.count, np.float64)
     assert count.min() < count.max()
-    np.testing.assert_allclose(start_s(sim.world, state), 3 * count * 1e7 / np.asarray(state.link.cpu_hz), rtol=1e-6)
+    np.testing.assert_allclose(start_s(sim.world, state), 3 * count * 1e7 / np.asarray(state.methods["wireless"].cpu_hz), rtol=1e-6)

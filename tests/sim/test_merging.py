@@ -13,9 +13,8 @@ from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import ConfigError, load_config
 from fedjax_lora.core.keys import round_keys
 from fedjax_lora.core.methods import Live
-from fedjax_lora.core.types import Adapters, ClientState, Factors
+from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.io import checkpoint
-from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.sim.cohort import choose
 from fedjax_lora.training.local import Broadcast, Client
 from toy import config, simulation
@@ -31,7 +30,7 @@ def run():
 def test_evaluation_is_of_base_and_merged_and_adapters(run):
     """Oracle: the model on plain weights, to which both are added by hand, and no adapter."""
     sim, state, metrics = run
-    model, _ = build_model(ModelConfig(), 10, (8, 8, 1))
+    model = parts(sim).model
     used = effective(state.adapters, rank_mask(3, 4), 16.0 / 3)
     layers = dict(sim.world.base["layers"])
     w = (
@@ -39,9 +38,9 @@ def test_evaluation_is_of_base_and_merged_and_adapters(run):
         + state.merged["up"]
         + np.einsum("lir,lro->lio", used.modules["up"].a, used.modules["up"].b)
     )
-    by_hand = merge(sim.world.base, Adapters(modules={"query": used.modules["query"]}, head={}), model.targets)
+    by_hand = merge(sim.world.base, Adapters(modules={"query": used.modules["query"]}, head={}), model.sites)
     group = next(name for name in layers if "query" in name)
-    n_out = model.targets["query"][1]
+    n_out = model.sites["query"].n_out
     q = by_hand["layers"][group]["w"].at[:, :, :n_out].add(state.merged["query"])
     base = {
         **sim.world.base,
@@ -53,7 +52,7 @@ def test_evaluation_is_of_base_and_merged_and_adapters(run):
     loss = (np.log(np.exp(logits).sum(1)) - logits[np.arange(len(label)), label]).mean()
     np.testing.assert_allclose(metrics.eval_loss[-1], loss, rtol=1e-5)
     assert max(float(jnp.abs(leaf).max()) for leaf in state.merged.values()) > 1e-5
-    with_adapters = np.asarray(model.apply(sim.parts.current_base(sim.world, state), used, sim.world.data.test))
+    with_adapters = np.asarray(model.apply(current_base(parts(sim), sim.world, state), used, sim.world.data.test))
     np.testing.assert_allclose(with_adapters, logits, atol=1e-4)
     assert np.abs(np.asarray(model.apply(sim.world.base, used, sim.world.data.test)) - logits).max() > 1e-3
 
@@ -73,15 +72,11 @@ def test_a_round_of_clients_of_their_own_ranks_gives_the_mean_of_their_products(
     after, metrics = sim.run(state, 1)
 
     data, keys, scale = sim.world.data, round_keys(state.key, state.round), 16.0 / 3
-    given = Broadcast(
-        sim.world.base, data.train, state.adapters, Live(*map(jnp.float32, Live())), (), state.hyper, state.round
-    )
+    given = broadcast(sim, state)
     weight = np.asarray(data.count) / np.asarray(data.count).sum()
-    expected, train = dict.fromkeys(modules, 0.0), jax.jit(sim.parts.train)
+    expected, train = dict.fromkeys(modules, 0.0), jax.jit(parts(sim).trainer.train)
     for k, rank in enumerate((1, 2)):
-        own = jax.tree.map(lambda x, k=k: x[k], state.clients)
-        key = jax.random.fold_in(keys.local, k)
-        trained = train(given, Client(data.index[k], data.count[k], key, own)).adapters.modules
+        trained = train(given, client(sim, state, k, keys.local)).adapters.modules
         for name, f in trained.items():
             a, b = np.float64(f.a)[..., :rank], np.float64(f.b)[:, :rank]
             expected[name] = expected[name] + weight[k] * scale * a @ b
@@ -99,30 +94,32 @@ def test_clients_that_keep_their_factors_compute_and_count_by_their_changes():
     """
     sim = simulation("aggregation={name: fedex, start: keep}", "sparsifier.name=dense", "clients.per_round=4")
     plain = simulation("aggregation.name=fedex", "sparsifier.name=dense", "clients.per_round=4")
-    model, _ = build_model(ModelConfig(), 10, (8, 8, 1))
+    model = parts(sim).model
     scale, data = 16.0 / 3, sim.world.data
-    state, train = sim.init(jax.random.key(5)), jax.jit(plain.parts.train)
+    state, train = sim.init(jax.random.key(5)), jax.jit(parts(plain).trainer.train)
     own = [state.adapters.modules] * 6
     head, merged = state.adapters.head, {name: np.zeros(leaf.shape) for name, leaf in state.merged.items()}
     for number in range(3):
         keys = round_keys(state.key, state.round)
-        cohort, _ = choose(keys.cohort, 6, 4, 4)
+        cohort, _ = choose(schedule(parts(sim), sim.world, state, keys.cohort), 6, 4, 4)
         weight = np.asarray(data.count)[cohort] / np.asarray(data.count)[cohort].sum()
         heads, change = [], dict.fromkeys(merged, 0.0)
         for p, k in zip(weight, map(int, cohort), strict=True):
             before = {name: scale * np.float64(f.a) @ np.float64(f.b) for name, f in own[k].items()}
             weights = {name: jnp.float32(merged[name] - before[name]) for name in merged}
             given = Broadcast(
-                add_to_base(sim.world.base, weights, model.targets),
+                add_to_base(sim.world.base, weights, model.sites),
                 data.train,
                 Adapters(own[k], head),
                 Live(*map(jnp.float32, Live())),
                 (),
-                state.hyper,
+                jnp.float32(scale),
                 state.round,
             )
-            rest = ClientState(rank=jnp.float32(3), kept={}, memory=(), drift=())
-            found = train(given, Client(data.index[k], data.count[k], jax.random.fold_in(keys.local, k), rest)).adapters
+            key = jax.random.fold_in(keys.local, k)
+            methods = {"sparsifier": (), "drift": (), "aggregation": ()}
+            one = Client(data.index[k], data.count[k], key, jnp.float32(3), {}, methods)
+            found = train(given, one).adapters
             for name, f in found.modules.items():
                 change[name] = change[name] + p * (scale * np.float64(f.a) @ np.float64(f.b) - before[name])
             heads.append(jax.tree.map(lambda leaf, p=p: p * leaf, found.head))

@@ -14,7 +14,6 @@ from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.sim.cohort import choose
 from fedjax_lora.sim.evaluate import label_weights
 from fedjax_lora.sim.round import train_cohort
-from fedjax_lora.training.local import Client
 from fedjax_lora.training.personal import compose, deployed
 from toy import simulation
 
@@ -48,7 +47,7 @@ def test_fedsa_shares_a_and_leaves_b_and_head_with_the_clients(fedsa):
     _, (start, first, _), rows = fedsa
     assert equal((factor(first.adapters, "b"), first.adapters.head), (factor(start.adapters, "b"), start.adapters.head))
     assert not equal(factor(first.adapters, "a"), factor(start.adapters, "a"))
-    moved = [k for k in range(6) if not equal(trees.take(first.clients.kept, k), trees.take(start.clients.kept, k))]
+    moved = [k for k in range(6) if not equal(trees.take(first.clients.personal, k), trees.take(start.clients.personal, k))]
     assert len(moved) == 3
     bits = sorted(sum(4 * rank * n_in * 32 for n_in, _ in WIDTH.values()) for rank in (3, 2))
     assert set(rows[0].client_uplink_bits.ravel()) <= set(bits)
@@ -62,7 +61,7 @@ def test_personal_accuracy_equals_a_loop_over_clients_and_examples(fedsa):
     model, _ = build_model(ModelConfig(), 10, (8, 8, 1))
     label, accuracies = np.asarray(data.test["label"]), []
     for k in range(6):
-        own = compose(state.adapters, trees.take(state.clients.kept, k))
+        own = compose(state.adapters, trees.take(state.clients.personal, k))
         used = effective(own, rank_mask((3, 2)[k % 2], 4), 16.0 / 3)
         right = np.asarray(model.apply(sim.world.base, used, data.test)).argmax(1) == label
         mine = np.asarray(data.train["label"])[np.asarray(data.index[k])[: data.count[k]]]
@@ -78,7 +77,7 @@ def test_global_accuracy_is_of_the_mean_of_what_the_clients_keep(fedsa):
     model, _ = build_model(ModelConfig(), 10, (8, 8, 1))
     label, losses = np.asarray(sim.world.data.test["label"]), []
     for state, metrics in zip(states[1:], rows, strict=True):
-        mean = jax.tree.map(lambda leaf: jnp.float32(np.mean(np.float64(leaf), axis=0)), state.clients.kept)
+        mean = jax.tree.map(lambda leaf: jnp.float32(np.mean(np.float64(leaf), axis=0)), state.clients.personal)
         b, head = mean["b"], mean["head"]
         modules = {name: f.replace(b=b[name]) for name, f in state.adapters.modules.items()}
         used = effective(state.adapters.replace(modules=modules, head=head), rank_mask(3, 4), 16.0 / 3)
@@ -117,11 +116,13 @@ def test_the_factor_at_rest_stays_whatever_the_server_optimizer(name, server):
 
 def test_rolora_sends_what_a_client_may_not_know():
     """Oracle: the factor trained in the round before, in the order b, a, b; both where one may have missed it."""
-    everyone = simulation("aggregation.name=rolora", "sparsifier.name=dense").parts.receives
-    sent = [tuple(map(float, everyone(jnp.int32(number)))) for number in range(4)]
-    assert sent == [(1, 1, 1), (0, 1, 1), (1, 0, 1), (0, 1, 1)]
-    some = simulation("aggregation.name=rolora", "sparsifier.name=dense", "clients.per_round=5").parts.receives
-    assert [tuple(map(float, some(jnp.int32(number)))) for number in range(3)] == [(1, 1, 1)] * 3
+    method = rolora.make(rolora.RoLoraConfig(), context())
+
+    def received(number, everyone):
+        return tuple(map(float, method.traffic(jnp.int32(number), everyone).received))
+
+    assert [received(number, True) for number in range(4)] == [(1, 1, 1), (0, 1, 1), (1, 0, 1), (0, 1, 1)]
+    assert [received(number, False) for number in range(3)] == [(1, 1, 1)] * 3
 
 
 def test_a_round_of_clients_of_different_ranks_equals_a_numpy_loop():
@@ -131,9 +132,8 @@ def test_a_round_of_clients_of_different_ranks_equals_a_numpy_loop():
     after, metrics = sim.run(state, 1)
     data, ids, ranks = sim.world.data, jnp.arange(6), [1, 3, 2, 1, 3, 2]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(round_keys(state.key, state.round).local, ids)
-    clients = Client(data.index, data.count, keys, state.clients)
-    train = jax.jit(lambda *given: train_cohort(sim.parts, *given).adapters)
-    trained = train(sim.world, state, state.adapters, clients)
+    train = jax.jit(lambda *given: train_cohort(parts(sim), *given).adapters)
+    trained = train(sim.world, state, state.adapters, clients(sim, state, ids, keys))
     count = np.asarray(data.count, np.float64)
     for name, f in after.adapters.modules.items():
         for i in range(3):
@@ -165,18 +165,10 @@ def test_hetlora_prunes_the_ranks_of_those_who_took_part():
     first, _ = sim.run(state, 1)
     np.testing.assert_array_equal(first.clients.rank, ranks)
     second, _ = sim.run(first, 1)
-    cohort, _ = choose(round_keys(first.key, first.round).cohort, 6, 4, 4)
-    trained = jax.jit(lambda *given: train_cohort(sim.parts, *given).adapters)(
-        sim.world,
-        first,
-        first.adapters,
-        Client(
-            sim.world.data.index[cohort],
-            sim.world.data.count[cohort],
-            client_keys(round_keys(first.key, first.round).local, cohort),
-            trees.take(first.clients, cohort),
-        ),
-    )
+    keys = round_keys(first.key, first.round)
+    cohort, _ = choose(schedule(parts(sim), sim.world, first, keys.cohort), 6, 4, 4)
+    own = clients(sim, first, cohort, client_keys(keys.local, cohort))
+    trained = jax.jit(lambda *given: train_cohort(parts(sim), *given).adapters)(sim.world, first, first.adapters, own)
 
     def tail(f, rank):
         at = slice(rank // 2, rank)
@@ -203,5 +195,6 @@ def test_a_rank_that_all_have_pruned_is_no_part_of_the_evaluated_model():
         b[:, left:] = 0
         np.testing.assert_array_equal(found.modules["up"].b, b)
         np.testing.assert_array_equal(found.modules["up"].a, state.adapters.modules["up"].a)
-    loss = [sim.score(sim.world.base, sim.world.data.test, a, state.hyper)[0] for a in (state.adapters, found)]
+    whole = state.clients.rank
+    loss = [sim.evaluate(dataclasses.replace(state, clients=dataclasses.replace(state.clients, rank=r)))[0] for r in (whole, whole / 2)]
     assert loss[0] != loss[1]

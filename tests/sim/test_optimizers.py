@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_lora.config.assemble import SERVERS
-from fedjax_lora.config.experiment import VARIANTS
-from fedjax_lora.training.optimizers import OptimizerConfig, depends_on_rounds, direction, schedule
+from fedjax_lora.training.optimizers import METHODS, OptimizerConfig, depends_on_rounds, direction, schedule
+from oracles.contexts import context
+
+SERVERS = {method.name: method for method in METHODS}
 
 OPTAX = {
     "sgd": lambda rate: optax.sgd(rate),
@@ -54,15 +55,13 @@ def test_momentum_of_null_is_that_of_a_tenth_forgotten():
     ],
 )
 def test_schedule_against_closed_form_after_a_linear_rise(name, closed_form):
-    factor = schedule(OptimizerConfig(schedule=name, warmup_steps=4), 20)
-    rise = [float(factor(step)) for step in range(4)]
-    np.testing.assert_allclose(rise, [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
-    decay = [float(factor(step)) for step in range(4, 20)]
-    np.testing.assert_allclose(decay, [closed_form((step - 4) / 16) for step in range(4, 20)], atol=1e-6)
+    factors = schedule(OptimizerConfig(schedule=name, warmup_steps=4), 20, jnp.arange(20))
+    np.testing.assert_allclose(factors[:4], [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(factors[4:], [closed_form((step - 4) / 16) for step in range(4, 20)], atol=1e-6)
 
 
 def server_optimizer(name, **options):
-    return SERVERS[name](VARIANTS["server"][name](**options))
+    return SERVERS[name].make(SERVERS[name].options(**options), context())
 
 
 def test_server_sgd_at_rate_one_is_the_average_by_closed_form():
@@ -144,7 +143,7 @@ def test_a_server_that_is_told_nothing_stays(name):
 def test_a_server_value_out_of_range_is_refused_by_name(name, values, message):
     """The message itself."""
     with pytest.raises(ValueError, match=message):
-        VARIANTS["server"][name](**values)
+        SERVERS[name].options(**values)
 
 
 @pytest.mark.parametrize(
@@ -171,5 +170,5 @@ def test_a_value_out_of_range_is_refused_by_name(values, message):
 def test_rates_depend_on_the_number_of_rounds_as_said(name, warmup_steps):
     """Oracle: the factors of the first twelve steps, where as many more follow and where none does."""
     config = OptimizerConfig(schedule=name, warmup_steps=warmup_steps)
-    short, long = (schedule(config, total)(jnp.arange(12)) for total in (12, 24))
+    short, long = (schedule(config, total, jnp.arange(12)) for total in (12, 24))
     assert depends_on_rounds(config) == (not np.allclose(short, long))

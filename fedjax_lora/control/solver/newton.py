@@ -13,7 +13,7 @@ _TINY = 1e-30
 Aux = TypeVar("Aux")
 
 
-def root(
+def newton(
     function: Callable[[Array, Aux], tuple[Array, Array, Aux]],
     low: Array,
     high: Array,
@@ -45,10 +45,10 @@ def root(
         point = state.upcoming
         value, slope, aux = function(point, state.aux)
         low, high = jnp.where(value > 0, point, state.low), jnp.where(value > 0, state.high, point)
-        newton = point - value / jnp.minimum(slope, -_TINY)
+        proposed = point - value / jnp.minimum(slope, -_TINY)
         gains = state.halved | (jnp.abs(value) < 0.5 * jnp.abs(state.value))
-        take = (newton > low) & (newton < high) & gains
-        upcoming = jnp.where(take, newton, 0.5 * (low + high))
+        take = (proposed > low) & (proposed < high) & gains
+        upcoming = jnp.where(take, proposed, 0.5 * (low + high))
         return State(low, high, point, upcoming, value, ~take, state.steps + 1, aux)
 
     first = State(low, high, start, start, jnp.full_like(low, jnp.inf), jnp.array(True), jnp.array(0), blank)

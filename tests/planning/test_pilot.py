@@ -11,11 +11,15 @@ from fedjax_lora.adapters.lora import rank_mask
 from fedjax_lora.aggregation import fedex, fedit, flexlora, flora, hetlora, lora_fair
 from fedjax_lora.aggregation.products import by_products
 from fedjax_lora.core.keys import round_keys
-from fedjax_lora.core.methods import Decision
+from fedjax_lora.core.methods import Context
 from fedjax_lora.data.batches import hold_out
 from fedjax_lora.planning import pilot
+from fedjax_lora.sim.engine import score
 from fedjax_lora.sim.round import choose_cohort, normalised, sparsify, train_locally
 from toy import simulation
+
+AT_THREE = jnp.float32(3), jnp.float32(16 / 3)
+"""Rank and scale."""
 
 
 def started(*overrides):
@@ -28,7 +32,7 @@ def started(*overrides):
         for key, (name, f) in zip(keys, state.adapters.modules.items(), strict=True)
     }
     state = dataclasses.replace(state, adapters=dataclasses.replace(state.adapters, modules=modules))
-    return sim, state, pilot.sample_of(sim.world, sim.parts, jax.random.key(1))
+    return sim, state, pilot.sample_of(sim.world, sim.make_parts(sim.numbers), jax.random.key(1))
 
 
 @pytest.fixture(scope="module")
@@ -40,22 +44,21 @@ def toy():
 def measured(toy):
     """Pilots of one round at ranks 1 and 3."""
     sim, state, sample = toy
-    run = jax.jit(pilot.make_pilot(sim.parts, sim.full_gradient, jnp.ones(2)))
+    run = jax.jit(pilot.make_pilot(sim.make_parts, sim.full_gradient, jnp.ones(2)))
     return {rank: jax.device_get(run(sim.world, sample, state, jnp.float32(rank))) for rank in (1, 3)}
 
 
 @pytest.fixture(scope="module")
 def trained(toy):
-    """The cohort of the state's next round at rank 3, trained, its weights, and what it sends of two ranks."""
+    """The cohort of the state's next round at rank 3, trained, its weights, and what it uploads of two ranks."""
     sim, state, _ = toy
 
     def train(world, state):
-        keys = round_keys(state.key, state.round)
-        cohort = choose_cohort(sim.parts, world, state, keys)
-        local = train_locally(sim.parts, world, state, cohort)
-        decision = Decision(jnp.full(local.active.shape, 2 / 3), jnp.zeros(local.active.shape))
-        sent, _ = sparsify(sim.parts, cohort, local, decision, keys.sparsify)
-        return cohort, local, normalised(local.weight * local.active), sent
+        parts, keys = sim.make_parts(state.numbers), round_keys(state.key, state.round)
+        cohort = choose_cohort(parts, world, state, keys)
+        local = train_locally(parts, world, state, cohort)
+        upload = sparsify(parts, cohort, local, jnp.full(local.active.shape, 2.0), keys.sparsify)
+        return cohort, local, normalised(local.weight * local.active), upload
 
     return jax.jit(train)(sim.world, pilot.at_rank(state, jnp.float32(3)))
 
@@ -64,16 +67,17 @@ def test_the_gradient_is_by_the_weights_themselves(toy):
     """Oracle: central differences of the loss along the gradient of one module, by moving the frozen weights."""
     sim, state, sample = toy
     loss = jax.jit(sim.full_gradient)
-    value, gradient = loss(sim.world.base, sample, state.adapters, state.hyper)
-    by_score, _ = jax.jit(sim.score)(sim.world.base, sample, state.adapters, state.hyper)
-    np.testing.assert_allclose(value, by_score, rtol=1e-5)
+    value, gradient = loss(sim.world.base, sample, state.adapters, *AT_THREE)
+    pool = dataclasses.replace(sim.world, data=dataclasses.replace(sim.world.data, test=sample))
+    scored = jax.jit(lambda world, state: score(sim.make_parts(state.numbers), world, state, 64))(pool, state)
+    np.testing.assert_allclose(value, scored.loss, rtol=1e-5)
     along = gradient.modules["up"] / jnp.linalg.norm(gradient.modules["up"])
 
     def moved(step):
         layers = sim.world.base["layers"]
         up = {**layers["up"], "w": layers["up"]["w"] + step * along}
         base = {**sim.world.base, "layers": {**layers, "up": up}}
-        return float(loss(base, sample, state.adapters, state.hyper)[0])
+        return float(loss(base, sample, state.adapters, *AT_THREE)[0])
 
     slope = (moved(0.05) - moved(-0.05)) / 0.1
     np.testing.assert_allclose(jnp.vdot(gradient.modules["up"], along), slope, rtol=0.02)
@@ -98,7 +102,7 @@ def test_the_ideal_movement_is_the_average_of_the_clients_products(toy, trained)
 def two_rounds(toy):
     """Two measured rounds at rank 3: the state after each, and what it shows."""
     sim, state, sample = toy
-    measure = jax.jit(lambda s: pilot._measure(sim.parts, sim.full_gradient, sim.world, sample, s))
+    measure = jax.jit(lambda s: pilot._measure(sim.make_parts(s.numbers), sim.full_gradient, sim.world, sample, s))
     first = measure(pilot.at_rank(state, jnp.float32(3)))
     return jax.device_get((first, measure(first[0])))
 
@@ -115,10 +119,10 @@ def test_weights_in_bfloat16_are_differentiated_in_float32(toy):
     half = simulation("model.compute_dtype=bfloat16")
     base = jax.tree.map(lambda x: x.astype(jnp.float32), half.world.base)
     assert {jnp.dtype(jnp.bfloat16)} < {leaf.dtype for leaf in jax.tree.leaves(half.world.base)}
-    found = jax.jit(half.full_gradient)(half.world.base, sample, state.adapters, state.hyper)
-    expected = jax.jit(sim.full_gradient)(base, sample, state.adapters, state.hyper)
+    found = jax.jit(half.full_gradient)(half.world.base, sample, state.adapters, *AT_THREE)
+    expected = jax.jit(sim.full_gradient)(base, sample, state.adapters, *AT_THREE)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), found, expected)
-    run = jax.jit(pilot.make_pilot(half.parts, half.full_gradient, jnp.ones(2)))
+    run = jax.jit(pilot.make_pilot(half.make_parts, half.full_gradient, jnp.ones(2)))
     measured = run(half.world, sample, half.init(jax.random.key(0)), jnp.float32(3)).measured
     assert np.isfinite(np.concatenate([np.ravel(x) for x in measured])).all() and measured.share > 0
 
@@ -134,7 +138,7 @@ def test_what_a_round_shows_is_products_of_gradient_and_movement(toy, trained, r
     """Oracle: NumPy in float64, projectors by SVD, and the movements of the tests above."""
     sim, state, sample = toy
     (after, step), start = round_at_three, pilot.at_rank(state, jnp.float32(3))
-    loss, gradient = jax.jit(sim.full_gradient)(sim.world.base, sample, start.adapters, start.hyper)
+    loss, gradient = jax.jit(sim.full_gradient)(sim.world.base, sample, start.adapters, *AT_THREE)
     cohort, local, weights, _ = trained
     everything = {name: jnp.ones((*f.a.shape[:2], 4)) for name, f in local.shown.modules.items()}
     mask, scale = rank_mask(3, 4), jnp.float32(16 / 3)
@@ -166,7 +170,7 @@ def test_share_step_and_smoothness_are_those_of_the_counted_round(toy, measured,
     """Oracle: the formulas of their definitions, of the second of two rounds and the loss after it."""
     sim, _, sample = toy
     (_, first), (after, step) = two_rounds
-    end, _ = jax.jit(sim.full_gradient)(sim.world.base, sample, after.adapters, after.hyper)
+    end, _ = jax.jit(sim.full_gradient)(sim.world.base, sample, after.adapters, *AT_THREE)
     found = measured[3].measured
     np.testing.assert_allclose(found.gap, first.loss, rtol=1e-5)
     np.testing.assert_allclose(found.share, step.followed_sq / step.gradient_sq, rtol=1e-4)
@@ -195,10 +199,8 @@ def test_with_everything_sent_what_the_server_misses_is_the_covariance(toy, trai
 def test_each_error_has_the_slope_of_its_own_matrix(toy, trained, round_at_three):
     """Oracle: NumPy in float64, where two of three ranks are sent: E_s and Cov as matrices, from their definitions."""
     sim, state, sample = toy
-    _, gradient = jax.jit(sim.full_gradient)(
-        sim.world.base, sample, state.adapters, pilot.at_rank(state, jnp.float32(3)).hyper
-    )
-    p, shown, sent = jax.tree.map(np.asarray, (trained[2], trained[1].shown, trained[3]))
+    _, gradient = jax.jit(sim.full_gradient)(sim.world.base, sample, state.adapters, *AT_THREE)
+    p, shown, sent = jax.tree.map(np.asarray, (trained[2], trained[1].shown, trained[3].received))
     scale, slopes, energies = 16 / 3, np.zeros(2), np.zeros(2)
     for name, g in gradient.modules.items():
         for layer in range(g.shape[0]):
@@ -224,20 +226,23 @@ def test_each_error_has_the_slope_of_its_own_matrix(toy, trained, round_at_three
         assert error.slope[3] == error.energy[3] == 0  # beyond the rank
 
 
-METHODS = {
-    "fedit": fedit.make(fedit.FedItConfig()),
-    "hetlora": hetlora.make(hetlora.HetLoraConfig(prune=1.0)),
-    "fedex": fedex.make(fedex.FedExConfig()),
-    "flora": flora.make(flora.FloraConfig()),
-    "flexlora": flexlora.make(flexlora.FlexLoraConfig()),
-    "lora_fair": lora_fair.make(lora_fair.LoraFairConfig()),
-}
+METHODS = [
+    (fedit.METHOD, {}),
+    (hetlora.METHOD, {"prune": 1.0}),
+    (fedex.METHOD, {}),
+    (flora.METHOD, {}),
+    (flexlora.METHOD, {}),
+    (lora_fair.METHOD, {}),
+]
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
-def test_each_error_is_weighed_as_its_method_weighs(trained, method):
+@pytest.mark.parametrize(("chosen", "options"), METHODS, ids=[method.name for method, _ in METHODS])
+def test_each_error_is_weighed_as_its_method_weighs(toy, trained, chosen, options):
     """Oracle: the norms that the method reports, where two of three ranks are sent, each by those who chose them."""
-    cohort, local, weights, sent = trained
+    cohort, local, weights, upload = trained
+    like = jax.eval_shape(lambda adapters: adapters, toy[1].adapters)
+    method = chosen.make(chosen.options(**options), Context(num_clients=6, cohort_size=6, like=like))
+    sent = upload.received
     start, mask, scale = cohort.start, rank_mask(3, 4), jnp.float32(16 / 3)
     found = method.aggregate(start, local.shown, sent, weights, scale, jax.random.key(0))
     everything = jax.tree.map(jnp.ones_like, sent.counted)
@@ -258,7 +263,7 @@ def decaying():
     found = []
     for schedule, seen in (("linear", factors), ("constant", jnp.ones(2)), ("linear", 2 * factors)):
         sim, state, sample = started(*small, f"local.optimizer.schedule={schedule}")
-        run = jax.jit(pilot.make_pilot(sim.parts, sim.full_gradient, seen))
+        run = jax.jit(pilot.make_pilot(sim.make_parts, sim.full_gradient, seen))
         found.append(jax.device_get(run(sim.world, sample, state, jnp.float32(3))))
     return found
 
@@ -289,11 +294,11 @@ def test_what_is_measured_is_per_factor_of_the_rate(decaying):
 def test_weights_are_the_mean_over_the_cohorts():
     """Oracle: NumPy over the cohorts that the keys of the counted rounds choose."""
     sim, state, sample = started("local.steps=1", "clients.per_round=3")
-    run = jax.jit(pilot.make_pilot(sim.parts, sim.full_gradient, jnp.ones(3)))
+    run = jax.jit(pilot.make_pilot(sim.make_parts, sim.full_gradient, jnp.ones(3)))
     found, rows = run(sim.world, sample, state, jnp.float32(3)), []
     for number in (1, 2):
         keys = round_keys(state.key, jnp.int32(number))
-        cohort = choose_cohort(sim.parts, sim.world, state, keys)
+        cohort = choose_cohort(sim.make_parts(state.numbers), sim.world, state, keys)
         count = np.asarray(cohort.clients.examples, np.float64) * np.asarray(cohort.present)
         rows.append(count / count.sum())
     assert np.ptp(rows, axis=0).max() > 0.01
@@ -309,22 +314,22 @@ def test_a_pilot_measures_in_the_range_of_each_number(measured):
         # Nothing is left out beyond the rank, and each rank fewer leaves out more.
         assert (np.diff(found.tail_energy) <= 1e-6).all()
         np.testing.assert_allclose(found.tail_energy[:, rank:], 0, atol=1e-6)
-        np.testing.assert_allclose(np.diff(found.payload_bits[rank:]), 0)
+        np.testing.assert_allclose(np.diff(found.bits[rank:]), 0)
         np.testing.assert_allclose(found.weights.sum(), 1, rtol=1e-5)
 
 
 def test_payloads_are_what_the_sparsifier_sends(trained, measured):
     """Oracle: the bits counted of a cohort's uploads, of whose three ranks two are kept."""
-    cohort, _, _, sent = trained
-    np.testing.assert_array_equal(sent.bits, measured[3].payload_bits[2])
-    np.testing.assert_array_equal(cohort.downlink_bits, measured[3].downlink_bits)
+    cohort, _, _, upload = trained
+    np.testing.assert_array_equal(upload.bits.exact(), measured[3].bits[2])
+    np.testing.assert_array_equal(cohort.downlink.exact(), measured[3].downlink_bits)
 
 
 def test_payloads_of_factors_in_turn_are_the_mean_of_two_rounds():
     """Oracle: what a run is charged in its second and third round, where b and a take turns."""
     sim = simulation("aggregation.name=rolora", "control.name=ideal", "control.keep_ratio=1.0", "rounds=3")
     state = sim.init(jax.random.key(0))
-    bits, downlink_bits = pilot._payloads(sim.parts, pilot.at_rank(state, jnp.float32(3)))
+    bits, downlink_bits = pilot._payloads(sim.make_parts(sim.numbers), pilot.at_rank(state, jnp.float32(3)))
     _, metrics = sim.run(state, 3)
     assert metrics.uplink_bits[1] != metrics.uplink_bits[2]
     np.testing.assert_array_equal(bits[3], np.mean(metrics.uplink_bits[1:]) / 6)

@@ -3,12 +3,15 @@
 import pytest
 
 from fedjax_lora.adapters import targets
+from fedjax_lora.core.methods import Site
 
-AVAILABLE = {"query": (12, 12), "value": (12, 12), "up": (12, 20)}
+AVAILABLE = {"query": Site("qv", 0, 12, 12), "value": Site("qv", 12, 12, 12), "up": Site("up", 0, 12, 20)}
 
 
 def test_choose_keeps_the_named_entries_in_order():
-    assert list(targets.choose(("up", "query"), AVAILABLE).items()) == [("up", (12, 20)), ("query", (12, 12))]
+    assert list(targets.choose(("up", "query"), AVAILABLE).items()) == [
+        (name, AVAILABLE[name]) for name in ("up", "query")
+    ]
 
 
 def test_choose_names_the_nearest_and_the_valid_ones():

@@ -1,0 +1,112 @@
+"""What a method of one's own is written with: the records, and how its options are declared.
+
+Example, `mine.py`, a sparsifier that is chosen by `sparsifier: half` and `--methods mine.py`:
+
+    import dataclasses
+    from typing import Literal
+
+    from fedjax_lora.methods import Context, Method, Options, Sparsifier, traced
+
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class HalfConfig(Options):
+        \"\"\"Half of what a client learned.
+
+        share: what is kept of each value; a number that runs may sweep over in one program.
+        \"\"\"
+
+        name: Literal["half"] = "half"
+        share: float = traced(0.5)
+
+
+    def make(options: HalfConfig, context: Context) -> Sparsifier: ...
+
+
+    METHOD = Method("sparsifier", "half", HalfConfig, make)
+
+`make` runs inside the program: it never branches in Python on a traced field. `needs` and `breaks` are of
+`PROPERTIES`.
+"""
+
+from fedjax_lora.config.properties import PROPERTIES
+from fedjax_lora.core.count import Count
+from fedjax_lora.core.methods import (
+    Adapter,
+    Aggregate,
+    Aggregator,
+    Broadcast,
+    Client,
+    Context,
+    Controller,
+    Correction,
+    Decision,
+    Delivery,
+    Enter,
+    Fold,
+    Hidden,
+    Live,
+    Message,
+    Method,
+    Model,
+    Observation,
+    Offer,
+    Optimizer,
+    Outcome,
+    Radio,
+    Received,
+    Site,
+    Size,
+    Sparsifier,
+    Task,
+    Traffic,
+    Trained,
+    Trainer,
+    Transform,
+    Wireless,
+    Work,
+)
+from fedjax_lora.core.numbers import Options, traced
+from fedjax_lora.core.types import Adapters, Factors, Scope
+
+__all__ = [
+    "PROPERTIES",
+    "Adapter",
+    "Adapters",
+    "Aggregate",
+    "Aggregator",
+    "Broadcast",
+    "Client",
+    "Context",
+    "Controller",
+    "Correction",
+    "Count",
+    "Decision",
+    "Delivery",
+    "Enter",
+    "Factors",
+    "Fold",
+    "Hidden",
+    "Live",
+    "Message",
+    "Method",
+    "Model",
+    "Observation",
+    "Offer",
+    "Optimizer",
+    "Options",
+    "Outcome",
+    "Radio",
+    "Received",
+    "Scope",
+    "Site",
+    "Size",
+    "Sparsifier",
+    "Task",
+    "Traffic",
+    "Trained",
+    "Trainer",
+    "Transform",
+    "Wireless",
+    "Work",
+    "traced",
+]
