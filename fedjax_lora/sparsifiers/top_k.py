@@ -12,7 +12,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from fedjax_lora.core.count import Count
 from fedjax_lora.core.methods import Context, Message, Method, Offer, Received, Sparsifier
@@ -87,7 +86,7 @@ def _values_of_a_rank(like: Adapters) -> tuple[int, int]:
     return of_a, of_b
 
 
-def num_kept(part: ArrayLike, pool: Array, whole: ArrayLike = 1.0) -> Array:
+def num_kept(part: Array | float, pool: Array, whole: Array | float = 1.0) -> Array:
     """`[...]` uint32 values to send of `pool` (uint32) for `part` of `whole`: at least 1, unless there is none.
 
     Args:
