@@ -1,5 +1,6 @@
 """From a configuration to a simulation: data and weights on the device, and the records of a round made of numbers."""
 
+import collections
 import dataclasses
 import functools
 import warnings
@@ -25,7 +26,7 @@ from fedjax_lora.models import bert, load
 from fedjax_lora.sim import memory
 from fedjax_lora.sim.chunk import activation_budget_bytes, activation_bytes, choose_chunk
 from fedjax_lora.sim.cohort import client_mesh
-from fedjax_lora.sim.engine import Facts, Simulation, first_state
+from fedjax_lora.sim.engine import Facts, Program, Simulation, first_state
 from fedjax_lora.sim.full_gradient import make_full_gradient
 from fedjax_lora.sim.parts import Layout, MakeParts, Parts, World
 from fedjax_lora.sparsifiers import transforms
@@ -88,13 +89,15 @@ def _build(config: ExperimentConfig, catalogue: Catalogue) -> Simulation:
     machine.check(
         memory.run_terms(layout, world, state, activations, model.num_layers, config.local, engine), layout.mesh.size
     )
+    facts = _facts(config, examples, split_data, base, head)
+    of_weights = facts.base_hash if head is not None else facts.model_config_hash
+    decisive = fill(structure, {"seed": 0}), engine, catalogue, of_weights, str(context), layout
     return Simulation(
-        make_parts=make_parts,
+        program=_shared(decisive, lambda: Program(make_parts, layout, engine, config.clients.count)),
         numbers=numbers,
-        layout=layout,
         world=world,
-        engine=engine,
-        facts=_facts(config, examples, split_data, base, head),
+        eval_every=engine.eval_every,
+        facts=facts,
         full_gradient=make_full_gradient(*_exact(config, catalogue, context), config.engine.eval_batch_size),
     )
 
@@ -272,6 +275,22 @@ def _activation_bytes(
     if decisive not in _ACTIVATIONS:
         _ACTIVATIONS[decisive] = activation_bytes(make_parts, numbers, world, like, config.local.batch_size)
     return _ACTIVATIONS[decisive]
+
+
+_PROGRAMS: collections.OrderedDict[Any, Program] = collections.OrderedDict()
+_MOST_PROGRAMS = 32
+
+
+def _shared(decisive: Any, make: Callable[[], Program]) -> Program:
+    """The program of all that decides about it, made once while the newest are kept."""
+    try:
+        program = _PROGRAMS.pop(decisive, None)
+    except TypeError:  # options of a user's own that have no hash
+        return make()
+    _PROGRAMS[decisive] = program or make()
+    while len(_PROGRAMS) > _MOST_PROGRAMS:
+        _PROGRAMS.popitem(last=False)
+    return _PROGRAMS[decisive]
 
 
 def _chunk(config: ExperimentConfig, layout: Layout, activations: int) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +142,38 @@ def score(parts: Parts, world: World, state: FedState, batch_size: int) -> Score
     return Scores(loss, accuracy, personal)
 
 
+class Program:
+    """What runs simulations of one structure, whatever their numbers, seeds and data: traced and compiled once a shape.
+
+    make_parts: from numbers to the records that a round is made of. layout: how the work of a round is laid out.
+    """
+
+    def __init__(self, make_parts: MakeParts, layout: Layout, engine: EngineConfig, num_clients: int):
+        self.make_parts = make_parts
+        self.layout = layout
+        self.everywhere = replicated(layout.mesh)
+        start = functools.partial(first_state, make_parts, num_clients)
+        self.init = jax.jit(start, out_shardings=self.everywhere)
+        self.predict = jax.jit(functools.partial(predict, make_parts))
+        segment = make_segment(make_parts, engine.eval_batch_size, engine.eval_every)
+        self._segment = jax.jit(segment, donate_argnums=1, out_shardings=self.everywhere)
+        self._compiled: dict[str, Any] = {}
+
+    def compiled(self, world: World, state: FedState) -> Any:
+        """`(world, state, rounds) -> (state, metrics, Scores)` for arguments of these shapes, ahead of time."""
+        shapes = str(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (world, state)))
+        if shapes not in self._compiled:
+            self._compiled[shapes] = self._segment.lower(world, state, jnp.int32(0)).compile()
+        return self._compiled[shapes]
+
+
+def predict(make_parts: MakeParts, world: World, state: FedState, inputs: Mapping[str, Array]) -> Array:
+    """`[B, ...]` outputs of the task, by the adapters that a newcomer would be given."""
+    parts, adapters = make_parts(state.numbers), deployed(state.adapters, state.clients)
+    modules = parts.adapter.effective(adapters.modules, rank_mask(parts.rank, max_rank(adapters)), parts.scale)
+    return parts.model.apply(current_base(parts, world, state), Adapters(modules=modules, head=adapters.head), inputs)
+
+
 class Simulation:
     """A built experiment. `init` makes a state, `run` advances it; both are deterministic in the key.
 
@@ -153,10 +185,10 @@ class Simulation:
       (2,)
 
     Attributes:
-      world: frozen base and data, on the device.
+      program: what runs it; shared by simulations that differ in numbers, seed and data alone.
       numbers: the traced numbers of the configuration, see `core.numbers`.
-      make_parts: from numbers to the records that a round is made of.
-      layout: how the work of a round is laid out.
+      world: frozen base and data, on the device.
+      eval_every: rounds between evaluations.
       facts: what the run is of, see `Facts`.
       full_gradient: loss and gradient by the weights themselves, for what measures rather than trains.
       compile_s: seconds that tracing and compiling took; 0 until the first run.
@@ -164,32 +196,35 @@ class Simulation:
 
     def __init__(
         self,
-        make_parts: MakeParts,
+        program: Program,
         numbers: Numbers,
-        layout: Layout,
         world: World,
-        engine: EngineConfig,
+        eval_every: int,
         facts: Facts,
         full_gradient: FullGradient,
     ):
-        self.make_parts = make_parts
+        self.program = program
         self.numbers = numbers
-        self.layout = layout
-        self.eval_every = engine.eval_every
-        self.eval_batch_size = engine.eval_batch_size
+        self.eval_every = eval_every
         self.facts = facts
         self.full_gradient = full_gradient
         self.compile_s = 0.0
-        self._everywhere = replicated(layout.mesh)
-        self.world = jax.device_put(world, self._everywhere)
-        segment = make_segment(make_parts, engine.eval_batch_size, engine.eval_every)
-        self._program = jax.jit(segment, donate_argnums=1, out_shardings=self._everywhere)
+        self.world = jax.device_put(world, program.everywhere)
         self._compiled = None
+
+    @property
+    def make_parts(self) -> MakeParts:
+        """From numbers to the records that a round is made of."""
+        return self.program.make_parts
+
+    @property
+    def layout(self) -> Layout:
+        """How the work of a round is laid out."""
+        return self.program.layout
 
     def init(self, key: Array) -> FedState:
         """The state before round 1: fresh adapters, a cell drawn anew, the controller's first queue."""
-        make = functools.partial(first_state, self.make_parts, self.world.data.count.shape[0])
-        return jax.jit(make, out_shardings=self._everywhere)(key, self.numbers)
+        return self.program.init(key, self.numbers)
 
     def predict(self, state: FedState, inputs: Mapping[str, ArrayLike]) -> Array:
         """`[B, ...]` outputs of the task, such as logits, by the adapters that a newcomer would be given.
@@ -198,24 +233,13 @@ class Simulation:
           state: of this simulation.
           inputs: a batch as the model takes it, such as `input_ids` and `attention_mask`, or `image`.
         """
-        return self._predict(self.world, state, {name: jnp.asarray(leaf) for name, leaf in inputs.items()})
-
-    @functools.cached_property
-    def _predict(self):
-        def predict(world: World, state: FedState, inputs: Mapping[str, Array]) -> Array:
-            parts, adapters = self.make_parts(state.numbers), deployed(state.adapters, state.clients)
-            mask = rank_mask(parts.rank, max_rank(adapters))
-            modules = parts.adapter.effective(adapters.modules, mask, parts.scale)
-            used = Adapters(modules=modules, head=adapters.head)
-            return parts.model.apply(current_base(parts, world, state), used, inputs)
-
-        return jax.jit(predict)
+        return self.program.predict(self.world, state, {name: jnp.asarray(leaf) for name, leaf in inputs.items()})
 
     def compile(self, state: FedState) -> None:
         """Compile the program ahead of time, once; `compile_s` says how long it took."""
         if self._compiled is None:
             started = time.perf_counter()
-            self._compiled = self._program.lower(self.world, state, jnp.int32(0)).compile()
+            self._compiled = self.program.compiled(self.world, state)
             self.compile_s = time.perf_counter() - started
 
     def segments(self, state: FedState, rounds: int) -> Iterator[tuple[FedState, Metrics]]:
@@ -225,7 +249,7 @@ class Simulation:
         with the evaluation. The given state is copied: it stays valid. A yielded state is consumed by the
         next step.
         """
-        state = jax.tree.map(jnp.copy, jax.device_put(state, self._everywhere))
+        state = jax.tree.map(jnp.copy, jax.device_put(state, self.program.everywhere))
         self.compile(state)
         done, last = int(state.round), int(state.round) + rounds
         while done < last:
@@ -247,7 +271,7 @@ class Simulation:
 
     def evaluate(self, state: FedState) -> tuple[float, float]:
         """Mean cross-entropy (nats) and accuracy on the held-out pool, `eval_loss` and `eval_accuracy` of Metrics."""
-        state = jax.tree.map(jnp.copy, jax.device_put(state, self._everywhere))
+        state = jax.tree.map(jnp.copy, jax.device_put(state, self.program.everywhere))
         self.compile(state)
         scores = self._call(state, 0)[2]
         return float(scores.loss), float(scores.accuracy)
@@ -261,7 +285,7 @@ class Simulation:
         done = int(state.round)
         with Progress(Console(highlight=False)) as shown:
             shown.stage("compiling a round")
-            self.compile(jax.device_put(state, self._everywhere))
+            self.compile(jax.device_put(state, self.program.everywhere))
             yield from shown.rounds(self.segments(state, rounds), done, done + rounds)
 
     def _run_segment(self, state: FedState, number: int) -> tuple[FedState, Metrics]:
