@@ -25,8 +25,8 @@ def export_run(run: str | Path, folder: str | Path, methods: Sequence[Method] = 
     Where the run has merged products into its frozen weights, the adapters hold these too, in the rank that they take.
 
     Args:
-      run: folder of the run.
-      folder: new.
+      run: its folder.
+      folder: new or empty.
       methods: a user's own that the run was started with.
 
     Raises:
@@ -35,7 +35,8 @@ def export_run(run: str | Path, folder: str | Path, methods: Sequence[Method] = 
     """
     check_config(run)
     config, data = load_config(Path(run) / "config.yaml", methods=methods), read_data(run)
-    if config.model.pretrained is None:
+    model = config.model
+    if not isinstance(model, load.ModelConfig) or model.pretrained is None:
         raise ValueError(f"model.pretrained must name a Hugging Face model to export to peft, got null in {run}")
     found = RunFolder(run).last_checkpoint()
     if found is None:
@@ -47,13 +48,13 @@ def export_run(run: str | Path, folder: str | Path, methods: Sequence[Method] = 
             f"{run} must have trained finite adapters to export, got NaN or infinity in round {trained.round}"
         )
     labels = _labels(data, adapters.head["b"].shape[-1], run)
-    shape, base = _unchanged_base(config.model, data, run)
+    shape, base = _unchanged_base(model, data, run)
 
     rank, alpha = config.lora.rank, config.lora.alpha
     card = peft.Card(
-        base_model=_base_model(config.model.pretrained),
+        base_model=_base_model(model.pretrained),
         labels=labels,
-        pooling=config.model.pooling,
+        pooling=model.pooling,
         pooler="pooler" in base,
         facts=_facts(config, trained.round, run),
     )

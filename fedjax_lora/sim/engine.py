@@ -138,7 +138,7 @@ def score(parts: Parts, world: World, state: FedState, batch_size: int) -> Score
     personal = jnp.float32(jnp.nan)
     if parts.aggregator.personal:
         evaluate = make_evaluate_personal(*of, mesh)
-        personal = evaluate(base, world.data, state.adapters, state.clients, parts.rank, parts.scale)
+        personal = evaluate(base, world.data, state.adapters, state.clients, parts.scale)
     return Scores(loss, accuracy, personal)
 
 

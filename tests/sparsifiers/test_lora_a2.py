@@ -80,8 +80,8 @@ def test_the_missing_half_is_named():
     """The message itself; not where an aggregation takes turns with the factors."""
     assert lora_a2.LoraA2Config().note({"factors_together"}) is None
     assert lora_a2.LoraA2Config().note({"full_participation"}) == (
-        "sparsifier: lora_a2 is LoRA-A2's choice of ranks alone; a round in which both factors are sent is our extension; "
-        "an aggregation that takes turns with the factors is the other half"
+        "sparsifier: lora_a2 is LoRA-A2's choice of ranks alone; a round in which both factors are sent is our "
+        "extension; an aggregation that takes turns with the factors is the other half"
     )
 
 

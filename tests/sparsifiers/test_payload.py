@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedjax_lora.adapters import lora
 from fedjax_lora.core.count import Count
 from fedjax_lora.core.methods import Message, Size, Transform
 from fedjax_lora.core.types import Adapters, Factors, Scope
+from fedjax_lora.models import bert
 from fedjax_lora.sparsifiers import dense, payload, ranks, soft, soft_rotated, top_k
 from fedjax_lora.sparsifiers.transforms import WireConfig, chain
 from oracles.contexts import context, offered_bits, upload
@@ -230,16 +232,10 @@ def test_modules_of_unequal_rank_are_refused():
 
 def test_encoder_of_roberta_base_equals_published_count():
     """Closed form: 12 layers x 8 x (4 x (768 + 768) + 2 x (768 + 3072)); and over 30 clients and 50 rounds."""
-    shapes = {name: (768, 768) for name in ("query", "key", "value", "output")} | {
-        "up": (768, 3072),
-        "down": (3072, 768),
-    }
-    modules = {
-        name: Factors(
-            jax.ShapeDtypeStruct((12, n_in, 8), jnp.float32), jax.ShapeDtypeStruct((12, 8, n_out), jnp.float32)
-        )
-        for name, (n_in, n_out) in shapes.items()
-    }
-    values = payload.dense_size(Adapters(modules, {}), Scope.whole(jnp.ones(8))).values.exact()
+    encoder = bert.BertConfig(vocab_size=50265, width=768, num_layers=12, num_heads=12, mlp_width=3072)
+    sites = bert.sites(encoder)
+    like = jax.eval_shape(lambda key: Adapters(lora.init(key, sites, 12, 8), {}), jax.random.key(0))
+    assert sorted(like.modules) == ["down", "key", "output", "query", "up", "value"]
+    values = payload.dense_size(like, Scope.whole(jnp.ones(8))).values.exact()
     assert values == 12 * 8 * (4 * (768 + 768) + 2 * (768 + 3072)) == 1_327_104
     assert values * 30 * 50 == 1_990_656_000

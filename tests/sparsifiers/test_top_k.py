@@ -115,6 +115,16 @@ def test_number_kept_equals_closed_form(ratio, pool, expected):
     assert top_k.num_kept(jnp.float32(ratio), jnp.uint32(pool)) == expected
 
 
+def test_whole_ranks_are_counted_exactly():
+    """Python integers: k of r ranks are k parts of the pool; a fraction is rounded down, and beyond r is all."""
+    count = jax.jit(top_k.num_kept)
+    for rank in (1, 3, 6, 7, 49):
+        pool = jnp.uint32(1_000_003 * rank)
+        for k in range(1, rank + 2):
+            assert count(jnp.float32(k), pool, jnp.float32(rank)) == min(k, rank) * 1_000_003
+        assert count(jnp.float32(0.5), pool, jnp.float32(rank)) == 500_001
+
+
 def test_only_the_head_in_scope():
     """Closed form: no value, no position."""
     used = scope(factors="")

@@ -102,7 +102,7 @@ def _message(tensors, sent):
 
 
 def test_transforms_work_in_turn_on_what_is_sent_alone():
-    """Oracle: the functions by hand; keys differ, what travels in full is not touched, and noise is not sent for nothing."""
+    """Oracle: the functions by hand; keys differ, what is exact stays, and noise falls where values are sent."""
 
     def noise(tensors, key):
         return jax.tree.map(lambda x: x + jax.random.normal(key, x.shape), tensors)
