@@ -238,7 +238,7 @@ def test_changed_data_are_not_resumed_and_nothing_is_touched(capsys, finished, t
     path = shutil.copytree(finished, tmp_path / "run")
     (path / "summary.json").unlink()
 
-    def other(config):
+    def other(config, *_):
         found = sources._digits()
         image = found.train["image"].copy()
         image[0, 0, 0] += 0.5
