@@ -175,10 +175,11 @@ def clients(model: str, quick: bool) -> dict[str, Any]:
 def sparsifiers(model: str, quick: bool) -> dict[str, Any]:
     """Every sparsifier over many clients' adapters: clients/s and GB/s (read once, written once)."""
     del model
+    from fedjax_lora.sparsifiers.wire import FLOAT32
+
     from fedjax_lora.config.assemble import SPARSIFIERS
     from fedjax_lora.config.experiment import VARIANTS
     from fedjax_lora.core.types import Adapters, Factors, Scope
-    from fedjax_lora.sparsifiers.wire import FLOAT32
 
     layers, width, rank, count = (2, 32, 4, 3) if quick else (12, 768, 8, 256)
     shapes = {"a": (layers, width, rank), "b": (layers, rank, width)}

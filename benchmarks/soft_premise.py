@@ -26,7 +26,7 @@ from fedjax_lora.adapters.lora import rank_mask
 from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import load_config
 from fedjax_lora.config.presets import preset
-from fedjax_lora.core.methods import Sparsifier
+from fedjax_lora.core.methods import Context, Sparsifier
 from fedjax_lora.core.types import Adapters, Dataset, Factors, FedState, Scope
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sparsifiers import random_rank
@@ -130,11 +130,12 @@ def measure(setting: Setting, seed: int, simulation: Simulation, random: Sparsif
     key, scope = jax.random.key(1), Scope.whole(ranks)
 
     def share(method: Sparsifier, ratio: float) -> float:
-        return float(kept_shares(method, state.adapters, trained, jnp.float32(ratio), scope, key)[0])
+        return float(kept_shares(method, state.adapters, trained, jnp.float32(8 * ratio), scope, key)[0])
 
+    chosen = simulation.make_parts(simulation.numbers).sparsifier
     found = {
-        "share_1/4": share(simulation.parts.sparsifier, 0.25),
-        "share_1/2": share(simulation.parts.sparsifier, 0.5),
+        "share_1/4": share(chosen, 0.25),
+        "share_1/2": share(chosen, 0.5),
         "random_1/4": share(random, 0.25),
         "cosine": float(jnp.mean(jax.vmap(orthogonality, (0, None))(trained, ranks))),
     }
@@ -166,7 +167,8 @@ def main() -> None:
             continue
         simulation = build(load_config(None, [*BASE, *setting.overrides], base=preset("digits")))
         simulation.world = dataclasses.replace(simulation.world, data=hold_out(simulation.world.data))
-        random = random_rank.make(random_rank.RandomRankConfig(), simulation.init(jax.random.key(0)).adapters)
+        like = simulation.init(jax.random.key(0)).adapters
+        random = random_rank.make(random_rank.RandomRankConfig(), Context(num_clients=1, cohort_size=1, like=like))
         for seed in missing:
             kept.setdefault(name, []).append(measure(setting, seed, simulation, random))
         table = {name: summarize(runs) for name, runs in kept.items()}

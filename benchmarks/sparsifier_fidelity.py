@@ -5,13 +5,14 @@ its change of the product, `a b - a0 b0`, is sent by each method. Reported is th
 `1 - ||change - what arrived||^2 / ||change||^2`: of `clients`, the mean over their own changes, and of the `average`,
 where the change is the mean of the clients' products less the broadcast's, and what arrived is what FedIT's server
 makes of the uploads: factors averaged apart, a component over those who sent it, all clients alike. `dense` loses of
-the average what averaging the factors apart does. Each method is measured at the keep ratio itself, and again at the
-largest ratio whose bits are no more than those of `soft` (absent where even one component is too dear). `svd` is the
+the average what averaging the factors apart does. Each method is measured at the keep ratio itself, and again where it
+keeps as much as it can for no more bits than `soft` (absent where even one component is too dear). `svd` is the
 best approximation of each client's change by as many rank-1 products as `soft` keeps, whatever its factors were, and
 the exact mean of these.
 """
 
 import argparse
+import bisect
 import functools
 import json
 from pathlib import Path
@@ -31,14 +32,12 @@ from fedjax_lora.config.experiment import load_config
 from fedjax_lora.config.presets import preset
 from fedjax_lora.core import trees
 from fedjax_lora.core.keys import client_keys, round_keys
-from fedjax_lora.core.methods import Sparsifier
+from fedjax_lora.core.methods import Client, Context, Received, Size, Sparsifier
 from fedjax_lora.core.types import Adapters, FedState, Scope
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.round import train_cohort
-from fedjax_lora.sparsifiers import dense, random_rank, soft, soft_rotated, top_k
+from fedjax_lora.sparsifiers import dense, payload, random_rank, soft, soft_rotated, top_k
 from fedjax_lora.sparsifiers.diagnostics import difference_energy
-from fedjax_lora.sparsifiers.wire import FLOAT32
-from fedjax_lora.training.local import Client
 
 RATIOS = (0.125, 0.25, 0.5, 0.75, 1.0)
 METHODS = {
@@ -65,8 +64,8 @@ def train_once(simulation: Simulation, state: FedState, cohort: int) -> Adapters
     own = jax.tree.map(lambda leaf: leaf[ids], state.clients)
 
     def train(world, state):
-        clients = Client(data.index[ids], data.count[ids], keys, own)
-        return train_cohort(simulation.parts, world, state, state.adapters, clients).adapters
+        clients = Client(data.index[ids], data.count[ids], keys, own.rank, own.personal, own.methods)
+        return train_cohort(simulation.make_parts(state.numbers), world, state, state.adapters, clients).adapters
 
     trained = jax.jit(train)(simulation.world, state)
     if not trees.fits_float32(trained):
@@ -74,23 +73,44 @@ def train_once(simulation: Simulation, state: FedState, cohort: int) -> Adapters
     return trained
 
 
-def ratio_within(method: Sparsifier, scope: Scope, budget_bits: float) -> float | None:
-    """The largest keep ratio, to 1e-4, that costs no more than the budget; None where none does."""
-    ratios = jnp.arange(1, 10_001) / 10_000
-    fitting = np.flatnonzero(np.asarray(method.payload_bits(ratios, scope)) <= budget_bits)
-    return float(ratios[fitting[-1]]) if fitting.size else None
+def offered_bits(method: Sparsifier, start: Adapters, scope: Scope) -> np.ndarray:
+    """`[R + 1]` bits of a message of 0 ... R ranks a module, or the most that they can be."""
+    return payload.bits(jax.jit(lambda: method.offer(start, start, scope).size)()).exact()
+
+
+def kept_within(method: Sparsifier, start: Adapters, scope: Scope, budget_bits: float) -> float | None:
+    """The most ranks, whole ones or to 1e-4 of all, that cost no more than the budget; None where none does."""
+    rank = int(jnp.sum(scope.ranks))
+    steps, key = rank if method.whole_ranks else 10_000, jax.random.key(0)
+
+    @jax.jit
+    def size(kept: jax.Array) -> Size:
+        return payload.message_size(method.encode(start, start, method.init(start), kept, scope, key))
+
+    def cost(step: int) -> int:
+        return int(payload.bits(size(jnp.float32(step * rank / steps))).exact())
+
+    bits = offered_bits(method, start, scope).item if method.whole_ranks else cost
+    fitting = bisect.bisect_right(range(1, steps + 1), budget_bits, key=bits)
+    return fitting * rank / steps if fitting else None
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def kept_shares(
-    method: Sparsifier, start: Adapters, trained: Adapters, ratio: jax.Array, scope: Scope, key: jax.Array
+    method: Sparsifier, start: Adapters, trained: Adapters, kept: jax.Array, scope: Scope, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Shares of energy that arrive, of the clients' changes (mean) and of their average's, and a client's mean bits."""
     everywhere = {name: jnp.ones((f.a.shape[0], f.a.shape[-1])) for name, f in start.modules.items()}
     number = jax.tree.leaves(trained)[0].shape[0]
     keys, weights = jax.random.split(key, number), jnp.full(number, 1 / number)
-    sent, _ = jax.vmap(method.compress, (None, 0, None, None, None, 0))(start, trained, (), ratio, scope, keys)
-    server = fedit.make(fedit.FedItConfig()).aggregate(start, trained, sent, weights, jnp.ones(()), key).adapters
+
+    def send(trained: Adapters, key: jax.Array) -> tuple[Received, jax.Array]:
+        message = method.encode(start, trained, method.init(start), kept, scope, key)
+        return method.decode(start, message, scope), payload.bits(payload.message_size(message)).float32()
+
+    received, bits = jax.vmap(send)(trained, keys)
+    aggregator = fedit.make(fedit.FedItConfig(), Context(number, number, like=start))
+    server = aggregator.aggregate(start, trained, received, weights, jnp.ones(()), key).adapters
 
     def lost(x: Adapters, y: Adapters) -> jax.Array:
         return difference_energy(x, y, everywhere) / difference_energy(x, start, everywhere)
@@ -101,13 +121,14 @@ def kept_shares(
         each = [by_layer(f, adapters.modules[name], None, weights) for name, f in trained.modules.items()]
         return jnp.sum(jnp.stack(each))
 
-    of_clients = jnp.mean(jax.vmap(lost)(trained, sent.adapters))
-    return 1 - of_clients, 1 - off(server) / off(start), jnp.mean(sent.bits)
+    of_clients = jnp.mean(jax.vmap(lost)(trained, received.adapters))
+    return 1 - of_clients, 1 - off(server) / off(start), jnp.mean(bits)
 
 
 def make_methods(like: Adapters) -> dict[str, Sparsifier]:
     """The methods by name; made once, since each is compiled once."""
-    return {name: module.make(config, like, FLOAT32) for name, (module, config) in METHODS.items()}
+    context = Context(num_clients=1, cohort_size=1, like=like)
+    return {name: module.make(config, context) for name, (module, config) in METHODS.items()}
 
 
 def shares(
@@ -115,16 +136,17 @@ def shares(
 ) -> dict[str, dict[str, Any]]:
     """Method -> ratio -> shares kept, at the ratio and at the bits of `soft`."""
     scope = Scope.whole(rank_mask(rank, next(iter(start.modules.values())).a.shape[-1]))
+    budgets = offered_bits(methods["soft, factors"], start, scope)
     found: dict[str, dict[str, Any]] = {name: {} for name in methods}
     for name, method in methods.items():
         for ratio in RATIOS:
-            budget = float(methods["soft, factors"].payload_bits(jnp.float32(ratio), scope))
-            chosen = {"equal_ratio": ratio, "equal_bits": ratio_within(method, scope, budget)}
+            budget = float(budgets[int(ratio * rank)])
+            chosen = {"equal_ratio": ratio * rank, "equal_bits": kept_within(method, start, scope, budget)}
             found[name][str(ratio)] = {}
             for kind, used in chosen.items():
                 if used is not None:
                     clients, average, bits = kept_shares(method, start, trained, jnp.float32(used), scope, key)
-                    row = {"keep_ratio": used, "clients": float(clients), "average": float(average)}
+                    row = {"keep_ratio": used / rank, "clients": float(clients), "average": float(average)}
                     found[name][str(ratio)][kind] = {**row, "bits_over_soft": float(bits) / budget}
     found["svd"] = {
         str(ratio): dict(zip(("clients", "average"), best_shares(start, trained, int(ratio * rank)), strict=True))

@@ -7,9 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
 
 from fedjax_lora.adapters import lora
@@ -23,6 +21,9 @@ from fedjax_lora.io.log import RunFolder
 from fedjax_lora.io.run_files import FIELDS
 from fedjax_lora.models import load
 from oracles.toy_bert import save_toy_bert
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
 
 LABELS = ["negative", "positiv · 🙂", "neither"]
 RANK, ALPHA, MAX_RANK = 2, 6.0, 4

@@ -99,7 +99,7 @@ def init(
     def factors(name: str, site: Site) -> Factors:
         module_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         a = orthonormal(module_key, (num_layers, site.n_in, max_rank))
-        return Factors(a=init_scale * a, b=jnp.zeros((num_layers, max_rank, site.n_out)))
+        return Factors(a=jnp.asarray(init_scale) * a, b=jnp.zeros((num_layers, max_rank, site.n_out)))
 
     return {name: factors(name, site) for name, site in sites.items()}
 

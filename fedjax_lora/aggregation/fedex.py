@@ -34,7 +34,7 @@ class FedExConfig(Options):
     start: Start = "average"
 
     def needs(self) -> dict[str, str]:
-        return {"everything_sent": "start", "exact_wire": "start"} if self.start == "keep" else {}
+        return dict.fromkeys(("everything_sent", "exact_wire", "one_rank"), "start") if self.start == "keep" else {}
 
     def breaks(self) -> dict[str, str]:
         broken = {

@@ -1,5 +1,6 @@
 """A run's adapters for other tools, from the run's folder and its base model: no data are read, nothing is compiled."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from fedjax_lora.config.assemble import hash_weights
 from fedjax_lora.config.experiment import ExperimentConfig, load_config
+from fedjax_lora.core.methods import Method
 from fedjax_lora.core.types import Base
 from fedjax_lora.data import tokens
 from fedjax_lora.io import checkpoint, peft
@@ -17,18 +19,24 @@ from fedjax_lora.models import bert, load
 from fedjax_lora.training.personal import deployed
 
 
-def export_run(run: str | Path, folder: str | Path) -> None:
+def export_run(run: str | Path, folder: str | Path, methods: Sequence[Method] = ()) -> None:
     """Write the adapters of a run's last checkpoint, those that its global accuracy is of, as a PEFT folder.
 
     Where the run has merged products into its frozen weights, the adapters hold these too, in the rank that they take.
+
+    Args:
+      run: its folder.
+      folder: new or empty.
+      methods: a user's own that the run was started with.
 
     Raises:
       ValueError: the run has no readable checkpoint or does not name its classes, its model is none that PEFT knows or
         another than it was, what it trained is not finite, or the folder is in use.
     """
     check_config(run)
-    config, data = load_config(Path(run) / "config.yaml"), read_data(run)
-    if config.model.pretrained is None:
+    config, data = load_config(Path(run) / "config.yaml", methods=methods), read_data(run)
+    model = config.model
+    if not isinstance(model, load.ModelConfig) or model.pretrained is None:
         raise ValueError(f"model.pretrained must name a Hugging Face model to export to peft, got null in {run}")
     found = RunFolder(run).last_checkpoint()
     if found is None:
@@ -40,13 +48,13 @@ def export_run(run: str | Path, folder: str | Path) -> None:
             f"{run} must have trained finite adapters to export, got NaN or infinity in round {trained.round}"
         )
     labels = _labels(data, adapters.head["b"].shape[-1], run)
-    shape, base = _unchanged_base(config.model, data, run)
+    shape, base = _unchanged_base(model, data, run)
 
     rank, alpha = config.lora.rank, config.lora.alpha
     card = peft.Card(
-        base_model=_base_model(config.model.pretrained),
+        base_model=_base_model(model.pretrained),
         labels=labels,
-        pooling=config.model.pooling,
+        pooling=model.pooling,
         pooler="pooler" in base,
         facts=_facts(config, trained.round, run),
     )

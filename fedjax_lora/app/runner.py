@@ -21,8 +21,8 @@ from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import ExperimentConfig, dump
 from fedjax_lora.core import trees
 from fedjax_lora.core.errors import RunWarning
-from fedjax_lora.core.progress import Progress, measured
 from fedjax_lora.core.methods import Method
+from fedjax_lora.core.progress import Progress, measured
 from fedjax_lora.core.types import FedState
 from fedjax_lora.io import checkpoint
 from fedjax_lora.io.log import RunFolder
@@ -114,7 +114,8 @@ def _run(
 def started_with(simulation: Simulation) -> dict[str, Any]:
     """What tells a run's data and model from any other: of `data.json`, what stays when a run is continued."""
     hashes = ("examples_hash", "partition_hash", "base_hash", "model_config_hash", "tokenizer_hash")
-    return {name: getattr(simulation.facts, name) for name in hashes} | {"class_names": list(simulation.facts.class_names)}
+    facts = simulation.facts
+    return {name: getattr(facts, name) for name in hashes} | {"class_names": list(facts.class_names)}
 
 
 def _setting(config: ExperimentConfig, simulation: Simulation, initial_accuracy: float) -> str:
@@ -180,8 +181,9 @@ def _commit() -> str | None:
 def _notes(config: ExperimentConfig, simulation: Simulation) -> list[str]:
     """What a user should know of this run beforehand."""
     notes = []
-    if simulation.facts.truncated:
-        notes.append(f"{simulation.facts.truncated} sentences were cut to data.max_length = {config.data.max_length} tokens")
+    if cut := simulation.facts.truncated:
+        longest = getattr(config.data, "max_length", None)
+        notes.append(f"{cut} sentences were cut to data.max_length = {longest} tokens")
     state = jax.eval_shape(simulation.init, jax.random.key(config.seed))
     for what, tree in (("what the clients keep", state.clients), ("what is merged into the base", state.merged)):
         if (size := trees.num_bytes(tree)) > 8 * config.clients.count:  # more than a rank each

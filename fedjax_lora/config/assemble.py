@@ -1,4 +1,4 @@
-"""From a configuration to a simulation: data and weights on the device, and the records of a round as a function of numbers."""
+"""From a configuration to a simulation: data and weights on the device, and the records of a round made of numbers."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from fedjax_lora.core.types import Adapters, Base
 from fedjax_lora.data import sources, tokens
 from fedjax_lora.data.batches import federated_dataset
 from fedjax_lora.data.partition import Partition, partition
-from fedjax_lora.models import load
+from fedjax_lora.models import bert, load
 from fedjax_lora.sim import memory
 from fedjax_lora.sim.chunk import activation_budget_bytes, activation_bytes, choose_chunk
 from fedjax_lora.sim.cohort import client_mesh
@@ -151,7 +151,16 @@ def _parts(
 
 def read_examples(config: ExperimentConfig, catalogue: Catalogue) -> sources.Examples:
     """The examples that the configuration names."""
-    return catalogue.find("data", config.data.source).make(config.data, Context(0, 0))(config.model.pretrained)
+    data: Any = config.data
+    source: sources.Source = catalogue.find("data", data.source).make(data, Context(0, 0))
+    pretrained = getattr(config.model, "pretrained", None)
+    if not source.tokenizes or pretrained is None:
+        return source.load(None, "")
+    shape = load.read_shape(pretrained)
+    bert.check_length(shape, data.max_length)
+    examples = source.load(load.load_tokenizer(pretrained), pretrained)
+    load.check_ids(shape, examples.train["input_ids"], examples.test["input_ids"])
+    return examples
 
 
 def hash_weights(base: Base, head: dict | None = None) -> str:
@@ -168,7 +177,7 @@ def _facts(
         examples_hash=examples.fingerprint,
         partition_hash=split_data.hash,
         tokenizer_hash=examples.tokenizer_hash,
-        model_config_hash=load.model_config_hash(config.model),
+        model_config_hash=load.model_config_hash(config.model) if isinstance(config.model, load.ModelConfig) else "",
         class_names=examples.class_names,
         truncated=examples.truncated,
     )
@@ -209,7 +218,7 @@ def _weights(
         return model.weights(), None
     if examples.public is None:  # nothing to train it on
         return model.init(jax.random.key(0)), None
-    trainable, task, _ = _exact(config, catalogue, context)  # frozen later, but trained now
+    trainable, _, task = _exact(config, catalogue, context)  # frozen later, but trained now
     name = f"{_in_float32(config).model} {examples.fingerprint}"
     base, head = pretrained(trainable, task, examples.public, config.pretrain, name)
     dtypes = jax.eval_shape(model.init, jax.random.key(0))
@@ -217,9 +226,9 @@ def _weights(
 
 
 def _exact(config: ExperimentConfig, catalogue: Catalogue, context: Context):
-    """The same model, task and adapter with products in float32, whose weights can be differentiated."""
+    """The same model with products in float32, whose weights can be differentiated, with its adapter and its task."""
     made = records(_in_float32(config), catalogue, context, ("task", "adapter", "model"))
-    return made["model"], made["task"], made["adapter"]
+    return made["model"], made["adapter"], made["task"]
 
 
 def _in_float32(config: ExperimentConfig) -> ExperimentConfig:

@@ -38,7 +38,7 @@ def structure(raw: dict[str, Any], cls: type[T], catalogue: Catalogue) -> T:
 
 @functools.lru_cache(maxsize=16)
 def _reader(cls: type, catalogue: Catalogue) -> Callable[[Any, Any], Any]:
-    slots = {slot: cattrs.override(struct_hook=_options(slot, catalogue)) for slot in SLOTS}
+    slots: dict[str, Any] = {slot: cattrs.override(struct_hook=_options(slot, catalogue)) for slot in SLOTS}
     return make_dict_structure_fn(cls, _CONVERTER, _cattrs_forbid_extra_keys=True, **slots)
 
 

@@ -142,11 +142,10 @@ def merge(
     merged = dict(below)
     for key, value in above.items():
         under = below.get(key)
-        both = isinstance(value, dict) and isinstance(under, dict)
-        if both and not _is_renamed(under, value, (variants or {}).get(key)):
-            merged[key] = merge(under, value)
-        else:
-            merged[key] = value
+        merged[key] = value
+        if isinstance(value, dict) and isinstance(under, dict):
+            renamed = _is_renamed(under, value, (variants or {}).get(key))
+            merged[key] = value if renamed else merge(under, value)
     return merged
 
 

@@ -72,11 +72,11 @@ def bits_at(observation: Observation, kept: Array) -> Array:
     whole ranks, and below 1 as between 1 and 2.
     """
     bits, rank = observation.bits, observation.rank
-    if observation.whole_ranks:
-        return at_rank(bits, jnp.clip(jnp.floor(kept + WHOLE), 1.0, rank))
+    whole = at_rank(bits, jnp.clip(jnp.floor(kept + WHOLE), 1.0, rank))
     low = jnp.clip(jnp.floor(kept), 1.0, jnp.maximum(rank - 1.0, 1.0))
     at_low, at_next = at_rank(bits, low), at_rank(bits, jnp.minimum(low + 1.0, rank))
-    return jnp.maximum(at_low + (kept - low) * (at_next - at_low), 0.0)
+    between = jnp.maximum(at_low + (kept - low) * (at_next - at_low), 0.0)
+    return jnp.where(observation.whole_ranks, whole, between)
 
 
 def at_rank(table: Array, kept: Array) -> Array:

@@ -23,8 +23,8 @@ class Method(NamedTuple):
     slot: what it does, which is the section of the configuration that chooses it: "sparsifier", "aggregation", ...
     name: by which it is chosen.
     options: frozen dataclass of its options, a subclass of `core.numbers.Options`.
-    make: `(options, Context) -> record` of the slot. It runs inside the program: it never branches in Python on a traced
-      field, and `options.__post_init__` has checked their values before.
+    make: `(options, Context) -> record` of the slot. It runs inside the program: it never branches in Python on a
+      traced field, and `options.__post_init__` has checked their values before.
     needs: properties of the rest of an experiment without which it does not work, see `config.catalogue.PROPERTIES`.
     breaks: those that it takes from the experiment. Options may add to both, see `Options.needs`.
     """
@@ -90,8 +90,10 @@ class Site(NamedTuple):
 class Adapter(NamedTuple):
     """What is trained beside a frozen matrix `w: [n_in, n_out]`.
 
-    init: `(key, sites, num_layers, max_rank, init_scale) -> {name: leaves [L, ...]}` at the start, where it adds nothing.
-    effective: `(leaves by name, rank_mask [R], scale) -> leaves by name` as a model takes them, mask and scale folded in.
+    init: `(key, sites, num_layers, max_rank, init_scale) -> {name: leaves [L, ...]}` at the start, where it adds
+      nothing.
+    effective: `(leaves by name, rank_mask [R], scale) -> leaves by name` as a model takes them, with mask and scale
+      folded in.
     project: `(x [..., n_in], w, {name: (first column, leaves of one layer)}) -> [..., columns]`: `x @ w` with what the
       adapters of its sites add.
     merge: `leaves by name, effective -> {name: [L, n_in, n_out]}`: what they add to the weights.
@@ -109,7 +111,7 @@ class Task(NamedTuple):
     head: `(key, d) -> leaves` of a fresh head on features of width d.
     read: `(head, features [B, d]) -> outputs [B, ...]`.
     loss: `(outputs, batch, weight [B]) -> scalar`: mean loss over the examples of weight 1, nats.
-    score: `(outputs, batch) -> {name: [B]}`: what is summed over a pool; NaN marks what is not to be counted as measured.
+    score: `(outputs, batch) -> {name: [B]}`: what is summed over a pool; NaN makes the sum "not measured".
     finish: `({name: mean over the pool}) -> {"eval_loss": ..., "eval_accuracy": ...}`.
     weigh: `(own [n_max, ...], count, pool [N, ...]) -> [N]`: how much an example of the pool counts for a client whose
       own examples are the first `count`; None where all count alike.
@@ -161,7 +163,7 @@ class Model(NamedTuple):
 class Size(NamedTuple):
     """What a message consists of; `sparsifiers.payload.bits` is the one place that makes bits of it. Any shape.
 
-    values: numbers that pass through the transforms. tensors: how many tensors they are of, which may each have a scale.
+    values: numbers that pass through the transforms. tensors: of how many tensors, which may each have a scale.
     exact: numbers that travel in float32, whatever the transforms.
     index_bits: which numbers these are.
     """
@@ -176,8 +178,8 @@ class Offer(NamedTuple):
     """What control can choose from, for one client that keeps k = 0 ... R ranks a module.
 
     tail_energy: `[R + 1]` energy left out; non-increasing, 0 at the structural rank.
-    size: `[R + 1]` of the message, or the most that it can be; k = 0 costs what 1 does, and beyond the client's own rank
-      it stays.
+    size: `[R + 1]` of the message, or the most that it can be; k = 0 costs what 1 does, and beyond the client's own
+      rank it stays.
     """
 
     tail_energy: Array
@@ -236,16 +238,16 @@ def _remembers_nothing(trained: Adapters, memory: Any, received: Received, scope
 class Sparsifier(NamedTuple):
     """What one client sends, and what it remembers. Written for one client; the round maps it over the cohort.
 
-    offer: `(start, trained, scope) -> Offer`: for control. `start` is the broadcast, and `trained` is equal to it outside
-      of the scope.
+    offer: `(start, trained, scope) -> Offer`: for control. `start` is the broadcast, and `trained` is equal to it
+      outside of the scope.
     encode: `(start, trained, memory, kept, scope, key) -> Message`; `kept` is a float32 scalar, the ranks to keep a
       module: who sends whole ranks rounds it down (`ranks.whole`), who does not sends `kept / r` of the values.
     decode: `(start, message, scope) -> Received`, of the message alone, as the transforms have left it.
     init: `adapters -> memory`: what a client carries from one of its rounds to the next; `()` for nothing.
     remember: `(trained, memory, received, scope) -> memory` of a client that was heard.
     penalty: `(adapters, rank_mask [R]) -> scalar` added to the local loss.
-    broadcast: `(adapters, scope, ranks [R]) -> (adapters, Size)`: what the clients start from, of all that is in scope at
-      the structural rank, and what a client of these ranks is sent; None for all that is in scope.
+    broadcast: `(adapters, scope, ranks [R]) -> (adapters, Size)`: what the clients start from, of all that is in scope
+      at the structural rank, and what a client of these ranks is sent; None for all that is in scope.
     whole_ranks: whether only whole ranks are sent.
     """
 
@@ -312,8 +314,8 @@ class Fold(NamedTuple):
     """An average that takes one client after the other, so that updates need not be held for the cohort.
 
     init: `broadcast -> sums`, as large as one client's update.
-    add: `(sums, broadcast, Received of one client, its weight) -> sums`; weights sum to 1 over the cohort, and 0 changes
-      nothing, not even with NaN.
+    add: `(sums, broadcast, Received of one client, its weight) -> sums`; weights sum to 1 over the cohort, and 0
+      changes nothing, not even with NaN.
     finish: `(sums, broadcast) -> adapters`.
     """
 
@@ -337,8 +339,8 @@ class Aggregator(NamedTuple):
       distance of the ideal mean from it, and `covariance_error` its distance from the server's product.
     fold: the same average client by client; None where the method needs all at once.
     trains: `round -> Live` that the clients train.
-    stale: `(round, everyone) -> Live`: what of the adapters a client cannot know before the broadcast of the round, where
-      `everyone` says that all clients are sent every broadcast; None for what they train.
+    stale: `(round, everyone) -> Live`: what of the adapters a client cannot know before the broadcast of the round,
+      where `everyone` says that all clients are sent every broadcast; None for what they train.
     personal: the parts ("a", "b", "head") that stay with each client from round to round, and are never sent.
     merges: whether `Aggregate.merged` is used.
     resumes: whether clients go on from the factors that they ended their last round with, and count by their change:
@@ -563,8 +565,8 @@ class Controller(NamedTuple):
     init: `() -> state`, a tree of arrays, before round 1.
     update: `(state, Outcome) -> (state, report)` after the round. The report names scalars: `queue_s` and
       `energy_queue_j` are metrics of their own, any other appears as `control/name`.
-    schedule: `(state, key, client_ids [K], Radio [K]) -> priority [K]`, before local training: the clients of the highest
-      priorities are the cohort, and none of priority -inf; None for a uniform sample.
+    schedule: `(state, key, client_ids [K], Radio [K]) -> priority [K]`, before local training: the clients of the
+      highest priorities are the cohort, and none of priority -inf; None for a uniform sample.
     over_the_air: whether uploads and downloads take time and energy; without, there is no network.
     """
 

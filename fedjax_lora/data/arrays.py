@@ -35,7 +35,9 @@ def check_pools(
             raise ValueError(f"{part} must hold {want}, as {first} does, got {got}")
         for name, leaf in pools[part].items():
             if leaf.shape[1:] != pools[first][name].shape[1:] or leaf.dtype != pools[first][name].dtype:
-                want, got = (f"{_shape(x)} of {x.dtype}" for x in (pools[first][name], leaf))
+                want, got = (
+                    f"[{', '.join(map(str, ('N', *x.shape[1:])))}] of {x.dtype}" for x in (pools[first][name], leaf)
+                )
                 raise ValueError(f"{part}/{name} must be {want}, as in {first}, got {got}")
     return pools, names
 

@@ -56,7 +56,7 @@ def keep_programs() -> None:
     """
     import jax  # slow to import: not where the cache is only looked at
 
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
         return
     folder = cache_folder() / _PROGRAMS
     try:

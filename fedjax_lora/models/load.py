@@ -70,7 +70,8 @@ def make(options: ModelConfig, context: Context) -> Model:
     if options.pretrained is not None:
         if context.image_shape is not None:
             raise ValueError(f"model.pretrained must be absent for images, got {options.pretrained!r}")
-        return bert.bert(_shape(options, safetensors.resolve(options.pretrained)), *parts)
+        model = bert.bert(_shape(options, safetensors.resolve(options.pretrained)), *parts)
+        return model._replace(weights=lambda: read_pretrained(options, str(options.pretrained))[1])
     if context.image_shape is None:
         raise ValueError("model.pretrained must be a folder or a Hugging Face model id for text, got None")
     more = {"pooling": options.pooling, "dropout": options.dropout, "compute_dtype": options.compute_dtype}
@@ -97,9 +98,7 @@ def build_model(
       ValueError: the model does not fit the data, or the folder cannot be loaded.
     """
     model = make(config, context)
-    if not isinstance(config, ModelConfig) or config.pretrained is None:
-        return model, None
-    return model, read_pretrained(config, config.pretrained)[1]
+    return model, None if model.weights is None else model.weights()
 
 
 def read_pretrained(config: ModelConfig, pretrained: str) -> tuple[bert.BertConfig, Base]:

@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fedjax_lora.config.experiment import VARIANTS, ExperimentConfig, to_dict
+from fedjax_lora.config.catalogue import SLOTS, Catalogue
+from fedjax_lora.config.experiment import ExperimentConfig, to_dict
+from fedjax_lora.config.values import key_of
 from fedjax_lora.io.run_files import flatten
 from fedjax_lora.report.formats import last_name, option, setting
 from fedjax_lora.report.runs import Run, differing_keys
@@ -38,13 +40,24 @@ def other_than_default(config: Mapping[str, Any]) -> list[str]:
 
 
 def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    tree = to_dict(ExperimentConfig())
-    for section, variants in VARIANTS.items():
-        default = tree[section]["name"]
-        variant = variants.get(str(config.get(f"{section}.name", default)))
-        tree[section] = (dataclasses.asdict(variant()) if variant else {}) | {"name": default}
+    tree, catalogue = to_dict(ExperimentConfig()), Catalogue.of()
+    for slot in SLOTS:
+        key, default = key_of(slot), tree[slot][key_of(slot)]
+        chosen = config.get(f"{slot}.{key}", default)
+        method = catalogue.by_slot[slot].get(str(chosen))  # None for a user's own
+        if chosen != default:
+            tree[slot] = {field.name: _default(field) for field in dataclasses.fields(method.options)} if method else {}
+        tree[slot][key] = default
     # As YAML has it: no tuples.
     return {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(tree).items()}
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """Of an option; a section of options as a mapping, and None where one must be given."""
+    if field.default_factory is not dataclasses.MISSING:
+        value: Any = field.default_factory()
+        return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def _pieces(config: Mapping[str, Any]) -> dict[str, list[_Piece]]:

@@ -20,9 +20,7 @@ ACCELERATOR_SHARE = 0.5
 """Share of the accelerator's memory that activations may take; the rest is weights, adapters and slack."""
 
 
-def activation_bytes(
-    make_parts: MakeParts, numbers: Numbers, world: World, like: Adapters, batch_size: int
-) -> int:
+def activation_bytes(make_parts: MakeParts, numbers: Numbers, world: World, like: Adapters, batch_size: int) -> int:
     """Bytes that one client's backward pass keeps for its batch, from shapes alone."""
 
     def kept_bytes(size: int) -> int:

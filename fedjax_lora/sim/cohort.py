@@ -10,7 +10,6 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-
 CLIENTS = "clients"
 
 MAX_CPU_DEVICES = 8

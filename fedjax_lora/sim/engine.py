@@ -47,7 +47,7 @@ class EngineConfig:
 
 
 def first_state(make_parts: MakeParts, num_clients: int, key: Array, numbers: Numbers) -> FedState:
-    """The state before round 1, of a run with these numbers: fresh adapters, channels drawn, the methods' first states."""
+    """The state before round 1 of a run with these numbers: fresh adapters, channels, and the methods' first states."""
     parts = make_parts(numbers)
     run_key, adapter_key, wireless_key = jax.random.split(key, 3)
     adapters = parts.init_adapters(adapter_key)
@@ -132,12 +132,13 @@ def make_segment(make_parts: MakeParts, eval_batch_size: int, max_rounds: int):
 
 def score(parts: Parts, world: World, state: FedState, batch_size: int) -> Scores:
     """The evaluation of a state on the held-out pool of the world."""
-    base, of = current_base(parts, world, state), (parts.model, parts.adapter, parts.task, batch_size, parts.layout.mesh)
-    adapters = deployed(state.adapters, state.clients)
-    loss, accuracy = make_evaluate(*of)(base, world.data.test, adapters, parts.rank, parts.scale)
+    base, of = current_base(parts, world, state), (parts.model, parts.adapter, parts.task, batch_size)
+    adapters, mesh = deployed(state.adapters, state.clients), parts.layout.mesh
+    loss, accuracy = make_evaluate(*of, mesh)(base, world.data.test, adapters, parts.rank, parts.scale)
     personal = jnp.float32(jnp.nan)
     if parts.aggregator.personal:
-        personal = make_evaluate_personal(*of)(base, world.data, state.adapters, state.clients, parts.scale)
+        evaluate = make_evaluate_personal(*of, mesh)
+        personal = evaluate(base, world.data, state.adapters, state.clients, parts.scale)
     return Scores(loss, accuracy, personal)
 
 

@@ -17,7 +17,7 @@ from fedjax_lora.sim.cohort import map_over_devices, padded_size
 from fedjax_lora.training.personal import compose
 
 Evaluate = Callable[[Base, Mapping[str, Array], Adapters, Array, Array], tuple[Array, Array]]
-EvaluatePersonal = Callable[[Base, Dataset, Adapters, ClientState, Array, Array], Array]
+EvaluatePersonal = Callable[[Base, Dataset, Adapters, ClientState, Array], Array]
 
 
 def make_evaluate(model: Model, adapter: Adapter, task: Task, batch_size: int, mesh: Mesh) -> Evaluate:
@@ -49,11 +49,11 @@ def make_evaluate(model: Model, adapter: Adapter, task: Task, batch_size: int, m
 
 
 def make_evaluate_personal(model: Model, adapter: Adapter, task: Task, batch_size: int, mesh: Mesh) -> EvaluatePersonal:
-    """`(base, data, adapters, clients, rank, scale) -> mean over the K clients of the accuracy of their own adapters`.
+    """`(base, data, adapters, clients, scale) -> mean over the K clients of the accuracy of their own adapters`.
 
-    A client's own adapters are what is personal within the global ones, in its own ranks, whatever the structural
-    `rank`; who has never taken part still has the start. They are scored where the client would use them: an example
-    of the held-out pool has the weight of `Task.weigh` (in classification, the ratio of its label's shares of the
+    A client's own adapters are what is personal within the global ones, in its own ranks, at the scale s = alpha / r of
+    all; who has never taken part still has the start. They are scored where the client would use them: an example of
+    the held-out pool has the weight of `Task.weigh` (in classification, the ratio of its label's shares of the
     client's training examples and of the pool), and the accuracy is the weighted mean, NaN where the score of an
     example that counts is. A client for whom the pool has no weight does not enter the mean.
 
@@ -61,10 +61,7 @@ def make_evaluate_personal(model: Model, adapter: Adapter, task: Task, batch_siz
     evaluation, time is K of them.
     """
 
-    def evaluate(
-        base: Base, data: Dataset, adapters: Adapters, clients: ClientState, rank: Array, scale: Array
-    ) -> Array:
-        del rank
+    def evaluate(base: Base, data: Dataset, adapters: Adapters, clients: ClientState, scale: Array) -> Array:
         num_clients, num_examples = data.count.shape[0], _size(data.test)
         batches = evaluation_batches(num_examples, batch_size)
         size = padded_size(num_clients, 1, mesh.size)
@@ -96,14 +93,6 @@ def make_evaluate_personal(model: Model, adapter: Adapter, task: Task, batch_siz
         return jnp.sum(accuracy) / jnp.sum(scored)
 
     return evaluate
-
-
-def nothing_personal(
-    base: Base, data: Dataset, adapters: Adapters, clients: ClientState, rank: Array, scale: Array
-) -> Array:
-    """The `EvaluatePersonal` of a method by which nothing is personal: NaN, "not measured"."""
-    del base, data, adapters, clients, rank, scale
-    return jnp.float32(jnp.nan)
 
 
 def _used(adapter: Adapter, adapters: Adapters, rank: Array, scale: Array) -> Adapters:

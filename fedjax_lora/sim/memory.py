@@ -50,7 +50,10 @@ def run_terms(
             cohort * (ADAPTERS_OF_A_CLIENT * adapters + clients / num_clients),
             f"lower clients.per_round, got {layout.cohort_size}",
         ),
-        Term(layout.chunk * training, several if layout.chunk > 1 else f"lower local.batch_size, got {local.batch_size}"),
+        Term(
+            layout.chunk * training,
+            several if layout.chunk > 1 else f"lower local.batch_size, got {local.batch_size}",
+        ),
     ]
     in_evaluation = [Term(tested * example, f"lower engine.eval_batch_size, got {engine.eval_batch_size}")]
     return [

@@ -13,12 +13,22 @@ from fedjax_lora.aggregation.products import as_changes
 from fedjax_lora.core import count, trees
 from fedjax_lora.core.count import Count
 from fedjax_lora.core.keys import RoundKeys, client_keys, round_keys
-from fedjax_lora.core.methods import Aggregate, Broadcast, Client, Decision, Delivery, Live, Observation, Outcome, Trained
+from fedjax_lora.core.methods import (
+    Aggregate,
+    Broadcast,
+    Client,
+    Decision,
+    Delivery,
+    Live,
+    Observation,
+    Outcome,
+    Trained,
+)
 from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState, Metrics, Scope
 from fedjax_lora.sim.cohort import choose, map_over_devices, padded_size
 from fedjax_lora.sim.merged import current_base
 from fedjax_lora.sim.metrics import observe
-from fedjax_lora.sim.parts import Cohort, Local, MakeParts, Offers, Parts, Upload, Uplink, World, scope_of
+from fedjax_lora.sim.parts import Cohort, Local, MakeParts, Offers, Parts, Uplink, Upload, World, scope_of
 from fedjax_lora.sparsifiers import payload, transforms
 from fedjax_lora.training.personal import extract
 

@@ -44,13 +44,13 @@ def make(options: TopKConfig, context: Context) -> Sparsifier:
         change = jax.tree.map(jnp.subtract, scope.select(trained, start), start)
         tails = ranks.tails(jnp.sort(_flat(change.modules) ** 2, descending=True))
         whole = jnp.minimum(jnp.arange(max_rank + 1, dtype=jnp.uint32), rank)
-        count = num_kept(ranks.each(scope.ranks) / jnp.sum(scope.ranks), pool)
+        count = num_kept(ranks.each(scope.ranks).astype(jnp.float32), pool, jnp.sum(scope.ranks))
         size = payload.value_size(like, count, scope, index_bits(count, pool))
         return ranks.offer(tails[whole * (pool // rank)], size)
 
     def encode(start: Adapters, trained: Adapters, memory: Any, kept: Array, scope: Scope, key: Array) -> Message:
         trained, pool, rank = scope.select(trained, start), pool_size(like, scope), jnp.sum(scope.ranks)
-        count = num_kept(jnp.minimum(kept / rank, 1.0), pool)
+        count = num_kept(kept, pool, rank)
         masks = chosen(trained.modules, start.modules, count, scope)
         sent = Adapters(modules=masks, head=payload.sent_head(like, scope))
         sparse = Adapters(jax.tree.map(jnp.where, masks, trained.modules, start.modules), trained.head)
@@ -86,10 +86,19 @@ def _values_of_a_rank(like: Adapters) -> tuple[int, int]:
     return of_a, of_b
 
 
-def num_kept(keep_ratio: Array | float, pool: Array) -> Array:
-    """`[...]` uint32 values to send of `pool` (uint32): at least 1, unless there is none."""
-    # Counted from the top, so that a ratio of 1 is all of a pool that float32 cannot hold.
-    left_out = jnp.ceil((1.0 - keep_ratio) * pool.astype(jnp.float32)).astype(jnp.uint32)
+def num_kept(part: Array | float, pool: Array, whole: Array | float = 1.0) -> Array:
+    """`[...]` uint32 values to send of `pool` (uint32) for `part` of `whole`: at least 1, unless there is none.
+
+    Args:
+      part: float32 `[...]`, at most `whole`.
+      pool: values in all, a multiple of `whole`, so that whole parts are counted exactly.
+      whole: float32, a whole number.
+    """
+    # Counted from the top and by whole parts, so that these are exact in a pool that float32 cannot hold.
+    each, missing = pool // jnp.asarray(whole).astype(jnp.uint32), jnp.maximum(whole - part, 0.0)
+    parts = jnp.floor(missing)
+    fraction = jnp.ceil((missing - parts) * each.astype(jnp.float32))
+    left_out = parts.astype(jnp.uint32) * each + fraction.astype(jnp.uint32)
     return jnp.maximum(pool - jnp.minimum(left_out, pool), jnp.minimum(pool, 1))
 
 

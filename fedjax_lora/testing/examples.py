@@ -3,6 +3,8 @@
 DIMENSIONS names their sizes by the letters of `core.types`.
 """
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,10 @@ from jax import Array
 from fedjax_lora.core.methods import Context, Observation, Radio, Received, Work
 from fedjax_lora.core.types import Adapters, Factors, Scope
 
-DIMENSIONS = chex.Dimensions(K=6, C=4, L=2, R=4, N=11, B=3)
-"""Sizes of the examples: `DIMENSIONS["CR"]` is the shape `[C, R]`."""
+NUM_CLIENTS, COHORT_SIZE, NUM_LAYERS, MAX_RANK = 6, 4, 2, 4
+
+DIMENSIONS = chex.Dimensions(K=NUM_CLIENTS, C=COHORT_SIZE, L=NUM_LAYERS, R=MAX_RANK)
+"""Sizes of the examples by the letters of the glossary: `DIMENSIONS["CR"]` is the shape `[C, R]`."""
 
 RANK = 3
 """Structural rank: below R, so that a rank that is not in use is among them."""
@@ -32,10 +36,9 @@ def adapters(seed: int, ranks: int = RANK) -> Adapters:
 
     def factors(key: Array, n_in: int, n_out: int) -> Factors:
         a_key, b_key = jax.random.split(key)
-        layers, max_rank = DIMENSIONS["LR"]
-        used = (jnp.arange(max_rank) < ranks)[:, None]
-        a = jax.random.normal(a_key, (layers, n_in, max_rank))
-        return Factors(a=a, b=used * jax.random.normal(b_key, (layers, max_rank, n_out)))
+        used = (jnp.arange(MAX_RANK) < ranks)[:, None]
+        a = jax.random.normal(a_key, (NUM_LAYERS, n_in, MAX_RANK))
+        return Factors(a=a, b=used * jax.random.normal(b_key, (NUM_LAYERS, MAX_RANK, n_out)))
 
     keys = jax.random.split(jax.random.key(seed), len(WIDTHS) + 1)
     modules = {name: factors(key, *widths) for (name, widths), key in zip(WIDTHS.items(), keys[1:], strict=True)}
@@ -51,32 +54,30 @@ def trained(seed: int, start: Adapters, scope: Scope) -> Adapters:
 
 def scope(rank: float = RANK, a: float = 1.0, b: float = 1.0, head: float = 1.0) -> Scope:
     """What is trained and sent."""
-    ranks = (jnp.arange(DIMENSIONS["R"][0]) < rank).astype(jnp.float32)
+    ranks = (jnp.arange(MAX_RANK) < rank).astype(jnp.float32)
     return Scope(ranks, *map(jnp.float32, (a, b, head)))
 
 
 def context(**more) -> Context:
     """Of an experiment with these shapes."""
-    (clients,), (cohort,) = DIMENSIONS["K"], DIMENSIONS["C"]
-    given = {"num_clients": clients, "cohort_size": cohort, "num_classes": 3, "like": jax.eval_shape(lambda: adapters(0))}
-    return Context(**(given | more))
+    given: dict[str, Any] = {"num_clients": NUM_CLIENTS, "cohort_size": COHORT_SIZE, "num_classes": 3}
+    return Context(**(given | {"like": jax.eval_shape(lambda: adapters(0))} | more))
 
 
-def stack(trees: list) -> object:
+def stack(trees: list) -> Any:
     """Trees as one, with a leading axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def everything(clients: Adapters) -> Received:
     """Updates `[C, ...]` that have arrived as they are."""
-    (cohort, layers, max_rank) = DIMENSIONS["CLR"]
-    used = (jnp.arange(max_rank) < RANK).astype(jnp.float32)
-    return Received(clients, {name: jnp.broadcast_to(used, (cohort, layers, max_rank)) for name in WIDTHS})
+    used = (jnp.arange(MAX_RANK) < RANK).astype(jnp.float32)
+    return Received(clients, {name: jnp.broadcast_to(used, (COHORT_SIZE, NUM_LAYERS, MAX_RANK)) for name in WIDTHS})
 
 
 def observation(seed: int = 0) -> Observation:
     """A cohort of which the last client is absent and the first is heard badly."""
-    cohort, ranks = DIMENSIONS["CR"]
+    cohort, ranks = COHORT_SIZE, MAX_RANK
     snr_key, start_key, tail_key = jax.random.split(jax.random.key(seed), 3)
     heard = jnp.arange(cohort) < cohort - 1
     falls = jnp.sort(jax.random.uniform(tail_key, (cohort, RANK)), descending=True)

@@ -9,8 +9,10 @@ Example:
   >>> check(top_k.METHOD)
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import chex
 import jax
@@ -22,25 +24,41 @@ from fedjax_lora.core.numbers import Numbers, Options, fill, split
 from fedjax_lora.testing import examples
 
 FACTORS = 1.0, 0.93, 0.86
-"""By which the numbers of a method are multiplied, all at once; of those that are 0, what is added is the complement."""
+"""By which the numbers of a method are multiplied, all at once; one that is 0 becomes 1 less the factor."""
 
 
-class Subject(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Subject:
     """A method with its options, in an experiment."""
 
     method: Method
-    options: Options
+    options: Any
     context: Context
 
-    @property
+    @functools.cached_property
+    def numbers(self) -> Numbers:
+        """The traced numbers of the options."""
+        return split(self.options)[1]
+
+    @functools.cached_property
     def record(self) -> Any:
-        """What the method makes of its options' own numbers."""
-        return self.made(split(self.options)[1])
+        """What the method makes of its options' own numbers, its functions compiled."""
+        made = self.made(self.numbers)
+        functions = {name: jax.jit(value) for name, value in made._asdict().items() if name in _COMPILED and value}
+        return made._replace(**functions)
 
     def made(self, numbers: Numbers) -> Any:
         """What the method makes of these numbers."""
         return self.method.make(fill(self.options, numbers), self.context)
 
+
+_COMPILED = {
+    *("offer", "encode", "decode", "remember", "penalty"),
+    *("aggregate", "enter", "next_rank"),
+    *("allocate", "update", "schedule"),
+    *("step", "observe", "deliver"),
+}
+"""Functions of records that take arrays alone."""
 
 Law = Callable[[Subject], None]
 Exercise = Callable[[Any, Context], Any]
@@ -61,9 +79,9 @@ def check(method: Method, options: Options | None = None, context: Context | Non
     from fedjax_lora.testing.slots import EXERCISES, LAWS  # they are written in terms of this module
 
     subject = Subject(method, method.options() if options is None else options, context or examples.context())
-    laws = {**(general(EXERCISES[method.slot]) if method.slot in EXERCISES else {}), **LAWS.get(method.slot, {})}
-    if not laws:
-        raise AssertionError(f"slot must be one of {', '.join({*EXERCISES, *LAWS})}, got {method.slot!r}")
+    if method.slot not in LAWS:
+        raise ValueError(f"slot must be one of {', '.join(LAWS)}, got {method.slot!r}")
+    laws = {**general(EXERCISES[method.slot], subject), **LAWS[method.slot]}
     for name, law in laws.items():
         try:
             law(subject)
@@ -77,48 +95,39 @@ def named(*laws: Law) -> dict[str, Law]:
     return {law.__name__.strip("_").replace("_", " "): law for law in laws}
 
 
-def general(exercise: Exercise) -> dict[str, Law]:
-    """The laws of all slots, by what the functions of a record give."""
+def general(exercise: Exercise, subject: Subject) -> dict[str, Law]:
+    """The laws of all slots, by what the functions of a record give; what they run is compiled once for all of them."""
+    chex.clear_trace_counter()
 
-    def outcome(subject: Subject) -> Callable[[Numbers], Any]:
-        return lambda numbers: exercise(subject.made(numbers), subject.context)
+    def outcome(numbers: Numbers) -> Any:
+        return exercise(subject.made(numbers), subject.context)
+
+    run = jax.jit(chex.assert_max_traces(outcome, 1))
+    settings = [{key: np.float32(_varied(value, by)) for key, value in subject.numbers.items()} for by in FACTORS]
 
     def numbers_are_traced(subject: Subject) -> None:
-        numbers = split(subject.options)[1]
-        run = outcome(subject)
-        for key in numbers:  # one at a time, so that the one that is branched on is named
-            rest = {other: value for other, value in numbers.items() if other != key}
-
-            def given(value: Any, key: str = key, rest: Numbers = rest) -> Any:
-                return run({**rest, key: value})
-
+        for key in subject.numbers:  # one at a time, so that the one that is branched on is named
+            rest = {other: value for other, value in subject.numbers.items() if other != key}
             try:
-                jax.eval_shape(given, numbers[key])
-            except (jax.errors.ConcretizationTypeError, TypeError) as error:
-                raise AssertionError(f"{key} must be used as an array, under jit too, got {type(error).__name__}") from error
-
-    def a_batch_of_settings_equals_single_runs(subject: Subject) -> None:
-        numbers = split(subject.options)[1]
-        if not numbers:
-            return
-        run = jax.jit(outcome(subject))
-        settings = [{k: np.float32(_varied(v, by)) for k, v in numbers.items()} for by in FACTORS]
-        batch = jax.vmap(run)({key: jnp.stack([s[key] for s in settings]) for key in numbers})
-        single = examples.stack([run(setting) for setting in settings])
-        _close(batch, single)
+                jax.eval_shape(lambda value, key=key, rest=rest: outcome({**rest, key: value}), subject.numbers[key])
+            except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError, TypeError) as error:
+                raise AssertionError(f"{key} must be used as an array, got {type(error).__name__}") from error
 
     def traced_once(subject: Subject) -> None:
-        numbers = split(subject.options)[1]
-        chex.clear_trace_counter()
-        run = jax.jit(chex.assert_max_traces(outcome(subject), 1))
-        for by in FACTORS:
-            jax.block_until_ready(run({k: np.float32(_varied(v, by)) for k, v in numbers.items()}))
+        for setting in settings:
+            jax.block_until_ready(run(setting))
+
+    def a_batch_of_settings_equals_single_runs(subject: Subject) -> None:
+        if not subject.numbers:
+            return
+        batch = {key: jnp.stack([setting[key] for setting in settings]) for key in subject.numbers}
+        close(jax.jit(jax.vmap(outcome))(batch), examples.stack([run(setting) for setting in settings]))
 
     def results_are_finite(subject: Subject) -> None:
-        chex.assert_tree_all_finite(jax.jit(outcome(subject))(split(subject.options)[1]))
+        chex.assert_tree_all_finite(run(settings[0]))
 
     def results_are_of_32_bits(subject: Subject) -> None:
-        for leaf in jax.tree.leaves(jax.eval_shape(outcome(subject), split(subject.options)[1])):
+        for leaf in jax.tree.leaves(run(settings[0])):
             assert leaf.dtype.itemsize <= 4 or leaf.dtype == jnp.complex64, f"got {leaf.dtype}"
 
     return named(
@@ -134,14 +143,11 @@ def _varied(value: Any, by: float) -> Any:
     return np.where(np.asarray(value) == 0, 1.0 - by, np.asarray(value) * by)
 
 
-def _close(found: Any, expected: Any, rtol: float = 2e-4, atol: float = 2e-5) -> None:
+def close(found: Any, expected: Any, rtol: float = 2e-4, atol: float = 2e-5) -> None:
     """Trees are equal, in float32 and by the size of each leaf."""
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         size = float(np.max(np.abs(np.asarray(y, np.float64)), initial=0.0))
         chex.assert_trees_all_close(np.asarray(x), np.asarray(y), rtol=rtol, atol=atol * max(size, 1e-3))
-
-
-close = _close
 
 
 def same_form(before: Any, after: Any) -> None:
@@ -153,6 +159,3 @@ def same_form(before: Any, after: Any) -> None:
 def rows(tree: Any, order: Sequence[int]) -> Any:
     """The rows of every leaf, in this order."""
     return jax.tree.map(lambda leaf: leaf[jnp.array(order)], tree)
-
-
-__all__ = ["Exercise", "Law", "Mapping", "Subject", "check", "close", "general", "named", "rows", "same_form"]

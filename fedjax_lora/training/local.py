@@ -61,7 +61,7 @@ class LocalTrainingOptions(Options):
 
 
 LocalLoss = Callable[[Adapters, Adapters, Base, Array, Array, Batch, Array, Array], tuple[Array, Array]]
-"""`(adapters, start, base, scale, rank_mask [R], batch, weight [B], key) -> (objective, loss of the task)` of one batch.
+"""`(adapters, start, base, scale, rank_mask [R], batch, weight [B], key) -> (objective, loss of the task)`, of a batch.
 
 `start` are the adapters that the client began with; the mask is that of its ranks in use.
 """

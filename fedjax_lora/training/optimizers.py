@@ -146,7 +146,7 @@ def direction(config: OptimizerConfig) -> Optimizer:
 def schedule(config: OptimizerConfig, total_steps: int, step: ArrayLike) -> Array:
     """`[...]` factor in [0, 1] on the peak learning rate at local steps `[...]`, counted over all rounds.
 
-    Linear rise over `warmup_steps`, then the decay over what is left. Our own: optax's schedules take no traced lengths.
+    Linear rise over `warmup_steps`, then the decay over what is left. Ours: optax's schedules take no traced lengths.
     """
     step = jnp.asarray(step, jnp.float32)
     warmup = jnp.asarray(config.warmup_steps, jnp.float32)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from fedjax_lora.core.types import Adapters, Dataset, Factors
-from fedjax_lora.sparsifiers import dense, soft
+from fedjax_lora.sparsifiers import dense, soft, top_k
 from oracles import sparsifier_oracle as oracle
-from oracles.sparsifier_oracle import random_adapters, scope, trained_from
+from oracles.contexts import context, offered_bits, upload
+from oracles.sparsifier_oracle import RANK, random_adapters, scope, trained_from
 
 START = random_adapters(0)
 COHORT = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(trained_from(START, seed) for seed in (1, 2, 3)))
@@ -33,6 +34,13 @@ def premise(monkeypatch):
 def products(adapters):
     """Module name -> the full products, `[..., L, n_in, n_out]`, float64."""
     return {name: np.float64(f.a) @ np.float64(f.b) for name, f in adapters.modules.items()}
+
+
+def uploads(method, kept):
+    """What each client of the cohort sends, in full."""
+    return jax.vmap(upload(method), (None, 0, None, None, None, None))(
+        START, COHORT, (), jnp.float32(kept), scope(), jax.random.key(0)
+    )
 
 
 def changes(cohort):
@@ -59,23 +67,28 @@ def test_best_shares_are_those_of_the_full_products(fidelity, kept):
     assert found == pytest.approx((np.mean(of_clients), 1 - lost), rel=1e-6, abs=1e-9)
 
 
-def test_ratio_within_is_the_last_that_fits(fidelity):
-    """Brute force over the same ratios; a budget of k components buys less than k + 1 of them."""
-    method, used = soft.make(soft.SoftConfig(), START), scope()
-    price = {k: float(method.payload_bits(jnp.float32(k / used.ranks.sum()), used)) for k in (1, 2)}
-    found = fidelity.ratio_within(method, used, price[1])
-    costs = [float(method.payload_bits(jnp.float32(r), used)) for r in (found, found + 1e-4)]
-    assert costs == [price[1], price[2]]
-    assert fidelity.ratio_within(method, used, price[1] - 1) is None
+def test_kept_within_is_the_last_that_fits(fidelity):
+    """The next more costs more: k + 1 components, or one step of single values; a bit less buys one component less."""
+    used = scope()
+    by_rank, by_value = (m.make(c, context(START)) for m, c in ((soft, soft.SoftConfig()), (top_k, top_k.TopKConfig())))
+    price = offered_bits(by_rank, START, START, used)
+    for k in (1, 2, 4):
+        assert fidelity.kept_within(by_rank, START, used, price[k]) == k
+        assert fidelity.kept_within(by_rank, START, used, price[k] - 1) == (k - 1 or None)
+    found, step = fidelity.kept_within(by_value, START, used, price[2]), RANK / 10_000
+    send = jax.jit(upload(by_value))
+    costs = [int(send(START, START, (), k, used, jax.random.key(0)).bits.exact()) for k in (found, found + step)]
+    assert costs[0] <= price[2] < costs[1]
+    assert fidelity.kept_within(by_value, START, used, 1) is None
 
 
 @pytest.mark.parametrize("send", ["change", "factors"])
 def test_kept_shares_are_those_of_the_full_products(fidelity, send):
     """NumPy, from products before and after and a loop that averages each component over those who sent it."""
-    key, used, ratio = jax.random.key(0), scope(), jnp.float32(0.5)
-    method = soft.make(soft.SoftConfig(send=send), START)
-    found = fidelity.kept_shares(method, START, COHORT, ratio, used, key)
-    sent, _ = jax.vmap(method.compress, (None, 0, None, None, None, None))(START, COHORT, (), ratio, used, key)
+    key, used, kept = jax.random.key(0), scope(), jnp.float32(RANK / 2)
+    method = soft.make(soft.SoftConfig(send=send), context(START))
+    found = fidelity.kept_shares(method, START, COHORT, kept, used, key)
+    sent = uploads(method, kept)
     arrived, change = products(sent.adapters), changes(COHORT)
     after = products(COHORT)
     lost = sum(((after[n] - arrived[n]) ** 2).sum((1, 2, 3)) for n in after)
@@ -99,11 +112,10 @@ def _average_share(sent):
 
 def test_dense_loses_of_the_average_alone(fidelity):
     """Closed form: all of each client's change arrives, and of the average what the loop's averages have."""
-    method = dense.make(dense.DenseConfig(), START)
-    key, ratio = jax.random.key(0), jnp.float32(1)
-    clients, average, _ = fidelity.kept_shares(method, START, COHORT, ratio, scope(), key)
-    sent, _ = jax.vmap(method.compress, (None, 0, None, None, None, None))(START, COHORT, (), ratio, scope(), key)
-    assert clients == 1.0
+    method = dense.make(dense.DenseConfig(), context(START))
+    clients, average, _ = fidelity.kept_shares(method, START, COHORT, jnp.float32(RANK), scope(), jax.random.key(0))
+    sent = uploads(method, RANK)
+    assert float(clients) == pytest.approx(1.0, abs=1e-6)
     assert float(average) == pytest.approx(_average_share(sent), abs=1e-5)
     assert average < 0.99
 

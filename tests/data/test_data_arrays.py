@@ -118,7 +118,10 @@ def test_what_is_wrong_is_one_line_that_names_the_array(train, message):
     ("test", "message"),
     [
         (images(2, more=[1, 2]), "test must hold image, label, as train does, got image, label, more"),
-        (images(2, shape=(6, 5, 2)), "test/image must be [5, 6, 2] of float32, as in train, got [6, 5, 2] of float32"),
+        (
+            images(2, shape=(6, 5, 2)),
+            "test/image must be [N, 5, 6, 2] of float32, as in train, got [N, 6, 5, 2] of float32",
+        ),
         (images(2, label=[0, 3]), "test/label must be from 0 to 2, one for each of class_names, got 3"),
     ],
 )

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedjax_lora.core.methods import Context
 from fedjax_lora.data.batches import evaluation_batches, federated_dataset, gather, local_batches
 from fedjax_lora.data.partition import PartitionConfig, partition
 from fedjax_lora.data.sources import Examples
-from fedjax_lora.training.local import LocalConfig
+from fedjax_lora.training import local
 
 N_MAX = 13
 ROW = np.random.default_rng(0).permutation(50)[:N_MAX].astype(np.int32)
@@ -44,7 +45,11 @@ def test_rows_and_weights_equal_numpy_loop(count, steps, batch_size):
 def test_a_client_computes_the_samples_that_its_batches_hold(count, steps, batch_size):
     """Counting: what the radio charges is what has weight, not the places of a batch that stay empty."""
     _, weight = local_batches(jax.random.key(1), jnp.asarray(ROW), jnp.int32(count), steps, batch_size)
-    assert LocalConfig(steps=steps, batch_size=batch_size).samples(jnp.int32(count)) == weight.sum()
+    nothing = dict.fromkeys(("model", "adapter", "task", "sparsifier", "aggregation", "drift"))  # work asks none of it
+    config = local.LocalConfig(steps=steps, batch_size=batch_size)
+    context = Context(num_clients=1, cohort_size=1, local=config, made=nothing)
+    trainer = local.make(local.LocalTrainingOptions(), context)
+    assert trainer.work(jnp.int32(count)).samples == weight.sum()
 
 
 @pytest.mark.parametrize(("count", "steps", "batch_size"), [(13, 9, 4), (5, 7, 3), (3, 4, 5)])

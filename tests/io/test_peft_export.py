@@ -2,9 +2,7 @@
 
 import jax
 import numpy as np
-import peft
 import pytest
-import torch
 import transformers
 from safetensors.numpy import load_file
 
@@ -14,6 +12,9 @@ from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.io.peft import Card, export
 from fedjax_lora.models import load
 from oracles.model_context import model_context
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from fedjax_lora.core.count import Count
 from fedjax_lora.core.types import Metrics
 from fedjax_lora.io.files import write_atomically
 from fedjax_lora.io.log import RunFolder, may_extend

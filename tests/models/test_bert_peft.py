@@ -3,9 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
 import transformers
 
 from fedjax_lora.adapters import lora
@@ -19,6 +17,9 @@ from fedjax_lora.training import local
 from fedjax_lora.training.corrections import NoDriftConfig, no_correction
 from fedjax_lora.training.optimizers import OptimizerConfig
 from oracles.model_context import model_context
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
 
 RANK, ALPHA, RATE = 3, 6.0, 0.5
 PEFT_TARGETS = ["query", "value", "intermediate.dense", "output.dense"]

@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
-from safetensors import torch as torch_file
 from safetensors.numpy import load_file, save_file
 
 from fedjax_lora.adapters import lora
@@ -19,6 +17,9 @@ from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.models import bert, load, safetensors
 from oracles.model_context import model_context
+
+torch = pytest.importorskip("torch")
+torch_file = pytest.importorskip("safetensors.torch")
 
 SHAPE = {
     "vocab_size": 31,
@@ -373,7 +374,7 @@ def test_save_and_restore_give_the_same_tree_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "vit"}, "name must be one of vit-tiny, got 'vit'"),
+        ({"name": "vit"}, "^name must be 'vit-tiny', got 'vit'$"),
         ({"pooling": "max"}, "pooling must be one of mean, cls, got 'max'"),
         ({"compute_dtype": "float16"}, "compute_dtype must be one of float32, bfloat16, got 'float16'"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
@@ -387,11 +388,11 @@ def test_config_refuses(fields, message):
 
 def test_model_and_data_must_fit(folder):
     with pytest.raises(ValueError, match=r"model.pretrained must be a folder .* for text, got None"):
-        load.build_model(load.ModelConfig(), 2)
+        load.build_model(load.ModelConfig(), model_context(2))
     with pytest.raises(ValueError, match=r"model.pretrained must be absent for images"):
-        load.build_model(load.ModelConfig(pretrained=str(folder)), 2, (8, 8, 1))
+        load.build_model(load.ModelConfig(pretrained=str(folder)), model_context(2, (8, 8, 1)))
     with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
-        load.build_model(load.ModelConfig(), 1, (8, 8, 1))
+        load.build_model(load.ModelConfig(), model_context(1, (8, 8, 1)))
 
 
 def test_a_family_of_ones_own_is_made_with_the_task_and_the_adapter_numpy_loop():
@@ -451,25 +452,6 @@ def test_every_frozen_weight_has_its_place_in_a_checkpoint_and_sites_lie_in_thei
             assert columns.shape == (site.n_in, site.n_out)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"name": "vit-huge"}, "^name must be 'vit-tiny', got 'vit-huge'$"),
-        ({"pooling": "max"}, "^pooling must be one of mean, cls, got 'max'$"),
-        ({"compute_dtype": "float16"}, "^compute_dtype must be one of float32, bfloat16, got 'float16'$"),
-        ({"pretrained": ""}, "^pretrained must be a folder or a Hugging Face model id, got ''$"),
-        ({"dropout": 1.0}, r"^dropout must be in \[0, 1\), got 1.0$"),
-    ],
-)
-def test_config_refuses(fields, message):
-    with pytest.raises(ValueError, match=message):
-        load.ModelConfig(**fields)
-
-
-def test_the_model_must_fit_the_data(folder):
-    with pytest.raises(ValueError, match=r"^model.pretrained must be absent for images, got"):
-        load.build_model(load.ModelConfig(pretrained=str(folder)), model_context(2, (8, 8, 1)))
-    with pytest.raises(ValueError, match=r"^model.pretrained must be a folder or .* for text, got None$"):
-        load.build_model(load.ModelConfig(), model_context(2))
+def test_rounded_matrices_are_a_property_that_the_options_break():
     assert load.ModelConfig(compute_dtype="bfloat16").breaks() == {"float32_base": "compute_dtype"}
     assert load.ModelConfig().breaks() == {}

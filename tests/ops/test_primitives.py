@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from fedjax_lora.core.types import Factors
 from fedjax_lora.ops import primitives
@@ -73,6 +72,7 @@ def test_bfloat16_weights_refuse_to_be_differentiated():
 
 
 def test_gelu_against_pytorch_with_its_gradient():
+    torch = pytest.importorskip("torch")
     x = np.concatenate([np.linspace(-12, 12, 401), [0.0, -40.0, 40.0]]).astype(np.float32)
     reference = torch.tensor(x, requires_grad=True)
     value = torch.nn.functional.gelu(reference)

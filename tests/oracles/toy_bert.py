@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -11,7 +12,8 @@ LAYERS, WIDTH, MLP = 2, 12, 20
 
 
 def save_toy_bert(folder: Path) -> Path:
-    """Write model and tokenizer; the weights are PyTorch's own random ones."""
+    """Write model and tokenizer; the weights are PyTorch's own random ones, and without it a test is skipped."""
+    pytest.importorskip("torch")
     config = transformers.BertConfig(
         vocab_size=len(SPECIAL + WORDS),
         hidden_size=WIDTH,

@@ -1,18 +1,22 @@
 """How many clients at once, and the bytes that decide about it."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from fedjax_lora.adapters import lora
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.core.methods import Hidden, Model
-from fedjax_lora.core.types import Adapters, Dataset, Factors, Hyper
+from fedjax_lora.core.methods import Hidden, Model, Site
+from fedjax_lora.core.types import Adapters, Dataset, Factors
 from fedjax_lora.sim import chunk
 from fedjax_lora.sim.parts import World
 from fedjax_lora.sparsifiers import dense
+from fedjax_lora.tasks import classification
+from oracles.contexts import context
 
 WIDTH, CLASSES = 5, 3
-HYPER = Hyper(*map(jnp.float32, (2.0, 4.0, 0.1, 0.0, 1.0)))
 LIKE = Adapters(
     modules={"inner": Factors(a=jnp.ones((1, WIDTH, 2)), b=jnp.ones((1, 2, WIDTH)))},
     head={"w": jnp.ones((WIDTH, CLASSES))},
@@ -35,7 +39,7 @@ def perceptron(depth: int) -> Model:
         embed=lambda base, batch, key: Hidden(batch["x"][:, None], jnp.ones((batch["x"].shape[0], 1))),
         layers=run,
         task=lambda base, adapters, hidden, key: hidden.values[:, 0] @ adapters.head["w"],
-        targets={"inner": (WIDTH, WIDTH)},
+        sites={"inner": Site("inner", 0, WIDTH, WIDTH)},
         num_layers=1,
     )
 
@@ -43,10 +47,21 @@ def perceptron(depth: int) -> Model:
 def activation_bytes(depth: int, batch_size: int) -> int:
     pool = {"x": jnp.ones((7, WIDTH)), "label": jnp.zeros(7, jnp.int32)}
     data = Dataset(train=pool, index=jnp.zeros((1, 7), jnp.int32), count=jnp.full(1, 7), test=pool)
-    model = perceptron(depth)
+    model, made = perceptron(depth), context(like=LIKE, num_classes=CLASSES)
+
+    def make_parts(numbers):
+        return SimpleNamespace(
+            model=model,
+            adapter=lora.make(lora.LoraAdapterOptions(), made),
+            task=classification.make(classification.ClassificationOptions(), made),
+            sparsifier=dense.make(dense.DenseConfig(), made),
+            aggregator=fedit.make(fedit.FedItConfig(), made),
+            rank=numbers["rank"],
+            scale=jnp.float32(2.0),
+        )
+
     world = World(base=model.init(jax.random.key(0)), data=data)
-    methods = dense.make(dense.DenseConfig(), LIKE), fedit.make(fedit.FedItConfig())
-    return chunk.activation_bytes(model, *methods, world, LIKE, HYPER, batch_size)
+    return chunk.activation_bytes(make_parts, {"rank": jnp.float32(2.0)}, world, LIKE, batch_size)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

@@ -5,17 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import toy
 from fedjax_lora.adapters.lora import effective, rank_mask
-from fedjax_lora.config.assemble import _check_fits
 from fedjax_lora.core.keys import round_keys
 from fedjax_lora.core.methods import Decision
 from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.data.batches import gather, local_batches
 from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.sim.round import choose_cohort, control, importance, sparsify, train_locally
-from fedjax_lora.sparsifiers import dense
 from fedjax_lora.training.corrections import FedProxConfig, ScaffoldConfig, fedprox, scaffold
 from fedjax_lora.training.local import cross_entropy
+from oracles.contexts import context
 from oracles.sparsifier_oracle import random_adapters
 from oracles.sparsifier_oracle import rank_mask as numpy_mask
 from toy import simulation
@@ -94,7 +94,11 @@ def test_scaffold_equals_a_loop_over_clients_and_steps(two_rounds, number):
 def test_the_mean_of_all_control_variates_is_the_servers(two_rounds):
     """Conservation law, when all take part."""
     for state in two_rounds[1]:
-        assert_close(jax.tree.map(lambda leaf: jnp.mean(leaf, 0), state.clients.methods["drift"]), state.methods["drift"], atol=1e-6)
+        assert_close(
+            jax.tree.map(lambda leaf: jnp.mean(leaf, 0), state.clients.methods["drift"]),
+            state.methods["drift"],
+            atol=1e-6,
+        )
     assert max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(two_rounds[1][-1].methods["drift"])) > 1e-3
 
 
@@ -131,7 +135,9 @@ def test_a_control_variate_of_what_is_not_trained_stays():
     """Invariance: in a round of b alone, those of a, and of ranks that are not in use, are as they were."""
     start, trained, server, client = (random_adapters(seed) for seed in range(4))
     scope = Scope(jnp.asarray(numpy_mask()), jnp.float32(0), jnp.float32(1), jnp.float32(1))
-    moved: Adapters = scaffold(ScaffoldConfig(), context()).next_client(start, trained, jnp.float32(0.5), scope, server, client)
+    moved: Adapters = scaffold(ScaffoldConfig(), context()).next_client(
+        start, trained, jnp.float32(0.5), scope, server, client
+    )
     for name, f in moved.modules.items():
         x0, x, c, own = (part.modules[name].b[:, :4] for part in (start, trained, server, client))
         np.testing.assert_array_equal(f.a, client.modules[name].a)

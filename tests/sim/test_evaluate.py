@@ -42,7 +42,7 @@ def evaluate_personal(logits, clients):
     data = Dataset(train=pool(LOGITS), index=jnp.asarray(clients), count=jnp.full(len(clients), 2), test=pool(logits))
     state = ClientState(rank=jnp.full(len(clients), 2.0), personal={}, methods={})
     score = jax.jit(make_evaluate_personal(TABLE, PARTS["adapter"], PARTS["task"], 4, client_mesh()))
-    return float(score({}, data, LIKE, state, RANK, SCALE))
+    return float(score({}, data, LIKE, state, SCALE))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10**12])

@@ -104,4 +104,6 @@ def test_a_client_is_charged_for_what_it_holds_and_not_for_a_batch(two_clients):
 
     count = np.asarray(sim.world.data.count, np.float64)
     assert count.min() < count.max()
-    np.testing.assert_allclose(start_s(sim.world, state), 3 * count * 1e7 / np.asarray(state.methods["wireless"].cpu_hz), rtol=1e-6)
+    np.testing.assert_allclose(
+        start_s(sim.world, state), 3 * count * 1e7 / np.asarray(state.methods["wireless"].cpu_hz), rtol=1e-6
+    )

@@ -12,13 +12,13 @@ from fedjax_lora.app import runner
 from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import ConfigError, load_config
 from fedjax_lora.core.keys import round_keys
-from fedjax_lora.core.methods import Live
-from fedjax_lora.core.types import Adapters, ClientState, Factors
+from fedjax_lora.core.methods import Broadcast, Client, Live
+from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.io import checkpoint
-from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.sim.cohort import choose
-from fedjax_lora.training.local import Broadcast, Client
-from toy import config, simulation
+from fedjax_lora.sim.merged import current_base
+from fedjax_lora.sim.round import schedule
+from toy import broadcast, client, config, parts, simulation
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from fedjax_lora.adapters.lora import effective, rank_mask
+from fedjax_lora.aggregation import rolora
 from fedjax_lora.core import trees
 from fedjax_lora.core.keys import client_keys, round_keys
 from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.sim.cohort import choose
 from fedjax_lora.sim.evaluate import label_weights
-from fedjax_lora.sim.round import train_cohort
-from fedjax_lora.training.local import Client
+from fedjax_lora.sim.round import schedule, train_cohort
 from fedjax_lora.training.personal import compose, deployed
-from toy import simulation
+from oracles.contexts import context
+from toy import clients, parts, simulation
 
 WIDTH = {"query": (64, 64), "up": (64, 256)}
 
@@ -48,7 +49,9 @@ def test_fedsa_shares_a_and_leaves_b_and_head_with_the_clients(fedsa):
     _, (start, first, _), rows = fedsa
     assert equal((factor(first.adapters, "b"), first.adapters.head), (factor(start.adapters, "b"), start.adapters.head))
     assert not equal(factor(first.adapters, "a"), factor(start.adapters, "a"))
-    moved = [k for k in range(6) if not equal(trees.take(first.clients.personal, k), trees.take(start.clients.personal, k))]
+    moved = [
+        k for k in range(6) if not equal(trees.take(first.clients.personal, k), trees.take(start.clients.personal, k))
+    ]
     assert len(moved) == 3
     bits = sorted(sum(4 * rank * n_in * 32 for n_in, _ in WIDTH.values()) for rank in (3, 2))
     assert set(rows[0].client_uplink_bits.ravel()) <= set(bits)
@@ -197,5 +200,8 @@ def test_a_rank_that_all_have_pruned_is_no_part_of_the_evaluated_model():
         np.testing.assert_array_equal(found.modules["up"].b, b)
         np.testing.assert_array_equal(found.modules["up"].a, state.adapters.modules["up"].a)
     whole = state.clients.rank
-    loss = [sim.evaluate(dataclasses.replace(state, clients=dataclasses.replace(state.clients, rank=r)))[0] for r in (whole, whole / 2)]
+    loss = [
+        sim.evaluate(dataclasses.replace(state, clients=dataclasses.replace(state.clients, rank=r)))[0]
+        for r in (whole, whole / 2)
+    ]
     assert loss[0] != loss[1]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from fedjax_lora.core.types import Adapters, Factors, Scope
-from fedjax_lora.sparsifiers import flasc, top_k
+from fedjax_lora.sparsifiers import flasc, payload, top_k
+from oracles.contexts import context, upload
 from oracles.sparsifier_oracle import common_bits, random_adapters, rank_mask, scope
 from toy import simulation
 
@@ -27,11 +28,12 @@ def in_use(values, side, rank):
 @pytest.mark.parametrize("factors", ["ab", "a", "b"])
 def test_download_is_the_largest_values(factors):
     """NumPy's sort over the structural rank; a client is charged for its own ranks, and a frozen factor stays whole."""
-    method = flasc.make(flasc.FlascConfig(download_ratio=0.25), START)
+    method = flasc.make(flasc.FlascConfig(download_ratio=0.25), context(START))
     ranks, used = (2, 4), 4
     masks = np.stack([rank_mask(rank) for rank in ranks])
     broadcast = jax.vmap(lambda mask: method.broadcast(START, scope(used, factors), mask), out_axes=(None, 0))
-    sparse, bits = jax.jit(broadcast)(masks)
+    sparse, size = jax.jit(broadcast)(masks)
+    bits = payload.bits(size).exact()
     values = {place: in_use(x, place[1], used) for place, x in entries(START, factors).items()}
     ordered = np.sort(np.concatenate([np.abs(x).ravel() for x in values.values()]))[::-1]
     threshold = ordered[len(ordered) // 4 - 1]
@@ -57,9 +59,9 @@ def test_rank_is_a_mask_of_the_download():
     modules = {name: Factors(a=f.a[..., :4], b=f.b[:, :4]) for name, f in START.modules.items()}
     small = Adapters(modules=modules, head=START.head)
     config, mask = flasc.FlascConfig(download_ratio=0.3), jax.numpy.asarray(rank_mask(4))
-    masked, masked_bits = jax.jit(flasc.make(config, START).broadcast)(START, scope(4), mask)
-    exact, exact_bits = jax.jit(flasc.make(config, small).broadcast)(small, Scope.whole(mask[:4]), mask[:4])
-    assert masked_bits == exact_bits
+    masked, masked_size = jax.jit(flasc.make(config, context(START)).broadcast)(START, scope(4), mask)
+    exact, exact_size = jax.jit(flasc.make(config, context(small)).broadcast)(small, Scope.whole(mask[:4]), mask[:4])
+    jax.tree.map(np.testing.assert_array_equal, masked_size, exact_size)
     pool = kept = 0
     for place, expected in entries(exact).items():
         np.testing.assert_array_equal(in_use(entries(masked)[place], place[1], 4), expected)
@@ -69,9 +71,10 @@ def test_rank_is_a_mask_of_the_download():
 
 def test_upload_is_that_of_top_k():
     """Invariance: the same functions of the same broadcast."""
-    ours, theirs = flasc.make(flasc.FlascConfig(), START), top_k.make(top_k.TopKConfig(), START)
+    like = context(START)
+    ours, theirs = flasc.make(flasc.FlascConfig(), like), top_k.make(top_k.TopKConfig(), like)
     trained, key = random_adapters(1), jax.random.key(0)
-    found, expected = (jax.jit(m.compress)(START, trained, (), np.float32(0.5), scope(), key) for m in (ours, theirs))
+    found, expected = (jax.jit(upload(m))(START, trained, (), np.float32(2), scope(), key) for m in (ours, theirs))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
@@ -79,7 +82,7 @@ def test_what_was_not_downloaded_stays_at_the_server():
     """Closed form: with a learning rate of zero nothing moves, though the clients start from a sparse broadcast."""
     sim = simulation("sparsifier.name=flasc", "sparsifier.download_ratio=0.1", "lora.targets=[query]", "rounds=1")
     state = sim.init(jax.random.key(0))
-    state = state.replace(hyper=state.hyper.replace(learning_rate=jax.numpy.float32(0.0)))
+    state = state.replace(numbers={**state.numbers, "local.optimizer.learning_rate": jax.numpy.float32(0.0)})
     before = jax.tree.map(np.asarray, state.adapters)
     after, _ = sim.run(state, 1)
     jax.tree.map(np.testing.assert_array_equal, after.adapters, before)

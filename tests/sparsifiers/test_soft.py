@@ -10,7 +10,8 @@ import pytest
 
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.sparsifiers import ranks
-from fedjax_lora.sparsifiers.soft import SoftConfig, degeneracy, importance, make, orthogonality_penalty
+from fedjax_lora.sparsifiers.soft import SoftConfig, importance, make, orthogonality_penalty
+from oracles.contexts import context, upload
 from oracles.sparsifier_oracle import (
     LAYERS,
     MAX_RANK,
@@ -32,11 +33,11 @@ MASK = jnp.asarray(rank_mask())
 
 @functools.cache
 def jitted(config):
-    return jax.jit(make(config, START).compress)
+    return jax.jit(upload(make(config, context(START))))
 
 
-def compress(config, keep_ratio, start=START, trained=TRAINED, used=None):
-    return jitted(config)(start, trained, (), jnp.float32(keep_ratio), used or scope(), KEY)[0]
+def uploaded(config, kept, start=START, trained=TRAINED, used=None):
+    return jitted(config)(start, trained, (), jnp.float32(kept), used or scope(), KEY)
 
 
 def orthogonal_sides(a_side, b_side):
@@ -137,10 +138,10 @@ def test_penalty_vanishes_for_orthogonal_factors_and_has_zero_gradient():
 
 
 def test_penalty_of_all_modules_is_their_sum():
-    """Invariance: the sparsifier's penalty is that of its modules, one by one."""
-    found = jax.jit(make(SoftConfig(form="identity"), START).penalty)(START, MASK)
+    """Invariance: the sparsifier's penalty is that of its modules, one by one, times its weight."""
+    found = jax.jit(make(SoftConfig(form="identity", orthogonality=0.3), context(START)).penalty)(START, MASK)
     parts = [orthogonality_penalty(f.a, f.b, "identity", MASK) for f in START.modules.values()]
-    np.testing.assert_allclose(found, sum(parts), rtol=1e-6)
+    np.testing.assert_allclose(found, 0.3 * sum(parts), rtol=1e-6)
 
 
 @pytest.mark.parametrize("sides", [(True, False), (False, True)])
@@ -149,7 +150,7 @@ def test_top_ranks_are_the_best_subset_when_one_side_is_orthogonal(sides, kept):
     """Brute force over all subsets of k of r = 5 ranks."""
     rank = 5
     trained, used = orthogonal_sides(*sides), scope(rank)
-    sent = compress(SoftConfig(send="factors"), kept / rank, trained=trained, used=used)
+    sent = uploaded(SoftConfig(send="factors"), kept, trained=trained, used=used)
     for name, f in trained.modules.items():
         for layer in range(LAYERS):
             left_out = {
@@ -168,7 +169,7 @@ def test_top_ranks_are_the_truncated_svd_when_both_sides_are_orthogonal(kept):
     """Eckart-Young: NumPy's SVD of the explicit product."""
     rank = 5
     trained, used = orthogonal_sides(True, True), scope(rank)
-    sent = compress(SoftConfig(send="factors"), kept / rank, trained=trained, used=used)
+    sent = uploaded(SoftConfig(send="factors"), kept, trained=trained, used=used)
     for name, f in trained.modules.items():
         for layer in range(LAYERS):
             u, s, vt = np.linalg.svd(product(f, layer, range(rank)), full_matrices=False)
@@ -181,7 +182,7 @@ def test_top_ranks_are_the_truncated_svd_when_both_sides_are_orthogonal(kept):
 @pytest.mark.parametrize("budget", ["module", "global"])
 def test_dropped_energy_equals_explicit_product(send, budget):
     """In general, factors neither orthogonal nor equal in norm."""
-    sent = compress(SoftConfig(send=send, budget=budget), 0.5)
+    sent = uploaded(SoftConfig(send=send, budget=budget), RANK / 2)
     expected = 0.0
     for name, f in TRAINED.modules.items():
         for layer in range(LAYERS):
@@ -197,7 +198,7 @@ def test_global_budget_takes_the_largest_of_all_modules():
     """Oracle: NumPy's sort of all importances; a module may get none."""
     small = jax.tree.map(lambda x: 1e-3 * x, TRAINED.modules["value"])
     trained = Adapters(modules={**TRAINED.modules, "value": small}, head=TRAINED.head)
-    sent = compress(SoftConfig(budget="global", send="factors"), 0.5, trained=trained)
+    sent = uploaded(SoftConfig(budget="global", send="factors"), RANK / 2, trained=trained)
     everything = []
     for name, f in trained.modules.items():
         sigma = np.asarray(importance(f.a, f.b))
@@ -215,31 +216,39 @@ def test_global_budget_takes_the_largest_of_all_modules():
 @pytest.mark.parametrize("send", ["factors", "change"])
 @pytest.mark.parametrize("missing", ["senders", "zero"])
 def test_decoding_table(send, missing):
-    """Oracle: the rule of each option, component by component; ranks not in use stay as broadcast."""
-    sent = compress(SoftConfig(send=send, missing=missing), 0.5)
-    chosen = compress(SoftConfig(send=send), 0.5).counted
+    """Oracle: the rule of each option, component by component; ranks not in use stay as broadcast.
+
+    To the bit but for changes that are added back.
+    """
+    sent = uploaded(SoftConfig(send=send, missing=missing), RANK / 2)
+    chosen = uploaded(SoftConfig(send=send), RANK / 2).counted
     for name, f in sent.adapters.modules.items():
         for layer, i in itertools.product(range(LAYERS), range(MAX_RANK)):
             source = TRAINED if chosen[name][layer, i] else START
             a, b = source.modules[name].a[layer, :, i], source.modules[name].b[layer, i]
             if i < RANK and not chosen[name][layer, i] and (send, missing) == ("factors", "zero"):
                 a, b = jnp.zeros_like(a), jnp.zeros_like(b)
-            np.testing.assert_array_equal(f.a[layer, :, i], a)
-            np.testing.assert_array_equal(f.b[layer, i], b)
+            error = 1e-6 if source is TRAINED and send == "change" else 0.0
+            np.testing.assert_allclose(f.a[layer, :, i], a, rtol=0, atol=error)
+            np.testing.assert_allclose(f.b[layer, i], b, rtol=0, atol=error)
             counts = chosen[name][layer, i] if missing == "senders" else float(i < RANK)
             assert sent.counted[name][layer, i] == counts
-    jax.tree.map(np.testing.assert_array_equal, sent.adapters.head, TRAINED.head)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), sent.adapters.head, TRAINED.head)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 4, 6])
 def test_number_kept_is_floor_with_at_least_one(rank):
-    """Closed form max(1, floor(ratio * r)), also where a ratio k / r was rounded down."""
+    """Closed form max(1, floor(kept)), at most r; also where k was rounded down, as a ratio or as itself."""
     mask = jnp.asarray(rank_mask(rank))
     for k in range(1, rank + 1):
-        assert ranks.num_kept(jnp.float32(k / rank), mask) == k
-        assert ranks.num_kept(jnp.nextafter(jnp.float32(k / rank), jnp.float32(0)), mask) == k
-        assert ranks.num_kept(jnp.float32((k - 0.01) / rank), mask) == max(1, k - 1)
-    assert ranks.num_kept(jnp.float32(0.0), mask) == 1
+        assert ranks.whole(jnp.float32(k), mask) == k
+        assert ranks.whole(jnp.float32(k / rank) * rank, mask) == k
+        assert ranks.whole(jnp.nextafter(jnp.float32(k / rank), jnp.float32(0)) * rank, mask) == k
+        assert ranks.whole(jnp.nextafter(jnp.float32(k), jnp.float32(0)), mask) == k
+        assert ranks.whole(jnp.float32(k - 0.01), mask) == max(1, k - 1)
+    assert ranks.whole(jnp.float32(0.0), mask) == 1
+    assert ranks.whole(jnp.float32(rank + 1), mask) == rank
+    np.testing.assert_array_equal(ranks.each(mask), [min(max(k, 1), rank) for k in range(MAX_RANK + 1)])
 
 
 def test_equal_scores_go_to_the_first():
@@ -254,7 +263,7 @@ def test_equal_scores_go_to_the_first():
 @pytest.mark.parametrize("send", ["factors", "change"])
 def test_tail_energy_equals_sorted_importances(send):
     """NumPy: each matrix's squared importances, sorted, summed from k on."""
-    tails = make(SoftConfig(send=send), START).tail_energy(START, TRAINED, scope())
+    tails = make(SoftConfig(send=send), context(START)).offer(START, TRAINED, scope()).tail_energy
     expected = np.zeros(MAX_RANK + 1)
     for name, f in TRAINED.modules.items():
         f0 = START.modules[name]
@@ -267,11 +276,11 @@ def test_tail_energy_equals_sorted_importances(send):
 
 
 def test_tail_energy_of_global_budget_equals_what_is_left_out():
-    """Oracle: the importances of the components that compress leaves out at every k."""
-    method = make(SoftConfig(budget="global", send="factors"), START)
-    tails = method.tail_energy(START, TRAINED, scope())
+    """Oracle: the importances of the components that are left out at every k."""
+    method = make(SoftConfig(budget="global", send="factors"), context(START))
+    tails = method.offer(START, TRAINED, scope()).tail_energy
     for k in range(1, RANK + 1):
-        counted = compress(SoftConfig(budget="global", send="factors"), k / RANK).counted
+        counted = uploaded(SoftConfig(budget="global", send="factors"), k).counted
         left = [importance(f.a, f.b) ** 2 * (MASK - counted[name]) for name, f in TRAINED.modules.items()]
         np.testing.assert_allclose(tails[k], sum(jnp.sum(x) for x in left), rtol=1e-5)
 
@@ -287,18 +296,28 @@ def test_tails_equal_numpy_and_never_rise():
 
 
 def test_degeneracy_is_named():
-    """The combinations that turn into something else."""
-    assert degeneracy(SoftConfig()) is None
-    assert degeneracy(SoftConfig(missing="zero")) is None
-    assert degeneracy(SoftConfig(send="factors", missing="zero"), refilled=True) is None
+    """The combinations that turn into something else, by what the rest of the experiment breaks."""
+    assert SoftConfig().note(()) is None
+    assert SoftConfig(missing="zero").note(()) is None
+    assert SoftConfig(send="factors", missing="zero").note({"lasting_zeros"}) is None
     feedback = SoftConfig(error_feedback=True)
-    assert degeneracy(feedback) is None
-    assert "error_feedback" in str(degeneracy(feedback, sit_out=True))
-    note = degeneracy(SoftConfig(send="factors", missing="zero"))
+    assert feedback.note(()) is None
+    assert "error_feedback" in str(feedback.note({"full_participation"}))
+    note = SoftConfig(send="factors", missing="zero").note({"full_participation"})
     assert note is not None and "fixed rank" in note
-    note = degeneracy(SoftConfig(form="identity"))
+    note = SoftConfig(form="identity").note(())
     assert note is not None and "form: identity" in note
-    assert degeneracy(SoftConfig(form="identity", orthogonality=0.0)) is None
+    assert SoftConfig(form="identity", orthogonality=0.0).note(()) is None
+
+
+def test_properties_name_the_option_that_asks_for_them():
+    """The options themselves: `missing` before `send`, and error feedback alone needs a basis that stays."""
+    assert SoftConfig().breaks() == {"unchanged_where_unsent": "missing"}
+    assert SoftConfig(send="factors", missing="zero").breaks() == {"unchanged_where_unsent": "send"}
+    assert SoftConfig(missing="zero").breaks() == {} == SoftConfig().needs()
+    feedback = SoftConfig(missing="zero", error_feedback=True)
+    assert feedback.needs() == {"fixed_basis": "error_feedback"}
+    assert feedback.breaks() == {"whole_tail": "error_feedback"}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.sparsifiers import top_k
+from oracles.contexts import context, upload
 from oracles.sparsifier_oracle import (
     LAYERS,
     MAX_RANK,
@@ -22,12 +23,12 @@ from oracles.sparsifier_oracle import (
 KEY = jax.random.key(0)
 START = random_adapters(0)
 TRAINED = trained_from(START, 1)
-METHOD = top_k.make(top_k.TopKConfig(), START)
-COMPRESS = jax.jit(METHOD.compress)
+METHOD = top_k.make(top_k.TopKConfig(), context(START))
+UPLOAD = jax.jit(upload(METHOD))
 
 
-def compress(ratio, trained=TRAINED, used=None):
-    return COMPRESS(START, trained, (), jnp.float32(ratio), used or scope(), KEY)[0]
+def send(ratio, trained=TRAINED, used=None):
+    return UPLOAD(START, trained, (), jnp.float32(ratio * RANK), used or scope(), KEY)
 
 
 def changes(trained):
@@ -45,17 +46,18 @@ def changes(trained):
 @pytest.mark.parametrize("ratio", [1e-6, 0.125, 0.5, 1.0])
 def test_the_largest_changes_of_the_whole_adapter_are_sent(ratio):
     """NumPy's sort of every change; the others stay as broadcast."""
-    sent, ordered = compress(ratio), changes(TRAINED)
+    sent, ordered = send(ratio), changes(TRAINED)
     count = max(1, int(ratio * len(ordered)))
     chosen = {where for _, where in ordered[:count]}
     for name, f in sent.adapters.modules.items():
         for side in ("a", "b"):
             found = np.asarray(getattr(f, side))
             for where in np.ndindex(found.shape):
-                source = TRAINED if (name, side, *where) in chosen else START
-                assert found[where] == np.asarray(getattr(source.modules[name], side))[where]
-    jax.tree.map(np.testing.assert_array_equal, sent.adapters.head, TRAINED.head)
-    assert sent.bits == element_bits(ratio)
+                is_sent = (name, side, *where) in chosen
+                expected = np.asarray(getattr((TRAINED if is_sent else START).modules[name], side))[where]
+                assert abs(found[where] - expected) <= (1e-6 if is_sent else 0.0)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), sent.adapters.head, TRAINED.head)
+    assert sent.bits.exact() == element_bits(ratio)
     np.testing.assert_allclose(sent.kept_ranks, RANK * count / len(ordered), rtol=1e-6)
 
 
@@ -80,14 +82,14 @@ def test_ties_do_not_send_more_than_is_charged():
         for name, f in jax.tree.map(jnp.zeros_like, START).modules.items()
     }
     zero = jax.tree.map(jnp.zeros_like, START)
-    sent, _ = COMPRESS(zero, Adapters(modules, zero.head), (), jnp.float32(0.25), scope(), KEY)
+    sent = UPLOAD(zero, Adapters(modules, zero.head), (), jnp.float32(RANK / 4), scope(), KEY)
     pool = sum(LAYERS * RANK * (n_in + n_out) for n_in, n_out in WIDTHS.values())
     assert sum(int(jnp.count_nonzero(leaf)) for leaf in jax.tree.leaves(sent.adapters)) == pool // 4
 
 
 def test_tail_energy_equals_sorted_squares():
     """NumPy: the squares beyond the first k values for each component of a matrix."""
-    tails = METHOD.tail_energy(START, TRAINED, scope())
+    tails = METHOD.offer(START, TRAINED, scope()).tail_energy
     squares = np.array([magnitude for magnitude, _ in changes(TRAINED)], np.float64) ** 2
     expected = [squares[min(k, RANK) * len(squares) // RANK :].sum() for k in range(MAX_RANK + 1)]
     np.testing.assert_allclose(tails, expected, rtol=1e-5)
@@ -95,7 +97,7 @@ def test_tail_energy_equals_sorted_squares():
 
 def test_dropped_energy_equals_explicit_products():
     """Of what was sent, product by product."""
-    sent = compress(0.25)
+    sent = send(0.25)
     expected = sum(
         np.sum((product(f, layer, range(RANK)) - product(sent.adapters.modules[name], layer, range(RANK))) ** 2)
         for name, f in TRAINED.modules.items()
@@ -113,12 +115,22 @@ def test_number_kept_equals_closed_form(ratio, pool, expected):
     assert top_k.num_kept(jnp.float32(ratio), jnp.uint32(pool)) == expected
 
 
+def test_whole_ranks_are_counted_exactly():
+    """Python integers: k of r ranks are k parts of the pool; a fraction is rounded down, and beyond r is all."""
+    count = jax.jit(top_k.num_kept)
+    for rank in (1, 3, 6, 7, 49):
+        pool = jnp.uint32(1_000_003 * rank)
+        for k in range(1, rank + 2):
+            assert count(jnp.float32(k), pool, jnp.float32(rank)) == min(k, rank) * 1_000_003
+        assert count(jnp.float32(0.5), pool, jnp.float32(rank)) == 500_001
+
+
 def test_only_the_head_in_scope():
     """Closed form: no value, no position."""
     used = scope(factors="")
-    sent = compress(0.5, used.select(TRAINED, START), used)
+    sent = send(0.5, used.select(TRAINED, START), used)
     jax.tree.map(np.testing.assert_array_equal, sent.adapters.modules, START.modules)
-    assert sent.bits == 32 * sum(leaf.size for leaf in jax.tree.leaves(START.head))
+    assert sent.bits.exact() == 32 * sum(leaf.size for leaf in jax.tree.leaves(START.head))
     assert sent.kept_ranks == 0
 
 

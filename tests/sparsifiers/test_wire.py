@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedjax_lora.core.count import Count
+from fedjax_lora.core.methods import Message, Transform
 from fedjax_lora.sparsifiers import dense, soft, top_k
-from fedjax_lora.sparsifiers.wire import FLOAT32, WireConfig, arriving, make_wire, quantise
-from oracles.sparsifier_oracle import LAYERS, RANK, WIDTHS, element_bits, payload_bits, random_adapters, scope
+from fedjax_lora.sparsifiers.transforms import WireConfig, apply, chain, quantise
+from oracles.contexts import context, offered_bits
+from oracles.sparsifier_oracle import LAYERS, MAX_RANK, RANK, WIDTHS, element_bits, payload_bits, random_adapters, scope
 
 KEY = jax.random.key(0)
 START, OTHER = random_adapters(0), random_adapters(1)
@@ -59,17 +62,23 @@ def test_zero_stays_zero_and_nothing_leaves_the_extremes(shape):
 def test_a_value_takes_no_more_levels_than_its_bits(bits):
     """Closed form: at most 2^bits - 1 different values of a matrix."""
     x = jnp.asarray(np.random.default_rng(2).standard_normal((200, 200)), jnp.float32)
-    wire = make_wire(WireConfig(bits=bits))
+    (wire,) = chain(WireConfig(bits=bits))
     assert (wire.bits_per_value, wire.bits_per_tensor) == (bits, 32)
-    levels = np.unique(wire.encode(x, KEY))
+    levels = np.unique(wire.apply({"x": x}, KEY)["x"])
     assert 2 ** (bits - 1) < len(levels) <= 2**bits - 1
+
+
+def arriving(sent, known, bits):
+    """What a dense update to `sent` becomes, for a receiver who knows `known`."""
+    method, used = dense.make(dense.DenseConfig(), context(START)), scope(MAX_RANK)
+    message = method.encode(known, sent, (), jnp.float32(MAX_RANK), used, KEY)
+    return method.decode(known, apply(chain(WireConfig(bits=bits)), message, KEY), used).adapters
 
 
 def test_what_is_known_is_not_sent_again():
     """Oracle: the difference leaf by leaf; equal leaves arrive to the bit, others within a step of the difference."""
-    wire = make_wire(WireConfig(bits=4))
-    jax.tree.map(np.testing.assert_array_equal, arriving(wire, START, START, KEY), START)
-    found = arriving(wire, OTHER, START, KEY)
+    jax.tree.map(np.testing.assert_array_equal, arriving(START, START, 4), START)
+    found = arriving(OTHER, START, 4)
 
     def check(x, sent, known):
         change = np.abs(sent - known)
@@ -81,19 +90,53 @@ def test_what_is_known_is_not_sent_again():
 
 
 def test_in_full_nothing_changes():
-    """Identity: 32 bits are the numbers themselves."""
-    assert make_wire(WireConfig()) is FLOAT32
-    np.testing.assert_array_equal(FLOAT32.encode(MATRICES, KEY), MATRICES)
-    jax.tree.map(np.testing.assert_array_equal, arriving(FLOAT32, OTHER, START, KEY), OTHER)
+    """Identity: 32 bits are the numbers themselves, to one rounding where a change is added back."""
+    assert chain(WireConfig()) == ()
+    message = _message({"x": MATRICES}, {"x": jnp.ones((), bool)})
+    np.testing.assert_array_equal(apply((), message, KEY).tensors["x"], MATRICES)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), arriving(OTHER, START, 32), OTHER)
+
+
+def _message(tensors, sent):
+    return Message(tensors, sent, Count.of(0), jnp.zeros(()), jnp.zeros(()), exact=MATRICES, exact_sent=jnp.ones(()))
+
+
+def test_transforms_work_in_turn_on_what_is_sent_alone():
+    """Oracle: the functions by hand; keys differ, what is exact stays, and noise falls where values are sent."""
+
+    def noise(tensors, key):
+        return jax.tree.map(lambda x: x + jax.random.normal(key, x.shape), tensors)
+
+    def double(tensors, key):
+        return jax.tree.map(lambda x: 2.0 * x + jax.random.uniform(key), tensors)
+
+    mask = jnp.arange(5) < 3
+    message = _message({"x": jnp.where(mask, MATRICES, 0.0)}, {"x": mask})
+    steps = [Transform(noise), Transform(double, bits_per_value=16)]
+    found = apply(steps, message, KEY)
+    first, second = jax.random.split(KEY)
+    noisy = MATRICES + jax.random.normal(first, MATRICES.shape)
+    expected = jnp.where(mask, 2.0 * noisy + jax.random.uniform(second), 0.0)
+    np.testing.assert_array_equal(found.tensors["x"], expected)
+    np.testing.assert_array_equal(found.exact, MATRICES)
+    jax.tree.map(np.testing.assert_array_equal, found.sent, message.sent)
+
+
+def test_keys_of_leaves_are_those_of_one_split():
+    """Closed form: leaf i of the tensors is rounded with key i of as many as there are leaves."""
+    message = dense.make(dense.DenseConfig(), context(START)).encode(START, OTHER, (), jnp.float32(4), scope(), KEY)
+    found = jax.tree.leaves(apply(chain(WireConfig(bits=8)), message, KEY).tensors)
+    changes = jax.tree.leaves(message.tensors)
+    for x, change, key in zip(found, changes, jax.random.split(KEY, len(changes)), strict=True):
+        np.testing.assert_array_equal(x, quantise(change, key, 127))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_bits_equal_count_with_scales(bits):
     """A count value by value, for components, elements and everything."""
-    wire, ratio = make_wire(WireConfig(bits=bits)), jnp.float32(0.5)
     half, whole = ({name: [count] * LAYERS for name in WIDTHS} for count in (RANK // 2, RANK))
     planned = [
-        module.make(config, START, wire).payload_bits(ratio, scope())
+        offered_bits(module.make(config, context(START)), START, OTHER, scope(), bits)[RANK // 2]
         for module, config in (
             (soft, soft.SoftConfig()),
             (dense, dense.DenseConfig()),

@@ -67,7 +67,7 @@ def test_weights_are_the_ratio_of_shares_numpy_loop():
 
 
 def test_fewer_than_two_classes_are_refused():
-    with pytest.raises(ValueError, match="^num_classes must be at least 2, got 1$"):
+    with pytest.raises(ValueError, match=r"^num_classes must be at least 2, got 1$"):
         make(1)
-    with pytest.raises(ValueError, match="^name must be 'classification', got 'regression'$"):
+    with pytest.raises(ValueError, match=r"^name must be 'classification', got 'regression'$"):
         ClassificationOptions(name="regression")  # pyright: ignore[reportArgumentType]
