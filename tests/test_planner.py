@@ -337,7 +337,7 @@ def test_a_plan_with_a_number_missing_is_one_line(planned, capsys, tmp_path):
         (["aggregation.name=hetlora"], ["aggregation.prune must be 1.0", "0.99"]),
         (
             ["aggregation={name: fedex, start: keep}", "sparsifier={name: dense}"],
-            ["aggregation.start must be average or reinit", "'keep'"],
+            ["aggregation.start must be one of average, reinit", "'keep'"],
         ),
         (["server.learning_rate=0.5"], ["server.learning_rate must be 1.0", "0.5"]),
         (["plan.paths=100000000000"], ["memory must hold about", "lower plan.paths, got 100000000000"]),

@@ -8,19 +8,20 @@ import numpy as np
 
 from fedjax_lora.planning.pilot import at_rank
 from fedjax_lora.planning.rollout import roll_out
+from fedjax_lora.sim.engine import first_state
 from fedjax_lora.sim.round import make_round
 from toy import simulation
 
 ROUNDS, SEEDS, V = 2, 2, 0.3
-CONTROL = "control={name: tsfa, latency_budget_s: 0.05, V: %s, queue_s: %s}"
+CONTROL = "control={name: tsfa, latency_budget_s: 0.05, V: 7.0, queue_s: 1.0}"
 
 
 def test_a_rollout_is_the_run_itself_with_its_first_queue():
-    """Oracle: the round function called in a loop from the state of a configuration with that V and first queue.
+    """Oracle: the round function called in a loop from the first state of a run with that V and first queue.
 
     The state that is handed over has another V and another queue.
     """
-    sim = simulation(CONTROL % (7.0, 1.0))
+    sim = simulation(CONTROL)
     state = sim.init(jax.random.key(4))
 
     def rolled(queues_s):
@@ -31,15 +32,15 @@ def test_a_rollout_is_the_run_itself_with_its_first_queue():
     found = rolled(queues_s)
     one_round = jax.jit(make_round(sim.make_parts))
     for i, rank in enumerate((2.0, 3.0)):
-        own = simulation(CONTROL % (V, queues_s[i]))
+        chosen = {"control.V": np.float32(V), "control.queue_s": np.float32(queues_s[i])}
+        first = first_state(sim.make_parts, 6, jax.random.key(4), {**sim.numbers, **chosen})
         for seed in range(SEEDS):
-            start = own.init(jax.random.key(4))
-            start = dataclasses.replace(start, key=jax.random.fold_in(start.key, seed))
+            start = dataclasses.replace(first, key=jax.random.fold_in(first.key, seed))
             now, latency = at_rank(start, jnp.float32(rank)), []
             for _ in range(ROUNDS):
                 now, metrics = one_round(sim.world, now)
                 latency.append(float(metrics.latency_s))
             np.testing.assert_allclose(found.latency_s[i, seed], np.mean(latency), rtol=1e-4)
-            np.testing.assert_allclose(found.loss[i, seed], own.evaluate(now)[0], rtol=1e-4)
+            np.testing.assert_allclose(found.loss[i, seed], sim.evaluate(now)[0], rtol=1e-4)
     # And it matters: from an empty queue the first rounds send everything.
     assert (rolled((0.0, 0.0)).latency_s > 1.05 * found.latency_s).all()
