@@ -123,7 +123,7 @@ def trials(model: str, quick: bool) -> dict[str, Any]:
 
     count, rounds = (4, 1) if quick else (64, 5)
     simulation = build(load_config(None, ["pretrain.steps=5"] if quick else [], base=preset("digits")))
-    step = make_round(simulation.parts)
+    step = make_round(simulation.make_parts)
 
     def run(world: Any, state: Any) -> Any:
         def body(state: Any, _: None) -> tuple[Any, jax.Array]:
@@ -134,7 +134,7 @@ def trials(model: str, quick: bool) -> dict[str, Any]:
 
     states = [simulation.init(jax.random.key(seed)) for seed in range(count)]
     many = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    found: dict[str, Any] = {"trials": count, "rounds": rounds, "chunk": simulation.parts.chunk}
+    found: dict[str, Any] = {"trials": count, "rounds": rounds, "chunk": simulation.layout.chunk}
     for name, program, argument in (
         ("one", jax.jit(run), states[0]),
         ("all", jax.jit(jax.vmap(run, in_axes=(None, 0))), many),
@@ -167,7 +167,7 @@ def clients(model: str, quick: bool) -> dict[str, Any]:
             started = time.perf_counter()
             state, _ = simulation.run(state, 5)
             seconds.append((time.perf_counter() - started) / 5)
-        chunk, compile_s = simulation.parts.chunk, simulation.compile_s
+        chunk, compile_s = simulation.layout.chunk, simulation.compile_s
         rows.append({"clients": count, "chunk": chunk, "compile_s": compile_s, "round_s": seconds})
     return {"rows": rows}
 
@@ -175,10 +175,8 @@ def clients(model: str, quick: bool) -> dict[str, Any]:
 def sparsifiers(model: str, quick: bool) -> dict[str, Any]:
     """Every sparsifier over many clients' adapters: clients/s and GB/s (read once, written once)."""
     del model
-    from fedjax_lora.sparsifiers.wire import FLOAT32
-
-    from fedjax_lora.config.assemble import SPARSIFIERS
-    from fedjax_lora.config.experiment import VARIANTS
+    from fedjax_lora.config.catalogue import Catalogue
+    from fedjax_lora.core.methods import Context
     from fedjax_lora.core.types import Adapters, Factors, Scope
 
     layers, width, rank, count = (2, 32, 4, 3) if quick else (12, 768, 8, 256)
@@ -200,15 +198,16 @@ def sparsifiers(model: str, quick: bool) -> dict[str, Any]:
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(trained))
     scope = Scope.whole(jnp.ones(rank))
     found: dict[str, Any] = {"clients": count, "layers": layers, "width": width, "rank": rank, "bytes": size}
-    for name, options in VARIANTS["sparsifier"].items():
-        method = SPARSIFIERS[name](options(), start, FLOAT32)
+    for name, listed in Catalogue.of().by_slot["sparsifier"].items():
+        method = listed.make(listed.options(), Context(count, count, like=start))
         memory = jax.vmap(method.init)(trained)
 
         def compress(trained: Any, memory: Any, method: Any = method) -> Any:
-            keys = jax.random.split(jax.random.key(2), count)
-            one = jax.vmap(lambda t, m, k: method.compress(start, t, m, jnp.float32(0.25), scope, k))
-            sent, _ = one(trained, memory, keys)
-            return sent
+            def one(own: Any, memory: Any, key: jax.Array) -> Any:
+                message = method.encode(start, own, memory, jnp.float32(rank / 4), scope, key)
+                return method.decode(start, message, scope)
+
+            return jax.vmap(one)(trained, memory, jax.random.split(jax.random.key(2), count))
 
         try:
             seconds = timed(jax.jit(compress), trained, memory)

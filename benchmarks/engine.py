@@ -13,7 +13,8 @@ from common import ALPHA, LEARNING_RATE, MATMUL_SIZE, RANK, TARGETS, Dtype, Work
 from fedjax_lora.adapters.lora import LoraConfig
 from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import ExperimentConfig
-from fedjax_lora.control.baselines import FixedConfig, IdealConfig
+from fedjax_lora.control.fixed import FixedConfig
+from fedjax_lora.control.ideal import IdealConfig
 from fedjax_lora.core.keys import client_keys, round_keys
 from fedjax_lora.data.batches import local_batches
 from fedjax_lora.data.partition import ClientsConfig, PartitionConfig
@@ -80,7 +81,7 @@ class Engine:
         """Settings, and the times that a run pays once."""
         return {
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "client_chunk": self._simulation.parts.chunk,
+            "client_chunk": self._simulation.layout.chunk,
             "setup_s": self._setup_s,
             "compile_s": self._simulation.compile_s,
         }

@@ -60,7 +60,7 @@ def measure(config: ExperimentConfig) -> dict:
         "uplink_bits": int(metrics.uplink_bits.sum()),
         "sparsification_error": float(metrics.sparsification_error.mean()),
         "covariance_error": float(metrics.covariance_error.mean()),
-        "partition_hash": simulation.partition_hash,
+        "partition_hash": simulation.facts.partition_hash,
     }
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lora.adapters import targets
-from fedjax_lora.config.catalogue import Catalogue, notes
+from fedjax_lora.config.catalogue import Catalogue, check, notes
 from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.core import memory as machine
 from fedjax_lora.core.errors import ConfigError, ConfigWarning
@@ -56,6 +56,7 @@ def build(config: ExperimentConfig, methods: Sequence[Method] = ()) -> Simulatio
         damaged; one line.
     """
     catalogue = Catalogue.of(methods)
+    check(config, catalogue)
     try:
         simulation = _build(config, catalogue)
     except ConfigError:
