@@ -130,7 +130,7 @@ def _parts(
 ) -> Parts:
     """What a round is made of, with these numbers: see `MakeParts`."""
     config = fill(structure, numbers)
-    made = records(config, catalogue, context)
+    made = records(config, catalogue, context._replace(local=config.local))
     rank = jnp.asarray(config.lora.rank, jnp.float32)
     return Parts(
         model=made["model"],
