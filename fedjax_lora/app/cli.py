@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import json
+import os
 import shlex
 import sys
 import warnings
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _warnings_in_one_line():
             take_files(options)
             return _COMMANDS[options.command](options)
+    except BrokenPipeError:  # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         print(f"fedjax-lora: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

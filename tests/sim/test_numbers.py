@@ -21,14 +21,14 @@ SETTINGS = {
         "lora.client_ranks=[1, 2, 3]",
         "drift.name=fedprox",
         "server.name=yogi",
-        "control.name=greedy",
+        "control={name: greedy}",
         "local.optimizer={name: momentum, momentum: 0.8}",
     ),
-    "flasc, lora_fair's rest, momentum, proportional": (
+    "top_k, lora_fair, momentum, proportional": (
         "sparsifier={name: top_k}",
         "aggregation.name=lora_fair",
         "server={name: momentum}",
-        "control.name=proportional",
+        "control={name: proportional}",
         "local.optimizer.name=sgd",
     ),
     "flasc, adam, fixed": ("sparsifier={name: flasc}", "server.name=adam", "wireless.path_loss=uma"),
@@ -58,7 +58,8 @@ def test_three_values_of_every_number_equal_three_single_runs(settings):
 
     each = [varied(sim.numbers, by) for by in FACTORS]
     batch, losses = jax.jit(jax.vmap(run))({key: jnp.stack([one[key] for one in each]) for key in each[0]})
-    single = [jax.jit(run)(one) for one in each]
+    alone = jax.jit(run)
+    single = [alone(one) for one in each]
     expected = jax.tree.map(lambda *leaves: np.stack(leaves), *(metrics for metrics, _ in single))
     for name in ("participants", "outages", "uplink_bits", "downlink_bits"):
         np.testing.assert_array_equal(getattr(batch, name), getattr(expected, name))
