@@ -1,6 +1,6 @@
 """A server optimizer: steps to the average that are no longer than a norm.
 
-    fedjax-lora run CONFIG --methods examples/methods/clipped.py --set 'server={name: clipped, max_norm: 0.5}'
+fedjax-lora run CONFIG --methods examples/methods/clipped.py --set server=clipped server.max_norm=0.5
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """A controller with a queue of its own: what the clients have spent beyond an energy budget.
 
-    fedjax-lora run CONFIG --methods examples/methods/energy_queue.py --set 'control={name: energy_queue, budget_j: 0.5}'
+    fedjax-lora run CONFIG --methods examples/methods/energy_queue.py --set control=energy_queue control.budget_j=0.5
 
 The longer the queue, the fewer ranks are kept, and the more the cohort leans to clients that are heard well. A run's
 `metrics.jsonl` holds the queue as `control/owed_j`.

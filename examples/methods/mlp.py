@@ -1,6 +1,6 @@
 """A model family: a perceptron of two layers for images, whose second layer may carry an adapter.
 
-    fedjax-lora run CONFIG --methods examples/methods/mlp.py --set 'model={name: mlp, width: 32}' 'lora.targets=[second]'
+fedjax-lora run CONFIG --methods examples/methods/mlp.py --set model=mlp 'lora.targets=[second]'
 """
 
 import dataclasses

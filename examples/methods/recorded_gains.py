@@ -1,6 +1,6 @@
 """A network whose power gains were recorded: a table `[rounds, K]` from a file, one row for each round.
 
-    fedjax-lora run CONFIG --methods examples/methods/recorded_gains.py --set 'wireless={name: recorded, gains: gains.csv}'
+    fedjax-lora run CONFIG --methods examples/methods/recorded_gains.py --set wireless='{name: recorded, gains: g.csv}'
 
 The file is NumPy's `.npy`, or `.csv` without a header, and holds linear power gains (not dB). After its last row the
 table starts again.
@@ -90,7 +90,9 @@ def make(options: RecordedConfig, context: Context) -> Wireless:
     """
     gains = read(options.gains)
     if gains.shape[1] != context.num_clients:
-        raise ValueError(f"wireless.gains must have a column for each of {context.num_clients} clients, got {gains.shape[1]}")
+        raise ValueError(
+            f"wireless.gains must have a column for each of {context.num_clients} clients, got {gains.shape[1]}"
+        )
     table = jnp.asarray(gains)
     power_w = dbm_to_watt(options.power_dbm)
     snr_per_gain_hz = power_w / THERMAL_NOISE_W_PER_HZ
