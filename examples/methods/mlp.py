@@ -4,7 +4,8 @@ fedjax-lora run CONFIG --methods examples/methods/mlp.py --set model=mlp 'lora.t
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,17 +50,17 @@ def make(options: MlpConfig, context: Context) -> Model:
             "layers": {"second": {"w": jax.random.normal(second_key, (1, d, d)) * d**-0.5, "b": jnp.zeros((1, d))}},
         }
 
-    def embed(base: dict, batch: dict, key: Array | None) -> Hidden:
+    def embed(base: Any, batch: Mapping[str, Array], key: Array | None) -> Hidden:
         pixels = batch["image"].reshape(batch["image"].shape[0], -1)
         values = jax.nn.relu(pixels @ base["first"]["w"] + base["first"]["b"])
         return Hidden(values[:, None], jnp.ones((values.shape[0], 1)))  # one position for each image
 
-    def layers(base: dict, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:
+    def layers(base: Any, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:
         weights, modules = jax.tree.map(lambda leaf: leaf[0], (base["layers"]["second"], adapters.modules))
         own = {name: (sites[name].first, leaves) for name, leaves in modules.items()}  # none where none is a target
         return hidden._replace(values=jax.nn.relu(adapter.project(hidden.values, weights["w"], own) + weights["b"]))
 
-    def outputs(base: dict, adapters: Adapters, hidden: Hidden, key: Array | None) -> Array:
+    def outputs(base: Any, adapters: Adapters, hidden: Hidden, key: Array | None) -> Array:
         return task.read(adapters.head, hidden.values[:, 0])
 
     return Model(

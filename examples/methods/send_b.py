@@ -2,8 +2,8 @@
 
     fedjax-lora run CONFIG --methods examples/methods/send_b.py --set sparsifier=send_b
 
-The server puts the b that it receives beside the a of its own broadcast. With `aggregation: ffa` the clients train no a,
-and nothing is lost; elsewhere what a client learned in a is lost, and counts as `dropped_energy`.
+The server puts the b that it receives beside the a of its own broadcast. With `aggregation: ffa` the clients train no
+a, and nothing is lost; elsewhere what a client learned in a is lost, and counts as `dropped_energy`.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """An aggregator that trims: of each value of the factors and of the head, the largest and the smallest do not count.
 
-    fedjax-lora run CONFIG --methods examples/methods/trimmed_mean.py --set aggregation=trimmed_mean aggregation.trim=0.2
+    fedjax-lora run CONFIG --methods examples/methods/trimmed_mean.py --set aggregation=trimmed_mean
 
 D. Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018, arXiv 1803.01498;
 here with weights, so that a client that is cut through counts in part. `trim: 0` is the mean; the nearer to 0.5, the

@@ -50,10 +50,12 @@ def exercise(method: Aggregator, context: Context) -> Any:
 
 
 def equal_clients_average_to_themselves(subject: Subject) -> None:
-    """Where all clients have trained the same, the server gains its product: weights sum to 1."""
+    """Where all clients have trained the same, the server gains its product and has its head: weights sum to 1."""
     method, start = subject.record, examples.adapters(0)
     clients = _cohort(method, (1, 1, 1, 1), start)
-    found = _products(method, start, _aggregated(method, start, clients))
+    after = _aggregated(method, start, clients)
+    found = _products(method, start, after)
+    close(after.adapters.head, jax.tree.map(lambda leaf: leaf[0], clients.head))
     for name, old in start.modules.items():
         new = jax.tree.map(lambda leaf: leaf[0], clients.modules[name])
         close(found[name], examples.SCALE * (new.a @ new.b - old.a @ old.b), rtol=2e-2, atol=2e-2)

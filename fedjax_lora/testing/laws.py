@@ -29,11 +29,21 @@ FACTORS = 1.0, 0.93, 0.86
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A method with its options, in an experiment."""
+    """A method with its options, in an experiment.
+
+    held: what laws have in common, see `once`.
+    """
 
     method: Method
     options: Any
     context: Context
+    held: dict[Callable[["Subject"], Any], Any] = dataclasses.field(default_factory=dict)
+
+    def once(self, make: Callable[["Subject"], Any]) -> Any:
+        """What `make` gives of this subject, made for the first law that asks."""
+        if make not in self.held:
+            self.held[make] = make(self)
+        return self.held[make]
 
     @functools.cached_property
     def numbers(self) -> Numbers:

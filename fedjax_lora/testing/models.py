@@ -154,50 +154,42 @@ def exercise_model(method: Model, context: Context) -> Any:
     return method.apply(*_base(method, context))
 
 
-def _outputs(subject: Subject, change: Any) -> Any:
-    """Outputs in one program; `change` makes new ones of `(base, adapters, batch)`."""
-    method = subject.record
-    return jax.jit(lambda: method.apply(*change(*_base(method, subject.context))))()
+def _given(subject: Subject) -> tuple[Base, Adapters, dict[str, Array]]:
+    return jax.jit(lambda: _base(subject.record, subject.context))()
+
+
+def _apply(subject: Subject) -> Any:
+    return jax.jit(subject.record.apply)  # a program for each set of sites that carry adapters
 
 
 def outputs_are_one_for_each_example(subject: Subject) -> None:
     """Outputs are finite and `[B, classes]`, and an example's does not depend on what else is in the batch."""
-    found = _outputs(subject, lambda *given: given)
+    (base, adapters, batch), apply = subject.once(_given), subject.once(_apply)
+    found = apply(base, adapters, batch)
     chex.assert_shape(found, (examples.BATCH_SIZE, subject.context.num_classes))
     chex.assert_tree_all_finite(found)
-    some = _outputs(subject, lambda base, adapters, batch: (base, adapters, {k: x[1:3] for k, x in batch.items()}))
-    close(some, found[1:3])
+    other = {name: leaf.at[1].set(leaf[0]) for name, leaf in batch.items()}
+    close(apply(base, adapters, other), found.at[1].set(found[0]))
 
 
 def a_site_may_carry_no_adapter(subject: Subject) -> None:
-    """Adapters on no site, on one, and adapters that add nothing are all allowed, and the first and last are equal."""
-
-    def without(base: Base, adapters: Adapters, batch: Any) -> Any:
-        return base, Adapters(modules={}, head=adapters.head), batch
-
-    def at_start(base: Base, adapters: Adapters, batch: Any) -> Any:
-        nothing = jax.tree.map(jnp.zeros_like, adapters.modules)
-        return base, Adapters(modules=nothing, head=adapters.head), batch
-
-    def on_one(base: Base, adapters: Adapters, batch: Any) -> Any:
-        name = next(iter(adapters.modules))
-        return base, Adapters(modules={name: adapters.modules[name]}, head=adapters.head), batch
-
-    close(_outputs(subject, at_start), _outputs(subject, without))
-    chex.assert_tree_all_finite(_outputs(subject, on_one))
+    """Adapters may be on one site alone, or on none, which is what adapters compute that add nothing."""
+    (base, adapters, batch), apply = subject.once(_given), subject.once(_apply)
+    none, zero = ({}, jax.tree.map(jnp.zeros_like, adapters.modules))
+    plain, nothing = (apply(base, Adapters(modules=modules, head=adapters.head), batch) for modules in (none, zero))
+    close(nothing, plain)
+    name = next(iter(adapters.modules))
+    one = Adapters(modules={name: adapters.modules[name]}, head=adapters.head)
+    chex.assert_tree_all_finite(apply(base, one, batch))
 
 
 def merged_weights_give_the_same_outputs(subject: Subject) -> None:
     """Adapters that are added to the frozen weights at their sites compute what they do beside them."""
-    adapter = subject.context.made["adapter"]
-
-    def merged(base: Base, adapters: Adapters, batch: Any) -> Any:
-        base = add_to_base(base, adapter.merge(adapters.modules), subject.record.sites)
-        return base, Adapters(modules={}, head=adapters.head), batch
-
-    found = _outputs(subject, merged)
-    close(found, _outputs(subject, lambda *given: given), rtol=1e-3, atol=1e-3)
-    plain = _outputs(subject, lambda base, adapters, batch: (base, Adapters({}, adapters.head), batch))
+    (base, adapters, batch), apply = subject.once(_given), subject.once(_apply)
+    none, adapter = Adapters(modules={}, head=adapters.head), subject.context.made["adapter"]
+    merged = add_to_base(base, adapter.merge(adapters.modules), subject.record.sites)
+    found, plain = apply(merged, none, batch), apply(base, none, batch)
+    close(found, apply(base, adapters, batch), rtol=1e-3, atol=1e-3)
     assert np.max(np.abs(np.asarray(found - plain))) > 1e-4, "adapters change nothing"
 
 
