@@ -3,14 +3,17 @@
 DIMENSIONS names their sizes by the letters of `core.types`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
-from fedjax_lora.core.methods import Context, Observation, Radio, Received, Work
+from fedjax_lora.config import catalogue
+from fedjax_lora.core.methods import Context, Observation, Radio, Received, Site, Work
 from fedjax_lora.core.types import Adapters, Factors, Scope
 
 NUM_CLIENTS, COHORT_SIZE, NUM_LAYERS, MAX_RANK = 6, 4, 2, 4
@@ -23,6 +26,15 @@ RANK = 3
 
 WIDTHS = {"query": (5, 7), "up": (8, 6)}
 """Module -> n_in, n_out."""
+
+SITES = {name: Site(name, first, *WIDTHS[name]) for first, name in ((2, "query"), (3, "up"))}
+"""Where they sit: not in the first columns of their matrices."""
+
+BATCH_SIZE = 6
+"""Examples of a batch, B."""
+
+IMAGE_SHAPE = (8, 8, 1)
+"""Height, width and channels, where images are asked for."""
 
 SCALE = 2.0
 """s = alpha / r."""
@@ -52,7 +64,7 @@ def trained(seed: int, start: Adapters, scope: Scope) -> Adapters:
     return scope.select(jax.tree.map(lambda x, y: x + 0.3 * y, start, step), start)
 
 
-def scope(rank: float = RANK, a: float = 1.0, b: float = 1.0, head: float = 1.0) -> Scope:
+def scope(rank: float = RANK, a: ArrayLike = 1.0, b: ArrayLike = 1.0, head: ArrayLike = 1.0) -> Scope:
     """What is trained and sent."""
     ranks = (jnp.arange(MAX_RANK) < rank).astype(jnp.float32)
     return Scope(ranks, *map(jnp.float32, (a, b, head)))
@@ -62,6 +74,38 @@ def context(**more) -> Context:
     """Of an experiment with these shapes."""
     given: dict[str, Any] = {"num_clients": NUM_CLIENTS, "cohort_size": COHORT_SIZE, "num_classes": 3}
     return Context(**(given | {"like": jax.eval_shape(lambda: adapters(0))} | more))
+
+
+def made(context: Context, slots: Sequence[str]) -> Context:
+    """The context with the records of these slots added, the package's defaults, each told those before it."""
+    for slot in slots:
+        method = next(method for method in catalogue.METHODS if method.slot == slot)
+        context = context._replace(made={**context.made, slot: method.make(method.options(), context)})
+    return context
+
+
+def batch(context: Context) -> dict[str, Array]:
+    """Examples `[B, ...]` of images or of text, whichever the model reads, with their labels."""
+    image_key, token_key, label_key = jax.random.split(jax.random.key(9), 3)
+    image_shape, length = context.image_shape or IMAGE_SHAPE, 5
+    real = jnp.arange(length) < 2 + jnp.arange(BATCH_SIZE)[:, None] % 4
+    return {
+        "image": jax.random.uniform(image_key, (BATCH_SIZE, *image_shape)),
+        "input_ids": jax.random.randint(token_key, (BATCH_SIZE, length), 0, 10) * real,
+        "attention_mask": real.astype(jnp.int32),
+        "label": jax.random.randint(label_key, (BATCH_SIZE,), 0, context.num_classes),
+    }
+
+
+def tokenizer() -> Any:
+    """A tokenizer of whole words, all of which are unknown to it but a few."""
+    import transformers  # slow to import, and only sentences need it
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: number for number, word in enumerate(("[PAD]", "[UNK]", "a", "the", "good", "bad"))}
+    core = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]")
 
 
 def stack(trees: list) -> Any:

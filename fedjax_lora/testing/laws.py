@@ -29,11 +29,21 @@ FACTORS = 1.0, 0.93, 0.86
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A method with its options, in an experiment."""
+    """A method with its options, in an experiment.
+
+    held: what laws have in common, see `once`.
+    """
 
     method: Method
     options: Any
     context: Context
+    held: dict[Callable[["Subject"], Any], Any] = dataclasses.field(default_factory=dict)
+
+    def once(self, make: Callable[["Subject"], Any]) -> Any:
+        """What `make` gives of this subject, made for the first law that asks."""
+        if make not in self.held:
+            self.held[make] = make(self)
+        return self.held[make]
 
     @functools.cached_property
     def numbers(self) -> Numbers:
@@ -57,6 +67,8 @@ _COMPILED = {
     *("aggregate", "enter", "next_rank"),
     *("allocate", "update", "schedule"),
     *("step", "observe", "deliver"),
+    *("read", "loss", "score", "weigh", "effective", "merge"),
+    *("gradient", "next_client", "next_server", "train", "work"),
 }
 """Functions of records that take arrays alone."""
 
@@ -71,18 +83,20 @@ def check(method: Method, options: Options | None = None, context: Context | Non
     Args:
       method: to be checked.
       options: of it; its defaults if None.
-      context: shapes that it is made for; those of `testing.examples` if None.
+      context: what it is made for, such as shapes; that of `testing.slots.context` if None.
 
     Raises:
       AssertionError: names the method, the law that it breaks, and how.
     """
-    from fedjax_lora.testing.slots import EXERCISES, LAWS  # they are written in terms of this module
+    from fedjax_lora.testing import slots  # which are written in terms of this module
 
-    subject = Subject(method, method.options() if options is None else options, context or examples.context())
-    if method.slot not in LAWS:
-        raise ValueError(f"slot must be one of {', '.join(LAWS)}, got {method.slot!r}")
-    laws = {**general(EXERCISES[method.slot], subject), **LAWS[method.slot]}
-    for name, law in laws.items():
+    if method.slot not in slots.LAWS:
+        raise ValueError(f"slot must be one of {', '.join(slots.LAWS)}, got {method.slot!r}")
+    options = method.options() if options is None else options
+    subject = Subject(method, options, slots.context(method.slot) if context is None else context)
+    exercise = slots.EXERCISES.get(method.slot)
+    laws = general(exercise, subject) if exercise else {}
+    for name, law in {**laws, **slots.LAWS[method.slot]}.items():
         try:
             law(subject)
         except Exception as error:  # whatever a method raises on valid inputs is its own fault
@@ -146,7 +160,7 @@ def _varied(value: Any, by: float) -> Any:
 def close(found: Any, expected: Any, rtol: float = 2e-4, atol: float = 2e-5) -> None:
     """Trees are equal, in float32 and by the size of each leaf."""
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        size = float(np.max(np.abs(np.asarray(y, np.float64)), initial=0.0))
+        size = float(np.max(np.abs(np.asarray(y)), initial=0.0))  # of a complex number its modulus
         chex.assert_trees_all_close(np.asarray(x), np.asarray(y), rtol=rtol, atol=atol * max(size, 1e-3))
 
 

@@ -1,0 +1,196 @@
+"""The laws of models and of what stands beside their frozen weights: adapters and tasks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from fedjax_lora.adapters.lora import add_to_base
+from fedjax_lora.core.methods import Adapter, Context, Model, Task
+from fedjax_lora.core.types import Adapters, Base
+from fedjax_lora.testing import examples
+from fedjax_lora.testing.laws import Subject, close, named
+
+# ----------------------------------------------------------------------------------------------------------- tasks
+
+
+def _task_batch(method: Task, context: Context) -> tuple[Any, dict[str, Array]]:
+    """Outputs of a fresh head on random features, and the batch that they are of."""
+    batch, features = examples.batch(context), jax.random.normal(jax.random.key(1), (examples.BATCH_SIZE, 5))
+    return method.read(method.head(jax.random.key(0), 5), features), batch
+
+
+def exercise_task(method: Task, context: Context) -> Any:
+    """What a task makes of a batch."""
+    outputs, batch = _task_batch(method, context)
+    scores = method.score(outputs, batch)
+    weights = method.weigh(batch, jnp.int32(4), batch) if method.weigh else ()
+    means = {name: jnp.mean(score) for name, score in scores.items()}
+    return outputs, method.loss(outputs, batch, jnp.ones(examples.BATCH_SIZE)), scores, method.finish(means), weights
+
+
+def examples_of_weight_0_do_not_count(subject: Subject) -> None:
+    """The loss of a padded batch is that of its true examples, whatever the others hold."""
+    method, context, true = subject.record, subject.context, examples.BATCH_SIZE - 2
+    outputs, batch = _task_batch(method, context)
+    weight = (jnp.arange(examples.BATCH_SIZE) < true).astype(jnp.float32)
+    alone = method.loss(outputs[:true], {name: leaf[:true] for name, leaf in batch.items()}, jnp.ones(true))
+    padded = {name: leaf.at[true:].set(leaf[0]) for name, leaf in batch.items()}
+    close(method.loss(outputs, batch, weight), alone)
+    close(method.loss(outputs.at[true:].multiply(-3.0), padded, weight), alone)
+
+
+def every_example_has_its_scores(subject: Subject) -> None:
+    """Scores are `[B]`, and `finish` makes a loss and an accuracy of their means."""
+    outputs, batch = _task_batch(subject.record, subject.context)
+    scores = subject.record.score(outputs, batch)
+    for name, score in scores.items():
+        assert score.shape == (examples.BATCH_SIZE,), f"score {name} must be [B], got {score.shape}"
+    found = subject.record.finish({name: jnp.mean(score) for name, score in scores.items()})
+    missing = {"eval_loss", "eval_accuracy"} - found.keys()
+    assert not missing, f"finish must give {', '.join(sorted(missing))}"
+
+
+def a_pool_weighs_as_it_is(subject: Subject) -> None:
+    """For a client that holds the very pool all of its examples weigh 1."""
+    if subject.record.weigh is None:
+        return
+    batch = examples.batch(subject.context)
+    close(subject.record.weigh(batch, jnp.int32(examples.BATCH_SIZE), batch), jnp.ones(examples.BATCH_SIZE))
+
+
+TASK = named(examples_of_weight_0_do_not_count, every_example_has_its_scores, a_pool_weighs_as_it_is)
+
+# -------------------------------------------------------------------------------------------------------- adapters
+
+
+def _moved(tree: Any, seed: int = 3) -> Any:
+    """Every leaf with noise added, as after training."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noise = [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, [leaf + more for leaf, more in zip(leaves, noise, strict=True)])
+
+
+def _leaves(method: Adapter) -> dict[str, Any]:
+    return method.init(jax.random.key(0), examples.SITES, examples.NUM_LAYERS, examples.MAX_RANK, 1.0)
+
+
+def _projected(method: Adapter, effective: Mapping[str, Any]) -> dict[str, tuple[Array, Array, Array]]:
+    """Site -> x, the frozen w, and what layer 0 computes of them in columns that are wider than the site's own."""
+    found = {}
+    for name, site in examples.SITES.items():
+        x_key, w_key = jax.random.split(jax.random.key(site.n_out))
+        x, w = jax.random.normal(x_key, (3, 2, site.n_in)), jax.random.normal(w_key, (site.n_in, site.n_out + 4))
+        own = jax.tree.map(lambda leaf: leaf[0], effective[name])
+        found[name] = x, w, method.project(x, w, {name: (site.first, own)})
+    return found
+
+
+def exercise_adapter(method: Adapter, context: Context) -> Any:
+    """What adapters compute after training, and what they add to the weights."""
+    leaves = _leaves(method)
+    effective = method.effective(_moved(leaves), examples.scope().ranks, examples.SCALE)
+    return leaves, effective, _projected(method, effective), method.merge(effective)
+
+
+def adapters_at_the_start_add_nothing(subject: Subject) -> None:
+    """A model computes at first what its frozen weights do."""
+    method = subject.record
+    effective = method.effective(_leaves(method), examples.scope().ranks, examples.SCALE)
+    for x, w, found in _projected(method, effective).values():
+        close(found, x @ w)
+    for change in method.merge(effective).values():
+        np.testing.assert_array_equal(change, 0.0)
+
+
+def merged_weights_compute_the_same(subject: Subject) -> None:
+    """`x @ w` with adapters is `x` times the weights with `merge` of them added, in the columns of their site."""
+    method = subject.record
+    effective = method.effective(_moved(_leaves(method)), examples.scope().ranks, examples.SCALE)
+    changes = method.merge(effective)
+    for name, (x, w, found) in _projected(method, effective).items():
+        site, change = examples.SITES[name], changes[name]
+        assert change.shape == (examples.NUM_LAYERS, site.n_in, site.n_out), f"got {change.shape}"
+        close(found, x @ w.at[:, site.first : site.first + site.n_out].add(change[0]))
+
+
+def a_rank_not_in_use_has_no_effect(subject: Subject) -> None:
+    """Adapters of no rank add nothing, whatever their leaves hold; and the scale is one of what is added."""
+    method = subject.record
+    leaves = _moved(_leaves(method))
+    for change in method.merge(method.effective(leaves, jnp.zeros(examples.MAX_RANK), examples.SCALE)).values():
+        np.testing.assert_array_equal(change, 0.0)
+    whole, half = (method.merge(method.effective(leaves, examples.scope().ranks, by)) for by in (1.0, 0.5))
+    close(half, jax.tree.map(lambda change: 0.5 * change, whole))
+
+
+ADAPTER = named(adapters_at_the_start_add_nothing, merged_weights_compute_the_same, a_rank_not_in_use_has_no_effect)
+
+# ---------------------------------------------------------------------------------------------------------- models
+
+
+def context() -> Context:
+    """Of small images, with the package's own task and adapter."""
+    return examples.made(examples.context(image_shape=examples.IMAGE_SHAPE), ("task", "adapter"))
+
+
+def _base(method: Model, context: Context) -> tuple[Base, Adapters, dict[str, Array]]:
+    """Frozen weights, adapters on all sites after some training, effective ones, and a batch."""
+    base_key, adapter_key, head_key = jax.random.split(jax.random.key(0), 3)
+    adapter = context.made["adapter"]
+    leaves = adapter.init(adapter_key, method.sites, method.num_layers, 2, 1.0)
+    modules = adapter.effective(_moved(leaves), jnp.ones(2), examples.SCALE)
+    adapters = Adapters(modules=modules, head=method.init_head(head_key))
+    return method.init(base_key), adapters, examples.batch(context)
+
+
+def exercise_model(method: Model, context: Context) -> Any:
+    """What a model makes of a batch with adapters."""
+    return method.apply(*_base(method, context))
+
+
+def _given(subject: Subject) -> tuple[Base, Adapters, dict[str, Array]]:
+    return jax.jit(lambda: _base(subject.record, subject.context))()
+
+
+def _apply(subject: Subject) -> Any:
+    return jax.jit(subject.record.apply)  # a program for each set of sites that carry adapters
+
+
+def outputs_are_one_for_each_example(subject: Subject) -> None:
+    """Outputs are finite and `[B, classes]`, and an example's does not depend on what else is in the batch."""
+    (base, adapters, batch), apply = subject.once(_given), subject.once(_apply)
+    found = apply(base, adapters, batch)
+    chex.assert_shape(found, (examples.BATCH_SIZE, subject.context.num_classes))
+    chex.assert_tree_all_finite(found)
+    other = {name: leaf.at[1].set(leaf[0]) for name, leaf in batch.items()}
+    close(apply(base, adapters, other), found.at[1].set(found[0]))
+
+
+def a_site_may_carry_no_adapter(subject: Subject) -> None:
+    """Adapters may be on one site alone, or on none, which is what adapters compute that add nothing."""
+    (base, adapters, batch), apply = subject.once(_given), subject.once(_apply)
+    none, zero = ({}, jax.tree.map(jnp.zeros_like, adapters.modules))
+    plain, nothing = (apply(base, Adapters(modules=modules, head=adapters.head), batch) for modules in (none, zero))
+    close(nothing, plain)
+    name = next(iter(adapters.modules))
+    one = Adapters(modules={name: adapters.modules[name]}, head=adapters.head)
+    chex.assert_tree_all_finite(apply(base, one, batch))
+
+
+def merged_weights_give_the_same_outputs(subject: Subject) -> None:
+    """Adapters that are added to the frozen weights at their sites compute what they do beside them."""
+    (base, adapters, batch), apply = subject.once(_given), subject.once(_apply)
+    none, adapter = Adapters(modules={}, head=adapters.head), subject.context.made["adapter"]
+    merged = add_to_base(base, adapter.merge(adapters.modules), subject.record.sites)
+    found, plain = apply(merged, none, batch), apply(base, none, batch)
+    close(found, apply(base, adapters, batch), rtol=1e-3, atol=1e-3)
+    assert np.max(np.abs(np.asarray(found - plain))) > 1e-4, "adapters change nothing"
+
+
+MODEL = named(outputs_are_one_for_each_example, a_site_may_carry_no_adapter, merged_weights_give_the_same_outputs)
