@@ -146,11 +146,13 @@ class Program:
     """What runs simulations of one structure, whatever their numbers, seeds and data: traced and compiled once a shape.
 
     make_parts: from numbers to the records that a round is made of. layout: how the work of a round is laid out.
+    eval_batch_size: examples of one evaluation step.
     """
 
     def __init__(self, make_parts: MakeParts, layout: Layout, engine: EngineConfig, num_clients: int):
         self.make_parts = make_parts
         self.layout = layout
+        self.eval_batch_size = engine.eval_batch_size
         self.everywhere = replicated(layout.mesh)
         start = functools.partial(first_state, make_parts, num_clients)
         self.init = jax.jit(start, out_shardings=self.everywhere)
