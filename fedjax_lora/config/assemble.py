@@ -71,7 +71,7 @@ def build(config: ExperimentConfig, methods: Sequence[Method] = ()) -> Simulatio
 def _build(config: ExperimentConfig, catalogue: Catalogue) -> Simulation:
     examples = read_examples(config, catalogue)
     split_data = partition(config.clients.partition, examples.train["label"], config.clients.count, config.seed)
-    config = dataclasses.replace(config, local=_filled(config.local, split_data))
+    asked, config = config.local, dataclasses.replace(config, local=_filled(config.local, split_data))
     context = _context(config, examples)
     model = records(config, catalogue, context, ("task", "adapter", "model"))["model"]
     base, head = _weights(config, catalogue, context, model, examples)
@@ -88,7 +88,7 @@ def _build(config: ExperimentConfig, catalogue: Catalogue) -> Simulation:
     start = functools.partial(first_state, make_parts, config.clients.count)
     state = jax.eval_shape(start, jax.random.key(0), numbers)
     machine.check(
-        memory.run_terms(layout, world, state, activations, model.num_layers, config.local, engine), layout.mesh.size
+        memory.run_terms(layout, world, state, activations, model.num_layers, asked, engine), layout.mesh.size
     )
     facts = _facts(config, examples, split_data, base, head)
     of_weights = facts.base_hash if head is not None else facts.model_config_hash
