@@ -7,6 +7,7 @@ import pytest
 
 import toy
 from fedjax_lora.adapters.lora import effective, rank_mask
+from fedjax_lora.core import trees
 from fedjax_lora.core.keys import round_keys
 from fedjax_lora.core.methods import Decision
 from fedjax_lora.core.types import Adapters, Scope
@@ -71,7 +72,7 @@ def scaffold_round(sim, state):
     for k in range(6):
         order_key, _ = jax.random.split(jax.random.fold_in(key, k))
         rows, valid = local_batches(order_key, data.index[k], data.count[k], steps, 4)
-        x, c, c_k = state.adapters, state.drift, jax.tree.map(lambda leaf, k=k: leaf[k], state.clients.drift)
+        x, c, c_k = state.adapters, state.methods["drift"], trees.take(state.clients.methods["drift"], k)
         for step in range(steps):
             g = gradient(x, gather(data.train, rows[step]), valid[step])
             x = jax.tree.map(lambda x, g, c, c_k: x - rate * (g - c_k + c), x, g, c, c_k)
