@@ -321,7 +321,7 @@ def test_the_relaxed_search_differentiates_what_it_minimises():
 
 
 def test_a_forecast_has_the_gradient_of_its_latency_by_budget_and_band():
-    """Oracle: central differences, with V and first queue fixed; more budget lengthens the rounds, more band shortens them.
+    """Oracle: central differences, with V and first queue fixed. More budget lengthens rounds, more band shortens them.
 
     The queue never ends: where it does, the latency all but jumps.
     """
