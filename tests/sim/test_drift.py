@@ -14,8 +14,8 @@ from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.data.batches import gather, local_batches
 from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.sim.round import choose_cohort, control, importance, sparsify, train_locally
+from fedjax_lora.tasks.classification import cross_entropy
 from fedjax_lora.training.corrections import FedProxConfig, ScaffoldConfig, fedprox, scaffold
-from fedjax_lora.training.local import cross_entropy
 from oracles.contexts import context
 from oracles.sparsifier_oracle import random_adapters
 from oracles.sparsifier_oracle import rank_mask as numpy_mask
