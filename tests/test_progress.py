@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from fedjax_lora.core.count import Count
 from fedjax_lora.core.progress import Progress
 from fedjax_lora.core.types import Metrics
 
@@ -27,7 +28,9 @@ def wait_for_lines(file: io.StringIO, number: int) -> list[str]:
 def segment(last: int, rounds: int = 2) -> Metrics:
     """Metrics of `rounds` rounds that end with round `last`, on the host."""
     values = {name: np.zeros(rounds) for name in Metrics.__dataclass_fields__}
-    return Metrics(**values | {"round": np.arange(last - rounds + 1, last + 1)})
+    nothing = Count(high=np.zeros((rounds, 1), np.uint32), low=np.zeros((rounds, 1), np.uint32))
+    counts = {"round": np.arange(last - rounds + 1, last + 1), "uplink": nothing, "downlink": nothing, "methods": {}}
+    return Metrics(**values | counts)
 
 
 def test_what_takes_long_says_so_again_and_again_until_its_end():

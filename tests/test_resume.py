@@ -14,7 +14,7 @@ def test_an_ended_run_may_get_more_rounds_where_no_rate_depends_on_them(tmp_path
     """Oracle: the run that had as many from the start; both evaluate in the same rounds. Compiled once for all."""
     settings = [*SETTINGS, "local.optimizer.schedule=constant"]
     simulation = build(load_config(None, settings, base=preset("digits")))
-    monkeypatch.setattr("fedjax_lora.app.runner.build", lambda config: simulation)
+    monkeypatch.setattr("fedjax_lora.app.runner.build", lambda config, methods: simulation)
 
     def run(name: str, rounds: int, *options: str) -> int:
         values = [*settings, f"rounds={rounds}"]

@@ -12,7 +12,6 @@ from fedjax_lora.core.keys import round_keys
 from fedjax_lora.core.methods import Decision
 from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.data.batches import gather, local_batches
-from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.sim.round import choose_cohort, control, importance, sparsify, train_locally
 from fedjax_lora.tasks.classification import cross_entropy
 from fedjax_lora.training.corrections import FedProxConfig, ScaffoldConfig, fedprox, scaffold
@@ -56,7 +55,7 @@ def scaffold_round(sim, state):
 
     Returns the average, the clients' control variates and the server's.
     """
-    model, _ = build_model(ModelConfig(), 10, (8, 8, 1))
+    model = toy.parts(sim).model
     data, key = sim.world.data, round_keys(state.key, state.round).local
     weight, rate, steps = np.asarray(data.count) / np.sum(data.count), 0.1, 2
 

@@ -11,7 +11,6 @@ from fedjax_lora.adapters.lora import effective, rank_mask
 from fedjax_lora.aggregation import rolora
 from fedjax_lora.core import trees
 from fedjax_lora.core.keys import client_keys, round_keys
-from fedjax_lora.models.load import ModelConfig, build_model
 from fedjax_lora.sim.cohort import choose
 from fedjax_lora.sim.evaluate import label_weights
 from fedjax_lora.sim.round import schedule, train_cohort
@@ -62,7 +61,7 @@ def test_personal_accuracy_equals_a_loop_over_clients_and_examples(fedsa):
     """Oracle: NumPy, example by example, each with the ratio of its label's shares."""
     sim, states, rows = fedsa
     state, data = states[-1], sim.world.data
-    model, _ = build_model(ModelConfig(), 10, (8, 8, 1))
+    model = parts(sim).model
     label, accuracies = np.asarray(data.test["label"]), []
     for k in range(6):
         own = compose(state.adapters, trees.take(state.clients.personal, k))
@@ -78,7 +77,7 @@ def test_personal_accuracy_equals_a_loop_over_clients_and_examples(fedsa):
 def test_global_accuracy_is_of_the_mean_of_what_the_clients_keep(fedsa):
     """Oracle: NumPy's mean of b and head over all clients, those that never took part too, under the shared a."""
     sim, states, rows = fedsa
-    model, _ = build_model(ModelConfig(), 10, (8, 8, 1))
+    model = parts(sim).model
     label, losses = np.asarray(sim.world.data.test["label"]), []
     for state, metrics in zip(states[1:], rows, strict=True):
         mean = jax.tree.map(lambda leaf: jnp.float32(np.mean(np.float64(leaf), axis=0)), state.clients.personal)

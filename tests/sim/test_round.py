@@ -141,9 +141,8 @@ def test_run_leaves_the_given_state_valid(reference):
 def test_evaluation_equals_a_numpy_loop_over_the_test_pool(reference):
     sim, state, metrics = reference
     from fedjax_lora.adapters.lora import effective, rank_mask
-    from fedjax_lora.models.load import ModelConfig, build_model
 
-    model, _ = build_model(ModelConfig(), 10, (8, 8, 1))
+    model = parts(sim).model
     used = effective(state.adapters, rank_mask(3, 4), 16.0 / 3)
     logits = np.asarray(model.apply(sim.world.base, used, sim.world.data.test), np.float64)
     label = np.asarray(sim.world.data.test["label"])
