@@ -24,7 +24,7 @@ def runs(tmp_path_factory):
     config = toy.config("rounds=6", "engine.eval_every=2")
     simulation = runner.build(config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "build", lambda config: simulation)
+        patch.setattr(runner, "build", lambda config, methods: simulation)
         patch.setattr(runner, "write_report", lambda folders, path: path.write_text("report"))
         runner.run(config, folder / "ended", False, CONSOLE)
         segments = simulation.segments
