@@ -35,7 +35,7 @@ def test_fedprox_adds_the_gradient_of_its_term():
         squares = jax.tree.map(lambda x, x0: jnp.sum((x - x0) ** 2), adapters, start)
         return 0.3 / 2 * sum(jax.tree.leaves(squares))
 
-    found = fedprox(FedProxConfig(mu=0.3)).gradient(gradient, adapters, start, (), ())
+    found = fedprox(FedProxConfig(mu=0.3), context()).gradient(gradient, adapters, start, (), ())
     assert_close(found, jax.tree.map(jnp.add, gradient, jax.grad(term)(adapters)))
 
 
