@@ -14,12 +14,13 @@ from fedjax_lora.adapters import lora
 from fedjax_lora.app.export import export_run
 from fedjax_lora.config.assemble import hash_weights
 from fedjax_lora.config.experiment import dump, load_config
-from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState, Hyper, LinkState
+from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState
 from fedjax_lora.data import tokens
 from fedjax_lora.io import sealed
 from fedjax_lora.io.log import RunFolder
 from fedjax_lora.io.run_files import FIELDS
 from fedjax_lora.models import load
+from oracles.model_context import model_context
 from oracles.toy_bert import save_toy_bert
 
 peft = pytest.importorskip("peft")
@@ -51,26 +52,22 @@ def write_run(bert, tmp_path, monkeypatch):
                 f"lora={{max_rank: {MAX_RANK}, rank: {RANK}, alpha: {ALPHA}, targets: [query, up, down]}}",
             ],
         )
-        model, base = load.build_model(config.model, len(LABELS))
-        modules = lora.init(jax.random.key(1), {n: model.targets[n] for n in config.lora.targets}, 2, MAX_RANK)
+        model, base = load.build_model(config.model, model_context(len(LABELS)))
+        modules = lora.init(jax.random.key(1), {n: model.sites[n] for n in config.lora.targets}, 2, MAX_RANK)
         modules = {
             name: Factors(a=f.a, b=0.3 * jax.random.normal(jax.random.key(2), f.b.shape)) for name, f in modules.items()
         }
         adapters = Adapters(modules=modules, head=model.init_head(jax.random.key(3)))
-        clients = ClientState(rank=jnp.full(2, float(rank)), kept=kept(adapters) if kept else {}, memory=(), drift=())
+        personal = kept(adapters) if kept else {}
         state = FedState(
             key=jax.random.key(7),
             round=jnp.int32(5),
+            numbers={"lora.rank": jnp.float32(RANK)},
             adapters=adapters,
-            server=(),
-            link=LinkState(mean_gain=jnp.ones(2), fading=jnp.ones(2), cpu_hz=jnp.ones(2)),
-            queue_s=jnp.float32(0),
-            energy_queue_j=jnp.float32(0),
-            elapsed_s=jnp.float32(0),
             merged=merged(modules) if merged else {},
-            drift=(),
-            clients=clients,
-            hyper=Hyper(*jnp.arange(5.0)),
+            elapsed_s=jnp.float32(0),
+            methods={"server": (), "control": {"queue_s": jnp.float32(0)}},
+            clients=ClientState(rank=jnp.full(2, float(rank)), personal=personal, methods={"sparsifier": ()}),
         )
         data = {
             "base_hash": hash_weights(base),
@@ -116,7 +113,7 @@ def test_peft_alone_computes_the_logits_of_the_run(write_run, tmp_path, merged):
     export_run("../run", "out")
     out = tmp_path / "elsewhere" / "out"
     used = lora.effective(state.adapters, lora.rank_mask(RANK, MAX_RANK), ALPHA / RANK)
-    ours = model.apply(lora.add_to_base(base, state.merged, model.targets), used, BATCH)
+    ours = model.apply(lora.add_to_base(base, state.merged, model.sites), used, BATCH)
     np.testing.assert_allclose(torch_logits(out), ours, atol=1e-4)
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["r"] == (RANK + 3 if merged else RANK)
