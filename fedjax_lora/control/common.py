@@ -39,7 +39,7 @@ class CommonRatio(Options):
 class Budgeted(Options):
     """Options of the controllers that have a latency budget.
 
-    latency_budget_s: what the latency of every round should be at most, or of TSFA's on average.
+    latency_budget_s: what the latency of a round should be at most.
     min_keep_ratio: the least that a client keeps, rounded up to whole ranks.
     max_keep_ratio: the most, rounded down to whole ranks, but not under the least. Latency alone does not limit the
       bits: a client that the round does not wait for sends more at no cost.
