@@ -10,7 +10,7 @@ from jax import Array
 from fedjax_lora import Simulation
 from fedjax_lora.control import common
 from fedjax_lora.core.keys import round_keys
-from fedjax_lora.core.methods import Decision, Observation, Outcome
+from fedjax_lora.core.network import Decision, Observation, Outcome
 from fedjax_lora.core.types import FedState
 from fedjax_lora.sim.network import ChannelDraws, Played, delivered, draw_channel, play
 from fedjax_lora.sim.parts import Offers, World

@@ -26,7 +26,7 @@ from fedjax_lora import build, use_cpu_cores
 from fedjax_lora.app.planner import Survey, choose, survey
 from fedjax_lora.config.experiment import ExperimentConfig, load_config
 from fedjax_lora.config.presets import preset
-from fedjax_lora.core.methods import Radio
+from fedjax_lora.core.network import Radio
 from fedjax_lora.core.progress import Progress
 from fedjax_lora.planning.rank_search import Candidate
 from fedjax_lora.planning.rollout import roll_out

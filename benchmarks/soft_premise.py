@@ -26,7 +26,8 @@ from fedjax_lora.adapters.lora import rank_mask
 from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import load_config
 from fedjax_lora.config.presets import preset
-from fedjax_lora.core.methods import Context, Sparsifier
+from fedjax_lora.core.exchange import Sparsifier
+from fedjax_lora.core.methods import Context
 from fedjax_lora.core.types import Adapters, Dataset, Factors, FedState, Scope
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sparsifiers import random_rank

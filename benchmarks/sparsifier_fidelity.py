@@ -31,8 +31,10 @@ from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import load_config
 from fedjax_lora.config.presets import preset
 from fedjax_lora.core import trees
+from fedjax_lora.core.exchange import Received, Size, Sparsifier
 from fedjax_lora.core.keys import client_keys, round_keys
-from fedjax_lora.core.methods import Client, Context, Received, Size, Sparsifier
+from fedjax_lora.core.learning import Client
+from fedjax_lora.core.methods import Context
 from fedjax_lora.core.types import Adapters, FedState, Scope
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.round import train_cohort

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lora.control import tsfa_online
-from fedjax_lora.core.methods import Observation, Radio
+from fedjax_lora.core.network import Observation, Radio
 
 RANKS = 16
 BAND_HZ = 2e7

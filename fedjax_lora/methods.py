@@ -30,41 +30,36 @@ Example, `mine.py`, a sparsifier that is chosen by `sparsifier: half` and `--met
 
 from fedjax_lora.config.properties import PROPERTIES
 from fedjax_lora.core.count import Count
-from fedjax_lora.core.methods import (
-    Adapter,
+from fedjax_lora.core.exchange import (
     Aggregate,
     Aggregator,
-    Broadcast,
-    Client,
-    Context,
-    Controller,
-    Correction,
-    Decision,
-    Delivery,
     Enter,
     Fold,
-    Hidden,
     Live,
     Message,
-    Method,
-    Model,
-    Observation,
     Offer,
-    Optimizer,
-    Outcome,
-    Radio,
     Received,
-    Site,
     Size,
     Sparsifier,
-    Task,
     Traffic,
+    Transform,
+)
+from fedjax_lora.core.learning import (
+    Adapter,
+    Broadcast,
+    Client,
+    Correction,
+    Hidden,
+    Model,
+    Optimizer,
+    Site,
+    Task,
     Trained,
     Trainer,
-    Transform,
-    Wireless,
     Work,
 )
+from fedjax_lora.core.methods import Context, Method
+from fedjax_lora.core.network import Controller, Decision, Delivery, Observation, Outcome, Radio, Wireless
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Factors, Scope
 

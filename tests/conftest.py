@@ -23,8 +23,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "1"
 _IN_FULL = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "").lower() in ("0", "false")
 _EMITTERS_ARE_OPTIONAL = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
-if not _IN_FULL and _EMITTERS_ARE_OPTIONAL:  # they take more than half of the time of compiling for a processor
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+if not _IN_FULL:
+    # A module of LLVM for each part of a program costs more than the cores gain, which have two workers already.
+    flags = ["--xla_cpu_parallel_codegen_split_count=1"]
+    if _EMITTERS_ARE_OPTIONAL:  # they take more than half of the time of compiling for a processor
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
 # Modules whose programs take longer to run than to compile.
 _RUN_LONG = {"test_cli", "test_planner", "test_tsfa_laws", "test_tsfa_offline"}

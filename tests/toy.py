@@ -7,7 +7,8 @@ from jax import Array
 from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import ExperimentConfig, load_config
 from fedjax_lora.core import trees
-from fedjax_lora.core.methods import Broadcast, Client, Live
+from fedjax_lora.core.exchange import Live
+from fedjax_lora.core.learning import Broadcast, Client
 from fedjax_lora.core.types import FedState
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.parts import Parts, World

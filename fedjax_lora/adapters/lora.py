@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from fedjax_lora.core.methods import Adapter, Context, Method, Site
+from fedjax_lora.core.learning import Adapter, Site
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Base, Factors
 from fedjax_lora.ops import primitives

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 
-from fedjax_lora.core.methods import Site
+from fedjax_lora.core.learning import Site
 
 
 def choose(names: Sequence[str], sites: Mapping[str, Site]) -> dict[str, Site]:

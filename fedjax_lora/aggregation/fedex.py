@@ -14,7 +14,8 @@ from fedjax_lora.aggregation import errors, flora
 from fedjax_lora.aggregation.fedit import average_factors
 from fedjax_lora.aggregation.products import Layer, LayerResult, by_layer, by_products, product_bits
 from fedjax_lora.core.count import Count
-from fedjax_lora.core.methods import Aggregate, Aggregator, Context, Method, Received
+from fedjax_lora.core.exchange import Aggregate, Aggregator, Received
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters
 from fedjax_lora.ops.products import differences

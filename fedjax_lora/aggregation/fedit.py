@@ -13,7 +13,8 @@ from jax import Array
 
 from fedjax_lora.aggregation import errors, folds
 from fedjax_lora.core import trees
-from fedjax_lora.core.methods import Aggregate, Aggregator, Context, Enter, Fold, Method, Received
+from fedjax_lora.core.exchange import Aggregate, Aggregator, Enter, Fold, Received
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Factors
 

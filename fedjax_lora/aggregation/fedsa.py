@@ -8,7 +8,8 @@ import dataclasses
 from typing import Literal
 
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.core.methods import Aggregator, Context, Method
+from fedjax_lora.core.exchange import Aggregator
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 
 

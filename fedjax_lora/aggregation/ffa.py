@@ -7,7 +7,8 @@ import dataclasses
 from typing import Literal
 
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.core.methods import Aggregator, Context, Live, Method
+from fedjax_lora.core.exchange import Aggregator, Live
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 
 

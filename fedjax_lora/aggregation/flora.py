@@ -15,7 +15,8 @@ from jax.typing import ArrayLike
 from fedjax_lora.aggregation import errors
 from fedjax_lora.aggregation.products import Layer, LayerResult, by_layer, fresh, product_bits
 from fedjax_lora.core.count import Count
-from fedjax_lora.core.methods import Aggregator, Context, Live, Method
+from fedjax_lora.core.exchange import Aggregator, Live
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters
 

@@ -12,7 +12,7 @@ from flax import struct
 from jax import Array
 
 from fedjax_lora.core import trees
-from fedjax_lora.core.methods import Fold, Received
+from fedjax_lora.core.exchange import Fold, Received
 from fedjax_lora.core.types import Adapters, Factors
 
 Weigh = Callable[[Factors, Factors, Array, Array], tuple[Factors, Array]]

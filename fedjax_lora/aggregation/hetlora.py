@@ -14,7 +14,8 @@ from jax import Array
 
 from fedjax_lora.aggregation import fedit, folds
 from fedjax_lora.core import trees
-from fedjax_lora.core.methods import Aggregator, Context, Fold, Method, Received
+from fedjax_lora.core.exchange import Aggregator, Fold, Received
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.ops.products import product_energy, safe_sqrt

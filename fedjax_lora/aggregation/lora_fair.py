@@ -13,7 +13,8 @@ from jax.lax import Precision
 
 from fedjax_lora.aggregation.fedit import average_factors
 from fedjax_lora.aggregation.products import Layer, LayerResult, by_layer
-from fedjax_lora.core.methods import Aggregator, Context, Method
+from fedjax_lora.core.exchange import Aggregator
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Factors
 from fedjax_lora.ops import factorise

@@ -18,7 +18,7 @@ from fedjax_lora.aggregation import errors
 from fedjax_lora.aggregation.fedit import average_head
 from fedjax_lora.core import count, trees
 from fedjax_lora.core.count import Count
-from fedjax_lora.core.methods import Aggregate, Aggregator, Received
+from fedjax_lora.core.exchange import Aggregate, Aggregator, Received
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.ops.factorise import orthonormal
 from fedjax_lora.ops.products import differences

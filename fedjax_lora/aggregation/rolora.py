@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.core.methods import Aggregator, Context, Live, Method
+from fedjax_lora.core.exchange import Aggregator, Live
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 
 

@@ -15,7 +15,8 @@ from fedjax_lora.config.experiment import ConfigError, ExperimentConfig
 from fedjax_lora.control import tsfa_online
 from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.core import memory
-from fedjax_lora.core.methods import Method, Radio
+from fedjax_lora.core.methods import Method
+from fedjax_lora.core.network import Radio
 from fedjax_lora.core.numbers import split
 from fedjax_lora.core.progress import Progress
 from fedjax_lora.core.types import FedState

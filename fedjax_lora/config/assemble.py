@@ -16,7 +16,8 @@ from fedjax_lora.config.catalogue import Catalogue, check, notes
 from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.core import memory as machine
 from fedjax_lora.core.errors import ConfigError, ConfigWarning
-from fedjax_lora.core.methods import Context, Method, Model
+from fedjax_lora.core.learning import Model
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Numbers, fill, split
 from fedjax_lora.core.types import Adapters, Base
 from fedjax_lora.data import sources, tokens

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from fedjax_lora.core.methods import Decision, Observation, Outcome
+from fedjax_lora.core.network import Decision, Observation, Outcome
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.wireless.allocation import Allocation, min_max_latency
 

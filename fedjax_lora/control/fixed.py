@@ -6,7 +6,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from fedjax_lora.control import common
-from fedjax_lora.core.methods import Context, Controller, Decision, Method, Observation
+from fedjax_lora.core.methods import Context, Method
+from fedjax_lora.core.network import Controller, Decision, Observation
 from fedjax_lora.wireless.allocation import min_max_latency
 
 

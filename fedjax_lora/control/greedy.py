@@ -6,7 +6,8 @@ from typing import Literal
 import jax.numpy as jnp
 
 from fedjax_lora.control import common
-from fedjax_lora.core.methods import Context, Controller, Decision, Method, Observation
+from fedjax_lora.core.methods import Context, Method
+from fedjax_lora.core.network import Controller, Decision, Observation
 from fedjax_lora.wireless.rate import required_bandwidth
 
 

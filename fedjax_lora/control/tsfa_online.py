@@ -16,8 +16,9 @@ from fedjax_lora.control import common
 from fedjax_lora.control.solver.best_response import Problem
 from fedjax_lora.control.solver.common_ratio import common_share
 from fedjax_lora.control.solver.shares import MOST_WORTH, sent_share
-from fedjax_lora.core import methods
-from fedjax_lora.core.methods import Context, Controller, Method, Observation, Outcome
+from fedjax_lora.core import network
+from fedjax_lora.core.methods import Context, Method
+from fedjax_lora.core.network import Controller, Observation, Outcome
 from fedjax_lora.core.numbers import traced
 from fedjax_lora.wireless.allocation import min_max_latency
 
@@ -243,7 +244,7 @@ def make(options: TsfaConfig, context: Context | None = None) -> Controller:
     """
     del context
 
-    def allocate(queues: common.Queues, observation: Observation) -> methods.Decision:
+    def allocate(queues: common.Queues, observation: Observation) -> network.Decision:
         rank, weights, bits = observation.rank, observation.weights, observation.bits
         tail, price_s = left_out(options.tail, observation), price_of_time(options, queues, observation)
         least, most = common.rank_limits(options.min_keep_ratio, options.max_keep_ratio, rank)
@@ -265,7 +266,7 @@ def make(options: TsfaConfig, context: Context | None = None) -> Controller:
         allocation = common.least_latency(observation, common.at_rank(bits, kept))
         lost = jnp.where(allocation.bandwidth_hz > 0, weights * common.at_rank(tail, kept), 0.0)
         objective = options.V * lost.sum() + price_s * allocation.latency_s
-        return methods.Decision(kept, allocation.bandwidth_hz, allocation.latency_s, objective)
+        return network.Decision(kept, allocation.bandwidth_hz, allocation.latency_s, objective)
 
     return Controller(allocate, lambda: first_queues(options), lambda queues, outcome: step(options, queues, outcome))
 

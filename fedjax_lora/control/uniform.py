@@ -4,7 +4,8 @@ import dataclasses
 from typing import Literal
 
 from fedjax_lora.control.common import CommonRatio, at_equal_split
-from fedjax_lora.core.methods import Context, Controller, Method
+from fedjax_lora.core.methods import Context, Method
+from fedjax_lora.core.network import Controller
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

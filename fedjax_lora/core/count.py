@@ -82,6 +82,7 @@ def total(counts: Iterable[Count]) -> Count:
     return found
 
 
+@jax.jit  # one equation wherever it is used: a round has forty
 def _product(x: Array, y: Array) -> Count:
     """Of two uint32, by halves."""
     mask = jnp.uint32(2**_HALF - 1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from fedjax_lora.core.methods import Site
+from fedjax_lora.core.learning import Site
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.io.files import atomic_folder
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.core.methods import Adapter, Hidden, Model, Site, Task
+from fedjax_lora.core.learning import Adapter, Hidden, Model, Site, Task
 from fedjax_lora.core.types import Adapters, Base, Batch
 from fedjax_lora.models import layers
 from fedjax_lora.models.safetensors import Weight

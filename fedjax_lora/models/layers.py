@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fedjax_lora.core.methods import Hidden, Site
+from fedjax_lora.core.learning import Hidden, Site
 from fedjax_lora.ops.primitives import attention, gelu, layer_norm, pack, project
 
 ACTIVATIONS: dict[str, Callable[[Array, str], Array]] = {

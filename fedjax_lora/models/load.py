@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from fedjax_lora.core.errors import reason_of
-from fedjax_lora.core.methods import Context, Method, Model
+from fedjax_lora.core.learning import Model
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Base
 from fedjax_lora.models import bert, safetensors, vit

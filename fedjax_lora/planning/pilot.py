@@ -12,8 +12,9 @@ from fedjax_lora.adapters.lora import max_rank, rank_mask
 from fedjax_lora.aggregation.fedit import average_head
 from fedjax_lora.aggregation.products import by_products
 from fedjax_lora.core import trees
+from fedjax_lora.core.exchange import Aggregate, Enter, Live
 from fedjax_lora.core.keys import round_keys
-from fedjax_lora.core.methods import Aggregate, Decision, Delivery, Enter, Live
+from fedjax_lora.core.network import Decision, Delivery
 from fedjax_lora.core.types import Adapters, Factors, FedState
 from fedjax_lora.data.batches import gather
 from fedjax_lora.planning import bound

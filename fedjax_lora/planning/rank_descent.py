@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from fedjax_lora.control import tsfa_online
 from fedjax_lora.control.common import Queues
 from fedjax_lora.control.tsfa_online import TsfaConfig
-from fedjax_lora.core.methods import Controller, Decision, Observation
+from fedjax_lora.core.network import Controller, Decision, Observation
 from fedjax_lora.core.numbers import Numbers, fill, split
 from fedjax_lora.planning.rank_search import NEAR, WEIGHTS, Candidate, at, at_price, forecast, latency_price, unit_of_V
 

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from fedjax_lora.control import tsfa_online
 from fedjax_lora.control.common import Queues
 from fedjax_lora.control.tsfa_online import TsfaConfig
-from fedjax_lora.core.methods import Controller, Observation, Radio
+from fedjax_lora.core.network import Controller, Observation, Radio
 from fedjax_lora.core.numbers import Numbers, fill, split
 from fedjax_lora.planning import bound
 from fedjax_lora.sim.network import Played, play

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.sharding import Mesh
 
 from fedjax_lora.adapters.lora import max_rank, rank_mask
-from fedjax_lora.core.methods import Adapter, Model, Task
+from fedjax_lora.core.learning import Adapter, Model, Task
 from fedjax_lora.core.types import Adapters, Base, ClientState, Dataset
 from fedjax_lora.data.batches import evaluation_batches, gather
 from fedjax_lora.sim.cohort import map_over_devices, padded_size

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fedjax_lora.adapters.lora import add_to_base, max_rank, rank_mask
-from fedjax_lora.core.methods import Adapter, Model, Task
+from fedjax_lora.core.learning import Adapter, Model, Task
 from fedjax_lora.core.types import Adapters, Base
 from fedjax_lora.data.batches import evaluation_batches, gather
 

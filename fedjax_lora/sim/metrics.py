@@ -8,7 +8,7 @@ from jax import Array
 
 from fedjax_lora.core import count
 from fedjax_lora.core.count import Count
-from fedjax_lora.core.methods import Aggregate
+from fedjax_lora.core.exchange import Aggregate
 from fedjax_lora.core.types import FedState, Metrics
 from fedjax_lora.sim.parts import Cohort, Local, Offers, Uplink
 

@@ -4,7 +4,9 @@ Example:
   >>> import jax
   >>> import jax.numpy as jnp
   >>> from fedjax_lora.control import FixedConfig, fixed
-  >>> from fedjax_lora.core.methods import Context, Observation, Work
+  >>> from fedjax_lora.core.learning import Work
+  >>> from fedjax_lora.core.methods import Context
+  >>> from fedjax_lora.core.network import Observation
   >>> from fedjax_lora.sim.network import delivered, draw_channel, play
   >>> from fedjax_lora.wireless.cell import WirelessConfig, make
   >>> context = Context(num_clients=8, cohort_size=4)
@@ -31,7 +33,8 @@ from jax import Array, lax
 
 from fedjax_lora.core import trees
 from fedjax_lora.core.keys import client_keys, round_keys
-from fedjax_lora.core.methods import Controller, Decision, Delivery, Observation, Outcome, Radio, Wireless, Work
+from fedjax_lora.core.learning import Work
+from fedjax_lora.core.network import Controller, Decision, Delivery, Observation, Outcome, Radio, Wireless
 from fedjax_lora.sim.cohort import choose
 
 

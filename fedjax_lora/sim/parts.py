@@ -9,27 +9,9 @@ from jax import Array
 from jax.sharding import Mesh
 
 from fedjax_lora.core.count import Count
-from fedjax_lora.core.methods import (
-    Adapter,
-    Aggregator,
-    Client,
-    Controller,
-    Correction,
-    Decision,
-    Delivery,
-    Live,
-    Model,
-    Optimizer,
-    Radio,
-    Received,
-    Sparsifier,
-    Task,
-    Trained,
-    Trainer,
-    Transform,
-    Wireless,
-    Work,
-)
+from fedjax_lora.core.exchange import Aggregator, Live, Received, Sparsifier, Transform
+from fedjax_lora.core.learning import Adapter, Client, Correction, Model, Optimizer, Task, Trained, Trainer, Work
+from fedjax_lora.core.network import Controller, Decision, Delivery, Radio, Wireless
 from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.types import Adapters, Base, Dataset, Scope
 

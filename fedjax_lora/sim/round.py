@@ -12,18 +12,10 @@ from fedjax_lora.adapters.lora import max_rank, rank_mask
 from fedjax_lora.aggregation.products import as_changes
 from fedjax_lora.core import count, trees
 from fedjax_lora.core.count import Count
+from fedjax_lora.core.exchange import Aggregate, Live
 from fedjax_lora.core.keys import RoundKeys, client_keys, round_keys
-from fedjax_lora.core.methods import (
-    Aggregate,
-    Broadcast,
-    Client,
-    Decision,
-    Delivery,
-    Live,
-    Observation,
-    Outcome,
-    Trained,
-)
+from fedjax_lora.core.learning import Broadcast, Client, Trained
+from fedjax_lora.core.network import Decision, Delivery, Observation, Outcome
 from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState, Metrics, Scope
 from fedjax_lora.sim.cohort import choose, map_over_devices, padded_size
 from fedjax_lora.sim.merged import current_base

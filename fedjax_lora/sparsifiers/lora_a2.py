@@ -12,7 +12,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.core.methods import Context, Message, Method, Offer, Received, Sparsifier
+from fedjax_lora.core.exchange import Message, Offer, Received, Sparsifier
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Factors, Scope
 from fedjax_lora.sparsifiers import ranks

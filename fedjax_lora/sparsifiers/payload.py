@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from fedjax_lora.core.count import Count, total
-from fedjax_lora.core.methods import Message, Size, Transform
+from fedjax_lora.core.exchange import Message, Size, Transform
 from fedjax_lora.core.types import Adapters, Factors, Scope
 
 FLOAT_BITS = 32

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fedjax_lora.core.count import Count
-from fedjax_lora.core.methods import Context, Message, Offer, Received, Size
+from fedjax_lora.core.exchange import Message, Offer, Received, Size
+from fedjax_lora.core.methods import Context
 from fedjax_lora.core.types import Adapters, Factors, Scope
 from fedjax_lora.sparsifiers import diagnostics, payload
 

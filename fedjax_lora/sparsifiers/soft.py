@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.core.methods import Context, Message, Method, Offer, Received, Sparsifier
+from fedjax_lora.core.exchange import Message, Offer, Received, Sparsifier
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.ops.products import gram, safe_sqrt

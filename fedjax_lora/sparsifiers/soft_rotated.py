@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from fedjax_lora.core.count import Count
-from fedjax_lora.core.methods import Context, Message, Method, Offer, Received, Sparsifier
+from fedjax_lora.core.exchange import Message, Offer, Received, Sparsifier
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Factors, Scope
 from fedjax_lora.ops import factorise

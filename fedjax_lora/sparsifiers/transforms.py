@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.core.methods import Message, Transform
+from fedjax_lora.core.exchange import Message, Transform
 
 SCALE_BITS = 32
 """Bits of the scale of each tensor, a float32."""

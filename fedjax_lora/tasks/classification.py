@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fedjax_lora.core.methods import Context, Method, Task
+from fedjax_lora.core.learning import Task
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Batch
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lora.aggregation.products import as_changes
-from fedjax_lora.core.methods import Aggregator, Context
+from fedjax_lora.core.exchange import Aggregator
+from fedjax_lora.core.methods import Context
 from fedjax_lora.core.types import Adapters
 from fedjax_lora.testing import examples
 from fedjax_lora.testing.laws import Subject, close, named, rows

@@ -13,7 +13,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from fedjax_lora.config import catalogue
-from fedjax_lora.core.methods import Context, Observation, Radio, Received, Site, Work
+from fedjax_lora.core.exchange import Received
+from fedjax_lora.core.learning import Site, Work
+from fedjax_lora.core.methods import Context
+from fedjax_lora.core.network import Observation, Radio
 from fedjax_lora.core.types import Adapters, Factors, Scope
 
 NUM_CLIENTS, COHORT_SIZE, NUM_LAYERS, MAX_RANK = 6, 4, 2, 4

@@ -10,7 +10,8 @@ import numpy as np
 from jax import Array
 
 from fedjax_lora.adapters.lora import add_to_base
-from fedjax_lora.core.methods import Adapter, Context, Model, Task
+from fedjax_lora.core.learning import Adapter, Model, Task
+from fedjax_lora.core.methods import Context
 from fedjax_lora.core.types import Adapters, Base
 from fedjax_lora.testing import examples
 from fedjax_lora.testing.laws import Subject, close, named

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lora.core.methods import Context, Controller, Outcome, Wireless
+from fedjax_lora.core.methods import Context
+from fedjax_lora.core.network import Controller, Outcome, Wireless
 from fedjax_lora.testing import examples
 from fedjax_lora.testing.laws import Subject, close, named, rows, same_form
 

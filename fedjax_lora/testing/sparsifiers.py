@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lora.core.methods import Context, Message, Received, Sparsifier
+from fedjax_lora.core.exchange import Message, Received, Sparsifier
+from fedjax_lora.core.methods import Context
 from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.sparsifiers import payload
 from fedjax_lora.testing import examples

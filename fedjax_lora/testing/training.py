@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lora.core.methods import Broadcast, Client, Context, Correction, Live, Optimizer, Trained, Trainer
+from fedjax_lora.core.exchange import Live
+from fedjax_lora.core.learning import Broadcast, Client, Correction, Optimizer, Trained, Trainer
+from fedjax_lora.core.methods import Context
 from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.models import vit
 from fedjax_lora.testing import examples

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.core.methods import Context, Correction, Method
+from fedjax_lora.core.learning import Correction
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Scope
 

@@ -9,21 +9,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fedjax_lora.adapters.lora import max_rank, rank_mask
-from fedjax_lora.core.methods import (
-    Adapter,
-    Aggregator,
-    Broadcast,
-    Client,
-    Context,
-    Correction,
-    Method,
-    Model,
-    Sparsifier,
-    Task,
-    Trained,
-    Trainer,
-    Work,
-)
+from fedjax_lora.core.exchange import Aggregator, Sparsifier
+from fedjax_lora.core.learning import Adapter, Broadcast, Client, Correction, Model, Task, Trained, Trainer, Work
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Base, Batch, Scope
 from fedjax_lora.data.batches import gather, local_batches

@@ -12,7 +12,8 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from fedjax_lora.core.methods import Context, Method, Optimizer
+from fedjax_lora.core.learning import Optimizer
+from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options, traced
 
 

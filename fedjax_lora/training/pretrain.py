@@ -13,7 +13,7 @@ import optax
 from jax import Array, lax
 
 from fedjax_lora.core import memory, trees
-from fedjax_lora.core.methods import Model, Task
+from fedjax_lora.core.learning import Model, Task
 from fedjax_lora.core.types import Adapters, Base
 from fedjax_lora.data import tokens
 from fedjax_lora.data.batches import gather

@@ -3,7 +3,8 @@
 Example: four clients share the band alike, send a megabit each, and wait for the last of them.
   >>> import jax
   >>> import jax.numpy as jnp
-  >>> from fedjax_lora.core.methods import Context, Work
+  >>> from fedjax_lora.core.learning import Work
+  >>> from fedjax_lora.core.methods import Context
   >>> from fedjax_lora.wireless import cell
   >>> network = cell.make(cell.WirelessConfig(), Context(num_clients=4, cohort_size=4))
   >>> ids, present, work = jnp.arange(4), jnp.ones(4), Work(samples=jnp.full(4, 80.0))
@@ -26,7 +27,9 @@ from flax import struct
 from jax import Array
 
 from fedjax_lora.core import keys as prng
-from fedjax_lora.core.methods import Context, Delivery, Method, Radio, Wireless, Work
+from fedjax_lora.core.learning import Work
+from fedjax_lora.core.methods import Context, Method
+from fedjax_lora.core.network import Delivery, Radio, Wireless
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.units import THERMAL_NOISE_W_PER_HZ, db_to_linear, dbm_to_watt
 from fedjax_lora.wireless import channel, energy, geometry, latency

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from fedjax_lora.adapters import lora
-from fedjax_lora.core.methods import Context, Site
+from fedjax_lora.core.learning import Site
+from fedjax_lora.core.methods import Context
 from fedjax_lora.core.numbers import fill, split
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.ops import primitives

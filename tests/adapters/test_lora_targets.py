@@ -3,7 +3,7 @@
 import pytest
 
 from fedjax_lora.adapters import targets
-from fedjax_lora.core.methods import Site
+from fedjax_lora.core.learning import Site
 
 AVAILABLE = {"query": Site("qv", 0, 12, 12), "value": Site("qv", 12, 12, 12), "up": Site("up", 0, 12, 20)}
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from fedjax_lora.aggregation.fedit import FedItConfig, make
-from fedjax_lora.core.methods import Context, Received
+from fedjax_lora.core.exchange import Received
+from fedjax_lora.core.methods import Context
 from oracles.sparsifier_oracle import LAYERS, MAX_RANK, WIDTHS, fedit, product, random_adapters
 
 AGGREGATE = jax.jit(make(FedItConfig(), Context(num_clients=4, cohort_size=4)).aggregate)

@@ -7,7 +7,8 @@ import pytest
 
 from fedjax_lora.aggregation import fedit, fedsa, ffa, hetlora, rolora
 from fedjax_lora.core import trees
-from fedjax_lora.core.methods import Context, Received
+from fedjax_lora.core.exchange import Received
+from fedjax_lora.core.methods import Context
 from fedjax_lora.core.types import Scope
 from oracles.sparsifier_oracle import random_adapters, rank_mask, stack, trained_from
 from oracles.uploads import uploads

@@ -7,7 +7,8 @@ import pytest
 
 from fedjax_lora.aggregation import errors, fedex, fedit, flexlora, flora, lora_fair
 from fedjax_lora.aggregation.products import product_bits
-from fedjax_lora.core.methods import Context, Received
+from fedjax_lora.core.exchange import Received
+from fedjax_lora.core.methods import Context
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.ops.factorise import orthonormal
 from fedjax_lora.ops.products import differences

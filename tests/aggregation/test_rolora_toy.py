@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from fedjax_lora.aggregation import ffa, rolora
-from fedjax_lora.core.methods import Context, Received
+from fedjax_lora.core.exchange import Received
+from fedjax_lora.core.methods import Context
 from fedjax_lora.core.types import Adapters, Factors
 
 CLIENTS, EXAMPLES, WIDTH, OUT = 5, 200, 10, 4

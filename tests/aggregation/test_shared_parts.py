@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from fedjax_lora.aggregation import fedit, fedsa, ffa, hetlora, rolora
-from fedjax_lora.core.methods import Context, Live
+from fedjax_lora.core.exchange import Live
+from fedjax_lora.core.methods import Context
 from fedjax_lora.core.types import Scope
 from oracles.sparsifier_oracle import LAYERS, WIDTHS, product, random_adapters, rank_mask, stack, trained_from
 from oracles.uploads import uploads

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fedjax_lora import build, load_config
-from fedjax_lora.core.methods import Radio
+from fedjax_lora.core.network import Radio
 from fedjax_lora.planning.bound import Measured
 from fedjax_lora.planning.rank_search import Candidate
 from oracles import wireless_oracle

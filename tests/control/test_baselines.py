@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fedjax_lora.control import FixedConfig, IdealConfig, UniformConfig, common, fixed, ideal, uniform
-from fedjax_lora.core.methods import Context, Observation, Outcome, Radio
+from fedjax_lora.core.methods import Context
+from fedjax_lora.core.network import Observation, Outcome, Radio
 from fedjax_lora.core.numbers import fill, split
 from fedjax_lora.wireless import min_max_latency
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from fedjax_lora.control import GreedyConfig, ProportionalConfig, greedy, proportional
-from fedjax_lora.core.methods import Context, Observation, Outcome, Radio
+from fedjax_lora.core.methods import Context
+from fedjax_lora.core.network import Observation, Outcome, Radio
 from fedjax_lora.core.numbers import fill, split
 from oracles import wireless_oracle
 

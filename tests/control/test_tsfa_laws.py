@@ -20,7 +20,8 @@ from fedjax_lora.control import (
     uniform,
 )
 from fedjax_lora.control.tsfa_online import solve
-from fedjax_lora.core.methods import Context, Observation, Outcome, Radio
+from fedjax_lora.core.methods import Context
+from fedjax_lora.core.network import Observation, Outcome, Radio
 from fedjax_lora.planning import rank_search
 from fedjax_lora.wireless import min_max_latency, uplink_rate
 from oracles import tsfa_oracle

@@ -13,7 +13,7 @@ from scipy import optimize
 
 from fedjax_lora.control import TsfaConfig, tsfa_online
 from fedjax_lora.control.tsfa_online import solve
-from fedjax_lora.core.methods import Observation, Outcome, Radio
+from fedjax_lora.core.network import Observation, Outcome, Radio
 from fedjax_lora.core.numbers import fill, split
 from fedjax_lora.wireless import min_max_latency, uplink_rate
 from oracles import tsfa_oracle, wireless_oracle

@@ -7,7 +7,7 @@ import transformers
 from safetensors.numpy import load_file
 
 from fedjax_lora.adapters import lora
-from fedjax_lora.core.methods import Site
+from fedjax_lora.core.learning import Site
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.io.peft import Card, export
 from fedjax_lora.models import load

@@ -13,7 +13,8 @@ from fedjax_lora import aggregation
 from fedjax_lora.aggregation import fedex, fedit, fedsa, ffa, flexlora, flora, hetlora, lora_fair, rolora
 from fedjax_lora.aggregation.products import as_changes
 from fedjax_lora.core import trees
-from fedjax_lora.core.methods import Context, Received
+from fedjax_lora.core.exchange import Received
+from fedjax_lora.core.methods import Context
 from fedjax_lora.core.numbers import fill, split
 from fedjax_lora.core.types import Adapters, Scope
 from oracles.sparsifier_oracle import LAYERS, WIDTHS, random_adapters, rank_mask, stack, trained_from

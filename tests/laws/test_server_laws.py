@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.core.methods import Live
+from fedjax_lora.core.exchange import Live
 from fedjax_lora.sim.parts import scope_of
 from fedjax_lora.sim.round import step_server
 from fedjax_lora.training.optimizers import METHODS

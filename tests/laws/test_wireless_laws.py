@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from fedjax_lora.core import trees
-from fedjax_lora.core.methods import Context, Wireless, Work
+from fedjax_lora.core.learning import Work
+from fedjax_lora.core.methods import Context
+from fedjax_lora.core.network import Wireless
 from fedjax_lora.core.numbers import fill, split, traced_keys
 from fedjax_lora.wireless import cell
 

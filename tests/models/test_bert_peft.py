@@ -8,7 +8,8 @@ import transformers
 
 from fedjax_lora.adapters import lora
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.core.methods import Broadcast, Client, Live
+from fedjax_lora.core.exchange import Live
+from fedjax_lora.core.learning import Broadcast, Client
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.models import bert, load
 from fedjax_lora.sparsifiers import dense, soft

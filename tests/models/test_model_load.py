@@ -12,7 +12,8 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from fedjax_lora.adapters import lora
-from fedjax_lora.core.methods import Hidden, Method, Model, Site
+from fedjax_lora.core.learning import Hidden, Model, Site
+from fedjax_lora.core.methods import Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.models import bert, load, safetensors

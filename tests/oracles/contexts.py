@@ -10,7 +10,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from fedjax_lora.core.count import Count
-from fedjax_lora.core.methods import Context, Sparsifier
+from fedjax_lora.core.exchange import Sparsifier
+from fedjax_lora.core.methods import Context
 from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.sparsifiers import payload
 from fedjax_lora.sparsifiers.transforms import WireConfig, apply, chain

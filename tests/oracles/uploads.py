@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lora.core.methods import Live, Received
+from fedjax_lora.core.exchange import Live, Received
 from fedjax_lora.core.types import Adapters, Factors
 
 WHOLE = Live()

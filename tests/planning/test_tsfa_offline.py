@@ -9,7 +9,7 @@ import pytest
 
 from fedjax_lora.control import tsfa_online
 from fedjax_lora.control.tsfa_online import TsfaConfig
-from fedjax_lora.core.methods import Observation, Radio
+from fedjax_lora.core.network import Observation, Radio
 from fedjax_lora.core.numbers import fill
 from fedjax_lora.planning import bound, rank_descent, rank_search
 from fedjax_lora.planning.rank_search import Candidate, PlanConfig

@@ -8,7 +8,7 @@ import pytest
 
 from fedjax_lora.adapters import lora
 from fedjax_lora.aggregation import fedit
-from fedjax_lora.core.methods import Hidden, Model, Site
+from fedjax_lora.core.learning import Hidden, Model, Site
 from fedjax_lora.core.types import Adapters, Dataset, Factors
 from fedjax_lora.sim import chunk
 from fedjax_lora.sim.parts import World

@@ -9,7 +9,7 @@ import toy
 from fedjax_lora.adapters.lora import effective, rank_mask
 from fedjax_lora.core import trees
 from fedjax_lora.core.keys import round_keys
-from fedjax_lora.core.methods import Decision
+from fedjax_lora.core.network import Decision
 from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.data.batches import gather, local_batches
 from fedjax_lora.sim.round import choose_cohort, control, importance, sparsify, train_locally

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.core.methods import Hidden, Model
+from fedjax_lora.core.learning import Hidden, Model
 from fedjax_lora.core.types import Adapters, ClientState, Dataset, Factors
 from fedjax_lora.sim.cohort import client_mesh
 from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal

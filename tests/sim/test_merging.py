@@ -11,8 +11,9 @@ from fedjax_lora.adapters.lora import add_to_base, effective, merge, rank_mask
 from fedjax_lora.app import runner
 from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import ConfigError, load_config
+from fedjax_lora.core.exchange import Live
 from fedjax_lora.core.keys import round_keys
-from fedjax_lora.core.methods import Broadcast, Client, Live
+from fedjax_lora.core.learning import Broadcast, Client
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.io import checkpoint
 from fedjax_lora.sim.cohort import choose

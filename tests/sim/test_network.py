@@ -9,7 +9,9 @@ import pytest
 
 from fedjax_lora.control import FixedConfig, TsfaConfig, fixed, tsfa_online
 from fedjax_lora.core.keys import client_keys, round_keys
-from fedjax_lora.core.methods import Context, Observation, Outcome, Work
+from fedjax_lora.core.learning import Work
+from fedjax_lora.core.methods import Context
+from fedjax_lora.core.network import Observation, Outcome
 from fedjax_lora.sim import network
 from fedjax_lora.wireless.cell import WirelessConfig, make
 

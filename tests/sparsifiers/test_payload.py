@@ -9,7 +9,7 @@ import pytest
 
 from fedjax_lora.adapters import lora
 from fedjax_lora.core.count import Count
-from fedjax_lora.core.methods import Message, Size, Transform
+from fedjax_lora.core.exchange import Message, Size, Transform
 from fedjax_lora.core.types import Adapters, Factors, Scope
 from fedjax_lora.models import bert
 from fedjax_lora.sparsifiers import dense, payload, ranks, soft, soft_rotated, top_k

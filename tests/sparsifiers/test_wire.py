@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedjax_lora.core.count import Count
-from fedjax_lora.core.methods import Message, Transform
+from fedjax_lora.core.exchange import Message, Transform
 from fedjax_lora.sparsifiers import dense, soft, top_k
 from fedjax_lora.sparsifiers.transforms import WireConfig, apply, chain, quantise
 from oracles.contexts import context, offered_bits

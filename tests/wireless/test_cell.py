@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from fedjax_lora.core.methods import Context, Work
+from fedjax_lora.core.learning import Work
+from fedjax_lora.core.methods import Context
 from fedjax_lora.wireless import WirelessConfig, rayleigh_outage
 from fedjax_lora.wireless.cell import CellState, make
 from oracles import wireless_oracle

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from fedjax_lora.core.keys import client_keys
-from fedjax_lora.core.methods import Context, Work
+from fedjax_lora.core.learning import Work
+from fedjax_lora.core.methods import Context
 from fedjax_lora.core.numbers import fill, split
 from fedjax_lora.wireless import WirelessConfig, channel
 from fedjax_lora.wireless.cell import CellState, make

@@ -1,0 +1,199 @@
+"""Records of what is trained: models and their adapters, tasks, optimizers, and a client's part of a round."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jax import Array
+from jax.typing import ArrayLike
+
+from fedjax_lora.core.exchange import Live
+from fedjax_lora.core.types import Adapters, Base, Batch, Scope
+
+
+class Hidden(NamedTuple):
+    """What passes between a model's parts.
+
+    values: `[B, S, d]`.
+    mask: `[B, S]` 1 for a real position and 0 for padding, float32.
+    """
+
+    values: Array
+    mask: Array
+
+
+class Site(NamedTuple):
+    """Where an adapter may sit: a frozen matrix of every layer, or columns of one.
+
+    group: `base["layers"][group]["w"]`, `[L, n_in, columns]`, is the matrix.
+    first: its first column there.
+    n_in, n_out: widths.
+    source: name of the module in a Hugging Face checkpoint, with `{layer}`; "" where there is none.
+    """
+
+    group: str
+    first: int
+    n_in: int
+    n_out: int
+    source: str = ""
+
+
+class Adapter(NamedTuple):
+    """What is trained beside a frozen matrix `w: [n_in, n_out]`.
+
+    init: `(key, sites, num_layers, max_rank, init_scale) -> {name: leaves [L, ...]}` at the start, where it adds
+      nothing.
+    effective: `(leaves by name, rank_mask [R], scale) -> leaves by name` as a model takes them, with mask and scale
+      folded in.
+    project: `(x [..., n_in], w, {name: (first column, leaves of one layer)}) -> [..., columns]`: `x @ w` with what the
+      adapters of its sites add.
+    merge: `leaves by name, effective -> {name: [L, n_in, n_out]}`: what they add to the weights.
+    """
+
+    init: Callable[[Array, Mapping[str, Site], int, int, ArrayLike], dict[str, Any]]
+    effective: Callable[[Mapping[str, Any], Array, ArrayLike], dict[str, Any]]
+    project: Callable[[Array, Array, Mapping[str, tuple[int, Any]]], Array]
+    merge: Callable[[Mapping[str, Any]], dict[str, Array]]
+
+
+class Task(NamedTuple):
+    """What the model is trained for.
+
+    head: `(key, d) -> leaves` of a fresh head on features of width d.
+    read: `(head, features [B, d]) -> outputs [B, ...]`.
+    loss: `(outputs, batch, weight [B]) -> scalar`: mean loss over the examples of weight 1, nats.
+    score: `(outputs, batch) -> {name: [B]}`: what is summed over a pool; NaN makes the sum "not measured".
+    finish: `({name: mean over the pool}) -> {"eval_loss": ..., "eval_accuracy": ...}`.
+    weigh: `(own [n_max, ...], count, pool [N, ...]) -> [N]`: how much an example of the pool counts for a client whose
+      own examples are the first `count`; None where all count alike.
+    """
+
+    head: Callable[[Array, int], dict[str, Array]]
+    read: Callable[[Mapping[str, Array], Array], Array]
+    loss: Callable[[Array, Batch, Array], Array]
+    score: Callable[[Array, Batch], dict[str, Array]]
+    finish: Callable[[Mapping[str, Array]], dict[str, Array]]
+    weigh: Callable[[Batch, Array, Batch], Array] | None = None
+
+
+class Model(NamedTuple):
+    """A model as pure functions of its frozen weights; `apply` composes three parts that can be cut apart.
+
+    The adapters that these functions receive are effective ones: rank mask and scale are already folded in, see
+    `Adapter.effective`. `key` drives dropout; None turns it off.
+
+    init: `key -> base`: random frozen weights.
+    init_head: `key -> head`: a fresh task head.
+    embed: `(base, batch, key) -> Hidden`.
+    layers: `(base, adapters, hidden, key) -> Hidden`.
+    task: `(base, adapters, hidden, key) -> [B, ...]` outputs, such as logits.
+    sites: name -> where an adapter may sit.
+    num_layers: L.
+    weights: `() -> base`: pretrained weights, read on the host; None where there are none.
+    """
+
+    init: Callable[[Array], Base]
+    init_head: Callable[[Array], dict[str, Array]]
+    embed: Callable[[Base, Batch, Array | None], Hidden]
+    layers: Callable[[Base, Adapters, Hidden, Array | None], Hidden]
+    task: Callable[[Base, Adapters, Hidden, Array | None], Array]
+    sites: Mapping[str, Site]
+    num_layers: int
+    weights: Callable[[], Base] | None = None
+
+    def apply(self, base: Base, adapters: Adapters, batch: Batch, key: Array | None = None) -> Array:
+        """`[B, ...]` outputs of the task."""
+        hidden = self.embed(base, batch, key)
+        hidden = self.layers(base, adapters, hidden, key)
+        return self.task(base, adapters, hidden, key)
+
+
+class Optimizer(NamedTuple):
+    """An optax transformation, over trees of any kind: optax's own types name arrays alone.
+
+    init: `params -> state`. update: `(gradient, state, params) -> (update, state)`.
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+class Correction(NamedTuple):
+    """A correction of the clients' gradients against their drift apart.
+
+    init_client, init_server: `adapters -> state`, one client's and the server's; `()` for none. A client that has one
+      sends the change of it beside its update, and is sent the server's.
+    gradient: `(gradient, adapters, start, server, client) -> gradient` at each local step.
+    next_client: `(start, trained, path, scope, server, client) -> client` after local training of what is in scope,
+      where `path` is the sum of the learning rates of its steps.
+    next_server: `(server, mean over the K clients of the change of their state) -> server`.
+    """
+
+    init_client: Callable[[Adapters], Any]
+    init_server: Callable[[Adapters], Any]
+    gradient: Callable[[Adapters, Adapters, Adapters, Any, Any], Adapters]
+    next_client: Callable[[Adapters, Adapters, Array, Scope, Any, Any], Any]
+    next_server: Callable[[Any, Any], Any]
+
+
+class Broadcast(NamedTuple):
+    """What every client of a round is given.
+
+    base: the frozen weights. pool: the examples. adapters: where all start. live: what they train.
+    correction: the server's state of it. scale: s = alpha / r. round: its number.
+    """
+
+    base: Base
+    pool: Mapping[str, Array]
+    adapters: Adapters
+    live: Live
+    correction: Any
+    scale: Array
+    round: Array
+
+
+class Client(NamedTuple):
+    """What one client trains on; the round maps over a leading cohort axis.
+
+    rows: `[n_max]` rows of the pool. examples: how many of them are valid. key: the client's own.
+    rank: its structural rank. personal, methods: what it carries from its earlier rounds, see `ClientState`.
+    """
+
+    rows: Array
+    examples: Array
+    key: Array
+    rank: Array
+    personal: dict[str, Any]
+    methods: dict[str, Any]
+
+
+class Trained(NamedTuple):
+    """What local training leaves.
+
+    loss: mean over the steps. correction: the client's state of it.
+    orthogonality: see `sparsifiers.diagnostics`; measured here, where few clients' adapters are held at a time.
+    """
+
+    adapters: Adapters
+    loss: Array
+    correction: Any
+    orthogonality: Array
+
+
+class Work(NamedTuple):
+    """What a round asks of a client beside its update. `[...]`.
+
+    samples: examples that it computes.
+    """
+
+    samples: Array
+
+
+class Trainer(NamedTuple):
+    """What a client does in a round.
+
+    train: `(Broadcast, Client) -> Trained`.
+    work: `examples that it holds [...] -> Work [...]`.
+    """
+
+    train: Callable[[Broadcast, Client], Trained]
+    work: Callable[[Array], Work]
