@@ -21,7 +21,7 @@ from fedjax_lora.data.partition import ClientsConfig, PartitionConfig
 from fedjax_lora.data.sources import DataConfig
 from fedjax_lora.models.load import ModelConfig
 from fedjax_lora.sim.cohort import use_cpu_cores
-from fedjax_lora.sim.engine import EngineConfig
+from fedjax_lora.sim.options import EngineConfig
 from fedjax_lora.sparsifiers.dense import DenseConfig
 from fedjax_lora.sparsifiers.soft import SoftConfig
 from fedjax_lora.training.local import LocalConfig

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedjax_lora import aggregation, control, methods, models, sparsifiers, wireless
     from fedjax_lora.app.load_run import load_run
+    from fedjax_lora.app.sweep import Trials, sweep
     from fedjax_lora.config.assemble import build
     from fedjax_lora.config.experiment import ExperimentConfig, load_config
     from fedjax_lora.core.errors import ConfigError
@@ -23,6 +24,7 @@ __all__ = [
     "ConfigError",
     "ExperimentConfig",
     "Simulation",
+    "Trials",
     "aggregation",
     "build",
     "control",
@@ -31,6 +33,7 @@ __all__ = [
     "methods",
     "models",
     "sparsifiers",
+    "sweep",
     "use_cpu_cores",
     "wireless",
 ]
@@ -39,9 +42,11 @@ _MODULE_OF = {
     "ConfigError": "core.errors",
     "ExperimentConfig": "config.experiment",
     "Simulation": "sim.engine",
+    "Trials": "app.sweep",
     "build": "config.assemble",
     "load_config": "config.experiment",
     "load_run": "app.load_run",
+    "sweep": "app.sweep",
     "use_cpu_cores": "sim.cohort",
 }
 

@@ -45,8 +45,9 @@ def _plan(commands: Any) -> None:
 def _sweep(commands: Any) -> None:
     sweep = commands.add_parser(
         "sweep",
-        help="run every combination of values",
-        description="Run every combination of the values of some keys; runs that have ended are not run again.",
+        help="run many settings side by side",
+        description="Run every combination of the values of some keys, those of one structure in one program; what has "
+        "ended is not run again.",
     )
     _experiment_arguments(sweep)
     sweep.add_argument("--out", metavar="DIR", help="folder of the runs; runs/<preset or file name>-sweep by default")
@@ -54,9 +55,18 @@ def _sweep(commands: Any) -> None:
         "--over",
         nargs="+",
         action="extend",
-        required=True,
+        default=[],
         metavar="a.b=[v1,v2]",
         help="a key and its values; may be repeated",
+    )
+    sweep.add_argument(
+        "--sweep", metavar="SWEEP.yaml", help="settings as a grid, random draws or a list; beside --over"
+    )
+    sweep.add_argument(
+        "--halving",
+        metavar="METRIC[:COST]",
+        help="stop the worse half after 1, 2, 4, ... evaluations: by eval_accuracy, eval_loss or personal_accuracy, at "
+        "equal rounds, bits or seconds",
     )
     _output_arguments(sweep, has_json=False)
 

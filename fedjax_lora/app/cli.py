@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import functools
 import json
 import os
 import shlex
@@ -152,14 +151,25 @@ def _named(options: argparse.Namespace) -> list[str]:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from fedjax_lora.app.sweep import sweep
+    from fedjax_lora.app.halving import Halving
+    from fedjax_lora.app.sweep_folder import sweep_into
+    from fedjax_lora.config.sweeps import grid, overrides, parse_over, product, read_sweep
+    from fedjax_lora.report.sweep import sweep_table, write_sweep_report
 
     _start()
     console = _console(options)
     options.preset = _preset(options, "digits", console)
     methods, path = _methods(options), _folder(options, "runs/{}-sweep")
-    console.print(sweep(options.over, functools.partial(_load, options, methods), path, console, methods))
-    console.print(f"report: {path / 'report.html'}")
+    halving = Halving.parse(options.halving) if options.halving else None
+    settings = product(read_sweep(options.sweep) if options.sweep else [{}], grid(parse_over(options.over)))
+
+    def load(setting: dict[str, Any]) -> "ExperimentConfig":
+        return _load(options, methods, overrides(setting))
+
+    found = sweep_into(path, settings, load, console, methods, halving)
+    console.print(sweep_table(found))
+    write_sweep_report(found, path / "report.html")
+    console.print(f"results: {path / 'results.csv'}\nreport: {path / 'report.html'}")
     return 0
 
 

@@ -50,7 +50,7 @@ def load_run(folder: str | Path, methods: Sequence[Method] = ()) -> Run:
         raise ValueError(f"methods must be those of {', '.join(files)}, with which {folder} was started, got none")
     config = load_config(Path(folder) / CONFIG, methods=methods)
     simulation, on_disk = build(config, methods), RunFolder(folder)
-    on_disk.check_data(started_with(simulation))
+    on_disk.check_data(started_with(simulation.facts))
     found = on_disk.last_checkpoint()
     if found is None:
         raise ValueError(f"{folder} must hold a checkpoint to load, got none that is whole")

@@ -187,7 +187,7 @@ def with_channel(
     On one device: control looks at all clients at once.
     """
     layout, keys = simulation.layout, jax.random.split(key, config.plan.paths)
-    size = padded_size(layout.cohort_size, layout.chunk, layout.mesh.size)
+    size = padded_size(layout.cohort_size, layout.chunk, layout.num_devices)
 
     @jax.jit
     def every(world: World, state: FedState, keys: Array, downlink_bits: Array) -> Radio:

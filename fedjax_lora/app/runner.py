@@ -30,7 +30,7 @@ from fedjax_lora.io.plan import Plan, effects_of_run
 from fedjax_lora.io.run_files import read_metrics
 from fedjax_lora.io.summary import nothing_learned
 from fedjax_lora.report.html import write_report
-from fedjax_lora.sim.engine import Simulation
+from fedjax_lora.sim.engine import Facts, Simulation
 
 
 def run(
@@ -82,7 +82,7 @@ def _run(
         folder.check_free()
     progress.stage("reading the model and the data")
     simulation = build(config, methods)
-    data = started_with(simulation) | {"methods": dict(files)}
+    data = started_with(simulation.facts) | {"methods": dict(files)}
     if resume:
         folder.check_data(data)
     if ended and ended["rounds"] == config.rounds:
@@ -97,25 +97,30 @@ def _run(
         state = checkpoint.restore(begin, state) if begin else state
         folder.reopen(int(state.round), text)
     else:
-        RunFolder.create(path, text, data | {"started": _now(), "commit": _commit()})
+        RunFolder.create(path, text, data | stamp())
     progress.print(_setting(config, simulation, initial_accuracy))
     rounds = config.rounds - int(state.round)
     training_s = _train(config, simulation, state, folder, progress)
     progress.stage("writing the report")
     told: dict[str, Any] = {"initial_accuracy": initial_accuracy, "wall_s": time.perf_counter() - started}
+    told["compile_s"] = simulation.compile_s
     told["samples_per_s"] = _samples(simulation, rounds) / training_s if rounds else None
-    summary = folder.write_summary(told | _circumstances(config, simulation) | _planned(plan, folder))
+    summary = folder.write_summary(told | circumstances(config, simulation.facts) | _planned(plan, folder))
     for trouble in summary["warnings"]:
         warnings.warn(trouble, RunWarning, stacklevel=3)
     write_report([path], folder.report)
     return summary
 
 
-def started_with(simulation: Simulation) -> dict[str, Any]:
+def started_with(facts: Facts) -> dict[str, Any]:
     """What tells a run's data and model from any other: of `data.json`, what stays when a run is continued."""
     hashes = ("examples_hash", "partition_hash", "base_hash", "model_config_hash", "tokenizer_hash")
-    facts = simulation.facts
     return {name: getattr(facts, name) for name in hashes} | {"class_names": list(facts.class_names)}
+
+
+def stamp() -> dict[str, Any]:
+    """When a run was started, and from which commit: of `data.json`."""
+    return {"started": _now(), "commit": _commit()}
 
 
 def _setting(config: ExperimentConfig, simulation: Simulation, initial_accuracy: float) -> str:
@@ -144,15 +149,14 @@ def _train(
     return time.perf_counter() - started
 
 
-def _circumstances(config: ExperimentConfig, simulation: Simulation) -> dict[str, Any]:
+def circumstances(config: ExperimentConfig, facts: Facts) -> dict[str, Any]:
     """What the summary says of the run's setting and of the machine."""
     return {
-        "compile_s": simulation.compile_s,
         "peak_memory_bytes": peak_memory_bytes(),
         "device": device_name(),
         "versions": versions(),
         "seed": config.seed,
-        "partition_hash": simulation.facts.partition_hash,
+        "partition_hash": facts.partition_hash,
         "latency_budget_s": getattr(config.control, "latency_budget_s", None),
     }
 

@@ -1,161 +1,161 @@
-"""Many runs, one for each combination of values: each in a folder of its own, and one report over all."""
+"""Sweeps from Python: many settings of one configuration, in as few programs as there are structures."""
 
-import hashlib
-import itertools
-import json
-import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import jax
+import numpy as np
 from rich.console import Console
 
-from fedjax_lora.app.runner import run, started_with
-from fedjax_lora.config.assemble import build
-from fedjax_lora.config.experiment import ConfigError, ExperimentConfig, dump
-from fedjax_lora.config.user_methods import NO_METHODS, UserMethods
-from fedjax_lora.config.yaml import parse_value
-from fedjax_lora.core.errors import RunWarning
-from fedjax_lora.data.cache import keep_programs
-from fedjax_lora.io.files import check_can_hold_files
-from fedjax_lora.io.log import RunFolder
-from fedjax_lora.io.run_files import is_run
-from fedjax_lora.report.html import check_replaceable, write_report
-from fedjax_lora.report.tables import comparison
+from fedjax_lora.app.halving import Halving, Point
+from fedjax_lora.app.trials import Begun, play
+from fedjax_lora.config.experiment import ExperimentConfig, load_config
+from fedjax_lora.config.groups import grouped
+from fedjax_lora.config.sweeps import Setting, grid, overrides
+from fedjax_lora.core.methods import Method
+from fedjax_lora.core.progress import Progress
+from fedjax_lora.core.types import FedState, Metrics
+from fedjax_lora.io.log import metrics_lines
 
-_LONGEST_NAME = 100
-_PLAIN = re.compile(r'[A-Za-z][\w.]*=[a-z0-9_.,:+"\[\]{} -]*', re.ASCII)  # values without capitals: cases may be one
+if TYPE_CHECKING:
+    import pandas as pd  # pyright: ignore[reportMissingImports]  # of the user's own
 
 
-def combinations(over: Sequence[str]) -> dict[str, list[str]]:
-    """Folder name -> overrides `a.b=value`, for every combination of `a.b=[v1, v2, ...]`; the last varies fastest.
+@dataclasses.dataclass(frozen=True)
+class Trials:
+    """What the trials of a sweep came to.
 
-    Raises:
-      ConfigError: one of `over` is of another form, or names a key or a value twice.
+    settings: of each, dotted key -> value, of the keys that were swept.
+    metrics: with leaves `[trials, rounds, ...]`. Beyond the last round of a trial, and where only others have a value
+      (a larger cohort, a metric of another method), numbers are NaN and counts 0.
+    rounds: `[trials]` that each has had.
+
+    Example:
+      >>> trials = fl.sweep(config, over={"seed": [0, 1], "control.keep_ratio": [0.25, 0.5]})  # doctest: +SKIP
+      >>> trials.metrics.eval_accuracy[:, -1].shape  # doctest: +SKIP
+      (4,)
+      >>> trials.mean("eval_accuracy")  # over the seeds, one row for each keep ratio  # doctest: +SKIP
     """
-    axes: dict[str, list[str]] = {}
-    for text in over:
-        key, equals, listed = text.partition("=")
-        values = parse_value(listed, f"sweep {text!r}") if equals else None
-        if not isinstance(values, list) or not values or not key.strip():
-            raise ConfigError(f"sweep must be over key=[value, value, ...], got {text!r}")
-        if key.strip() in axes:
-            raise ConfigError(f"sweep must be over each key once, got {key.strip()!r} twice")
-        axes[key.strip()] = _overrides(key.strip(), values)
-    return {folder_name(chosen): list(chosen) for chosen in itertools.product(*axes.values())}
 
+    settings: list[Setting]
+    metrics: Metrics
+    rounds: np.ndarray
 
-def _overrides(key: str, values: list[Any]) -> list[str]:
-    """`key=value` for each value."""
-    overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for value in values]
-    if twice := next((text for text in overrides if overrides.count(text) > 1), None):
-        raise ConfigError(f"sweep must be over each value once, got {twice} twice")
-    return overrides
+    def __len__(self) -> int:
+        return len(self.settings)
 
+    def last(self, name: str) -> np.ndarray:
+        """`[trials]` values of a metric in the last round of each trial."""
+        values = np.asarray(getattr(self.metrics, name))
+        return values[np.arange(len(self)), self.rounds - 1]
 
-def folder_name(overrides: Sequence[str]) -> str:
-    """The overrides themselves where they are short and plain, else their beginning and a hash of them all.
+    def mean(self, name: str, over: str = "seed") -> list[dict[str, Any]]:
+        """Mean and standard deviation over one key of a metric in the last round, a row for each setting of the rest.
 
-    Different overrides of the same keys have different names, on file systems that take capitals for small letters too.
-    """
-    name = ",".join(overrides)
-    if len(name) <= _LONGEST_NAME and all(map(_PLAIN.fullmatch, overrides)):
-        return name
-    digest = "~" + hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:16]
-    start = re.sub(r"[^\w.,=+-]+", "_", name, flags=re.ASCII).lstrip(".-")
-    return start[: _LONGEST_NAME - len(digest)] + digest
+        Args:
+          name: of the metric, an attribute of `Metrics`.
+          over: key whose values are put together.
+
+        Returns:
+          Rows with the other keys, `mean`, `deviation` (of the sample; NaN of a single trial) and `trials`.
+        """
+        found: dict[str, tuple[Setting, list[float]]] = {}
+        for setting, value in zip(self.settings, self.last(name), strict=True):
+            rest = {key: given for key, given in setting.items() if key != over}
+            found.setdefault(repr(rest), (rest, []))[1].append(float(value))
+        return [
+            {
+                **rest,
+                "mean": float(np.mean(values)),
+                "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
+                "trials": len(values),
+            }
+            for rest, values in found.values()
+        ]
+
+    def numpy(self) -> dict[str, np.ndarray]:
+        """One row for each round of each trial: swept keys, and the fields of `metrics.jsonl` that are numbers."""
+        rows = self._rows()
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {name: np.array([row.get(name, math.nan) for row in rows]) for name in names}
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """`numpy` as a data frame; pandas must be installed."""
+        import pandas as pd  # pyright: ignore[reportMissingImports]  # of the user's own
+
+        return pd.DataFrame(self._rows())
+
+    def _rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for trial, setting in enumerate(self.settings):
+            own = jax.tree.map(lambda leaf, trial=trial: leaf[trial, : self.rounds[trial]], self.metrics)
+            for line in metrics_lines(own):
+                numbers = {k: math.nan if v is None else v for k, v in line.items() if not isinstance(v, list)}
+                rows.append({"trial": trial, **setting, **numbers})
+        return rows
 
 
 def sweep(
-    over: Sequence[str],
-    load: Callable[[list[str]], ExperimentConfig],
-    path: Path,
-    console: Console,
-    methods: UserMethods = NO_METHODS,
-) -> str:
-    """Run what has not ended yet, one run for each of `combinations(over)`, and write `report.html` over all.
-
-    Compiled programs are kept: runs that differ in traced numbers alone (rank, rates, weights, ratios) share one. A
-    combination that is refused does not stop the others.
+    config: ExperimentConfig,
+    over: Mapping[str, Sequence[Any]] | Sequence[Setting],
+    methods: Sequence[Method] = (),
+    *,
+    halving: str | None = None,
+    progress: bool = False,
+) -> Trials:
+    """Run many settings of a configuration; those of equal structure side by side in one program.
 
     Args:
-      over: as of `combinations`.
-      load: overrides -> configuration.
-      path: of the folder of the runs' folders.
-      console: told of each run.
-      methods: a user's own, that the configurations may choose.
-
-    Returns:
-      The comparison of the runs, and what was refused and why, as text.
+      config: what the settings are laid over.
+      over: key -> values, for every combination (the last varies fastest); or a list of settings, key -> value.
+      methods: a user's own, beside the package's.
+      halving: `METRIC` or `METRIC:COST`, stops the worse half of the trials after 1, 2, 4, ... evaluations; see
+        `app.halving`. None runs all to their end.
+      progress: whether to show how far they are.
 
     Raises:
-      ValueError: a folder is in use by another configuration, or by a run of other data or another model; two
-        combinations are one configuration; or all are refused: the first reason.
+      ConfigError: a setting is refused: one line.
     """
-    keep_programs()
-    if path.is_dir():
-        check_replaceable(path / "report.html")
-    check_can_hold_files(path)
-    configs, refused = _load(combinations(over), load)
-    ended = _ended({path / name: config for name, config in configs.items()}, methods)
-    for number, (name, config) in enumerate(configs.items(), 1):
-        console.print(f"run {number} of {len(configs)}: {name}", soft_wrap=True, markup=False)
-        if path / name in ended:
-            continue
-        try:
-            run(config, path / name, is_run(path / name), console, None, *methods)
-        except (ValueError, OSError) as error:
-            refused[name] = error
-    folders = [path / name for name in configs if name not in refused]
-    if not folders:
+    settings = grid(over) if isinstance(over, Mapping) else [dict(setting) for setting in over]
+    configs = [load_config(None, overrides(setting), base=config, methods=methods) for setting in settings]
+    groups, refused = grouped(configs, methods)
+    if refused:
         raise next(iter(refused.values()))
-    for name, error in refused.items():
-        warnings.warn(f"{name} is refused: {_one_line(error)}", RunWarning, stacklevel=2)
-    write_report(folders, path / "report.html")
-    return "\n".join(
-        [comparison(folders), *(f"refused: {name}: {_one_line(error)}" for name, error in refused.items())]
-    )
+    keeper = _InMemory(len(configs))
+    with Progress(Console(highlight=False, quiet=not progress)) as shown:
+        play(groups, keeper, shown, halving=Halving.parse(halving) if halving else None)
+    runs = [jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts) for parts in keeper.metrics]
+    return Trials(settings, together(runs), np.array([len(run.round) for run in runs]))
 
 
-def _load(
-    chosen: Mapping[str, list[str]], load: Callable[[list[str]], ExperimentConfig]
-) -> tuple[dict[str, ExperimentConfig], dict[str, ValueError | OSError]]:
-    """The configurations by folder name, and why the others are refused."""
-    names: dict[ExperimentConfig, str] = {}
-    refused: dict[str, ValueError | OSError] = {}
-    for name, overrides in chosen.items():
-        try:
-            config = load(overrides)
-        except ConfigError as error:
-            refused[name] = error
-            continue
-        if (other := names.setdefault(config, name)) != name:
-            raise ConfigError(f"sweep must be over configurations that differ, got one for both {other} and {name}")
-    return {name: config for config, name in names.items()}, refused
+class _InMemory:
+    """Keeps the metrics of each trial's segments."""
+
+    def __init__(self, trials: int):
+        self.metrics: list[list[Metrics]] = [[] for _ in range(trials)]
+
+    def begin(self, place: int, begun: Begun) -> None:
+        del place, begun
+
+    def keep(self, place: int, state: FedState, metrics: Metrics) -> None:
+        del state
+        self.metrics[place].append(metrics)
+
+    def points(self, place: int, halving: Halving) -> list[Point]:
+        return halving.points([line for part in self.metrics[place] for line in metrics_lines(part)])
 
 
-def _ended(configs: Mapping[Path, ExperimentConfig], methods: UserMethods) -> set[Path]:
-    """The folders of runs that have ended.
+def together(runs: Sequence[Metrics]) -> Metrics:
+    """Metrics `[rounds, ...]` of runs as one `[runs, rounds, ...]`, see `Trials`."""
+    absent = {name: np.full(1, np.nan, np.float32) for run in runs for name in run.methods}
+    rows = [dataclasses.replace(run, methods=absent | run.methods) for run in runs]
 
-    Raises:
-      ValueError: a run was started with another configuration, other data or another model than it would be now.
-    """
-    now: dict[Any, dict[str, Any]] = {}
-    started = {folder: config for folder, config in configs.items() if is_run(folder)}
-    for folder, config in started.items():
-        RunFolder(folder).check_configuration(dump(config))
-        decisive = (config.data, config.model, config.pretrain, config.clients, config.seed)
-        if decisive not in now:
-            now[decisive] = started_with(build(config, methods.methods))
-        RunFolder(folder).check_data(now[decisive])
-    return {folder for folder, config in started.items() if _has_ended(folder, config)}
+    def padded(*leaves: np.ndarray) -> np.ndarray:
+        shape = np.max([leaf.shape for leaf in leaves], axis=0)
+        fill = np.nan if np.issubdtype(leaves[0].dtype, np.floating) else 0
+        ends = [[(0, whole - own) for whole, own in zip(shape, leaf.shape, strict=True)] for leaf in leaves]
+        return np.stack([np.pad(leaf, end, constant_values=fill) for leaf, end in zip(leaves, ends, strict=True)])
 
-
-def _has_ended(folder: Path, config: ExperimentConfig) -> bool:
-    summary = RunFolder(folder).ended()
-    return summary is not None and summary["rounds"] == config.rounds
-
-
-def _one_line(error: ValueError | OSError) -> str:
-    return " ".join(str(error).split())
+    return jax.tree.map(padded, *rows)

@@ -22,11 +22,11 @@ from fedjax_lora.core.numbers import Numbers, fill, split
 from fedjax_lora.core.types import Adapters, Base
 from fedjax_lora.data import sources, tokens
 from fedjax_lora.data.batches import federated_dataset
-from fedjax_lora.data.partition import Partition, partition
+from fedjax_lora.data.partition import Partition, PartitionConfig, partition
 from fedjax_lora.models import bert, load
 from fedjax_lora.sim import memory
-from fedjax_lora.sim.chunk import activation_budget_bytes, activation_bytes, choose_chunk
-from fedjax_lora.sim.cohort import client_mesh
+from fedjax_lora.sim.chunk import activation_bytes, chunk_size
+from fedjax_lora.sim.cohort import device_mesh
 from fedjax_lora.sim.engine import Facts, Program, Simulation, first_state
 from fedjax_lora.sim.full_gradient import make_full_gradient
 from fedjax_lora.sim.parts import Layout, MakeParts, Parts, World
@@ -72,7 +72,7 @@ def build(config: ExperimentConfig, methods: Sequence[Method] = ()) -> Simulatio
 def _build(config: ExperimentConfig, catalogue: Catalogue) -> Simulation:
     examples = read_examples(config, catalogue)
     split_data = partition(config.clients.partition, examples.train["label"], config.clients.count, config.seed)
-    asked, config = config.local, dataclasses.replace(config, local=_filled(config.local, split_data))
+    asked, config = config.local, dataclasses.replace(config, local=filled(config.local, split_data))
     context = _context(config, examples)
     model = records(config, catalogue, context, ("task", "adapter", "model"))["model"]
     base, head = _weights(config, catalogue, context, model, examples)
@@ -81,27 +81,32 @@ def _build(config: ExperimentConfig, catalogue: Catalogue) -> Simulation:
     like = jax.eval_shape(lambda key: _initial_adapters(config, catalogue, context, head)(key), jax.random.key(0))
     context = context._replace(like=like)
     layout = _layout(config, catalogue, context)
-    make_parts = functools.partial(_parts, structure, catalogue, context, head, layout)
-    activations = _activation_bytes(config, make_parts, numbers, world, like)
-    layout = layout._replace(chunk=_chunk(config, layout, activations))
-    make_parts = functools.partial(_parts, structure, catalogue, context, head, layout)
+    parts_of = functools.partial(functools.partial, _parts, structure, catalogue, context, head)
+    activations = _activation_bytes(config, parts_of(layout), numbers, world, like)
+    layout = layout._replace(chunk=chunk_size(config.engine, layout, activations))
     engine = dataclasses.replace(config.engine, eval_every=min(config.engine.eval_every, config.rounds))
-    start = functools.partial(first_state, make_parts, config.clients.count)
+    start = functools.partial(first_state, parts_of(layout), config.clients.count)
     state = jax.eval_shape(start, jax.random.key(0), numbers)
-    machine.check(
-        memory.run_terms(layout, world, state, activations, model.num_layers, asked, engine), layout.mesh.size
-    )
+    needs = memory.Needs(world, state, activations, model.num_layers, asked, engine)
+    machine.check(memory.run_terms(needs, layout), layout.num_devices)
     facts = _facts(config, examples, split_data, base, head)
     of_weights = facts.base_hash if head is not None else facts.model_config_hash
-    decisive = fill(structure, {"seed": 0}), engine, catalogue, of_weights, str(context), layout
+    decisive = split(without_draws(config))[0], engine, catalogue, of_weights, str(context), layout
     return Simulation(
-        program=_shared(decisive, lambda: Program(make_parts, layout, engine, config.clients.count)),
+        program=_shared(decisive, lambda: Program(parts_of, layout, engine, config.clients.count)),
         numbers=numbers,
         world=world,
         eval_every=engine.eval_every,
         facts=facts,
         full_gradient=make_full_gradient(*_exact(config, catalogue, context), config.engine.eval_batch_size),
+        needs=needs,
     )
+
+
+def without_draws(config: ExperimentConfig) -> ExperimentConfig:
+    """The configuration without what is drawn from it on the host: its seed and who holds which examples."""
+    clients = dataclasses.replace(config.clients, partition=PartitionConfig())
+    return dataclasses.replace(config, seed=0, clients=clients)
 
 
 def records(
@@ -188,7 +193,7 @@ def _facts(
     )
 
 
-def _filled(local: LocalConfig, split_data: Partition) -> LocalConfig:
+def filled(local: LocalConfig, split_data: Partition) -> LocalConfig:
     """Local training with no more places in a batch than the largest client fills."""
     return dataclasses.replace(local, batch_size=min(local.batch_size, int(split_data.count.max())))
 
@@ -209,7 +214,7 @@ def _layout(config: ExperimentConfig, catalogue: Catalogue, context: Context) ->
     return Layout(
         cohort_size=context.cohort_size,
         chunk=1,
-        mesh=client_mesh(),
+        mesh=device_mesh(),
         everyone=context.cohort_size == context.num_clients,
         one_rank=not config.lora.client_ranks and aggregator.next_rank is None,
     )
@@ -293,11 +298,3 @@ def _shared(decisive: Any, make: Callable[[], Program]) -> Program:
     while len(_PROGRAMS) > _MOST_PROGRAMS:
         _PROGRAMS.popitem(last=False)
     return _PROGRAMS[decisive]
-
-
-def _chunk(config: ExperimentConfig, layout: Layout, activations: int) -> int:
-    """Clients at once on each device, where one client's activations take so many bytes."""
-    cohort_per_device = -(-layout.cohort_size // layout.mesh.size)
-    if config.engine.client_chunk != "auto":
-        return min(config.engine.client_chunk, cohort_per_device)
-    return choose_chunk(cohort_per_device, activations, activation_budget_bytes())

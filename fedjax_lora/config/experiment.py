@@ -23,7 +23,7 @@ from fedjax_lora.core.methods import Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.data.partition import ClientsConfig
 from fedjax_lora.planning.rank_search import PlanConfig
-from fedjax_lora.sim.engine import EngineConfig
+from fedjax_lora.sim.options import EngineConfig
 from fedjax_lora.sparsifiers.transforms import WireConfig
 from fedjax_lora.training.local import LocalConfig
 from fedjax_lora.training.pretrain import PretrainConfig

@@ -1,5 +1,6 @@
 """What a long computation is at: a bar in a terminal, lines elsewhere, at least one every half a minute."""
 
+import datetime
 import math
 import threading
 import time
@@ -32,6 +33,7 @@ class Progress:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._printed_s = time.monotonic()
+        self._counted: tuple[float, int, Bar] | None = None
         self._now("starting")
 
     def __enter__(self) -> Self:
@@ -65,7 +67,7 @@ class Progress:
     ) -> Iterator[tuple[FedState, Metrics]]:
         """The same segments; each counts once the caller asks for the next. `done` rounds of `total` lie behind."""
         bar = _bar(self.console)
-        task = bar.add_task("", total=total, completed=done, status="")
+        task = bar.add_task("round", total=total, completed=done, status="")
         self._now(f"after round {done}/{total}")
         self._show(bar)
         for state, metrics in segments:
@@ -75,6 +77,21 @@ class Progress:
             bar.update(task, completed=done, status=_status(metrics))
             if not self._is_live:
                 self.print(f"round {done}/{total}  {_status(metrics)}")
+
+    def count(self, what: str, done: int, total: int, status: str = "") -> None:
+        """So many of so many things are done, since the first call; says when all will be."""
+        if self._counted is None:
+            self._counted = (time.monotonic(), done, _bar(self.console))
+            self._counted[2].add_task(what, total=total, completed=done, status=status)
+        since_s, before, bar = self._counted
+        self._now(f"after {what} {done}/{total}")
+        bar.update(bar.task_ids[0], completed=done, total=total, status=status)
+        if self._display is not bar:
+            self._show(bar)
+        if not self._is_live:
+            rate = (done - before) / max(time.monotonic() - since_s, 1e-9)
+            left = f"  ETA {_minutes((total - done) / rate)}" if rate > 0 else ""
+            self.print(f"{what} {done}/{total}{left}  {status}".rstrip())
 
     def _now(self, what: str) -> None:
         self._what, self._since_s = what, time.monotonic()
@@ -96,7 +113,7 @@ class Progress:
 
 def _bar(console: Console) -> Bar:
     return Bar(
-        TextColumn("round"),
+        TextColumn("{task.description}"),
         MofNCompleteColumn(),
         BarColumn(),
         TextColumn("{task.fields[status]}"),
@@ -104,6 +121,11 @@ def _bar(console: Console) -> Bar:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+def _minutes(seconds: float) -> str:
+    """A duration as `0:05:30`."""
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def _status(metrics: Metrics) -> str:

@@ -70,15 +70,22 @@ def federated_dataset(examples: Examples, partition: Partition) -> Dataset:
         raise ValueError(
             f"partition must hold rows of the training pool, 0 to {num_examples - 1}, got {partition.index.max()}"
         )
-    width = partition.index.shape[1]
-    # Up to a power of two, by rows that each client has: the partitions of most seeds then fit one compiled program.
-    padded = np.pad(partition.index, ((0, 0), (0, 2 ** math.ceil(math.log2(width)) - width)), mode="wrap")
     return Dataset(
         train={name: jnp.asarray(value) for name, value in examples.train.items()},
-        index=jnp.asarray(padded),
+        index=jnp.asarray(padded_index(partition)),
         count=jnp.asarray(partition.count),
         test={name: jnp.asarray(value) for name, value in examples.test.items()},
     )
+
+
+def padded_index(partition: Partition, width: int | None = None) -> np.ndarray:
+    """The rows of each client, `[K, width]`, by more of the rows that it has.
+
+    None is the next power of two: the partitions of most seeds then fit one compiled program.
+    """
+    longest = partition.index.shape[1]
+    width = 2 ** math.ceil(math.log2(longest)) if width is None else width
+    return np.pad(partition.index, ((0, 0), (0, width - longest)), mode="wrap")
 
 
 def hold_out(data: Dataset, every: int) -> Dataset:

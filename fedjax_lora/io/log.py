@@ -174,7 +174,7 @@ class RunFolder:
 
     def append(self, metrics: Metrics) -> list[dict[str, Any]]:
         """Add one line for each of the stacked rounds of `metrics`, leaves `[rounds, ...]`; returns the lines."""
-        lines = list(_lines(metrics))
+        lines = list(metrics_lines(metrics))
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
             file.flush()
@@ -233,7 +233,8 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -
             raise ValueError(f"{key} must be {had} as in {path} to resume the run, got {has}; or choose another --out")
 
 
-def _lines(metrics: Metrics) -> Iterator[dict[str, Any]]:
+def metrics_lines(metrics: Metrics) -> Iterator[dict[str, Any]]:
+    """Stacked rounds as lines of `metrics.jsonl`, see `read_metrics`."""
     columns = {name: np.asarray(getattr(metrics, attribute)) for name, attribute in FIELDS.items()}
     columns |= {name: np.asarray(column) for name, column in metrics.methods.items()}
     for i in range(len(columns["round"])):

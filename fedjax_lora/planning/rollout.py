@@ -50,7 +50,7 @@ def roll_out(
         rank, V, queue_s, seed = setting
         start = at_plan(dataclasses.replace(state, key=jax.random.fold_in(state.key, seed)), rank, V, queue_s)
         end, metrics = lax.scan(lambda s, _: round_fn(world, s), start, length=rounds)
-        found = score(make_parts(end.numbers), world, end, simulation.program.eval_batch_size)
+        found = score(make_parts(end.numbers), world, end, simulation.program.engine.eval_batch_size)
         return Rollout(found.loss, found.accuracy, jnp.mean(metrics.latency_s))
 
     @jax.jit

@@ -9,7 +9,8 @@ from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.types import Adapters, Base
 from fedjax_lora.data.batches import gather
 from fedjax_lora.sim.cohort import padded_size
-from fedjax_lora.sim.parts import MakeParts, World
+from fedjax_lora.sim.options import EngineConfig
+from fedjax_lora.sim.parts import Layout, MakeParts, World
 from fedjax_lora.training.local import local_loss
 
 CPU_CACHE_BYTES = 32 * 2**20
@@ -52,3 +53,11 @@ def choose_chunk(cohort_per_device: int, bytes_per_client: int, budget_bytes: in
     fitting = range(1, min(cohort_per_device, budget_bytes // bytes_per_client) + 1)
     full = [size for size in fitting if padded_size(cohort_per_device, size, 1) <= 1.05 * cohort_per_device]
     return max(full, default=1)
+
+
+def chunk_size(engine: EngineConfig, layout: Layout, bytes_per_client: int, trials: int = 1) -> int:
+    """Clients of a trial at once on each device, where it has so many trials at once."""
+    cohort_per_device = -(-layout.cohort_size // layout.num_devices)
+    if engine.client_chunk != "auto":
+        return min(engine.client_chunk, cohort_per_device)
+    return choose_chunk(cohort_per_device, trials * bytes_per_client, activation_budget_bytes())

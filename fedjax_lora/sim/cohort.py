@@ -1,5 +1,6 @@
 """Who takes part in a round, and how work for one client is mapped over the cohort."""
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,8 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-CLIENTS = "clients"
+CLIENTS, TRIALS = "clients", "trials"
+"""Axes of a mesh of devices."""
 
 MAX_CPU_DEVICES = 8
 """Most devices that `use_cpu_cores` makes: each holds a copy of the frozen base."""
@@ -71,9 +73,11 @@ def map_over_devices(work: Callable[..., Any], shared: Any, items: Any, chunk: i
     return mapped(shared, items)
 
 
-def client_mesh() -> Mesh:
-    """All devices on one axis, `clients`."""
-    return jax.make_mesh((jax.device_count(),), (CLIENTS,), axis_types=(jax.sharding.AxisType.Auto,))
+def device_mesh(trials: int = 1) -> Mesh:
+    """All devices: as many as divide the trials take one each, and those of one trial share its clients."""
+    across = math.gcd(trials, jax.device_count())
+    shape = across, jax.device_count() // across
+    return jax.make_mesh(shape, (TRIALS, CLIENTS), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,32 +18,12 @@ from fedjax_lora.core.types import Adapters, ClientState, FedState, Metrics
 from fedjax_lora.sim.cohort import replicated
 from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal
 from fedjax_lora.sim.full_gradient import FullGradient
+from fedjax_lora.sim.memory import Needs
 from fedjax_lora.sim.merged import current_base, nothing_merged
+from fedjax_lora.sim.options import EngineConfig
 from fedjax_lora.sim.parts import Layout, MakeParts, Parts, World
 from fedjax_lora.sim.round import make_round
 from fedjax_lora.training.personal import deployed, extract
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """How the simulation is executed; none of it changes a result but by the order in which float32 numbers are added.
-
-    client_chunk: clients trained at once on each device; `auto` fits their activations to the device.
-    eval_every: rounds between evaluations (and checkpoints).
-    eval_batch_size: examples of one evaluation step.
-    """
-
-    client_chunk: int | Literal["auto"] = "auto"
-    eval_every: int = 5
-    eval_batch_size: int = 64
-
-    def __post_init__(self):
-        if self.client_chunk != "auto" and self.client_chunk < 1:
-            raise ValueError(f"client_chunk must be 'auto' or at least 1, got {self.client_chunk}")
-        if self.eval_every < 1:
-            raise ValueError(f"eval_every must be at least 1, got {self.eval_every}")
-        if self.eval_batch_size < 1:
-            raise ValueError(f"eval_batch_size must be at least 1, got {self.eval_batch_size}")
 
 
 def first_state(make_parts: MakeParts, num_clients: int, key: Array, numbers: Numbers) -> FedState:
@@ -106,6 +86,14 @@ class Scores(NamedTuple):
     personal: Array
 
 
+def with_scores(rows: Metrics, scores: Scores, number: int) -> Metrics:
+    """The first `number` rows, on the host, the last of them with the evaluation after it."""
+    metrics = jax.tree.map(lambda x: np.array(x[:number]), rows)
+    metrics.eval_loss[-1], metrics.eval_accuracy[-1] = scores.loss, scores.accuracy
+    metrics.personal_accuracy[-1] = scores.personal
+    return metrics
+
+
 def make_segment(make_parts: MakeParts, eval_batch_size: int, max_rounds: int):
     """`(world, state, rounds) -> (state, metrics [max_rounds], Scores)`: rounds, then one evaluation.
 
@@ -145,21 +133,31 @@ def score(parts: Parts, world: World, state: FedState, batch_size: int) -> Score
 class Program:
     """What runs simulations of one structure, whatever their numbers, seeds and data: traced and compiled once a shape.
 
-    make_parts: from numbers to the records that a round is made of. layout: how the work of a round is laid out.
-    eval_batch_size: examples of one evaluation step.
+    Attributes:
+      parts_of: from a layout to what makes a round's records of numbers; `make_parts` is it in this program's layout.
+      layout: how the work of a round is laid out.
+      engine: with no more rounds between evaluations than a run has.
+      start: `(key, numbers) -> state` before round 1, not compiled. segment: of `make_segment`, not compiled.
+      init: `start`, compiled.
     """
 
-    def __init__(self, make_parts: MakeParts, layout: Layout, engine: EngineConfig, num_clients: int):
-        self.make_parts = make_parts
+    def __init__(self, parts_of: Callable[[Layout], MakeParts], layout: Layout, engine: EngineConfig, num_clients: int):
+        self.parts_of = parts_of
         self.layout = layout
-        self.eval_batch_size = engine.eval_batch_size
+        self.engine = engine
+        self.num_clients = num_clients
+        self.make_parts = make_parts = parts_of(layout)
         self.everywhere = replicated(layout.mesh)
-        start = functools.partial(first_state, make_parts, num_clients)
-        self.init = jax.jit(start, out_shardings=self.everywhere)
+        self.start = functools.partial(first_state, make_parts, num_clients)
+        self.segment = make_segment(make_parts, engine.eval_batch_size, engine.eval_every)
+        self.init = jax.jit(self.start, out_shardings=self.everywhere)
         self.predict = jax.jit(functools.partial(predict, make_parts))
-        segment = make_segment(make_parts, engine.eval_batch_size, engine.eval_every)
-        self._segment = jax.jit(segment, donate_argnums=1, out_shardings=self.everywhere)
+        self._segment = jax.jit(self.segment, donate_argnums=1, out_shardings=self.everywhere)
         self._compiled: dict[str, Any] = {}
+
+    def laid_out(self, layout: Layout) -> "Program":
+        """The same program in another layout."""
+        return Program(self.parts_of, layout, self.engine, self.num_clients)
 
     def compiled(self, world: World, state: FedState) -> Any:
         """`(world, state, rounds) -> (state, metrics, Scores)` for arguments of these shapes, ahead of time."""
@@ -193,6 +191,7 @@ class Simulation:
       eval_every: rounds between evaluations.
       facts: what the run is of, see `Facts`.
       full_gradient: loss and gradient by the weights themselves, for what measures rather than trains.
+      needs: of memory, see `sim.memory`.
       compile_s: seconds that tracing and compiling took; 0 until the first run.
     """
 
@@ -204,12 +203,14 @@ class Simulation:
         eval_every: int,
         facts: Facts,
         full_gradient: FullGradient,
+        needs: Needs,
     ):
         self.program = program
         self.numbers = numbers
         self.eval_every = eval_every
         self.facts = facts
         self.full_gradient = full_gradient
+        self.needs = needs
         self.compile_s = 0.0
         self.world = jax.device_put(world, program.everywhere)
         self._compiled = None
@@ -292,10 +293,8 @@ class Simulation:
 
     def _run_segment(self, state: FedState, number: int) -> tuple[FedState, Metrics]:
         state, rows, scores = self._call(state, number)
-        metrics = jax.tree.map(lambda x: np.array(x[:number]), jax.device_get(rows))
-        metrics.eval_loss[-1], metrics.eval_accuracy[-1] = scores.loss, scores.accuracy
-        metrics.personal_accuracy[-1] = scores.personal
-        return state, metrics
+        rows, scores = jax.device_get((rows, scores))
+        return state, with_scores(rows, scores, number)
 
     def _call(self, state: FedState, number: int):
         assert self._compiled is not None

@@ -13,7 +13,7 @@ from fedjax_lora.adapters.lora import max_rank, rank_mask
 from fedjax_lora.core.learning import Adapter, Model, Task
 from fedjax_lora.core.types import Adapters, Base, ClientState, Dataset
 from fedjax_lora.data.batches import evaluation_batches, gather
-from fedjax_lora.sim.cohort import map_over_devices, padded_size
+from fedjax_lora.sim.cohort import CLIENTS, map_over_devices, padded_size
 from fedjax_lora.training.personal import compose
 
 Evaluate = Callable[[Base, Mapping[str, Array], Adapters, Array, Array], tuple[Array, Array]]
@@ -31,7 +31,7 @@ def make_evaluate(model: Model, adapter: Adapter, task: Task, batch_size: int, m
         base: Base, pool: Mapping[str, Array], adapters: Adapters, rank: Array, scale: Array
     ) -> tuple[Array, Array]:
         num_examples = _size(pool)
-        batches = evaluation_batches(num_examples, batch_size, mesh.size)
+        batches = evaluation_batches(num_examples, batch_size, mesh.shape[CLIENTS])
         used = _used(adapter, adapters, rank, scale)
 
         def score(shared, rows_and_weight: tuple[Array, Array]) -> dict[str, Array]:
@@ -64,7 +64,7 @@ def make_evaluate_personal(model: Model, adapter: Adapter, task: Task, batch_siz
     def evaluate(base: Base, data: Dataset, adapters: Adapters, clients: ClientState, scale: Array) -> Array:
         num_clients, num_examples = data.count.shape[0], _size(data.test)
         batches = evaluation_batches(num_examples, batch_size)
-        size = padded_size(num_clients, 1, mesh.size)
+        size = padded_size(num_clients, 1, mesh.shape[CLIENTS])
         items = clients.rank, clients.personal, data.index, data.count
         items = jax.tree.map(lambda leaf: leaf[np.arange(size) % num_clients], items)
 

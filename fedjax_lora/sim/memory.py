@@ -1,11 +1,13 @@
 """What a run will hold in memory, by its shapes alone."""
 
+from typing import NamedTuple
+
 from fedjax_lora.adapters.lora import max_rank
 from fedjax_lora.core import trees
 from fedjax_lora.core.memory import Term, total
 from fedjax_lora.core.types import FedState
 from fedjax_lora.sim.cohort import padded_size
-from fedjax_lora.sim.engine import EngineConfig
+from fedjax_lora.sim.options import EngineConfig
 from fedjax_lora.sim.parts import Layout, World
 from fedjax_lora.training.local import LocalConfig
 
@@ -16,33 +18,38 @@ ADAPTERS_IN_TRAINING = 4
 """Copies beside them of a client in training: the adapters, their gradient, two moments."""
 
 
-def run_terms(
-    layout: Layout,
-    world: World,
-    state: FedState,
-    activation_bytes: int,
-    num_layers: int,
-    local: LocalConfig,
-    engine: EngineConfig,
-) -> list[Term]:
+class Needs(NamedTuple):
+    """What decides about the memory of a run, beside its layout.
+
+    world, state: of the run; of the latter only shapes are used.
+    activation_bytes: what the backward pass of one client keeps, see `sim.chunk`.
+    num_layers: L of the model, which work one after the other.
+    local, engine: as they were asked for; a batch takes no more than what fills it.
+    """
+
+    world: World
+    state: FedState
+    activation_bytes: int
+    num_layers: int
+    local: LocalConfig
+    engine: EngineConfig
+
+
+def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
     """What each device holds at the peak of a run: in training or in evaluation, whichever takes more.
 
-    A low estimate: what XLA adds to it is not known before it has compiled.
-
-    Args:
-      layout, world, state: of the run; of the latter two only shapes are used.
-      activation_bytes: what the backward pass of one client keeps, see `sim.chunk`.
-      num_layers: L of the model, which work one after the other.
-      local, engine: as they were asked for; a batch takes no more than what fills it.
+    A low estimate: what XLA adds to it is not known before it has compiled. Of so many trials at once on each device,
+    only the frozen base and the data are shared.
     """
+    world, state, activation_bytes, num_layers, local, engine = needs
     base, adapters = trees.num_bytes(world.base), trees.num_bytes(state.adapters)
     clients = trees.num_bytes((state.clients, state.methods["wireless"]))
     num_clients, num_tests = world.data.count.shape[0], world.data.test["label"].shape[0]
-    cohort = padded_size(layout.cohort_size, layout.chunk, layout.mesh.size) // layout.mesh.size
+    cohort = padded_size(layout.cohort_size, layout.chunk, layout.num_devices) // layout.num_devices
     # The backward pass works on one layer beside what is kept of all; a forward pass holds half of a layer at a time.
     training = activation_bytes * (1 + 1 / num_layers) + ADAPTERS_IN_TRAINING * adapters
     example = activation_bytes / min(local.batch_size, int(world.data.count.max())) / num_layers / 2
-    tested = min(engine.eval_batch_size, -(-num_tests // layout.mesh.size))
+    tested = min(engine.eval_batch_size, -(-num_tests // layout.num_devices))
 
     several = f"lower engine.client_chunk, got {engine.client_chunk}"
     in_training = [
@@ -56,9 +63,11 @@ def run_terms(
         ),
     ]
     in_evaluation = [Term(tested * example, f"lower engine.eval_batch_size, got {engine.eval_batch_size}")]
-    return [
+    shared = [
         Term(base * (2 if state.merged else 1), "take a smaller model.pretrained"),
         Term(trees.num_bytes(world.data), "lower data.max_length, or take less data"),
+    ]
+    of_a_trial = [
         # A run begins with a copy of its state.
         Term(2 * clients, f"lower clients.count, got {num_clients}"),
         Term(2 * (trees.num_bytes(state) - clients), f"lower lora.max_rank, got {max_rank(state.adapters)}"),
@@ -66,3 +75,4 @@ def run_terms(
         Term(engine.eval_every * 16 * layout.cohort_size, f"lower engine.eval_every, got {engine.eval_every}"),
         *max(in_training, in_evaluation, key=total),
     ]
+    return [*shared, *(term._replace(bytes=trials * term.bytes) for term in of_a_trial)]

@@ -14,6 +14,7 @@ from fedjax_lora.core.learning import Adapter, Client, Correction, Model, Optimi
 from fedjax_lora.core.network import Controller, Decision, Delivery, Radio, Wireless
 from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.types import Adapters, Base, Dataset, Scope
+from fedjax_lora.sim.cohort import CLIENTS
 
 
 @struct.dataclass
@@ -27,7 +28,8 @@ class World:
 class Layout(NamedTuple):
     """How the work of a round is laid out; static.
 
-    cohort_size: C, clients a round. chunk: clients trained at once on each device. mesh: the devices.
+    cohort_size: C, clients a round. chunk: clients trained at once on each device.
+    mesh: the devices, see `cohort.device_mesh`.
     everyone: whether all clients take part in every round.
     one_rank: whether all clients have the structural rank, in every round.
     """
@@ -37,6 +39,11 @@ class Layout(NamedTuple):
     mesh: Mesh
     everyone: bool
     one_rank: bool
+
+    @property
+    def num_devices(self) -> int:
+        """How many share the clients of one run."""
+        return self.mesh.shape[CLIENTS]
 
 
 class Parts(NamedTuple):

@@ -71,7 +71,7 @@ def draw_channel(parts: Parts, state: FedState, key: Array) -> FedState:
 def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> Cohort:
     """Step 2 and the broadcast: who takes part, what each sends, and when it can begin to."""
     layout, channels = parts.layout, state.methods["wireless"]
-    size = padded_size(layout.cohort_size, layout.chunk, layout.mesh.size)
+    size = padded_size(layout.cohort_size, layout.chunk, layout.num_devices)
     priority = schedule(parts, world, state, keys.cohort)
     ids, present = choose(priority, state.clients.rank.shape[0], layout.cohort_size, size)
     own, wireless = trees.take((state.clients, channels), ids)

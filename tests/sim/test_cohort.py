@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedjax_lora.core.keys import client_keys
-from fedjax_lora.sim.cohort import MAX_CPU_DEVICES, choose, client_mesh, map_over_devices, padded_size
+from fedjax_lora.sim.cohort import MAX_CPU_DEVICES, choose, device_mesh, map_over_devices, padded_size
 
 
 def uniform(key, num_clients):
@@ -63,6 +63,6 @@ def test_every_core_is_a_device_unless_the_environment_says_otherwise(chosen):
 @pytest.mark.parametrize("chunk", [1, 2, 6])
 def test_mapping_over_clients_equals_a_python_loop(chunk):
     w, clients = jnp.arange(12.0).reshape(3, 4), jnp.arange(18.0).reshape(6, 3)
-    mapped = map_over_devices(lambda w, x: jnp.sin(x) @ w, w, clients, chunk, client_mesh())
+    mapped = map_over_devices(lambda w, x: jnp.sin(x) @ w, w, clients, chunk, device_mesh())
     loop = np.stack([np.sin(np.asarray(x)) @ np.asarray(w) for x in clients])
     np.testing.assert_allclose(mapped, loop, rtol=2e-5)

@@ -7,7 +7,7 @@ import pytest
 
 from fedjax_lora.core.learning import Hidden, Model
 from fedjax_lora.core.types import Adapters, ClientState, Dataset, Factors
-from fedjax_lora.sim.cohort import client_mesh
+from fedjax_lora.sim.cohort import device_mesh
 from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal
 from oracles.model_context import model_context
 
@@ -33,7 +33,7 @@ def pool(logits):
 
 
 def evaluate(logits, batch_size):
-    score = jax.jit(make_evaluate(TABLE, PARTS["adapter"], PARTS["task"], batch_size, client_mesh()))
+    score = jax.jit(make_evaluate(TABLE, PARTS["adapter"], PARTS["task"], batch_size, device_mesh()))
     return [float(x) for x in score({}, pool(logits), LIKE, RANK, SCALE)]
 
 
@@ -41,7 +41,7 @@ def evaluate_personal(logits, clients):
     """Of clients who hold the given rows of the pool, two each."""
     data = Dataset(train=pool(LOGITS), index=jnp.asarray(clients), count=jnp.full(len(clients), 2), test=pool(logits))
     state = ClientState(rank=jnp.full(len(clients), 2.0), personal={}, methods={})
-    score = jax.jit(make_evaluate_personal(TABLE, PARTS["adapter"], PARTS["task"], 4, client_mesh()))
+    score = jax.jit(make_evaluate_personal(TABLE, PARTS["adapter"], PARTS["task"], 4, device_mesh()))
     return float(score({}, data, LIKE, state, SCALE))
 
 

@@ -1,0 +1,237 @@
+"""Sweeps on disk: each trial in the folder of a run, `results.csv`, and one report over all."""
+
+import csv
+import io
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+
+from fedjax_lora.app.halving import Halving, Point
+from fedjax_lora.app.runner import circumstances, stamp, started_with
+from fedjax_lora.app.trials import Begun, play
+from fedjax_lora.config.experiment import ExperimentConfig, dump
+from fedjax_lora.config.groups import Group, grouped
+from fedjax_lora.config.sweeps import Setting, folder_name
+from fedjax_lora.config.user_methods import NO_METHODS, UserMethods
+from fedjax_lora.core.errors import ConfigError, RunWarning
+from fedjax_lora.core.progress import Progress
+from fedjax_lora.core.types import FedState, Metrics
+from fedjax_lora.data.cache import keep_programs
+from fedjax_lora.io import checkpoint
+from fedjax_lora.io.files import check_can_hold_files, write_atomically
+from fedjax_lora.io.log import RunFolder
+from fedjax_lora.io.run_files import is_run, read_data, read_metrics
+from fedjax_lora.report.html import check_replaceable
+from fedjax_lora.sim.trials import trials_at_once
+
+RESULTS = "results.csv"
+
+COLUMNS = (
+    *("final_accuracy", "best_accuracy", "personal_accuracy", "total_uplink_bits", "total_downlink_bits"),
+    *("total_latency_s", "mean_latency_s", "latency_over_budget", "final_queue_s", "rounds", "lost_rounds"),
+    *("diverged_rounds", "initial_accuracy", "wall_s", "compile_s"),
+)
+"""Fields of a summary that `results.csv` has, after the name, the swept keys and the status."""
+
+
+class Sweep(NamedTuple):
+    """What a sweep on disk came to.
+
+    path: of its folder. settings: name -> swept keys. status: name -> `ended`, `diverged`, `stopped` or `refused`.
+    reasons: name -> why it was refused.
+    """
+
+    path: Path
+    settings: dict[str, Setting]
+    status: dict[str, str]
+    reasons: dict[str, str]
+
+    @property
+    def folders(self) -> list[Path]:
+        """Of the trials that were run."""
+        return [self.path / name for name, status in self.status.items() if status != "refused"]
+
+
+def sweep_into(
+    path: Path,
+    settings: Sequence[Setting],
+    load: Callable[[Setting], ExperimentConfig],
+    console: Console,
+    methods: UserMethods = NO_METHODS,
+    halving: Halving | None = None,
+) -> Sweep:
+    """Run the trials that have not ended yet, those of equal structure side by side in one program.
+
+    Each trial's folder is a run's, and `results.csv` has a row for each. A trial that is refused, or diverges, does not
+    stop the others. A second start goes on from the last segment of each trial.
+
+    Args:
+      path: of the folder of the trials' folders.
+      settings: swept keys -> values of each trial.
+      load: setting -> configuration.
+      console: told how far it is.
+      methods: a user's own, that the configurations may choose.
+      halving: which trials are stopped early; None for none.
+
+    Raises:
+      ValueError: a folder is in use by another configuration, or by a run of other data or another model; two
+        settings are one configuration; or all are refused: the first reason.
+    """
+    keep_programs()
+    if path.is_dir():
+        check_replaceable(path / "report.html")
+    check_can_hold_files(path)
+    configs, refused = _load(settings, load)
+    names = list(configs)
+    groups, unbuilt = grouped(list(configs.values()), methods.methods)
+    refused |= {names[place]: error for place, error in unbuilt.items()}
+    if not groups:
+        raise next(iter(refused.values()))
+    folders = _Folders(path, names, groups, methods)
+    begun = folders.open()
+    _announce(console, groups, len(settings))
+    with Progress(console) as progress:
+        stopped = play(groups, folders, progress, begun, halving)
+    folders.end_all()
+    reasons = {name: " ".join(str(error).split()) for name, error in refused.items()}
+    for name, reason in reasons.items():
+        warnings.warn(f"{name} is refused: {reason}", RunWarning, stacklevel=2)
+    by_name = {folder_name(setting): setting for setting in settings}
+    status = {name: "refused" if name in reasons else folders.status(names.index(name), stopped) for name in by_name}
+    found = Sweep(path, by_name, status, reasons)
+    write_results(found)
+    return found
+
+
+def write_results(found: Sweep) -> None:
+    """`results.csv`: one row a trial, in the order of the settings; empty where there is no value."""
+    keys = dict.fromkeys(key for setting in found.settings.values() for key in setting)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["trial", *keys, "status", *COLUMNS])
+    for name, setting in found.settings.items():
+        summary = (RunFolder(found.path / name).ended() if found.status[name] != "refused" else None) or {}
+        values = [summary.get(column) for column in COLUMNS]
+        writer.writerow([name, *(setting.get(key) for key in keys), found.status[name], *values])
+    write_atomically(found.path / RESULTS, text.getvalue())
+
+
+def _load(
+    settings: Sequence[Setting], load: Callable[[Setting], ExperimentConfig]
+) -> tuple[dict[str, ExperimentConfig], dict[str, ValueError | OSError]]:
+    """The configurations by folder name, and why the others are refused."""
+    names: dict[ExperimentConfig, str] = {}
+    refused: dict[str, ValueError | OSError] = {}
+    for setting in settings:
+        name = folder_name(setting)
+        try:
+            config = load(setting)
+        except ConfigError as error:
+            refused[name] = error
+            continue
+        if config in names:
+            raise ConfigError(
+                f"sweep must be over configurations that differ, got one for both {names[config]} and {name}"
+            )
+        names[config] = name
+    return {name: config for config, name in names.items()}, refused
+
+
+def _announce(console: Console, groups: Sequence[Group], trials: int) -> None:
+    """How many trials, programs and trials at once."""
+    running = [len(group.trials) for group in groups]
+    at_once = [trials_at_once(group.simulation, len(group.trials)) for group in groups]
+    listed = ", ".join(f"{count} ({most} at once)" for count, most in zip(running, at_once, strict=True))
+    programs = "1 program" if len(groups) == 1 else f"{len(groups)} programs"
+    refused = f", {trials - sum(running)} refused" if trials > sum(running) else ""
+    console.print(f"{trials} trials{refused}: {programs} for {listed}", soft_wrap=True, markup=False)
+
+
+class _Folders:
+    """The folders of a sweep's trials, each that of a run."""
+
+    def __init__(self, path: Path, names: Sequence[str], groups: Sequence[Group], methods: UserMethods):
+        self._folders = [RunFolder(path / name) for name in names]
+        self._begun: dict[int, Begun] = {}
+        self._of: dict[int, tuple[Group, int]] = {
+            place: (group, number) for group in groups for number, place in enumerate(group.places)
+        }
+        self._methods = methods
+
+    def open(self) -> dict[int, FedState]:
+        """Place -> state of the trials that are on disk, as their checkpoints have it.
+
+        Raises:
+          ValueError: one was started with another configuration, other data or another model.
+        """
+        held = {place: self._folders[place] for place in self._of if is_run(self._folders[place].path)}
+        for place, folder in held.items():
+            folder.check_configuration(dump(self._config(place)))
+            folder.check_data(self._data(place))
+        found = {}
+        for place, folder in held.items():
+            if (last := folder.last_checkpoint()) is not None:
+                found[place] = checkpoint.restore(last, self._like(place))
+        return found
+
+    def begin(self, place: int, begun: Begun) -> None:
+        """Make the folder of a trial, or open it where it is."""
+        self._begun[place] = begun
+        folder, text = self._folders[place], dump(self._config(place))
+        if not is_run(folder.path):
+            started = stamp() | {"initial_accuracy": begun.initial_accuracy}
+            RunFolder.create(folder.path, text, self._data(place) | started)
+            return
+        last = folder.last_checkpoint()
+        folder.reopen(last.step if last else 0, text)
+
+    def keep(self, place: int, state: FedState, metrics: Metrics) -> None:
+        """Log a segment and save its state; the last one ends the trial."""
+        self._folders[place].append(metrics)
+        self._folders[place].save(state)
+        if int(state.round) == self._config(place).rounds:
+            self.end(place)
+
+    def end(self, place: int) -> None:
+        """Write the summary of a trial that goes on no more."""
+        if self._folders[place].ended() is None:
+            (group, number), begun = self._of[place], self._begun.get(place)
+            told = circumstances(self._config(place), group.facts[number])
+            told["initial_accuracy"] = read_data(self._folders[place].path).get("initial_accuracy")
+            if begun:
+                told["compile_s"] = begun.compile_s
+                told["wall_s"] = (time.perf_counter() - begun.started_s) / begun.at_once
+            self._folders[place].write_summary(told)
+
+    def end_all(self) -> None:
+        """Write what a kill, or halving, has left unwritten."""
+        for place in self._of:
+            self.end(place)
+
+    def points(self, place: int, halving: Halving) -> list[Point]:
+        """The evaluations of a trial, of its log."""
+        return halving.points(read_metrics(self._folders[place].path))
+
+    def status(self, place: int, stopped: set[int]) -> str:
+        """What became of a trial."""
+        lines = read_metrics(self._folders[place].path)
+        if lines[-1]["eval_loss"] is None or lines[-1]["participants"] == 0 < lines[-1]["nonfinite_clients"]:
+            return "diverged"
+        return "stopped" if place in stopped else "ended"
+
+    def _config(self, place: int) -> ExperimentConfig:
+        group, number = self._of[place]
+        return group.configs[number]
+
+    def _data(self, place: int) -> dict[str, Any]:
+        group, number = self._of[place]
+        return started_with(group.facts[number]) | {"methods": dict(self._methods.files)}
+
+    def _like(self, place: int) -> Any:
+        group, _ = self._of[place]
+        return group.simulation.init(jax.random.key(0))

@@ -1,0 +1,167 @@
+"""Trials played to their end: those of one structure in batches of as many as run side by side."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from fedjax_lora.app.halving import Halving, Point
+from fedjax_lora.config.groups import Group
+from fedjax_lora.core.progress import Progress, measured
+from fedjax_lora.core.types import FedState, Metrics
+from fedjax_lora.sim.trials import Lanes, stack, trials_at_once, unstacked
+
+
+class Begun(NamedTuple):
+    """What is known of a trial when it is about to go on.
+
+    initial_accuracy: before round 1. compile_s: seconds of compiling its program, which it shares with others.
+    started_s: on the clock of `time.perf_counter`. at_once: trials beside each other.
+    """
+
+    initial_accuracy: float
+    compile_s: float
+    started_s: float
+    at_once: int
+
+
+class Keeper(Protocol):
+    """Where what trials come to is kept; a trial is told by its place among all."""
+
+    def begin(self, place: int, begun: Begun) -> None:
+        """A trial is about to go on."""
+        ...
+
+    def keep(self, place: int, state: FedState, metrics: Metrics) -> None:
+        """A segment of a trial has ended: its state, on the host, and the metrics of its rounds."""
+        ...
+
+    def points(self, place: int, halving: Halving) -> list[Point]:
+        """The evaluations of a trial so far, oldest first."""
+        ...
+
+
+class Trial(NamedTuple):
+    """A trial on its way.
+
+    group: of its structure. number: within the group. done: rounds.
+    state: after them, on the host; None before round 1.
+    """
+
+    group: Group
+    number: int
+    done: int = 0
+    state: FedState | None = None
+
+    @property
+    def place(self) -> int:
+        """Among all trials."""
+        return self.group.places[self.number]
+
+    @property
+    def rounds(self) -> int:
+        """How many it is to have in the end."""
+        return self.group.configs[self.number].rounds
+
+
+def play(
+    groups: Sequence[Group],
+    keeper: Keeper,
+    progress: Progress,
+    begun: Mapping[int, FedState] | None = None,
+    halving: Halving | None = None,
+) -> set[int]:
+    """Advance all trials to their last round, each segment kept as it ends.
+
+    Args:
+      groups: of one structure each.
+      keeper: told of what happens.
+      progress: shows how far all are.
+      begun: place -> state of the trials that go on, or have ended.
+      halving: stops the trials that lag behind; None stops none.
+
+    Returns:
+      The places of the trials that were stopped.
+    """
+    begun = begun or {}
+    trials = [_first(group, number, begun) for group in groups for number in range(len(group.trials))]
+    player = _Player(keeper, progress, sum(trial.rounds for trial in trials), sum(trial.done for trial in trials))
+    stopped: set[int] = set()
+    if halving:
+        eval_every = max(group.simulation.eval_every for group in groups)
+        for rung in halving.rungs(eval_every, max(trial.rounds for trial in trials)):
+            trials = player.advance(trials, rung)
+            losers = halving.losers({trial.place: keeper.points(trial.place, halving) for trial in trials})
+            player.total -= sum(trial.rounds - trial.done for trial in trials if trial.place in losers)
+            trials = [trial for trial in trials if trial.place not in losers]
+            stopped |= losers
+    player.advance(trials)
+    return stopped
+
+
+def _first(group: Group, number: int, begun: Mapping[int, FedState]) -> Trial:
+    state = begun.get(group.places[number])
+    return Trial(group, number, int(state.round) if state is not None else 0, state)
+
+
+class _Player:
+    """Advances trials, and shows how far all are.
+
+    total: rounds of all trials together, as long as none is stopped.
+    """
+
+    def __init__(self, keeper: Keeper, progress: Progress, total: int, done: int):
+        self.total = total
+        self._keeper, self._progress, self._done = keeper, progress, done
+        self._programs: dict[tuple[int, int], Lanes] = {}
+
+    def advance(self, trials: Sequence[Trial], rung: int | None = None) -> list[Trial]:
+        """All trials up to so many rounds (None: to their last); those that are there already stay as they are."""
+        found = {trial.place: trial for trial in trials}
+        for batch, until in _batches(trials, rung):
+            found |= {trial.place: trial for trial in self._advance_batch(batch, until)}
+        return [found[trial.place] for trial in trials]
+
+    def _advance_batch(self, batch: list[Trial], until: int) -> Iterator[Trial]:
+        group, at_once = batch[0].group, trials_at_once(batch[0].group.simulation, len(batch))
+        for start in range(0, len(batch), at_once):
+            own = batch[start : start + at_once]
+            yield from self._side_by_side(own, self._lanes(group, at_once), until)
+
+    def _lanes(self, group: Group, number: int) -> Lanes:
+        """The program of so many lanes, made once."""
+        key = group.places[0], number
+        if key not in self._programs:
+            self._programs[key] = Lanes(group.simulation, number)
+        return self._programs[key]
+
+    def _side_by_side(self, trials: list[Trial], lanes: Lanes, until: int) -> Iterator[Trial]:
+        """One batch; lanes that are left over repeat its last trial, and are not kept."""
+        started, filled = time.perf_counter(), [*trials, *[trials[-1]] * (lanes.number - len(trials))]
+        given = [trial.group.trials[trial.number] for trial in filled]
+        self._progress.stage(f"compiling {lanes.number} trials side by side")
+        first = lanes.init(given)
+        accuracies = lanes.evaluate(given, first)
+        for trial, accuracy in zip(trials, accuracies, strict=False):
+            self._keeper.begin(trial.place, Begun(accuracy, lanes.compile_s, started, lanes.number))
+        held = [trial.state for trial in filled if trial.state is not None]
+        states, ended = (stack(held) if held else first), []
+        for states, metrics in lanes.segments(given, states, until - trials[0].done):
+            ended = unstacked(states)
+            for trial, state, rows in zip(trials, ended, metrics, strict=False):
+                self._keeper.keep(trial.place, state, rows)
+            self._done += len(trials) * len(metrics[0].round)
+            best = max((float(rows.eval_accuracy[-1]) for rows in metrics), default=float("nan"))
+            self._progress.count("trial rounds", self._done, self.total, f"best accuracy {measured(best)}")
+        for trial, state in zip(trials, ended, strict=False):
+            yield trial._replace(done=until, state=state)
+
+
+def _batches(trials: Sequence[Trial], rung: int | None) -> Iterator[tuple[list[Trial], int]]:
+    """Trials of one structure that stand at the same round, and the round to which they go on."""
+    found: dict[tuple[int, int, int], list[Trial]] = {}
+    for trial in trials:
+        until = trial.rounds if rung is None else min(rung, trial.rounds)
+        if trial.done < until:
+            found.setdefault((trial.group.places[0], trial.done, until), []).append(trial)
+    for (_, _, until), batch in found.items():
+        yield batch, until

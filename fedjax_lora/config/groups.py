@@ -1,0 +1,112 @@
+"""Configurations of one structure: built once, with the numbers, seed and partition of each."""
+
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_lora.config.assemble import build, filled, without_draws
+from fedjax_lora.config.catalogue import Catalogue, notes
+from fedjax_lora.config.experiment import ExperimentConfig
+from fedjax_lora.core.errors import ConfigWarning
+from fedjax_lora.core.methods import Method
+from fedjax_lora.core.numbers import split
+from fedjax_lora.data.batches import padded_index
+from fedjax_lora.data.partition import Partition, partition
+from fedjax_lora.sim.engine import Facts, Simulation
+from fedjax_lora.sim.trials import Trial
+
+
+class Group(NamedTuple):
+    """Configurations that one program serves.
+
+    simulation: of the first of them. places: where they stand among all.
+    configs, trials, facts: of each.
+    """
+
+    simulation: Simulation
+    places: list[int]
+    configs: list[ExperimentConfig]
+    trials: list[Trial]
+    facts: list[Facts]
+
+
+def grouped(
+    configs: Sequence[ExperimentConfig], methods: Sequence[Method] = ()
+) -> tuple[list[Group], dict[int, ValueError | OSError]]:
+    """The configurations by structure, in the order of their first ones.
+
+    Warns with a ConfigWarning where options are known to degenerate, once for each such line.
+
+    Args:
+      configs: as `load_config` gives them.
+      methods: a user's own, beside the package's.
+
+    Returns:
+      The groups, and place -> error of the configurations that cannot be built.
+    """
+    catalogue = Catalogue.of(methods)
+    groups: list[Group] = []
+    refused: dict[int, ValueError | OSError] = {}
+    for places in _by(range(len(configs)), lambda place: _structure(configs[place])).values():
+        try:
+            groups += _built(places, [configs[place] for place in places], methods)
+        except (ValueError, OSError) as error:
+            refused |= dict.fromkeys(places, error)
+    for note in dict.fromkeys(
+        note for group in groups for config in group.configs for note in notes(config, catalogue)
+    ):
+        warnings.warn(note, ConfigWarning, stacklevel=2)
+    return sorted(groups, key=lambda group: group.places[0]), refused
+
+
+def _structure(config: ExperimentConfig) -> Hashable:
+    """What decides about a program: not the seed, nor how it partitions the examples."""
+    return split(without_draws(config))[0]
+
+
+def _built(places: Sequence[int], configs: Sequence[ExperimentConfig], methods: Sequence[Method]) -> list[Group]:
+    """Configurations of one structure: one group, or more where the largest client leaves places in a batch empty."""
+    simulation = build(configs[0], methods)
+    partitions = _partitions(configs, np.asarray(simulation.world.data.train["label"]))
+    width = max(len(padded_index(drawn)[0]) for drawn in partitions)
+    groups = []
+    for own in _by(range(len(configs)), lambda i: filled(configs[i].local, partitions[i]).batch_size).values():
+        of_these = simulation if 0 in own else build(configs[own[0]], methods)
+        groups.append(
+            Group(
+                simulation=of_these,
+                places=[places[i] for i in own],
+                configs=[configs[i] for i in own],
+                trials=[_trial(configs[i], partitions[i], width) for i in own],
+                facts=[of_these.facts._replace(partition_hash=partitions[i].hash) for i in own],
+            )
+        )
+    return groups
+
+
+def _trial(config: ExperimentConfig, drawn: Partition, width: int) -> Trial:
+    index = jnp.asarray(padded_index(drawn, width))
+    return Trial(split(config)[1], config.seed, index, jnp.asarray(drawn.count))
+
+
+def _partitions(configs: Sequence[ExperimentConfig], labels: np.ndarray) -> list[Partition]:
+    """Of each configuration, drawn once for those that have the same."""
+    drawn: dict[Hashable, Partition] = {}
+    found = []
+    for config in configs:
+        asked = (config.clients.partition, config.seed)
+        if asked not in drawn:
+            drawn[asked] = partition(config.clients.partition, labels, config.clients.count, config.seed)
+        found.append(drawn[asked])
+    return found
+
+
+def _by(items: Iterable[int], key: Callable[[int], Hashable]) -> dict[Hashable, list[int]]:
+    """The items by their keys, in the order of the first of each."""
+    found: dict[Hashable, list[int]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found

@@ -1,0 +1,30 @@
+"""Options of the engine."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How the simulation is executed; none of it changes a result but by the order in which float32 numbers are added.
+
+    client_chunk: clients trained at once on each device; `auto` fits their activations to the device.
+    trials_at_once: trials of a sweep that run side by side in one program; `auto` runs as many as fit the device.
+    eval_every: rounds between evaluations (and checkpoints).
+    eval_batch_size: examples of one evaluation step.
+    """
+
+    client_chunk: int | Literal["auto"] = "auto"
+    trials_at_once: int | Literal["auto"] = "auto"
+    eval_every: int = 5
+    eval_batch_size: int = 64
+
+    def __post_init__(self):
+        if self.client_chunk != "auto" and self.client_chunk < 1:
+            raise ValueError(f"client_chunk must be 'auto' or at least 1, got {self.client_chunk}")
+        if self.trials_at_once != "auto" and self.trials_at_once < 1:
+            raise ValueError(f"trials_at_once must be 'auto' or at least 1, got {self.trials_at_once}")
+        if self.eval_every < 1:
+            raise ValueError(f"eval_every must be at least 1, got {self.eval_every}")
+        if self.eval_batch_size < 1:
+            raise ValueError(f"eval_batch_size must be at least 1, got {self.eval_batch_size}")

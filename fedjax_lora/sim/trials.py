@@ -1,0 +1,179 @@
+"""Trials: runs of one structure side by side in one program, which differ in numbers, seeds and partitions.
+
+Each trial has a lane, a place on a leading axis of the state and of the metrics. The frozen base and the pools of
+examples have no such axis: there is one of each, however many lanes.
+"""
+
+import bisect
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fedjax_lora.core import memory as machine
+from fedjax_lora.core.memory import total
+from fedjax_lora.core.numbers import Numbers
+from fedjax_lora.core.types import Dataset, FedState, Metrics
+from fedjax_lora.sim.chunk import chunk_size
+from fedjax_lora.sim.cohort import TRIALS, device_mesh
+from fedjax_lora.sim.engine import Scores, Simulation, with_scores
+from fedjax_lora.sim.memory import Needs, run_terms
+from fedjax_lora.sim.parts import Layout, World
+
+MEMORY_SHARE = 0.7
+"""Share of the memory at hand that trials at once may fill: what they are foreseen to take is a low estimate."""
+
+_SHARED: Any = None
+_STACKED: Any = 0
+_WORLD_AXES = World(base=_SHARED, data=Dataset(train=_SHARED, index=_STACKED, count=_STACKED, test=_SHARED))
+
+
+class Trial(NamedTuple):
+    """What tells a run from the others of its structure.
+
+    numbers: traced ones of its configuration. seed: of its key.
+    rows, examples: its partition, `[K, n_max]` and `[K]`: `index` and `count` of `Dataset`; n_max is the same for all.
+    """
+
+    numbers: Numbers
+    seed: int
+    rows: Array
+    examples: Array
+
+
+class Lanes:
+    """A simulation's program for so many trials at once.
+
+    Attributes:
+      number: of lanes. layout: of the work, in which devices share trials before they share clients.
+      compile_s: seconds that tracing and compiling took; 0 before the first use.
+    """
+
+    def __init__(self, simulation: Simulation, number: int):
+        self.number = number
+        self.layout = lanes_layout(simulation.needs, simulation.layout, number)
+        program = simulation.program.laid_out(self.layout)
+        self.world = jax.device_put(simulation.world, program.everywhere)
+        self._eval_every = simulation.eval_every
+        each = NamedSharding(self.layout.mesh, P(TRIALS))
+        self._each = each
+        self._start = jax.jit(jax.vmap(program.start), out_shardings=each)
+        mapped = jax.vmap(program.segment, in_axes=(_WORLD_AXES, 0, None), spmd_axis_name=TRIALS)
+        self._segment = jax.jit(mapped, donate_argnums=1, out_shardings=each)
+        self.compile_s = 0.0
+        self._compiled: Any = None
+
+    def init(self, trials: Sequence[Trial]) -> FedState:
+        """The states of the trials before round 1: leaves `[lanes, ...]`."""
+        keys = jnp.stack([jax.random.key(trial.seed) for trial in trials])
+        return self._start(keys, stack([trial.numbers for trial in trials]))
+
+    def evaluate(self, trials: Sequence[Trial], states: FedState) -> list[float]:
+        """The accuracy of each trial's state, NaN where it is not measured; `states` stay valid."""
+        scores = self._run(self.stacked(trials), jax.tree.map(jnp.copy, states), 0)[2]
+        return [float(accuracy) for accuracy in np.asarray(scores.accuracy)]
+
+    def lower(self, world: World, states: FedState) -> Any:
+        """The program of a segment, traced and lowered; `.compile()` is what `segments` runs."""
+        return self._segment.lower(world, states, jnp.int32(0))
+
+    def stacked(self, trials: Sequence[Trial]) -> World:
+        """The world of the trials: their partitions stacked, all else as it is."""
+        stacked = stack([(trial.rows, trial.examples) for trial in trials])
+        index, count = jax.device_put(stacked, self._each)
+        return World(base=self.world.base, data=dataclasses.replace(self.world.data, index=index, count=count))
+
+    def segments(
+        self, trials: Sequence[Trial], states: FedState, rounds: int
+    ) -> Iterator[tuple[FedState, list[Metrics]]]:
+        """Advance all trials by `rounds`, yielding at every multiple of `eval_every` and at the end.
+
+        Args:
+          trials: as many as there are lanes.
+          states: of them, all after the same number of rounds; consumed.
+          rounds: at least 1.
+
+        Yields:
+          The states after the segment, which the next step consumes, and the metrics of each trial, on the host.
+        """
+        world = self.stacked(trials)
+        done = int(states.round[0])
+        last = done + rounds
+        while done < last:
+            number = min(self._eval_every - done % self._eval_every, last - done)
+            states, rows, scores = self._run(world, states, number)
+            done += number
+            rows, scores = jax.device_get((rows, scores))
+            yield states, _of_each(rows, scores, number)
+
+    def _run(self, world: World, states: FedState, rounds: int) -> tuple[FedState, Metrics, Scores]:
+        if self._compiled is None:
+            started = time.perf_counter()
+            self._compiled = self.lower(world, states).compile()
+            self.compile_s = time.perf_counter() - started
+        return self._compiled(world, jax.device_put(states, self._each), jnp.int32(rounds))
+
+
+def lanes_layout(needs: Needs, layout: Layout, lanes: int) -> Layout:
+    """The layout of so many trials at once: a chunk holds fewer clients of each, the more trials there are."""
+    layout = layout._replace(mesh=device_mesh(lanes))
+    per_device = lanes // layout.mesh.shape[TRIALS]
+    return layout._replace(chunk=chunk_size(needs.engine, layout, needs.activation_bytes, per_device))
+
+
+def lanes_bytes(needs: Needs, layout: Layout, lanes: int) -> float:
+    """Bytes that one device holds of so many trials at once, as `sim.memory` foresees them."""
+    layout = lanes_layout(needs, layout, lanes)
+    return total(run_terms(needs, layout, lanes // layout.mesh.shape[TRIALS]))
+
+
+def trials_at_once(simulation: Simulation, trials: int) -> int:
+    """How many of so many trials run side by side: what is asked for, or as many as memory holds; at least 1.
+
+    Batches are of one size where that wastes no lane (10 trials where 8 would fit are two batches of 5), and of as
+    many lanes for each device.
+    """
+    needs, layout, devices = simulation.needs, simulation.layout, jax.device_count()
+    each = devices if trials >= devices else 1
+    if needs.engine.trials_at_once != "auto":
+        most = min(trials, needs.engine.trials_at_once)
+        each = math.gcd(each, most)
+    else:
+        sharing = devices if jax.devices()[0].platform == "cpu" else 1
+        most_bytes = MEMORY_SHARE * machine.available_bytes() / sharing
+        sizes = range(each, trials + each, each)
+        fitting = bisect.bisect_right(sizes, most_bytes, key=lambda lanes: lanes_bytes(needs, layout, lanes))
+        most = sizes[max(fitting, 1) - 1]
+    return each * math.ceil(math.ceil(trials / math.ceil(trials / most)) / each)
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """Trees of one structure as one, with a leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def unstacked(states: FedState) -> list[FedState]:
+    """The states of all lanes, on the host but for their keys."""
+    words = jax.device_get(jax.random.key_data(states.key))
+    rest = jax.device_get(dataclasses.replace(states, key=words))
+    found = [lane_of(rest, lane) for lane in range(len(words))]
+    return [dataclasses.replace(state, key=jax.random.wrap_key_data(state.key)) for state in found]
+
+
+def _of_each(rows: Metrics, scores: Scores, number: int) -> list[Metrics]:
+    """The metrics of each lane."""
+    lanes = range(len(np.asarray(scores.loss)))
+    return [with_scores(lane_of(rows, lane), lane_of(scores, lane), number) for lane in lanes]
+
+
+def lane_of(tree: Any, lane: int) -> Any:
+    """One lane of a tree of arrays."""
+    return jax.tree.map(lambda leaf: leaf[lane], tree)
