@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedjax_lora import aggregation, control, methods, models, sparsifiers, wireless
     from fedjax_lora.app.load_run import load_run
-    from fedjax_lora.app.sweep import Trials, sweep
+    from fedjax_lora.app.sweep import Trials, sweep, sweep_network
     from fedjax_lora.config.assemble import build
     from fedjax_lora.config.experiment import ExperimentConfig, load_config
     from fedjax_lora.core.errors import ConfigError
@@ -34,6 +34,7 @@ __all__ = [
     "models",
     "sparsifiers",
     "sweep",
+    "sweep_network",
     "use_cpu_cores",
     "wireless",
 ]
@@ -47,6 +48,7 @@ _MODULE_OF = {
     "load_config": "config.experiment",
     "load_run": "app.load_run",
     "sweep": "app.sweep",
+    "sweep_network": "app.sweep",
     "use_cpu_cores": "sim.cohort",
 }
 

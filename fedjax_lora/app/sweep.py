@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,12 +12,14 @@ from rich.console import Console
 from fedjax_lora.app.halving import Halving, Point
 from fedjax_lora.app.trials import Begun, play
 from fedjax_lora.config.experiment import ExperimentConfig, load_config
-from fedjax_lora.config.groups import grouped
+from fedjax_lora.config.groups import Group, grouped
 from fedjax_lora.config.sweeps import Setting, grid, overrides
 from fedjax_lora.core.methods import Method
 from fedjax_lora.core.progress import Progress
 from fedjax_lora.core.types import FedState, Metrics
 from fedjax_lora.io.log import metrics_lines
+from fedjax_lora.sim.alone import NetworkRounds, run_alone
+from fedjax_lora.sim.trials import lane_of
 
 if TYPE_CHECKING:
     import pandas as pd  # pyright: ignore[reportMissingImports]  # of the user's own
@@ -118,16 +120,62 @@ def sweep(
     Raises:
       ConfigError: a setting is refused: one line.
     """
+    settings, groups = _settings_and_groups(config, over, methods)
+    keeper = _InMemory(len(settings))
+    with Progress(Console(highlight=False, quiet=not progress)) as shown:
+        play(groups, keeper, shown, halving=Halving.parse(halving) if halving else None)
+    runs = [jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts) for parts in keeper.metrics]
+    return Trials(settings, together(runs), np.array([len(run.round) for run in runs]))
+
+
+class NetworkTrials(NamedTuple):
+    """What the trials of a network came to.
+
+    settings: of each, dotted key -> value. rounds: leaves `[trials, rounds]`.
+    """
+
+    settings: list[Setting]
+    rounds: NetworkRounds
+
+
+def sweep_network(
+    config: ExperimentConfig,
+    over: Mapping[str, Sequence[Any]] | Sequence[Setting],
+    rounds: int,
+    methods: Sequence[Method] = (),
+) -> NetworkTrials:
+    """Play the network and the controller of many settings without training, see `sim.alone`.
+
+    Args:
+      config, over, methods: as of `sweep`.
+      rounds: of each.
+
+    Raises:
+      ConfigError: a setting is refused: one line.
+
+    Example:
+      >>> network = fl.sweep_network(config, over={"wireless.power_dbm": [10, 23]}, rounds=1000)  # doctest: +SKIP
+      >>> network.rounds.latency_s.mean(-1)  # doctest: +SKIP
+    """
+    settings, groups = _settings_and_groups(config, over, methods)
+    found: dict[int, NetworkRounds] = {}
+    for group in groups:
+        own = run_alone(group.simulation, group.trials, rounds)
+        found |= {place: lane_of(own, number) for number, place in enumerate(group.places)}
+    reports = {name: np.full(rounds, np.nan, np.float32) for one in found.values() for name in one.report}
+    rows = [found[place]._replace(report=reports | found[place].report) for place in range(len(settings))]
+    return NetworkTrials(settings, jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
+
+
+def _settings_and_groups(
+    config: ExperimentConfig, over: Mapping[str, Sequence[Any]] | Sequence[Setting], methods: Sequence[Method]
+) -> tuple[list[Setting], list[Group]]:
     settings = grid(over) if isinstance(over, Mapping) else [dict(setting) for setting in over]
     configs = [load_config(None, overrides(setting), base=config, methods=methods) for setting in settings]
     groups, refused = grouped(configs, methods)
     if refused:
         raise next(iter(refused.values()))
-    keeper = _InMemory(len(configs))
-    with Progress(Console(highlight=False, quiet=not progress)) as shown:
-        play(groups, keeper, shown, halving=Halving.parse(halving) if halving else None)
-    runs = [jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts) for parts in keeper.metrics]
-    return Trials(settings, together(runs), np.array([len(run.round) for run in runs]))
+    return settings, groups
 
 
 class _InMemory:

@@ -1,0 +1,121 @@
+"""The network and its control alone: rounds of a simulation in which nothing is trained.
+
+What the clients would send is known from shapes: the bits of each number of ranks are those that the sparsifier offers.
+What a rank is worth is not, without training: here every rank of a client is worth the same, so that the tail energy of
+k of r ranks is 1 - k / r. The label is ours.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedjax_lora.adapters.lora import max_rank, rank_mask
+from fedjax_lora.control.common import bits_at
+from fedjax_lora.core import trees
+from fedjax_lora.core.network import Decision, Observation, Outcome
+from fedjax_lora.core.types import FedState, Scope
+from fedjax_lora.sim.engine import Simulation
+from fedjax_lora.sim.network import ChannelDraws, Played, delivered, draw_channel, play
+from fedjax_lora.sim.parts import MakeParts, Parts, World, scope_of
+from fedjax_lora.sim.round import normalised
+from fedjax_lora.sim.trials import Trial, stack
+from fedjax_lora.sparsifiers import payload
+
+
+class NetworkRounds(NamedTuple):
+    """Rounds of a network without training; leaves are `[rounds]`, with axes of trials before it in a sweep.
+
+    latency_s: seconds until the last upload ended. energy_j: of the whole cohort.
+    uplink_bits: float32, of those who could send. kept_ranks: mean of the cohort. heard: uploads that arrived.
+    report: what the controller tells, such as `queue_s`.
+    """
+
+    latency_s: Array
+    energy_j: Array
+    uplink_bits: Array
+    kept_ranks: Array
+    heard: Array
+    report: dict[str, Array]
+
+
+def network_alone(make_parts: MakeParts, world: World, state: FedState, rounds: int) -> NetworkRounds:
+    """Rounds of the state's network and controller, by the channels and cohorts that a run from it would see.
+
+    Args:
+      make_parts: of the simulation.
+      world: of it; of the examples only the clients' numbers are used.
+      state: before round 1.
+      rounds: how many; static.
+    """
+    parts = make_parts(state.numbers)
+    ranks, bits = state.clients.rank, offered_bits(parts, state)
+    client_weights = parts.client_weight(world.data.count)
+    downlink = payload.bits(payload.dense_size(state.adapters, _scope(parts, state, parts.rank, "received")), ())
+    drawn = draw_channel(
+        parts.wireless,
+        parts.trainer.work(world.data.count),
+        state.methods["wireless"],
+        state.key,
+        downlink.float32(),
+        rounds=rounds,
+        cohort_size=parts.layout.cohort_size,
+    )
+
+    def observe(drawn: ChannelDraws) -> Observation:
+        rank, own_bits, weight = trees.take((ranks, bits, client_weights), drawn.ids)
+        tail = jnp.clip(1.0 - jnp.arange(bits.shape[-1]) / rank[:, None], 0.0)
+        weights = normalised(weight * drawn.present)
+        return Observation(drawn.radio, weights, rank, tail, own_bits, parts.sparsifier.whole_ranks)
+
+    def sent(drawn: ChannelDraws, decision: Decision) -> Array:
+        return bits_at(observe(drawn), decision.kept) * drawn.present
+
+    def outcome(drawn: ChannelDraws, decision: Decision) -> Outcome:
+        return delivered(parts.wireless, drawn, sent(drawn, decision), decision)[1]
+
+    def keep(drawn: ChannelDraws, played: Played) -> NetworkRounds:
+        own = sent(drawn, played.decision)
+        delivery, came_to = delivered(parts.wireless, drawn, own, played.decision)
+        return NetworkRounds(
+            latency_s=came_to.latency_s,
+            energy_j=jnp.sum(delivery.energy_j),
+            uplink_bits=jnp.sum(jnp.where(jnp.isfinite(delivery.latency_s), own, 0.0)),
+            kept_ranks=jnp.sum(played.decision.kept * drawn.present) / jnp.maximum(jnp.sum(drawn.present), 1),
+            heard=jnp.sum(delivery.delivered),
+            report=played.report,
+        )
+
+    return play(parts.controller, state.methods["control"], drawn, observe, outcome, keep)[1]
+
+
+def offered_bits(parts: Parts, state: FedState) -> Array:
+    """`[K, R + 1]` float32 bits of an upload of 0 ... R ranks of each client, by shapes alone."""
+
+    def of_client(rank: Array) -> Array:
+        scope = _scope(parts, state, rank, "sent")
+        found = parts.sparsifier.offer(state.adapters, state.adapters, scope)
+        return payload.bits(found.size, parts.transforms).float32()
+
+    return jax.vmap(of_client)(state.clients.rank)
+
+
+def _scope(parts: Parts, state: FedState, rank: Array, what: str) -> Scope:
+    traffic = parts.aggregator.traffic(state.round, parts.layout.everyone)
+    return scope_of(rank_mask(rank, max_rank(state.adapters)), getattr(traffic, what))
+
+
+def run_alone(simulation: Simulation, trials: Sequence[Trial], rounds: int) -> NetworkRounds:
+    """`network_alone` of trials of one structure in one program: leaves `[trials, rounds]`, on the host."""
+    program, world = simulation.program, simulation.world
+
+    def one(trial: Trial, key: Array) -> NetworkRounds:
+        data = dataclasses.replace(world.data, index=trial.rows, count=trial.examples)
+        state = program.start(key, trial.numbers)
+        return network_alone(program.make_parts, dataclasses.replace(world, data=data), state, rounds)
+
+    keys = jnp.stack([jax.random.key(trial.seed) for trial in trials])
+    return jax.device_get(jax.jit(jax.vmap(one))(stack(trials), keys))

@@ -1,0 +1,43 @@
+"""Settings of the toy simulation in which every method with numbers, or with code of its own in a round, takes part."""
+
+SETTINGS = {
+    "dense, fedit, ideal": ("sparsifier=dense", "control={name: ideal}"),
+    "soft, ffa, tsfa, estimated channels": (
+        "aggregation=ffa",
+        "control={name: tsfa, V: 3.0, latency_budget_s: 1.0, energy_budget_j: 0.05, max_keep_ratio: 0.9}",
+        "wireless={fading: rician, csi: estimated, retransmissions: 1, downlink: true, path_loss: umi}",
+        "local.optimizer={name: adamw, schedule: cosine, warmup_steps: 2, weight_decay: 0.1, clip_norm: 1.0}",
+    ),
+    "hetlora of ranks, fedprox, yogi, greedy": (
+        "sparsifier={name: soft, missing: zero}",
+        "aggregation={name: hetlora, prune: 0.9}",
+        "lora.client_ranks=[1, 2, 3]",
+        "drift.name=fedprox",
+        "server.name=yogi",
+        "control={name: greedy}",
+        "local.optimizer={name: momentum, momentum: 0.8}",
+    ),
+    "top_k, lora_fair, momentum, proportional": (
+        "sparsifier={name: top_k}",
+        "aggregation.name=lora_fair",
+        "server={name: momentum}",
+        "control={name: proportional}",
+        "local.optimizer.name=sgd",
+    ),
+    "flasc, fedsa, adam, fixed": (
+        "sparsifier={name: flasc}",
+        "aggregation=fedsa",
+        "server.name=adam",
+        "wireless.path_loss=uma",
+    ),
+    "soft_rotated, flora, uniform": ("sparsifier=soft_rotated", "aggregation=flora", "control={name: uniform}"),
+    "random_rank, flexlora, 8 bits": ("sparsifier=random_rank", "aggregation=flexlora", "wire.bits=8"),
+    "lora_a2, rolora, scaffold": (
+        "sparsifier=lora_a2",
+        "aggregation=rolora",
+        "drift=scaffold",
+        "local.optimizer.name=sgd",
+    ),
+    "svd, fedex": ("sparsifier=svd", "aggregation=fedex"),
+}
+"""What differs from `toy.SETTINGS` -> overrides."""
