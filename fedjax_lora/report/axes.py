@@ -13,6 +13,7 @@ from fedjax_lora.report.formats import MISSING, option_name, option_value
 from fedjax_lora.report.runs import part
 
 _MOST_NAMES = 4  # in the title
+_MOST_KEYS = 3  # in the name of an axis
 _LOG_SPAN = 30.0
 
 _SEQUENCE = LinearSegmentedColormap.from_list("", ["#3b82f6", "#8b5cf6", "#ec4899", "#f59e0b"])
@@ -41,7 +42,8 @@ class Axis(NamedTuple):
     @property
     def title(self) -> str:
         """What varies, in words."""
-        return ", ".join(map(option_name, self.keys))
+        names = list(map(option_name, self.keys))
+        return ", ".join(names) if len(names) <= _MOST_KEYS else f"{names[0]} and {len(names) - 1} more"
 
     @property
     def numbers(self) -> list[float] | None:
@@ -62,6 +64,10 @@ class Axis(NamedTuple):
             return [_label(self.keys[0], setting) for setting in self.settings]
         return [", ".join(part(*item) for item in setting.items()) or MISSING for setting in self.settings]
 
+    def named(self, label: str) -> str:
+        """A label that says what it is of."""
+        return f"{self.title} {label}" if len(self.keys) == 1 else label
+
     @property
     def colors(self) -> list[str]:
         """A sequence where the values are numbers, else colours that are easy to tell apart."""
@@ -76,9 +82,15 @@ class Axis(NamedTuple):
 
 
 def axes_of(found: Results) -> list[Axis]:
-    """The axes of a sweep, in the order of its keys."""
+    """The axes of a sweep, in the order of its keys.
+
+    Keys that some settings are without stem from a list of settings: with all keys of that list they are one axis.
+    """
     settings = [cell.setting for cell in found.cells]
-    joined: list[tuple[str, ...]] = [(key,) for key in found.keys]
+    partial = tuple(key for key in found.keys if any(key not in setting for setting in settings))
+    joined: list[tuple[str, ...]] = [
+        partial if key in partial else (key,) for key in found.keys if key not in partial[1:]
+    ]
     while pair := _next_pair(joined, settings):
         first, second = pair
         joined = [keys for keys in joined if keys != second]
@@ -122,7 +134,7 @@ def _axis(keys: tuple[str, ...], settings: Sequence[Setting]) -> Axis:
 def _next_pair(
     joined: Sequence[tuple[str, ...]], settings: Sequence[Setting]
 ) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """Two axes that are one: a setting may be without one of them, and each value of the one has one of the other."""
+    """Two axes that are one: some settings have no key of the one, and what it is follows from the other, or turned."""
     for i, first in enumerate(joined):
         for second in joined[i + 1 :]:
             some = any(key not in setting for key in (*first, *second) for setting in settings)

@@ -77,11 +77,16 @@ class Cell(NamedTuple):
         return []
 
     @property
+    def is_whole(self) -> bool:
+        """Whether every trial has ended."""
+        return all(trial.status == "ended" for trial in self.trials)
+
+    @property
     def status(self) -> str:
         """In words where not every trial has ended, as `2 ended, 1 diverged`; else how many have."""
         each = [trial.status for trial in self.trials]
         counts = {status: each.count(status) for status in ("ended", "stopped", "diverged", "refused")}
-        if counts["ended"] == len(each):
+        if self.is_whole:
             return str(len(each))
         if len(each) == 1:
             return each[0]

@@ -1,7 +1,8 @@
 """How numbers are written, alike on a page and in a terminal."""
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 MISSING = "–"
@@ -50,6 +51,13 @@ def bits(value: float) -> Shown:
     return _prefixed(round(value), "bit", "bits")
 
 
+def bits_alike(values: Sequence[float]) -> tuple[str, Format]:
+    """One unit for numbers of bits, and how they are written in it, three digits each."""
+    middle = math.sqrt(min(values) * max(values))
+    prefix, scale = next(((p, s) for p, s in _PREFIXES if middle >= s), ("", 1))
+    return f"{prefix}bit", lambda value: Shown(f"{float(f'{value / scale:.3g}'):,.15g}")
+
+
 def memory(value: int) -> Shown:
     """With a decimal prefix: `1.242 GB`."""
     return _prefixed(value, "B", "bytes")
@@ -84,11 +92,11 @@ def option_value(key: str, value: Any) -> str:
 
 
 def spread(form: Format, mean: float, deviation: float | None) -> Shown:
-    """A mean and a deviation of two digits: `0.8571 ± 0.0120`; the mean alone where there is none, or it is 0."""
+    """A mean and a deviation of two digits: `33.6 ± 1.2`; the mean alone where there is none, or it is 0."""
     shown = form(mean)
     if deviation is None or deviation <= 1e-9 * abs(mean):
         return shown
-    around = form(float(f"{deviation:.2g}"))
+    around = form(deviation if form is accuracy else float(f"{deviation:.2g}"))
     exact = f"{shown.exact or shown.text} ± {around.exact or around.text}" if shown.exact or around.exact else ""
     return Shown(f"{shown.text} ± {around.text}", exact)
 

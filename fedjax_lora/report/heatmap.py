@@ -49,15 +49,23 @@ class _Scale(NamedTuple):
         return to_hex(ground), "#111" if light > 0.5 else "#fff"
 
 
+class _Look(NamedTuple):
+    """How the cells of a map look; best: the mean that is framed, None where several have it."""
+
+    measured: Measured
+    scale: _Scale
+    best: float | None
+
+
 def heat_maps(found: Results, axes: Sequence[Axis], measured: Measured) -> str:
     """One map of two axes; of three, one for each value of the third, in colours of one scale.
 
     The best cell of all is framed; where no trial of a cell has a value, it says why.
     """
-    means = [spread.mean for cell in found.cells if (spread := cell.spread(measured.field))]
-    if not means:
+    if not (whole := means(found, measured.field)):
         return f'<figure class="card">\n<figcaption>{escape(measured.title)}</figcaption>\n{_NOTHING}\n</figure>'
-    scale, best = _Scale.of(means), max(means) if measured.high_is_good else min(means)
+    best = max(whole) if measured.high_is_good else min(whole)
+    look = _Look(measured, _Scale.of(whole), best if whole.count(best) == 1 else None)
     rows, columns, *third = axes
     panels = third[0].labels if third else [""]
     grids: list[dict[tuple[int, int], Cell]] = [{} for _ in panels]
@@ -66,72 +74,66 @@ def heat_maps(found: Results, axes: Sequence[Axis], measured: Measured) -> str:
         grids[panel[0] if panel else 0][row, column] = cell
     figures = []
     for panel, grid in zip(panels, grids, strict=True):
-        caption = f"{measured.title}, {_named(third[0], panel)}" if third else measured.title
-        table = _table(rows, columns, grid, measured, scale, best)
+        caption = f"{measured.title}; {third[0].named(panel)}" if third else measured.title
         figures.append(
             f'<figure class="card">\n<figcaption>{escape(caption)}</figcaption>\n'
-            f'<div class="scroll">\n{table}\n</div>\n{_legend(scale, measured)}\n</figure>'
+            f'<div class="scroll">\n{_table(rows, columns, grid, look)}\n</div>\n{_legend(look, grid)}\n</figure>'
         )
     return "\n".join(figures)
+
+
+def means(found: Results, field: str) -> list[float]:
+    """Of a field of the summaries, of each cell that has it."""
+    return [spread.mean for cell in found.cells if (spread := cell.spread(field))]
 
 
 _NOTHING = '<p class="note">Not measured in any trial.</p>'
 
 
-def _named(axis: Axis, label: str) -> str:
-    return f"{axis.title} {label}" if len(axis.keys) == 1 else label
-
-
-def _table(
-    rows: Axis, columns: Axis, grid: dict[tuple[int, int], Cell], measured: Measured, scale: _Scale, best: float
-) -> str:
+def _table(rows: Axis, columns: Axis, grid: dict[tuple[int, int], Cell], look: _Look) -> str:
     texts = len(rows.settings) * len(columns.settings) <= _MOST_TEXTS
     heads = "".join(f'<th scope="col">{escape(label)}</th>' for label in columns.labels)
-    lines = [
+    head = (
         f'<tr><td></td><th class="axis" scope="colgroup" colspan="{len(columns.settings)}">{escape(columns.title)}</th>'
         f'</tr>\n<tr><th class="axis" scope="col">{escape(rows.title)}</th>{heads}</tr>'
-    ]
+    )
+    lines = []
     for row, label in enumerate(rows.labels):
         cells = (
-            _cell(
-                grid.get((row, column)),
-                f"{_named(rows, label)}, {_named(columns, of_column)}",
-                measured,
-                scale,
-                best,
-                texts,
-            )
-            for column, of_column in enumerate(columns.labels)
+            _cell(grid.get((row, column)), f"{rows.named(label)}, {columns.named(across)}", look, texts)
+            for column, across in enumerate(columns.labels)
         )
         lines.append(f'<tr><th scope="row">{escape(label)}</th>{"".join(cells)}</tr>')
+    body = "\n".join(lines)
     kind = "heat" if texts else "heat bare"
-    return (
-        f'<table class="{kind}">\n<thead>{lines[0]}</thead>\n<tbody>\n' + "\n".join(lines[1:]) + "\n</tbody>\n</table>"
-    )
+    return f'<table class="{kind}">\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>'
 
 
-def _cell(cell: Cell | None, place: str, measured: Measured, scale: _Scale, best: float, texts: bool) -> str:
+def _cell(cell: Cell | None, place: str, look: _Look, texts: bool) -> str:
     if cell is None:
         return f'<td class="none" title="{escape(place)}: no trial"></td>'
-    spread = cell.spread(measured.field)
+    spread = cell.spread(look.measured.field)
     if spread is None:
         each = {trial.status for trial in cell.trials}
         mark = formats.MISSING if cell.told else "diverged" if "diverged" in each else "refused"
         return f'<td class="none" title="{escape(f"{place}: {cell.status}")}">{escape(mark if texts else "×")}</td>'
-    ground, ink = scale.color(spread.mean)
-    text = measured.form(spread.mean).text if texts else ""
-    told = f"{place}: {shown(measured.form, spread).text}, {cell.status} of {len(cell.trials)} trials"
-    kind = ' class="best"' if spread.mean == best else ""
+    ground, ink = look.scale.color(spread.mean)
+    text = look.measured.form(spread.mean).text + ("" if cell.is_whole else "*") if texts else ""
+    trials = f"; {cell.status} of {len(cell.trials)} trials" if len(cell.trials) > 1 or not cell.is_whole else ""
+    told = f"{place}: {shown(look.measured.form, spread).text}{trials}"
+    kind = ' class="best"' if spread.mean == look.best else ""
     return f'<td{kind} style="background: {ground}; color: {ink}" title="{escape(told)}">{escape(text)}</td>'
 
 
-def _legend(scale: _Scale, measured: Measured) -> str:
-    """The colours from the least to the greatest value, and what the frame is."""
+def _legend(look: _Look, grid: dict[tuple[int, int], Cell]) -> str:
+    """The colours from the least to the greatest value, and what the marks are."""
     steps = [step / (_STOPS - 1) for step in range(_STOPS)]
     stops = ", ".join(to_hex(matplotlib.colormaps[_COLORMAP](step)) for step in steps)
-    low, high = (escape(measured.form(value).text) for value in (scale.low, scale.high))
-    best = "highest" if measured.high_is_good else "lowest"
-    return (
-        f'<p class="scale">{low}<i style="background: linear-gradient(to right, {stops})"></i>{high}'
-        f"{' (logarithmic)' if scale.is_log else ''}; framed: the {best}</p>"
-    )
+    low, high = (escape(look.measured.form(value).text) for value in (look.scale.low, look.scale.high))
+    marks = ["logarithmic"] if look.scale.is_log else []
+    if look.best is not None:
+        marks.append(f"framed: the {'highest' if look.measured.high_is_good else 'lowest'}")
+    if any(cell.told and not cell.is_whole for cell in grid.values()):
+        marks.append("*: not every trial ended")
+    bar = f'{low}<i style="background: linear-gradient(to right, {stops})"></i>{high}'
+    return f'<p class="scale">{bar}<br/>{"; ".join(marks)}</p>'

@@ -38,7 +38,7 @@ svg text { font-family: system-ui, sans-serif !important; }
   display: flex; flex-wrap: wrap; gap: .1rem 1rem; }
 .legend i { display: inline-block; width: 1.8em; margin-right: .5em; vertical-align: middle;
   border-top: 2.5px solid; }
-.cells { overflow: auto; max-height: 34rem; padding-top: 0; }
+.cells { overflow: auto; max-height: 34rem; padding-top: 0; font-size: .9rem; }
 .cells th, .cells td { min-width: 0; overflow-wrap: normal; white-space: nowrap; }
 .cells thead th { position: sticky; top: 0; z-index: 1; background: var(--card); padding-top: .8rem;
   white-space: normal; }
@@ -55,7 +55,9 @@ details.warning h3 { font-size: .95rem; margin: .75rem 0 .25rem; }
 .heat .axis { font-weight: 600; color: var(--ink); }
 .heat td.none { color: var(--soft);
   background: repeating-linear-gradient(45deg, transparent 0 4px, var(--grid) 4px 5px); }
-.heat td.best { outline: 2.5px solid var(--ink); outline-offset: -1px; font-weight: 700; }
+.heat td.best { outline: 2px solid var(--ink); box-shadow: inset 0 0 0 2px var(--card); font-weight: 700; }
+.maps { display: flex; flex-wrap: wrap; gap: 1rem; margin-bottom: 1rem; }
+.maps figure { max-width: 100%; }
 .scale { margin: .5rem 0 0; font-size: .85rem; color: var(--soft); }
 .scale i { display: inline-block; width: 6rem; height: .7rem; margin: 0 .5em; border-radius: 2px; }
 .note { color: var(--soft); }

@@ -10,7 +10,7 @@ from fedjax_lora.report import drawing, formats
 from fedjax_lora.report.axes import Axis, axes_of, is_grid, key_axis, title_of
 from fedjax_lora.report.cells import Results, check_target, results
 from fedjax_lora.report.drawing import Plot
-from fedjax_lora.report.heatmap import Measured, heat_maps
+from fedjax_lora.report.heatmap import Measured, heat_maps, means
 from fedjax_lora.report.html import about, figure, framed, write_page
 from fedjax_lora.report.settings import heading
 from fedjax_lora.report.sweep_plots import curves, has_bands, points
@@ -69,7 +69,7 @@ def _body(found: Results, axes: Sequence[Axis]) -> str:
         about(heading(found.runs)) if found.runs else "",
         _troubles(found),
         _table(table_of(found), axes),
-        "".join(f'<p class="note">{escape(line)}</p>\n' for line in explained(found)),
+        f'<p class="note">{"<br/>".join(map(escape, explained(found)))}</p>',
         _comparison(found, axes),
         f"<h2>Rounds</h2>\n{_how_drawn(found, axes)}\n{_plots(curves(found, axes))}",
     ]
@@ -127,29 +127,26 @@ def _comparison(found: Results, axes: Sequence[Axis]) -> str:
     if 2 <= len(axes) <= _MOST_AXES and is_grid(axes, found):
         maps = [heat_maps(found, axes, measured) for measured in measures]
         groups = maps if len(axes) > 2 else ["\n".join(maps)]
-        body = "\n".join(f'<div class="plots maps">\n{group}\n</div>' for group in groups)
+        body = "\n".join(f'<div class="maps">\n{group}\n</div>' for group in groups)
         return f"<h2>{escape(' × '.join(axis.title for axis in axes))}</h2>\n{body}"
     if len(axes) == 1:
-        plots = [points(measured, found, axes[0], axes[0]) for measured in measures]
+        plots = [points(of.title.partition(",")[0], of, found, axes[0], axes[0]) for of in measures]
         return f"<h2>By {escape(axes[0].title)}</h2>\n{_plots(plots)}"
-    plots = [points(measures[0], found, key_axis(key, found), axes[0]) for key in found.keys]
+    accuracy = measures[0]
+    plots = [points(f"{accuracy.title} by {key}", accuracy, found, key_axis(key, found), axes[0]) for key in found.keys]
     return f"<h2>By each key</h2>\n{_plots(plots)}"
 
 
 def _measures(found: Results) -> list[Measured]:
     """What is compared: what was learned, and what it cost."""
     name = "Clients' own accuracy" if found.measure == "personal_accuracy" else "Final accuracy"
+    unit, form = formats.bits_alike(means(found, "total_uplink_bits") or [0.0])
     seconds, uplink = drawing.Axis("seconds"), drawing.Axis("uplink", "bit")
     return [
         Measured(name, found.measure, formats.accuracy, drawing.Axis("accuracy"), high_is_good=True),
-        Measured("Latency of a round, s", "mean_latency_s", lambda value: formats.number(_short(value)), seconds),
-        Measured("Uplink", "total_uplink_bits", lambda value: formats.bits(_short(value)), uplink),
+        Measured("Latency of a round, s", "mean_latency_s", lambda x: formats.number(float(f"{x:.3g}")), seconds),
+        Measured(f"Uplink, {unit}", "total_uplink_bits", form, uplink),
     ]
-
-
-def _short(value: float) -> float:
-    """Three digits, for which there is room."""
-    return float(f"{value:.3g}")
 
 
 def _how_drawn(found: Results, axes: Sequence[Axis]) -> str:

@@ -5,17 +5,20 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from fedjax_lora.report import drawing
 from fedjax_lora.report.axes import Axis
 from fedjax_lora.report.cells import Cell, Results, Spread
-from fedjax_lora.report.drawing import Key, Plot, Stroke, painted, run_colors, set_axis
+from fedjax_lora.report.drawing import INK, Key, Plot, Stroke, painted, run_colors, set_axis
 from fedjax_lora.report.heatmap import Measured
 from fedjax_lora.report.runs import Run
 
 _MOST_BANDS = 12
-_MOST_LEGEND = 8
+_MOST_LEGEND, _FEW_OF_MANY = 8, 5
 _LONGEST_TICK = 18  # characters
+_MOST_TICKS = 6
+_FAILED = Key("transparent", "solid", "× no trial came to an end")
 _STROKES: tuple[Stroke, ...] = ("solid", "dashed", "dotted")
 
 _ROUND = drawing.Axis("round", whole=True)
@@ -69,9 +72,8 @@ def has_bands(found: Results) -> bool:
     return found.seeds > 1 and len(found.cells) <= _MOST_BANDS
 
 
-def points(measured: Measured, found: Results, axis: Axis, colored: Axis) -> Plot:
-    """A field of the summaries against an axis: a mark a cell, with a deviation up and down."""
-    title = f"{measured.title.partition(',')[0]} by {', '.join(axis.keys)}"
+def points(title: str, measured: Measured, found: Results, axis: Axis, colored: Axis) -> Plot:
+    """A field of the summaries against an axis: a mark and a deviation for each cell; a cross where no trial ended."""
     place, colors = axis.numbers or list(range(len(axis.settings))), colored.colors
     drawn = [
         (place[axis.place(cell.setting)], spread, colors[colored.place(cell.setting)])
@@ -81,25 +83,37 @@ def points(measured: Measured, found: Results, axis: Axis, colored: Axis) -> Plo
     if not drawn:
         return Plot(title, "", note="Not measured in any trial.")
 
+    failed = [place[axis.place(cell.setting)] for cell in found.cells if not cell.told]
+
     def paint(axes: Axes) -> None:
         for x, spread, color in drawn:
             axes.errorbar(x, spread.mean, spread.deviation or None, fmt="o", color=color, markersize=5, capsize=3)
-        if axis.numbers is None:
-            labels = [label if len(label) <= _LONGEST_TICK else f"{label[:_LONGEST_TICK]}…" for label in axis.labels]
-            turned: dict[str, Any] = {"rotation": 30, "ha": "right"} if sum(map(len, labels)) > 40 else {}
-            axes.set_xticks(place, labels, **turned)
-            axes.set_xlim(-0.5, len(place) - 0.5)
-            axes.set_xlabel(axis.title)
-        else:
-            axes.set_xscale("log" if axis.is_log else "linear")
-            if axis.is_log:
-                axes.set_xlabel(axis.title)
-            else:
-                set_axis(axes, drawing.Axis(axis.title), "x")
+        axes.plot(failed, [0.03] * len(failed), "x", color=INK, transform=axes.get_xaxis_transform())
+        _set_values(axes, axis)
         set_axis(axes, measured.axis, "y")
 
     legend = [] if colored.keys == axis.keys else _legend([colored])
-    return painted(title, paint, legend)
+    return painted(title, paint, [*legend, *([_FAILED] if failed else [])])
+
+
+def _set_values(axes: Axes, axis: Axis) -> None:
+    """The ticks of the x axis: a few values themselves, numbers where these are."""
+    numbers, labels = axis.numbers, axis.labels
+    axes.set_xlabel(axis.title)
+    if numbers is None:
+        labels = [label if len(label) <= _LONGEST_TICK else f"{label[:_LONGEST_TICK]}…" for label in labels]
+        turned: dict[str, Any] = {"rotation": 30, "ha": "right"} if sum(map(len, labels)) > 40 else {}
+        axes.set_xticks(range(len(labels)), labels, **turned)
+        axes.set_xlim(-0.5, len(labels) - 0.5)
+        return
+    if axis.is_log:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    if len(numbers) <= _MOST_TICKS:
+        axes.set_xticks(numbers, [f"{value:.4g}" for value in numbers])
 
 
 def _plot(title: str, x: drawing.Axis, y: drawing.Axis, lines: Sequence[Curve], legend: Sequence[Key]) -> Plot:
@@ -156,14 +170,14 @@ def _legend(axes: Sequence[Axis]) -> list[Key]:
     if not axes:
         return []
     first = axes[0]
-    named = [f"{first.title} {label}" if len(first.keys) == 1 else label for label in first.labels]
-    keys = [Key(color, "solid", label) for color, label in zip(first.colors, named, strict=True)]
-    if first.numbers and len(keys) > _MOST_LEGEND:
-        places = [round(i * (len(keys) - 1) / (_MOST_LEGEND - 1)) for i in range(_MOST_LEGEND)]
-        keys = [keys[place] for place in places]
+    labels = list(map(first.named, first.labels))
+    keys = [Key(color, "solid", label) for color, label in zip(first.colors, labels, strict=True)]
+    if (numbers := first.numbers) and len(keys) > _MOST_LEGEND:
+        places = [round(i * (len(keys) - 1) / (_FEW_OF_MANY - 1)) for i in range(_FEW_OF_MANY)]
+        keys = [Key(first.colors[place], "solid", first.named(f"{numbers[place]:.3g}")) for place in places]
     if not _has_strokes(axes):
         return keys
-    labels = [f"{axes[1].title} {label}" if len(axes[1].keys) == 1 else label for label in axes[1].labels]
+    labels = map(axes[1].named, axes[1].labels)
     return [*(Key("currentColor", stroke, label) for stroke, label in zip(_STROKES, labels, strict=False)), *keys]
 
 
