@@ -59,10 +59,14 @@ class Axis(NamedTuple):
 
     @property
     def labels(self) -> list[str]:
-        """The values in words, with what tells them apart."""
-        if len(self.keys) == 1:
-            return [_label(self.keys[0], setting) for setting in self.settings]
-        return [", ".join(part(*item) for item in setting.items()) or MISSING for setting in self.settings]
+        """The values in words; paths in full where their ends do not tell them apart."""
+        if len(self.keys) > 1:
+            return [", ".join(part(*item) for item in setting.items()) or MISSING for setting in self.settings]
+        (key,) = self.keys
+        short = [_label(key, setting) for setting in self.settings]
+        if len(set(short)) == len(short):
+            return short
+        return [option_value(key, setting[key]) if key in setting else MISSING for setting in self.settings]
 
     def named(self, label: str) -> str:
         """A label that says what it is of."""
