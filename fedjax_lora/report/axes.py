@@ -62,7 +62,7 @@ class Axis(NamedTuple):
         """The values in words; paths in full where their ends do not tell them apart."""
         if len(self.keys) > 1:
             return [", ".join(part(*item) for item in setting.items()) or MISSING for setting in self.settings]
-        (key,) = self.keys
+        key = self.keys[0]
         short = [_label(key, setting) for setting in self.settings]
         if len(set(short)) == len(short):
             return short

@@ -1,7 +1,7 @@
 """What a sweep came to, as numbers: trials that differ in nothing but their seed are one cell."""
 
 import json
-import statistics
+import math
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -41,7 +41,11 @@ class Spread(NamedTuple):
         known = [value for value in values if value is not None]
         if not known:
             return None
-        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+        mean = math.fsum(known) / len(known)
+        if len(known) == 1:
+            return cls(mean, None, 1)
+        squares = math.fsum((value - mean) ** 2 for value in known)  # statistics.stdev takes ten times as long
+        return cls(mean, math.sqrt(squares / (len(known) - 1)), len(known))
 
 
 class Reached(NamedTuple):

@@ -88,7 +88,7 @@ def _troubles(found: Results) -> str:
     count = counted(found)
     if warned:
         boxes["warnings"] = warned
-        count = f"{count}; {len(warned)} warnings" if count else f"{len(warned)} warnings of {len(found.trials)} trials"
+        count = f"{count}; {len(warned)} warnings" if count else f"{len(warned)} warnings in {len(found.trials)} trials"
     if not boxes:
         return ""
     lists = "\n".join(
