@@ -60,9 +60,9 @@ class Axis(NamedTuple):
     @property
     def labels(self) -> list[str]:
         """The values in words; paths in full where their ends do not tell them apart."""
-        if len(self.keys) > 1:
+        key, *others = self.keys
+        if others:
             return [", ".join(part(*item) for item in setting.items()) or MISSING for setting in self.settings]
-        key = self.keys[0]
         short = [_label(key, setting) for setting in self.settings]
         if len(set(short)) == len(short):
             return short
