@@ -202,8 +202,9 @@ def test_a_sweep_runs_every_combination_once(finished, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")}
     assert cli.main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")} == before
-    printed = capsys.readouterr().out
-    assert all(folder in printed for folder in folders)
+    assert str(out / "results.csv") in capsys.readouterr().out
+    rows = (out / "results.csv").read_text().splitlines()
+    assert len(rows) == 3 and all(folder in row for folder, row in zip(folders, rows[1:], strict=True))
 
     data = out / folders[1] / "data.json"
     held = {key: value for key, value in json.loads(data.read_text()).items() if key != "sha256"}

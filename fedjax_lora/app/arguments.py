@@ -68,6 +68,7 @@ def _sweep(commands: Any) -> None:
         help="stop the worse half after 1, 2, 4, ... evaluations: by eval_accuracy, eval_loss or personal_accuracy, at "
         "equal rounds, bits or seconds",
     )
+    _sweep_table_arguments(sweep)
     _output_arguments(sweep, has_json=False)
 
 
@@ -75,6 +76,7 @@ def _report(commands: Any) -> None:
     report = commands.add_parser("report", help="compare runs", description="Write one report over several runs.")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or of the runs of a sweep")
     report.add_argument("--out", default="report.html", metavar="FILE", help="report.html by default")
+    _sweep_table_arguments(report, "of a sweep: ")
     _output_arguments(report)
 
 
@@ -122,6 +124,18 @@ def _cache(commands: Any) -> None:
         description="Show what is kept on disk so that a second run starts fast: compiled programs, tokens, models.",
     )
     cache.add_argument("--clear", action="store_true", help="remove it; other files in its folder stay")
+
+
+def _sweep_table_arguments(parser: argparse.ArgumentParser, of: str = "") -> None:
+    parser.add_argument(
+        "--sort", metavar="COLUMN", help=f"{of}sort the table by a column of results.csv, best first; by accuracy else"
+    )
+    parser.add_argument(
+        "--target",
+        type=float,
+        metavar="ACCURACY",
+        help=f"{of}count rounds, bits and seconds until this accuracy; 0.95 of the best of all trials by default",
+    )
 
 
 def _experiment_arguments(parser: argparse.ArgumentParser) -> None:

@@ -154,7 +154,7 @@ def _sweep(options: argparse.Namespace) -> int:
     from fedjax_lora.app.halving import Halving
     from fedjax_lora.app.sweep_folder import sweep_into
     from fedjax_lora.config.sweeps import grid, overrides, parse_over, product, read_sweep
-    from fedjax_lora.report.sweep import sweep_table, write_sweep_report
+    from fedjax_lora.report.sweep import check_asked, sweep_table, write_sweep_report
 
     _start()
     console = _console(options)
@@ -162,26 +162,37 @@ def _sweep(options: argparse.Namespace) -> int:
     methods, path = _methods(options), _folder(options, "runs/{}-sweep")
     halving = Halving.parse(options.halving) if options.halving else None
     settings = product(read_sweep(options.sweep) if options.sweep else [{}], grid(parse_over(options.over)))
+    check_asked(options.sort, options.target, settings)
 
     def load(setting: dict[str, Any]) -> "ExperimentConfig":
         return _load(options, methods, overrides(setting))
 
     found = sweep_into(path, settings, load, console, methods, halving)
-    console.print(sweep_table(found))
-    write_sweep_report(found, path / "report.html")
+    console.print(sweep_table(found, options.sort, options.target))
+    write_sweep_report(found, path / "report.html", options.target)
     console.print(f"results: {path / 'results.csv'}\nreport: {path / 'report.html'}")
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
+    from fedjax_lora.io.sweep import read_found
     from fedjax_lora.report.html import check_replaceable, write_report
     from fedjax_lora.report.runs import differing_keys, load_runs
+    from fedjax_lora.report.sweep import sweep_table, write_sweep_report
     from fedjax_lora.report.tables import comparison
 
     console = _console(options)
     check_replaceable(Path(options.out))
-    write_report(options.runs, options.out)
-    console.print(comparison(options.runs))
+    sweep = read_found(options.runs[0]) if len(options.runs) == 1 else None
+    if sweep:
+        table = sweep_table(sweep, options.sort, options.target)
+        write_sweep_report(sweep, options.out, options.target)
+    elif options.sort or options.target is not None:
+        raise ValueError("--sort and --target are for the folder of one sweep that has ended, got runs")
+    else:
+        write_report(options.runs, options.out)
+        table = comparison(options.runs)
+    console.print(table)
     console.print(f"report: {options.out}")
     runs = load_runs(options.runs)
     keys = differing_keys(runs)

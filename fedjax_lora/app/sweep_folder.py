@@ -1,12 +1,10 @@
 """Sweeps on disk: each trial in the folder of a run, `results.csv`, and one report over all."""
 
-import csv
-import io
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -23,38 +21,12 @@ from fedjax_lora.core.progress import Progress
 from fedjax_lora.core.types import FedState, Metrics
 from fedjax_lora.data.cache import keep_programs
 from fedjax_lora.io import checkpoint
-from fedjax_lora.io.files import check_can_hold_files, write_atomically
+from fedjax_lora.io.files import check_can_hold_files
 from fedjax_lora.io.log import RunFolder
 from fedjax_lora.io.run_files import is_run, read_data, read_metrics
+from fedjax_lora.io.sweep import Sweep, write_found
 from fedjax_lora.report.html import check_replaceable
 from fedjax_lora.sim.trials import trials_at_once
-
-RESULTS = "results.csv"
-
-COLUMNS = (
-    *("final_accuracy", "best_accuracy", "personal_accuracy", "total_uplink_bits", "total_downlink_bits"),
-    *("total_latency_s", "mean_latency_s", "latency_over_budget", "final_queue_s", "rounds", "lost_rounds"),
-    *("diverged_rounds", "initial_accuracy", "wall_s", "compile_s"),
-)
-"""Fields of a summary that `results.csv` has, after the name, the swept keys and the status."""
-
-
-class Sweep(NamedTuple):
-    """What a sweep on disk came to.
-
-    path: of its folder. settings: name -> swept keys. status: name -> `ended`, `diverged`, `stopped` or `refused`.
-    reasons: name -> why it was refused.
-    """
-
-    path: Path
-    settings: dict[str, Setting]
-    status: dict[str, str]
-    reasons: dict[str, str]
-
-    @property
-    def folders(self) -> list[Path]:
-        """Of the trials that were run."""
-        return [self.path / name for name, status in self.status.items() if status != "refused"]
 
 
 def sweep_into(
@@ -104,21 +76,8 @@ def sweep_into(
     by_name = {folder_name(setting): setting for setting in settings}
     status = {name: "refused" if name in reasons else folders.status(names.index(name), stopped) for name in by_name}
     found = Sweep(path, by_name, status, reasons)
-    write_results(found)
+    write_found(found)
     return found
-
-
-def write_results(found: Sweep) -> None:
-    """`results.csv`: one row a trial, in the order of the settings; empty where there is no value."""
-    keys = dict.fromkeys(key for setting in found.settings.values() for key in setting)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", *keys, "status", *COLUMNS])
-    for name, setting in found.settings.items():
-        summary = (RunFolder(found.path / name).ended() if found.status[name] != "refused" else None) or {}
-        values = [summary.get(column) for column in COLUMNS]
-        writer.writerow([name, *(setting.get(key) for key in keys), found.status[name], *values])
-    write_atomically(found.path / RESULTS, text.getvalue())
 
 
 def _load(

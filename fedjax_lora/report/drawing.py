@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from html import escape
 from typing import Any, Literal, NamedTuple
 
 import matplotlib
@@ -11,7 +12,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-_INK, _GRID = "#010203", "#010204"
+INK, GRID = "#010203", "#010204"
 """Colours that no line has: replaced by the page's own, so that a plot reads on light and on dark."""
 
 _COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#06b6d4", "#ec4899", "#84cc16")
@@ -21,17 +22,18 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _GRID,
+    "grid.color": GRID,
     "grid.linewidth": 0.6,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "text.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "text.parse_math": False,  # a dollar is a dollar
     "axes.formatter.useoffset": False,
     "axes.formatter.limits": (-4, 6),
 }
@@ -98,27 +100,36 @@ def draw(title: str, x: Axis, y: Axis, names: Sequence[str], lines: Sequence[Seq
     """
     levels = [line.y for of_run in lines for line in of_run if line.stroke == "dotted"]
     drawn = [
-        (_INK if levels.count(line.y) > 1 else color, line)
+        (INK if levels.count(line.y) > 1 else color, line)
         for color, of_run in zip(run_colors(len(names)), lines, strict=True)
         for line in of_run
         if line.x
     ]
     if not drawn:
         return Plot(title, "", note="Not measured in any round.")
+
+    def paint(axes: Axes) -> None:
+        for color, line in drawn:
+            marker = "o" if len(line.x) <= 30 and line.stroke != "dotted" else ""
+            axes.plot(line.x, line.y, color=color, linestyle=line.stroke, marker=marker, markersize=3, linewidth=1.6)
+        set_axis(axes, x, "x")
+        set_axis(axes, y, "y")
+
+    return painted(title, paint, _legend(names, drawn))
+
+
+def painted(title: str, paint: Callable[[Axes], None], legend: Sequence[Key] = ()) -> Plot:
+    """What `paint` draws; of the colours INK and GRID, what is to read on any page."""
     # A salt of its own keeps the ids of one plot apart from those of the others on the page.
     rc: dict[Any, Any] = _STYLE | {"svg.hashsalt": title}
     with matplotlib.rc_context(rc):
         figure = Figure(figsize=(4.8, 3.0), layout="constrained")
-        axes = figure.add_subplot()
-        for color, line in drawn:
-            marker = "o" if len(line.x) <= 30 and line.stroke != "dotted" else ""
-            axes.plot(line.x, line.y, color=color, linestyle=line.stroke, marker=marker, markersize=3, linewidth=1.6)
-        _set_axis(axes, x, "x")
-        _set_axis(axes, y, "y")
-        return Plot(title, _svg(figure, title), _legend(names, drawn))
+        paint(figure.add_subplot())
+        return Plot(title, _svg(figure, title), legend)
 
 
-def _set_axis(axes: Axes, axis: Axis, which: Literal["x", "y"]) -> None:
+def set_axis(axes: Axes, axis: Axis, which: Literal["x", "y"]) -> None:
+    """Name an axis, and write its ticks as what it counts."""
     axes.set(**{f"{which}label": axis.label})
     place = axes.xaxis if which == "x" else axes.yaxis
     if axis.unit:
@@ -145,8 +156,8 @@ def _svg(figure: Figure, title: str) -> str:
     svg = svg[svg.index("<svg") :].strip()
     # Ids such as `axes_1` are the same in every figure, and nothing refers to them.
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)
-    svg = svg.replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
+    svg = svg.replace(INK, "currentColor").replace(GRID, "var(--grid)")
     # The view box alone scales with the page.
     head, rest = svg.split(">", 1)
     head = re.sub(r' (width|height)="[^"]*"', "", head)
-    return f'{head} role="img" aria-label="{title}">{rest}'
+    return f'{head} role="img" aria-label="{escape(title)}">{rest}'

@@ -1,7 +1,8 @@
 """How numbers are written, alike on a page and in a terminal."""
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 MISSING = "–"
@@ -50,6 +51,13 @@ def bits(value: float) -> Shown:
     return _prefixed(round(value), "bit", "bits")
 
 
+def bits_alike(values: Sequence[float]) -> tuple[str, Format]:
+    """One unit for numbers of bits, and how they are written in it, three digits each."""
+    middle = math.sqrt(min(values) * max(values))
+    prefix, scale = next(((p, s) for p, s in _PREFIXES if middle >= s), ("", 1))
+    return f"{prefix}bit", lambda value: Shown(f"{float(f'{value / scale:.3g}'):,.15g}")
+
+
 def memory(value: int) -> Shown:
     """With a decimal prefix: `1.242 GB`."""
     return _prefixed(value, "B", "bytes")
@@ -67,14 +75,39 @@ def setting(value: Any) -> Shown:
 
 def option(key: str, value: Any) -> str:
     """An option in words, with the unit that its name ends in: `latency budget 20 s`."""
-    name = key.rsplit(".", 1)[-1]
-    end = next((end for end in _UNITS if name.endswith(end)), "")
-    return f"{name.removesuffix(end).replace('_', ' ')} {setting(value).text}{_UNITS.get(end, '')}"
+    return f"{option_name(key)} {option_value(key, value)}"
+
+
+def option_name(key: str) -> str:
+    """An option without its section and its unit: `latency budget`; of a method's name, the section: `sparsifier`."""
+    section, _, name = key.rpartition(".")
+    if name == "name" and section:
+        return option_name(section)
+    return name.removesuffix(_unit_end(name)).replace("_", " ")
+
+
+def option_value(key: str, value: Any) -> str:
+    """The value of an option, with the unit that its name ends in: `20 s`."""
+    return f"{setting(value).text}{_UNITS.get(_unit_end(key), '')}"
+
+
+def spread(form: Format, mean: float, deviation: float | None) -> Shown:
+    """A mean and a deviation of two digits: `33.6 ± 1.2`; the mean alone where there is none, or it is 0."""
+    shown = form(mean)
+    if deviation is None or deviation <= 1e-9 * abs(mean):
+        return shown
+    around = form(deviation if form is accuracy else float(f"{deviation:.2g}"))
+    exact = f"{shown.exact or shown.text} ± {around.exact or around.text}" if shown.exact or around.exact else ""
+    return Shown(f"{shown.text} ± {around.text}", exact)
 
 
 def last_name(path: Any) -> str:
     """What a path or a hub id ends in."""
     return re.split(r"[/\\]", str(path).rstrip("/\\"))[-1] or str(path)
+
+
+def _unit_end(name: str) -> str:
+    return next((end for end in _UNITS if name.endswith(end)), "")
 
 
 def _rounded(value: float) -> str:

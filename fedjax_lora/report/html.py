@@ -1,7 +1,7 @@
 """The report: one HTML file that needs nothing beside it."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -24,9 +24,18 @@ def write_report(run_folders: Iterable[str | Path], out_path: str | Path) -> Non
     Raises:
       ValueError: a folder is not a run's, or has no round in its log; or `out_path` cannot be written.
     """
-    path, runs = Path(out_path), load_runs(run_folders)
+    runs = load_runs(run_folders)
+    write_page(Path(out_path), _page(runs, all_plots(runs)))
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page, whatever is there.
+
+    Raises:
+      ValueError: `path` cannot be written.
+    """
     try:
-        write_atomically(path, _page(runs, all_plots(runs)))
+        write_atomically(path, text)
     except OSError as error:
         raise ValueError(f"report {path} must be a path that can be written, got {error.strerror}") from error
 
@@ -61,20 +70,8 @@ def _is_report(path: Path) -> bool:
 
 def _page(runs: Sequence[Run], plots: Sequence[Plot]) -> str:
     names = [run.name for run in runs]
-    title = escape(", ".join(names) if len(names) <= _MOST_NAMES else f"{len(names)} runs")
-    figures = "\n".join(map(_figure, plots))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-{_GENERATOR}
-<title>{title} - fedjax-lora</title>
-<style>{CSS}</style>
-</head>
-<body>
-<h1>{title}</h1>
-{_about(runs)}
+    figures = "\n".join(map(figure, plots))
+    body = f"""{about(heading(runs))}
 {_warnings(runs)}
 <div class="card scroll">
 {_table(runs, summary_rows(runs))}
@@ -84,16 +81,33 @@ def _page(runs: Sequence[Run], plots: Sequence[Plot]) -> str:
 {figures}
 </div>
 <h2>Configuration</h2>
-{_configuration(runs)}
+{_configuration(runs)}"""
+    return framed(", ".join(names) if len(names) <= _MOST_NAMES else f"{len(names)} runs", body)
+
+
+def framed(title: str, body: str) -> str:
+    """A whole page: the HTML `body` under a title, which is text."""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+{_GENERATOR}
+<title>{escape(title)} - fedjax-lora</title>
+<style>{CSS}</style>
+</head>
+<body>
+<h1>{escape(title)}</h1>
+{body}
 </body>
 </html>
 """
 
 
-def _about(runs: Sequence[Run]) -> str:
-    """What was run, in one line."""
-    parts = (f"<span><b>{escape(label)}</b> {escape(text)}</span>" for label, text in heading(runs).items())
-    return f'<p class="about">{" ".join(parts)}</p>'
+def about(parts: Mapping[str, str]) -> str:
+    """What was run, in one line: label -> text."""
+    spans = (f"<span><b>{escape(label)}</b> {escape(text)}</span>" for label, text in parts.items())
+    return f'<p class="about">{" ".join(spans)}</p>'
 
 
 def _warnings(runs: Sequence[Run]) -> str:
@@ -138,7 +152,8 @@ def _table(runs: Sequence[Run], rows: Iterable[Row], marked: Iterable[str] = ())
     return f"<table>\n<thead><tr><td></td>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
 
-def _figure(plot: Plot) -> str:
+def figure(plot: Plot) -> str:
+    """A plot under its title and over its legend, or why there is none."""
     body = f"{plot.svg}\n{_legend(plot.legend)}" if plot.svg else f'<p class="note">{escape(plot.note)}</p>'
     return f'<figure class="card">\n<figcaption>{escape(plot.title)}</figcaption>\n{body}\n</figure>'
 

@@ -71,12 +71,13 @@ def labels(runs: Sequence[Run]) -> list[str]:
     Where runs differ in the `name` of a section, that stands for the options that only some of them have.
     """
     keys = [key for key in differing_keys(runs) if all(key in run.config for run in runs)]
-    short = [", ".join(_part(key, run.config[key]) for key in keys) for run in runs]
+    short = [", ".join(part(key, run.config[key]) for key in keys) for run in runs]
     distinct = len(set(short)) == len(runs)
     return short if distinct and keys and max(map(len, short)) <= _LONGEST_LABEL else [run.name for run in runs]
 
 
-def _part(key: str, value: Any) -> str:
+def part(key: str, value: Any) -> str:
+    """An option in words; of a method or a text, the value alone."""
     if key.endswith(".name") or isinstance(value, str):
         return last_name(setting(value).text)
     return option(key, value)

@@ -38,6 +38,28 @@ svg text { font-family: system-ui, sans-serif !important; }
   display: flex; flex-wrap: wrap; gap: .1rem 1rem; }
 .legend i { display: inline-block; width: 1.8em; margin-right: .5em; vertical-align: middle;
   border-top: 2.5px solid; }
+.cells { overflow: auto; max-height: 34rem; padding-top: 0; font-size: .9rem; }
+.cells th, .cells td { min-width: 0; overflow-wrap: normal; white-space: nowrap; }
+.cells thead th { position: sticky; top: 0; z-index: 1; background: var(--card); padding-top: .8rem;
+  white-space: normal; }
+.cells thead th:first-child { left: 0; z-index: 2; }
+.cells td.key { color: var(--soft); }
+details.warning summary { color: var(--alert); }
+details.warning h3 { font-size: .95rem; margin: .75rem 0 .25rem; }
+.heat { border-collapse: separate; border-spacing: 2px; font-size: .85rem; }
+.heat th, .heat td { border: 0; padding: .3rem .4rem; min-width: 0; text-align: center; white-space: nowrap; }
+.heat td { border-radius: 3px; min-width: 2.8rem; }
+.heat.bare td { min-width: .9rem; height: 1.1rem; padding: 0; }
+.heat tbody th { text-align: right; }
+.heat thead th { font-weight: normal; color: var(--soft); }
+.heat .axis { font-weight: 600; color: var(--ink); }
+.heat td.none { color: var(--soft);
+  background: repeating-linear-gradient(45deg, transparent 0 4px, var(--grid) 4px 5px); }
+.heat td.best { outline: 2px solid var(--ink); box-shadow: inset 0 0 0 2px var(--card); font-weight: 700; }
+.maps { display: flex; flex-wrap: wrap; gap: 1rem; margin-bottom: 1rem; }
+.maps figure { max-width: 100%; }
+.scale { margin: .5rem 0 0; font-size: .85rem; color: var(--soft); }
+.scale i { display: inline-block; width: 6rem; height: .7rem; margin: 0 .5em; border-radius: 2px; }
 .note { color: var(--soft); }
 details { margin-top: 1rem; }
 summary { cursor: pointer; font-weight: 600; }

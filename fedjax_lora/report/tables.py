@@ -59,6 +59,11 @@ def comparison(run_folders: Iterable[str | Path]) -> str:
     lines = [[label, *(cell.text for cell in cells)] for label, cells in columns]
     if len(runs) + 1 >= len(lines):
         lines = list(zip(*lines, strict=True))
+    return text_table(lines)
+
+
+def text_table(lines: Sequence[Sequence[str]]) -> str:
+    """Plain text for a terminal: the first line is the head; the first column is flush left, the others flush right."""
     table = Table(box=box.SIMPLE_HEAD)
     for place, label in enumerate(lines[0]):
         table.add_column(Text(label), justify="right" if place else "left")
@@ -86,7 +91,7 @@ def _counts(key: str) -> Callable[[_Summary], bool]:
     return lambda summary: bool(summary.get(key))
 
 
-class _Number(NamedTuple):
+class Number(NamedTuple):
     """One number of a summary; a row of it stands where one of the runs is `worth` it."""
 
     label: str
@@ -99,7 +104,7 @@ class _Number(NamedTuple):
         return Shown(MISSING) if value is None else self.form(value)
 
 
-def _worth_showing(numbers: Iterable[_Number], summaries: Sequence[_Summary]) -> list[_Number]:
+def _worth_showing(numbers: Iterable[Number], summaries: Sequence[_Summary]) -> list[Number]:
     return [number for number in numbers if any(map(number.worth, summaries))]
 
 
@@ -110,30 +115,33 @@ def _present(run: Run) -> Shown:
 
 
 _HEADLINE = [
-    _Number("initial accuracy", "initial_accuracy", formats.accuracy),
-    _Number("final accuracy", "final_accuracy", formats.accuracy),
-    _Number("best accuracy", "best_accuracy", formats.accuracy),
-    _Number("personal accuracy", "personal_accuracy", formats.accuracy, _has("personal_accuracy")),
-    _Number("rounds", "rounds", formats.count),
-    _Number("lost rounds", "lost_rounds", formats.count, _counts("lost_rounds")),
-    _Number("diverged rounds", "diverged_rounds", formats.count, _counts("diverged_rounds")),
-    _Number("simulated time, s", "total_latency_s", formats.number),
-    _Number("latency a round, s", "mean_latency_s", formats.number),
-    _Number("latency budget, s", "latency_budget_s", formats.number, _has("latency_budget_s")),
-    _Number("mean latency over budget", "latency_over_budget", formats.times, _has("latency_budget_s")),
-    _Number("queue at the end, s", "final_queue_s", formats.number, _has("latency_budget_s")),
-    _Number("uplink", "total_uplink_bits", formats.bits),
+    Number("initial accuracy", "initial_accuracy", formats.accuracy),
+    Number("final accuracy", "final_accuracy", formats.accuracy),
+    Number("best accuracy", "best_accuracy", formats.accuracy),
+    Number("personal accuracy", "personal_accuracy", formats.accuracy, _has("personal_accuracy")),
+    Number("rounds", "rounds", formats.count),
+    Number("lost rounds", "lost_rounds", formats.count, _counts("lost_rounds")),
+    Number("diverged rounds", "diverged_rounds", formats.count, _counts("diverged_rounds")),
+    Number("simulated time, s", "total_latency_s", formats.number),
+    Number("latency a round, s", "mean_latency_s", formats.number),
+    Number("latency budget, s", "latency_budget_s", formats.number, _has("latency_budget_s")),
+    Number("mean latency over budget", "latency_over_budget", formats.times, _has("latency_budget_s")),
+    Number("queue at the end, s", "final_queue_s", formats.number, _has("latency_budget_s")),
+    Number("uplink", "total_uplink_bits", formats.bits),
 ]
 
 _DETAILS = [
-    _Number("downlink", "total_downlink_bits", formats.bits),
-    _Number("taken of the plan", "plan", formats.found, _has("plan")),
-    _Number("bound, by effect", "bound_effects", formats.found, _has("bound_effects")),
-    _Number("wall time, s", "wall_s", formats.number),
-    _Number("of it compiling, s", "compile_s", formats.number),
-    _Number("samples/s", "samples_per_s", formats.number),
-    _Number("peak memory", "peak_memory_bytes", formats.memory),
-    _Number("device", "device", formats.found),
-    _Number("versions", "versions", formats.found),
-    _Number("partition", "partition_hash", formats.found),
+    Number("downlink", "total_downlink_bits", formats.bits),
+    Number("taken of the plan", "plan", formats.found, _has("plan")),
+    Number("bound, by effect", "bound_effects", formats.found, _has("bound_effects")),
+    Number("wall time, s", "wall_s", formats.number),
+    Number("of it compiling, s", "compile_s", formats.number),
+    Number("samples/s", "samples_per_s", formats.number),
+    Number("peak memory", "peak_memory_bytes", formats.memory),
+    Number("device", "device", formats.found),
+    Number("versions", "versions", formats.found),
+    Number("partition", "partition_hash", formats.found),
 ]
+
+NUMBERS = {number.key: number for number in (*_HEADLINE, *_DETAILS)}
+"""Field of a summary -> how it is called and written."""

@@ -4,9 +4,11 @@ import json
 
 import yaml
 
+from fedjax_lora.config.sweeps import folder_name
 from fedjax_lora.io import sealed
 from fedjax_lora.io.log import RunFolder
 from fedjax_lora.io.run_files import FIELDS
+from fedjax_lora.io.sweep import Sweep
 
 ROUNDS = 6
 
@@ -35,3 +37,16 @@ def write_run(folder, config=None, ended=True, summary=None, **columns):
         )
         sealed.write(run.path / "summary.json", {k: v for k, v in written.items() if k != "sha256"} | (summary or {}))
     return run.path
+
+
+def write_sweep(folder, trials):
+    """A sweep of (swept keys, status, columns) each; a trial that is refused has no folder."""
+    settings, statuses, reasons = {}, {}, {}
+    for setting, status, columns in trials:
+        name = folder_name(setting)
+        settings[name], statuses[name] = setting, status
+        if status == "refused":
+            reasons[name] = "rank must be a whole number, got '<b>&'"
+        else:
+            write_run(folder / name, {"rounds": 9, "swept": setting}, **columns)
+    return Sweep(folder, settings, statuses, reasons)
