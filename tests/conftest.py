@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -30,8 +31,27 @@ if not _IN_FULL:
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
+SLOW = Path(__file__).with_name("slow.txt")
+"""Tests that take more than about five seconds on two cores and are not the only ones of what they test, by their ids.
+
+They are marked `slow`, and `make test` leaves them out. `pytest --durations=0` tells when the list should change.
+"""
+
 # Modules whose programs take longer to run than to compile.
-_RUN_LONG = {"test_cli", "test_planner", "test_tsfa_laws", "test_tsfa_offline"}
+_RUN_LONG = {"test_cli", "test_tsfa_laws", "test_tsfa_offline"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is listed in SLOW; a line that names no test of a file that was collected whole is an error."""
+    listed = set(SLOW.read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker(pytest.mark.slow)
+    if not any("::" in argument for argument in config.args):
+        found = {item.nodeid for item in items}
+        files = {nodeid.partition("::")[0] for nodeid in found}
+        if lost := sorted(line for line in listed - found if line.partition("::")[0] in files):
+            raise pytest.UsageError(f"{SLOW} must name tests that are there, got {lost[0]}")
 
 
 @pytest.fixture(autouse=True, scope="module")

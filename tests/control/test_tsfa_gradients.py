@@ -60,12 +60,15 @@ def optimum(free, ratio, step, *case):
     return np.concatenate([rho, [latency, V * np.sum(weights * (left_out - slope * rho)) + queue * latency]])
 
 
-@pytest.mark.parametrize(("ranks", "most"), [(1, 1.0), (3, 1.0), (3, 0.8)])
-def test_implicit_gradients_match_float64_finite_differences(ranks, most):
+_EVERY = [pytest.param(*case, 40, marks=pytest.mark.slow) for case in ((1, 1.0), (3, 1.0), (3, 0.8))]
+
+
+@pytest.mark.parametrize(("ranks", "most", "cohorts"), [(3, 0.8, 4), *_EVERY])
+def test_implicit_gradients_match_float64_finite_differences(ranks, most, cohorts):
     """Central differences of the conditions solved by MINPACK in float64: ratios, latency and objective by all
     arguments, as derivatives by their logarithms (by start and tail themselves), to 1e-3 of an output's own size or of
-    its largest derivative by that argument. Forty cohorts, of those in which no client is about to enter or leave its
-    step."""
+    its largest derivative by that argument. Forty cohorts (or four), of those in which no client is about to enter or
+    leave its step."""
     names = {0: "bits", 1: "snr", 2: "start", 3: "band", 4: "weights", 5: "tail", 6: "queue", 7: "V"}
 
     def outputs(*case):
@@ -83,7 +86,7 @@ def test_implicit_gradients_match_float64_finite_differences(ranks, most):
         if not (free | held).all() or not free.any():
             continue
         tried += 1
-        if tried > 40:
+        if tried > cohorts:
             break
         ratio[held] = np.where(ratio[held] < 0.1001, np.float32(0.1), whole[held])
         step = np.minimum(np.floor(ratio * ranks + 1e-6).astype(int), ranks - 1)
@@ -103,7 +106,7 @@ def test_implicit_gradients_match_float64_finite_differences(ranks, most):
             # Changes of the latency through payloads and through shares nearly cancel: its own size is the scale.
             scale = np.maximum(np.abs(expected).max(1), np.abs(function(*case)))[:, None]
             np.testing.assert_array_less(np.abs(got - expected) / scale, 1e-3, err_msg=f"{names[argument]} {seed}")
-    assert tried > 40
+    assert tried > cohorts
 
 
 def test_gradient_of_a_common_ratio_matches_float64_finite_differences():

@@ -1,4 +1,4 @@
-"""Laws that every sparsifier obeys, over one table of all of them."""
+"""Laws that every sparsifier obeys beside those of `fedjax_lora.testing`, over one table of all of them."""
 
 import functools
 from typing import Any, Literal, NamedTuple
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from fedjax_lora import sparsifiers
-from fedjax_lora.core.numbers import fill, split
 from fedjax_lora.sparsifiers import dense, flasc, lora_a2, payload, random_rank, soft, soft_rotated, svd, top_k
 from fedjax_lora.sparsifiers.transforms import WireConfig, chain
 from oracles.contexts import context, upload
@@ -200,12 +199,6 @@ def assert_close(x, y, atol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=atol), x, y)
 
 
-def test_jit_equals_eager(method, eager, send, offer):
-    assert_close(send(START, TRAINED, HALF, SCOPE, KEY), eager(START, TRAINED, HALF, SCOPE, KEY))
-    assert_close(offer(START, TRAINED, SCOPE), method.offer(START, TRAINED, SCOPE), atol=1e-3)
-    assert_close(jax.jit(method.penalty)(TRAINED, MASK), method.penalty(TRAINED, MASK))
-
-
 def test_vmap_equals_loop(send):
     """Clients of their own updates, kept ranks and structural ranks; NaN beside them is no matter."""
     cohort = [trained_from(START, seed) for seed in (1, 2, 3)]
@@ -218,25 +211,6 @@ def test_vmap_equals_loop(send):
     )
     looped = [send(START, cohort[k], kept[k], scopes[k], keys[k]) for k in range(3)]
     assert_close(jax.tree.map(lambda leaf: leaf[:3], mapped), stack(looped))
-
-
-def test_numbers_may_be_traced(row, method, send):
-    """Invariance: made inside of a program, of options whose numbers are its arguments, a method is the same."""
-    structure, numbers = split(row.config)
-
-    @jax.jit
-    def inside(numbers, kept):
-        traced = row.module.make(fill(structure, numbers), CONTEXT)
-        sent = upload(traced, row.wire)(START, TRAINED, traced.init(START), kept, SCOPE, KEY)
-        return sent, traced.penalty(TRAINED, MASK), (traced.broadcast or payload.dense_broadcast)(START, SCOPE, MASK)
-
-    if not numbers:
-        inside.trace(numbers, HALF)
-        return
-    sent, penalty, broadcast = inside(numbers, HALF)
-    assert_close(sent, send(START, TRAINED, HALF, SCOPE, KEY))
-    assert_close(penalty, method.penalty(TRAINED, MASK))
-    assert_close(broadcast, jax.jit(method.broadcast or payload.dense_broadcast)(START, SCOPE, MASK))
 
 
 def test_dtypes_and_shapes_are_kept(row, method):
@@ -275,20 +249,6 @@ def test_what_is_not_sent_is_zero(encode):
         message, _ = encode(START, used.select(TRAINED, START), HALF, used, KEY)
         for values, masks in ((message.tensors, message.sent), (message.exact, message.exact_sent)):
             jax.tree.map(lambda x, mask: np.testing.assert_array_equal(x * (1.0 - mask), 0.0), values, masks)
-
-
-def test_traced_once_for_all_kept_and_ranks(method, eager):
-    """Structure: masks and kept ranks are data."""
-    traces = []
-
-    @jax.jit
-    def counted(trained, kept, mask):
-        traces.append(1)
-        return eager(START, trained, kept, mask, KEY).bits, method.offer(START, trained, mask)
-
-    for kept, rank in ((1.0, 2), (2.0, 4), (6.0, 6)):
-        counted.trace(TRAINED, jnp.float32(kept), scope(rank))
-    assert len(traces) == 1
 
 
 @pytest.mark.parametrize("kept", [1.0, RANK])

@@ -1,4 +1,4 @@
-"""Laws that every network between clients and server obeys, over one table of them."""
+"""Laws that every network obeys beside those of `fedjax_lora.testing`, over one table of them."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from fedjax_lora.core import trees
 from fedjax_lora.core.learning import Work
 from fedjax_lora.core.methods import Context
 from fedjax_lora.core.network import Wireless
-from fedjax_lora.core.numbers import fill, split, traced_keys
+from fedjax_lora.core.numbers import fill, split
 from fedjax_lora.wireless import cell
 
 # Each pair of values of two options is in some row, see the first test.
@@ -124,10 +124,6 @@ def test_each_pair_of_values_is_in_the_table():
         assert {(row[i], row[j]) for row in ROWS} == set(every)
 
 
-def test_jit_equals_eager(network, found):
-    assert_close(found, one_round(network))
-
-
 def test_shapes_and_dtypes(found):
     """Structure: a step keeps those of the state; what is handed on is `[C]` float32, bool for who was heard."""
     first, state, radio, delivery = found
@@ -214,26 +210,3 @@ def test_a_plan_holds_where_the_channel_is_known(row, found):
     if options.csi == "perfect":
         np.testing.assert_array_equal(delivery.delivered, able & (np.asarray(PRESENT) > 0))
     assert not np.any(np.asarray(delivery.delivered) & ~able)
-
-
-def test_numbers_are_traced_and_may_be_anything(row, jitted, numbers):
-    """Structure: `make` is called inside of the program above; NaN in each number by itself raises nothing."""
-    method, options = row
-    assert set(numbers) == set(traced_keys(options))
-    assert len(numbers) == 17
-    structure, _ = split(options)
-    for key in numbers:
-        method.make(fill(structure, numbers | {key: jnp.float32(jnp.nan)}), CONTEXT)
-        jitted(numbers | {key: np.float32(np.nan)}, IDS, PRESENT, WORK, BITS, DOWN)
-    poisoned = jitted(numbers | {"bandwidth_hz": np.float32(np.nan)}, IDS, PRESENT, WORK, BITS, DOWN)
-    assert np.isnan(poisoned[2].band_hz)
-
-
-def test_a_sweep_in_one_program_equals_single_runs(program, jitted, numbers):
-    """Oracle: each setting alone."""
-    many = {"power_dbm": jnp.array([10.0, 23.0]), "cell_radius_m": jnp.array([500.0, 200.0])}
-    axes = {key: 0 if key in many else None for key in numbers}
-    swept = jax.jit(jax.vmap(program, in_axes=(axes,)))(numbers | many)
-    for i in range(2):
-        alone = {key: np.float32(values[i]) for key, values in many.items()}
-        assert_close(trees.take(swept, i), jitted(numbers | alone, IDS, PRESENT, WORK, BITS, DOWN))

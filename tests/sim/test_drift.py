@@ -114,21 +114,24 @@ def test_scaffold_doubles_both_links(two_rounds):
 def test_control_plans_with_the_bits_that_are_sent(drift):
     """Invariance: `soft` sends as many bits as it plans, with what SCAFFOLD sends beside it."""
     sim = simulation(f"drift.name={drift}", "local.optimizer.name=sgd")
-    planned = []
 
-    def allocate(state, observation):
-        planned.append(observation.bits[:, 2])
-        return Decision(kept=jnp.full(6, 2.0), share_hz=jnp.full(6, 1e5))
+    @jax.jit
+    def planned_and_sent(world, state):
+        planned = []
 
-    parts = toy.parts(sim)
-    parts = parts._replace(controller=parts.controller._replace(allocate=allocate))
-    state = sim.init(jax.random.key(3))
-    keys = round_keys(state.key, state.round)
-    cohort = choose_cohort(parts, sim.world, state, keys)
-    local = train_locally(parts, sim.world, state, cohort)
-    decision = control(parts, state, cohort, local, importance(parts, cohort, local))
-    upload = sparsify(parts, cohort, local, decision.kept, keys.sparsify)
-    np.testing.assert_array_equal(planned[0], upload.bits.exact())
+        def allocate(state, observation):
+            planned.append(observation.bits[:, 2])
+            return Decision(kept=jnp.full(6, 2.0), share_hz=jnp.full(6, 1e5))
+
+        parts, keys = toy.parts(sim), round_keys(state.key, state.round)
+        parts = parts._replace(controller=parts.controller._replace(allocate=allocate))
+        cohort = choose_cohort(parts, world, state, keys)
+        local = train_locally(parts, world, state, cohort)
+        decision = control(parts, state, cohort, local, importance(parts, cohort, local))
+        return planned[0], sparsify(parts, cohort, local, decision.kept, keys.sparsify).bits
+
+    planned, bits = planned_and_sent(sim.world, sim.init(jax.random.key(3)))
+    np.testing.assert_array_equal(planned, bits.exact())
 
 
 def test_a_control_variate_of_what_is_not_trained_stays():
