@@ -13,8 +13,8 @@ import fedjax_lora as fl
 from fedjax_lora.config.groups import grouped
 from fedjax_lora.sim.trials import Lanes, lanes_bytes
 lanes, clients = int(sys.argv[1]), sys.argv[2]
-given = ["rounds=2", "engine.eval_every=2", "lora.max_rank=64", "lora.targets=[query, value, up, down]", "local.steps=2",
-         f"clients.count={clients}", f"engine.trials_at_once={lanes}"]
+given = ["rounds=2", "engine.eval_every=2", "lora.max_rank=64", "lora.targets=[query, value, up, down]",
+         "local.steps=2", f"clients.count={clients}", f"engine.trials_at_once={lanes}"]
 configs = [fl.load_config(None, [*given, f"seed={seed}"]) for seed in range(lanes)]
 (group,), _ = grouped(configs)
 side_by_side = Lanes(group.simulation, lanes)

@@ -11,19 +11,26 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from fedjax_lora.adapters.lora import max_rank, rank_mask
 from fedjax_lora.control.common import bits_at
 from fedjax_lora.core import trees
 from fedjax_lora.core.network import Decision, Observation, Outcome
 from fedjax_lora.core.types import FedState, Scope
+from fedjax_lora.sim.cohort import TRIALS, device_mesh
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.network import ChannelDraws, Played, delivered, draw_channel, play
 from fedjax_lora.sim.parts import MakeParts, Parts, World, scope_of
 from fedjax_lora.sim.round import normalised
 from fedjax_lora.sim.trials import Trial, stack
 from fedjax_lora.sparsifiers import payload
+
+
+AT_ONCE = 64
+"""Trials at once: what all rounds of them draw is held."""
 
 
 class NetworkRounds(NamedTuple):
@@ -109,13 +116,25 @@ def _scope(parts: Parts, state: FedState, rank: Array, what: str) -> Scope:
 
 
 def run_alone(simulation: Simulation, trials: Sequence[Trial], rounds: int) -> NetworkRounds:
-    """`network_alone` of trials of one structure in one program: leaves `[trials, rounds]`, on the host."""
-    program, world = simulation.program, simulation.world
+    """`network_alone` of trials of one structure in one program: leaves `[trials, rounds]`, on the host.
 
-    def one(trial: Trial, key: Array) -> NetworkRounds:
+    The devices share the trials, AT_ONCE of them at a time.
+    """
+    program, world, devices = simulation.program, simulation.world, jax.device_count()
+    lanes = -(-min(len(trials), AT_ONCE) // devices) * devices
+
+    def one(world: World, trial: Trial, key: Array) -> NetworkRounds:
         data = dataclasses.replace(world.data, index=trial.rows, count=trial.examples)
         state = program.start(key, trial.numbers)
         return network_alone(program.make_parts, dataclasses.replace(world, data=data), state, rounds)
 
-    keys = jnp.stack([jax.random.key(trial.seed) for trial in trials])
-    return jax.device_get(jax.jit(jax.vmap(one))(stack(trials), keys))
+    every = jax.vmap(one, in_axes=(None, 0, 0))
+    specs = (P(), P(TRIALS), P(TRIALS))
+    run = jax.jit(jax.shard_map(every, mesh=device_mesh(devices), in_specs=specs, out_specs=P(TRIALS), check_vma=False))
+    found = []
+    for start in range(0, len(trials), lanes):
+        batch = list(trials[start : start + lanes])
+        batch += batch[-1:] * (lanes - len(batch))
+        keys = jnp.stack([jax.random.key(trial.seed) for trial in batch])
+        found.append(jax.device_get(run(world, stack(batch), keys)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(trials)], *found)
