@@ -28,7 +28,6 @@ from fedjax_lora.sim.round import normalised
 from fedjax_lora.sim.trials import Trial, stack
 from fedjax_lora.sparsifiers import payload
 
-
 AT_ONCE = 64
 """Trials at once: what all rounds of them draw is held."""
 
