@@ -32,13 +32,13 @@ if not _IN_FULL:
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
 SLOW = Path(__file__).with_name("slow.txt")
-"""Tests that take more than about five seconds on two cores and are not the only ones of what they test, by their ids.
+"""Tests that take more than about three seconds on two cores and are not the only ones of what they test, by their ids.
 
 They are marked `slow`, and `make test` leaves them out. `pytest --durations=0` tells when the list should change.
 """
 
 # Modules whose programs take longer to run than to compile.
-_RUN_LONG = {"test_cli", "test_tsfa_laws", "test_tsfa_offline"}
+_RUN_LONG = {"test_tsfa_laws", "test_tsfa_offline"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
