@@ -1,4 +1,8 @@
-"""Controllers on the channel of a run without training, by what the ranks were worth to one cohort."""
+"""TSFA on the channel of a run without training, by what the ranks were worth to one cohort.
+
+`fedjax_lora.sim.alone` plays a run's own network with ranks of equal worth. A start of the queue is fitted to more: the
+worth of the ranks after some training, and draws of the channel that the run does not see.
+"""
 
 from typing import NamedTuple
 
@@ -8,11 +12,11 @@ import numpy as np
 from jax import Array
 
 from fedjax_lora import Simulation
-from fedjax_lora.control import common
+from fedjax_lora.control.common import bits_at
 from fedjax_lora.core.keys import round_keys
 from fedjax_lora.core.network import Decision, Observation, Outcome
 from fedjax_lora.core.types import FedState
-from fedjax_lora.sim.network import ChannelDraws, Played, delivered, draw_channel, play
+from fedjax_lora.sim.network import ChannelDraws, delivered, draw_channel, play
 from fedjax_lora.sim.parts import Offers, World
 from fedjax_lora.sim.round import choose_cohort, importance, normalised, train_locally
 
@@ -36,55 +40,33 @@ def offers_of(simulation: Simulation, state: FedState) -> Offers:
     return train(simulation.world, state)
 
 
-def alone(
-    simulation: Simulation, state: FedState, keys: Array, numbers: Numbers | None, offers: Offers, rounds: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Latency and sent bits `[P, S, rounds]` by the fading and cohorts of keys `[P]`, for numbers `[S]`.
+def latency_alone(
+    simulation: Simulation, state: FedState, keys: Array, numbers: Numbers, offers: Offers, rounds: int
+) -> np.ndarray:
+    """Latency `[P, S, rounds]` by the fading and cohorts of keys `[P]`, for numbers `[S]`.
 
     Nothing is trained: what is offered `[C, R + 1]` stays, and all that is offered at the kept ranks is sent. The
-    broadcast takes no time. Without numbers the controller is the simulation's own, and S is 1.
+    broadcast takes no time.
     """
-    layout, size = simulation.layout, offers.bits.shape[0]
+    size, free = offers.bits.shape[0], jnp.zeros(())
 
-    def run(world: World, state: FedState, key: Array, numbers: dict[str, Array]) -> tuple[Array, Array]:
-        parts = simulation.make_parts({**state.numbers, **numbers})
-        drawn = draw_channel(
-            parts.wireless,
-            parts.trainer.work(world.data.count),
-            state.methods["wireless"],
-            key,
-            jnp.zeros(()),
-            rounds=rounds,
-            cohort_size=layout.cohort_size,
-            size=size,
-        )
+    def run(world: World, state: FedState, key: Array, numbers: Numbers) -> Array:
+        named = {"control.V": numbers.V, "control.queue_s": numbers.queue_s}
+        parts = simulation.make_parts({**state.numbers, **named})
+        work, cell, cohort = parts.trainer.work(world.data.count), state.methods["wireless"], parts.layout.cohort_size
+        drawn = draw_channel(parts.wireless, work, cell, key, free, rounds=rounds, cohort_size=cohort, size=size)
 
         def observe(drawn: ChannelDraws) -> Observation:
-            return Observation(
-                radio=drawn.radio,
-                weights=normalised(parts.client_weight(world.data.count[drawn.ids]) * drawn.present),
-                rank=jnp.broadcast_to(parts.rank, size),
-                tail_energy=offers.tail_energy,
-                bits=offers.bits,
-                whole_ranks=parts.sparsifier.whole_ranks,
-            )
-
-        def sent(drawn: ChannelDraws, decision: Decision) -> Array:
-            return common.bits_at(observe(drawn), decision.kept) * drawn.present
+            weights = normalised(parts.client_weight(world.data.count[drawn.ids]) * drawn.present)
+            ranks, whole = jnp.broadcast_to(parts.rank, size), parts.sparsifier.whole_ranks
+            return Observation(drawn.radio, weights, ranks, offers.tail_energy, offers.bits, whole)
 
         def outcome(drawn: ChannelDraws, decision: Decision) -> Outcome:
-            return delivered(parts.wireless, drawn, sent(drawn, decision), decision)[1]
+            sent = bits_at(observe(drawn), decision.kept) * drawn.present
+            return delivered(parts.wireless, drawn, sent, decision)[1]
 
-        def keep(drawn: ChannelDraws, played: Played) -> tuple[Array, Array]:
-            bits = sent(drawn, played.decision)
-            delivery, _ = delivered(parts.wireless, drawn, bits, played.decision)
-            return played.outcome.latency_s, jnp.sum(jnp.where(jnp.isfinite(delivery.latency_s), bits, 0.0))
+        return play(parts.controller, parts.controller.init(), drawn, observe, outcome)[1].outcome.latency_s
 
-        return play(parts.controller, parts.controller.init(), drawn, observe, outcome, keep)[1]
-
-    named = {} if numbers is None else {"control.V": numbers.V, "control.queue_s": numbers.queue_s}
-    over_numbers = jax.vmap(run, (None, None, None, 0), axis_size=1 if numbers is None else None)
-    every = jax.jit(jax.vmap(over_numbers, (None, None, 0, None)))
-    given = simulation.world, state, keys, named
-    latency_s, bits = every(*jax.device_put(given, jax.devices()[0]))  # else each device does the same
-    return np.asarray(latency_s, np.float64), np.asarray(bits, np.float64)
+    every = jax.jit(jax.vmap(jax.vmap(run, (None, None, None, 0)), (None, None, 0, None)))
+    given = simulation.world, state, keys, numbers
+    return np.asarray(every(*jax.device_put(given, jax.devices()[0])), np.float64)  # else each device does the same

@@ -1,4 +1,4 @@
-"""Controllers under one latency budget, on SST-2 with MiniLM; prints JSON and resumes where it stopped.
+"""Controllers under one latency budget, on SST-2 with MiniLM: a sweep that resumes; prints JSON.
 
 The setting is that of `sst2_accuracy.py` in shorter rounds, 112 of 2 steps on batches of 4, with products in bfloat16,
 in the default cell; who fades below 0.05 of the mean gain is let go, since the inverse of Rayleigh fading has no finite
@@ -19,9 +19,8 @@ the run's own in all of them.
 """
 
 import argparse
+import itertools
 import json
-import statistics
-from pathlib import Path
 from typing import NamedTuple
 
 import common
@@ -29,29 +28,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sst2_accuracy
-from controller_alone import Numbers, alone, offers_of
+import swept
+from controller_alone import Numbers, latency_alone, offers_of
 
-from fedjax_lora import build, load_config, use_cpu_cores
+import fedjax_lora as fl
+from fedjax_lora.config.sweeps import Setting, overrides
+from fedjax_lora.data.cache import keep_programs
+from fedjax_lora.report.runs import Run
 
 ELSEWHERE = 8
 PRACTICE_ROUNDS = 28
 QUEUES = [0.0, *np.geomspace(0.3, 30.0, 24).tolist()]
-SETTING = [
-    *sst2_accuracy.SETTING,
-    "rounds=112",
-    "local.steps=2",
-    "local.batch_size=4",
-    "wireless.fade_threshold=0.05",
-    "model.compute_dtype=bfloat16",
-    "engine.eval_every=16",
-]
+SETTING: Setting = {
+    **sst2_accuracy.SETTING,
+    "rounds": 112,
+    "local.steps": 2,
+    "local.batch_size": 4,
+    "wireless.fade_threshold": 0.05,
+    "model.compute_dtype": "bfloat16",
+    "engine.eval_every": 16,
+}
 
-SPARSIFIERS = {
-    "soft": ["sparsifier.name=soft"],
-    "soft_rotated": ["sparsifier.name=soft_rotated", "sparsifier.keep_norm=true"],
+SPARSIFIERS: dict[str, Setting] = {
+    "soft": {"sparsifier": "soft"},
+    "soft_rotated": {"sparsifier": "soft_rotated", "sparsifier.keep_norm": True},
 }
 V_PER_BUDGET = {"tsfa": [30.0], "tsfa 1/4": [3000.0, 4000.0]}
-LIMITS = {"tsfa": [], "tsfa 1/4": ["control.max_keep_ratio=0.25"]}
+LIMITS: dict[str, Setting] = {"tsfa": {}, "tsfa 1/4": {"control.max_keep_ratio": 0.25}}
 CONTROLLERS = ("ideal", *LIMITS, "uniform", "fixed", "greedy")
 
 
@@ -62,39 +65,28 @@ class Start(NamedTuple):
     queue: float
 
 
-def controller(name: str, budget_s: float, start: Start | None = None) -> list[str]:
-    """The overrides of one of CONTROLLERS; TSFA needs a start."""
+def controller(name: str, budget_s: float, start: Start | None = None) -> Setting:
+    """The setting of one of CONTROLLERS; TSFA needs a start."""
+    in_budget = {"control.latency_budget_s": budget_s}
     if name in LIMITS:
         assert start  # fitted by a dry run
-        return [
-            "control.name=tsfa",
-            f"control.latency_budget_s={budget_s}",
-            f"control.V={start.V * budget_s**2}",
-            f"control.queue_s={start.queue * budget_s}",
-            *LIMITS[name],
-        ]
-    chosen = {
-        "ideal": [],
-        "uniform": ["control.keep_ratio=0.25"],
-        "fixed": ["control.keep_ratio=0.25"],
-        "greedy": [f"control.latency_budget_s={budget_s}"],
-    }
-    return [f"control.name={name}", *chosen[name]]
+        begun = {"control.V": start.V * budget_s**2, "control.queue_s": start.queue * budget_s}
+        return {"control": "tsfa", **in_budget, **begun, **LIMITS[name]}
+    chosen = {"ideal": {}, "greedy": in_budget}
+    return {"control": name, **chosen.get(name, {"control.keep_ratio": 0.25})}
 
 
-def fit_start(overrides: list[str], name: str, budget_s: float) -> dict:
+def fit_start(base: fl.ExperimentConfig, setting: Setting, name: str, budget_s: float) -> dict:
     """The V and the first queue of a TSFA that spend the budget, and the mean latency of the controller alone."""
     starts = [Start(V, queue) for V in V_PER_BUDGET[name] for queue in QUEUES]
-    config = load_config(None, [*overrides, *controller(name, budget_s, starts[0])])
-    simulation = build(config)
+    config = fl.load_config(None, overrides({**setting, **controller(name, budget_s, starts[0])}), base=base)
+    simulation = fl.build(config)
     state = simulation.init(jax.random.key(config.seed))
     trained, _ = simulation.run(state, PRACTICE_ROUNDS)
-    offers, state = offers_of(simulation, trained), simulation.init(jax.random.key(config.seed))
     V, queue = (jnp.array(column, jnp.float32) for column in zip(*starts, strict=True))
     others = jax.random.split(jax.random.fold_in(state.key, config.rounds), ELSEWHERE)
-    paths = jnp.concatenate([state.key[None], others])
-    numbers = Numbers(V * budget_s**2, queue * budget_s)
-    latency_s, _ = alone(simulation, state, paths, numbers, offers, config.rounds)
+    numbers, paths = Numbers(V * budget_s**2, queue * budget_s), jnp.concatenate([state.key[None], others])
+    latency_s = latency_alone(simulation, state, paths, numbers, offers_of(simulation, trained), config.rounds)
     over = latency_s.mean(2) / budget_s
     best, foreseen = (int(np.argmin(np.abs(mean - 1))) for mean in (over[0], over[1:].mean(0)))
     return {
@@ -107,54 +99,43 @@ def fit_start(overrides: list[str], name: str, budget_s: float) -> dict:
     }
 
 
-def measure_cell(files: list[str], seed: int) -> dict:
+def measure_cell(base: fl.ExperimentConfig, seed: int) -> dict:
     """What a seed's runs share: the budget, what dense sends, and where TSFA starts."""
-    shared = [*files, *SETTING, f"seed={seed}"]
-    config = load_config(None, [*shared, "sparsifier.name=dense", "control.name=fixed"])
-    simulation = build(config)
-    state = simulation.init(jax.random.key(seed))
-    offers = offers_of(simulation, state)
-    latency_s, bits = alone(simulation, state, state.key[None], None, offers, config.rounds)
-    budget_s = float(np.mean(latency_s)) / 4
+    dense = {"sparsifier": "dense", "control": "fixed", "seed": seed}
+    network = fl.sweep_network(base, [dense], base.rounds).rounds
+    budget_s = float(np.mean(network.latency_s, dtype=np.float64)) / 4
     return {
-        "dense_latency_s": latency_s[0, 0].tolist(),
-        "dense_uplink_bits": int(bits.sum()),
+        "dense_latency_s": network.latency_s[0].tolist(),
+        "dense_uplink_bits": int(np.sum(network.uplink_bits, dtype=np.float64)),
         "budget_s": budget_s,
         "tsfa": {
-            f"{sparsifier} {name}": fit_start([*shared, *SPARSIFIERS[sparsifier]], name, budget_s)
-            for sparsifier in SPARSIFIERS
+            f"{sparsifier} {name}": fit_start(base, {**own, "seed": seed}, name, budget_s)
+            for sparsifier, own in SPARSIFIERS.items()
             for name in LIMITS
         },
     }
 
 
-def measure(overrides: list[str], cell: dict) -> dict:
-    """One run: its evaluations over simulated time, and how it kept the budget."""
-    config = load_config(None, overrides)
-    simulation = build(config)
-    state = simulation.init(jax.random.key(config.seed))
-    first_queue_s = float(state.methods["control"]["queue_s"]) if state.methods["control"] else 0.0
-    _, metrics = simulation.run(state, config.rounds)
-    bits = np.cumsum(metrics.uplink_bits)
-    evaluated = np.flatnonzero(np.isfinite(metrics.eval_accuracy))
+def told(run: Run, setting: Setting, cell: dict) -> dict:
+    """Of one run: its evaluations over simulated time, and how it kept the budget."""
+    lines, latency_s = run.metrics, [line["latency_s"] for line in run.metrics]
+    bits = np.cumsum([line["uplink_bits"] for line in lines]).tolist()
     rows = [
-        {
-            "round": int(metrics.round[i]),
-            "elapsed_s": float(metrics.elapsed_s[i]),
-            "uplink_bits": int(bits[i]),
-            "accuracy": float(metrics.eval_accuracy[i]),
-        }
-        for i in evaluated
+        {"round": line["round"], "elapsed_s": line["cumulative_latency_s"], "uplink_bits": sent, "accuracy": accuracy}
+        for line, sent in zip(lines, bits, strict=True)
+        if (accuracy := line["eval_accuracy"]) is not None
     ]
     return {
+        "overrides": overrides({**SETTING, **setting}),
+        "git_commit": run.summary["git_commit"],
         "accuracy": rows[-1]["accuracy"],
-        "uplink_bits": int(bits[-1]),
-        "latency_over_budget": float(np.mean(metrics.latency_s, dtype=np.float64)) / cell["budget_s"],
-        "queue_s": {"first": first_queue_s, "final": float(metrics.queue_s[-1])},
-        "latency_s": metrics.latency_s.tolist(),
-        "keep_ratio_mean": metrics.keep_ratio_mean.tolist(),
+        "uplink_bits": bits[-1],
+        "latency_over_budget": float(np.mean(latency_s)) / cell["budget_s"],
+        "queue_s": {"first": run.config.get("control.queue_s", 0.0), "final": lines[-1]["queue_s"]},
+        "latency_s": latency_s,
+        "keep_ratio_mean": [line["keep_ratio_mean"] for line in lines],
         "rows": rows,
-        "partition_hash": simulation.facts.partition_hash,
+        "partition_hash": run.summary["partition_hash"],
     }
 
 
@@ -163,101 +144,82 @@ def run_seed(title: str) -> str:
     return title.rsplit(" ", 1)[1]
 
 
-def planned(cells: dict[str, dict]) -> dict[str, list[str]]:
-    """The overrides of each run by its title, in the cells that are measured."""
-    overrides = {}
-    for seed, cell in cells.items():
-        for sparsifier, options in SPARSIFIERS.items():
-            for name in CONTROLLERS:
-                fitted = cell["tsfa"].get(f"{sparsifier} {name}")
-                chosen = controller(name, cell["budget_s"], Start(**fitted["start"]) if fitted else None)
-                overrides[f"{sparsifier} {name} seed {seed}"] = [*SETTING, *options, *chosen, f"seed={seed}"]
-    return overrides
+def planned(cells: dict[str, dict]) -> dict[str, Setting]:
+    """The setting of each run by its title, in the cells that are measured."""
+    settings = {}
+    for (seed, cell), sparsifier, name in itertools.product(cells.items(), SPARSIFIERS, CONTROLLERS):
+        fitted = cell["tsfa"].get(f"{sparsifier} {name}")
+        chosen = controller(name, cell["budget_s"], Start(**fitted["start"]) if fitted else None)
+        settings[f"{sparsifier} {name} seed {seed}"] = {**SPARSIFIERS[sparsifier], **chosen, "seed": int(seed)}
+    return settings
 
 
 def summarize(runs: dict[str, dict], cells: dict[str, dict]) -> dict[str, dict]:
     """Means over the seeds that have ended, the distance of the accuracy from `ideal`, and how the budget was kept."""
-    asked = planned(cells)
-    table, runs = {}, {key: run for key, run in runs.items() if run["overrides"] == asked.get(key)}
-    for sparsifier in SPARSIFIERS:
-        for name in CONTROLLERS:
-            mine = {key: run for key, run in runs.items() if key.startswith(f"{sparsifier} {name} seed ")}
-            ideal = {key: key.replace(f" {name} ", " ideal ") for key in mine}
-            sent = [run["uplink_bits"] / cells[run_seed(key)]["dense_uplink_bits"] for key, run in mine.items()]
-            apart = [run["accuracy"] - runs[ideal[key]]["accuracy"] for key, run in mine.items() if ideal[key] in runs]
-            if mine:
-                table[f"{sparsifier} {name}"] = {
-                    "seeds": len(mine),
-                    "accuracy_mean": statistics.mean(run["accuracy"] for run in mine.values()),
-                    "accuracy_over_ideal": statistics.mean(apart) if apart else None,
-                    "bits_share_of_dense": statistics.mean(sent),
-                    "latency_over_budget": [run["latency_over_budget"] for run in mine.values()],
-                    "elapsed_s": [run["rows"][-1]["elapsed_s"] for run in mine.values()],
-                    "first_queue_s": [run["queue_s"]["first"] for run in mine.values()],
-                    "final_queue_s": [run["queue_s"]["final"] for run in mine.values()],
-                }
-            if mine and name in LIMITS:
-                expected = [cells[run_seed(key)]["tsfa"][f"{sparsifier} {name}"] for key in mine]
-                alone = {way: [found[way] for found in expected] for way in ("from_zero", "foreseen")}
-                table[f"{sparsifier} {name}"]["alone_over_budget"] = alone
+    table = {}
+    for sparsifier, name in itertools.product(SPARSIFIERS, CONTROLLERS):
+        case = f"{sparsifier} {name}"
+        mine = {run_seed(key): run for key, run in runs.items() if key.startswith(f"{case} seed ")}
+        ideal = {seed: runs.get(f"{sparsifier} ideal seed {seed}") for seed in mine}
+        apart = [run["accuracy"] - best["accuracy"] for seed, run in mine.items() if (best := ideal[seed])]
+        sent = [run["uplink_bits"] / cells[seed]["dense_uplink_bits"] for seed, run in mine.items()]
+        if mine:
+            table[case] = {
+                "seeds": len(mine),
+                "accuracy_mean": swept.mean(run["accuracy"] for run in mine.values()),
+                "accuracy_over_ideal": swept.mean(apart),
+                "bits_share_of_dense": swept.mean(sent),
+                "latency_over_budget": [run["latency_over_budget"] for run in mine.values()],
+                "elapsed_s": [run["rows"][-1]["elapsed_s"] for run in mine.values()],
+                "first_queue_s": [run["queue_s"]["first"] for run in mine.values()],
+                "final_queue_s": [run["queue_s"]["final"] for run in mine.values()],
+            }
+        if mine and name in LIMITS:
+            expected, ways = [cells[seed]["tsfa"][case] for seed in mine], ("from_zero", "foreseen")
+            table[case]["alone_over_budget"] = {way: [found[way] for found in expected] for way in ways}
     return table
 
 
 def main() -> None:
-    """Run what the output file does not hold yet."""
+    """Run what the folder does not hold yet; what the output holds of the same settings stays."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("train", help="sentence<TAB>label lines")
-    parser.add_argument("test", help="sentence<TAB>label lines")
-    parser.add_argument("--model", default=None, help="folder or hub id; the installed package's by default")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", metavar="TEXT", help="run those whose name contains this (all)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/controllers.json"))
-    options = parser.parse_args()
+    options = swept.parsed(parser, "controllers", seeds=3)
     environment = common.environment()  # before the output, which git may know, is written
-    use_cpu_cores()
-    files = [f"model.pretrained={common.model_folder(options.model)}"]
-    files += [f"data.train={options.train}", f"data.test={options.test}"]
-    kept = json.loads(options.out.read_text()) if options.out.exists() else {}
+    fl.use_cpu_cores()
+    keep_programs()  # before the first is compiled
+    base = fl.load_config(None, overrides({**swept.text(options), **SETTING}))
     made_with = {
-        "setting": SETTING,
-        "sparsifiers": SPARSIFIERS,
+        "setting": overrides(SETTING),
+        "sparsifiers": {name: overrides(own) for name, own in SPARSIFIERS.items()},
         "V_per_budget": V_PER_BUDGET,
-        "limits": LIMITS,
+        "limits": {name: overrides(own) for name, own in LIMITS.items()},
         "queues": QUEUES,
         "elsewhere": ELSEWHERE,
         "practice_rounds": PRACTICE_ROUNDS,
     }
-    cells = kept["cells"] if kept.get("made_with") == made_with else {}
-    runs = kept.get("runs", {})  # each counts where its overrides are those that are asked for
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    held = json.loads(options.out.read_text()) if options.out.exists() else {}
+    cells, runs = held["cells"] if held.get("made_with") == made_with else {}, held.get("runs", {})
 
-    def write() -> None:
-        result = {
-            "made_with": made_with,
-            "environment": environment,
-            "table": summarize(runs, cells),
-            "cells": cells,
-            "runs": runs,
-        }
+    def write() -> dict:
+        asked = {title: overrides({**SETTING, **own}) for title, own in planned(cells).items()}
+        own = {title: run for title, run in runs.items() if run["overrides"] == asked.get(title)}
+        table = summarize(own, cells)
+        result = {"made_with": made_with, "environment": environment, "table": table, "cells": cells, "runs": own}
         options.out.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        return table
 
-    titles = [
-        (seed, f"{s} {name} seed {seed}") for seed in range(options.seeds) for s in SPARSIFIERS for name in CONTROLLERS
-    ]
-    for seed, title in titles:
-        if options.only not in title:
-            continue
-        if str(seed) not in cells:
-            cells[str(seed)] = measure_cell(files, seed)
-            common.note(f"cell of seed {seed}: {cells[str(seed)]}")
+    every = itertools.product(range(options.seeds), SPARSIFIERS, CONTROLLERS)
+    titles = [title for seed, s, name in every if options.only in (title := f"{s} {name} seed {seed}")]
+    for seed in dict.fromkeys(map(run_seed, titles)):
+        if seed not in cells:
+            cells[seed] = measure_cell(base, int(seed))
+            common.note(f"cell of seed {seed}: {cells[seed]}")
             write()
-        overrides = planned(cells)[title]
-        if runs.get(title, {}).get("overrides") != overrides:
-            found = measure([*files, *overrides], cells[str(seed)])
-            runs[title] = {"overrides": overrides, "git_commit": environment["git_commit"], **found}
-            common.note(f"{title}: {runs[title]}")
-            write()
-    print(json.dumps(summarize(runs, cells), indent=2))
+    settings = {title: own for title, own in planned(cells).items() if title in titles}
+    found = swept.run(options.folder, settings, base, environment)
+    runs |= {title: told(run, settings[title], cells[run_seed(title)]) for title, run in found.items()}
+    print(json.dumps(write(), indent=2))
 
 
 if __name__ == "__main__":

@@ -26,13 +26,14 @@ from fedjax_lora import build, use_cpu_cores
 from fedjax_lora.app.planner import Survey, choose, survey
 from fedjax_lora.config.experiment import ExperimentConfig, load_config
 from fedjax_lora.config.presets import preset
+from fedjax_lora.config.sweeps import overrides as overrides_of
 from fedjax_lora.core.network import Radio
 from fedjax_lora.core.progress import Progress
 from fedjax_lora.planning.rank_search import Candidate
 from fedjax_lora.planning.rollout import roll_out
 from fedjax_lora.wireless import min_max_latency
 
-TEXT = [*controllers.SETTING, *controllers.SPARSIFIERS["soft_rotated"], "control.name=tsfa"]
+TEXT = overrides_of({**controllers.SETTING, **controllers.SPARSIFIERS["soft_rotated"], "control.name": "tsfa"})
 
 WAYS = {
     "grid": {"objective": "bound", "search": "grid"},

@@ -12,7 +12,6 @@ deviations are over the seeds.
 import argparse
 import dataclasses
 import json
-import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +28,7 @@ from fedjax_lora.config.presets import preset
 from fedjax_lora.core.exchange import Sparsifier
 from fedjax_lora.core.methods import Context
 from fedjax_lora.core.types import Adapters, Dataset, Factors, FedState, Scope
+from fedjax_lora.report.cells import Spread
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sparsifiers import random_rank
 from fedjax_lora.sparsifiers.diagnostics import orthogonality
@@ -145,11 +145,8 @@ def measure(setting: Setting, seed: int, simulation: Simulation, random: Sparsif
 
 def summarize(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Mean and deviation of every number over the seeds."""
-    columns = {name: [run[name] for run in runs] for name in runs[0]}
-    return {
-        name: {"mean": statistics.mean(values), "deviation": statistics.stdev(values) if len(values) > 1 else 0.0}
-        for name, values in columns.items()
-    }
+    spreads = {name: Spread.of(run[name] for run in runs) for name in runs[0]}
+    return {name: {"mean": s.mean, "deviation": s.deviation or 0.0} for name, s in spreads.items() if s}
 
 
 def main() -> None:
