@@ -115,17 +115,24 @@ class _Player:
         self._programs: dict[tuple[int, int], Lanes] = {}
 
     def advance(self, trials: Sequence[Trial], rung: int | None = None) -> list[Trial]:
-        """All trials up to so many rounds (None: to their last); those that are there already stay as they are."""
-        found = {trial.place: trial for trial in trials}
-        for batch, until in _batches(trials, rung):
-            found |= {trial.place: trial for trial in self._advance_batch(batch, until)}
-        return [found[trial.place] for trial in trials]
+        """All trials up to so many rounds (None: to their last); those that are there already stay as they are.
 
-    def _advance_batch(self, batch: list[Trial], until: int) -> Iterator[Trial]:
-        group, at_once = batch[0].group, trials_at_once(batch[0].group.simulation, len(batch))
-        for start in range(0, len(batch), at_once):
-            own = batch[start : start + at_once]
-            yield from self._side_by_side(own, self._lanes(group, at_once), until)
+        Those that lag behind, as after a kill, first catch up with the others of their structure.
+        """
+        found = {trial.place: trial for trial in trials}
+        for group in {id(trial.group): trial.group for trial in trials}.values():
+            rounds = group.configs[0].rounds  # structure: the same for all of them
+            until = rounds if rung is None else min(rung, rounds)
+            going = [trial for trial in trials if trial.group is group and trial.done < until]
+            if not going:
+                continue
+            lanes = self._lanes(group, trials_at_once(group.simulation, len(going)))
+            for stop in [*sorted({trial.done for trial in going})[1:], until]:
+                behind = [found[trial.place] for trial in going if found[trial.place].done < stop]
+                for start in range(0, len(behind), lanes.number):
+                    batch = behind[start : start + lanes.number]
+                    found |= {trial.place: trial for trial in self._side_by_side(batch, lanes, stop)}
+        return [found[trial.place] for trial in trials]
 
     def _lanes(self, group: Group, number: int) -> Lanes:
         """The program of so many lanes, made once."""
@@ -154,14 +161,3 @@ class _Player:
             self._progress.count("trial rounds", self._done, self.total, f"best accuracy {measured(best)}")
         for trial, state in zip(trials, ended, strict=False):
             yield trial._replace(done=until, state=state)
-
-
-def _batches(trials: Sequence[Trial], rung: int | None) -> Iterator[tuple[list[Trial], int]]:
-    """Trials of one structure that stand at the same round, and the round to which they go on."""
-    found: dict[tuple[int, int, int], list[Trial]] = {}
-    for trial in trials:
-        until = trial.rounds if rung is None else min(rung, trial.rounds)
-        if trial.done < until:
-            found.setdefault((trial.group.places[0], trial.done, until), []).append(trial)
-    for (_, _, until), batch in found.items():
-        yield batch, until
