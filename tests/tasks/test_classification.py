@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from fedjax_lora.core.methods import Context
 from fedjax_lora.tasks import classification
@@ -19,6 +18,7 @@ def make(num_classes=3):
 
 
 def test_loss_and_its_gradient_against_pytorch_over_the_examples_of_weight_one():
+    torch = pytest.importorskip("torch")
     weight = np.array([1, 1, 0, 1, 0, 1], np.float32)
     reference = torch.tensor(LOGITS, requires_grad=True)
     own = torch.tensor(np.flatnonzero(weight))
