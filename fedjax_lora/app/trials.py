@@ -6,9 +6,10 @@ from typing import NamedTuple, Protocol
 
 from fedjax_lora.app.halving import Halving, Point
 from fedjax_lora.config.groups import Group
+from fedjax_lora.core import trees
 from fedjax_lora.core.progress import Progress, measured
 from fedjax_lora.core.types import FedState, Metrics
-from fedjax_lora.sim.trials import Lanes, stack, trials_at_once, unstacked
+from fedjax_lora.sim.trials import Lanes, trials_at_once, unstacked
 
 
 class Begun(NamedTuple):
@@ -40,7 +41,7 @@ class Keeper(Protocol):
         ...
 
 
-class Trial(NamedTuple):
+class Entrant(NamedTuple):
     """A trial on its way.
 
     group: of its structure. number: within the group. done: rounds.
@@ -98,9 +99,9 @@ def play(
     return stopped
 
 
-def _first(group: Group, number: int, begun: Mapping[int, FedState]) -> Trial:
+def _first(group: Group, number: int, begun: Mapping[int, FedState]) -> Entrant:
     state = begun.get(group.places[number])
-    return Trial(group, number, int(state.round) if state is not None else 0, state)
+    return Entrant(group, number, int(state.round) if state is not None else 0, state)
 
 
 class _Player:
@@ -114,7 +115,7 @@ class _Player:
         self._keeper, self._progress, self._done = keeper, progress, done
         self._programs: dict[tuple[int, int], Lanes] = {}
 
-    def advance(self, trials: Sequence[Trial], rung: int | None = None) -> list[Trial]:
+    def advance(self, trials: Sequence[Entrant], rung: int | None = None) -> list[Entrant]:
         """All trials up to so many rounds (None: to their last); those that are there already stay as they are.
 
         Those that lag behind, as after a kill, first catch up with the others of their structure.
@@ -141,7 +142,7 @@ class _Player:
             self._programs[key] = Lanes(group.simulation, number)
         return self._programs[key]
 
-    def _side_by_side(self, trials: list[Trial], lanes: Lanes, until: int) -> Iterator[Trial]:
+    def _side_by_side(self, trials: list[Entrant], lanes: Lanes, until: int) -> Iterator[Entrant]:
         """One batch; lanes that are left over repeat its last trial, and are not kept."""
         started, filled = time.perf_counter(), [*trials, *[trials[-1]] * (lanes.number - len(trials))]
         given = [trial.group.trials[trial.number] for trial in filled]
@@ -151,7 +152,7 @@ class _Player:
         for trial, accuracy in zip(trials, accuracies, strict=False):
             self._keeper.begin(trial.place, Begun(accuracy, lanes.compile_s, started, lanes.number))
         held = [trial.state for trial in filled if trial.state is not None]
-        states, ended = (stack(held) if held else first), []
+        states, ended = (trees.stack(held) if held else first), []
         for states, metrics in lanes.segments(given, states, until - trials[0].done):
             ended = unstacked(states)
             for trial, state, rows in zip(trials, ended, metrics, strict=False):

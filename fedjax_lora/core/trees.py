@@ -1,5 +1,6 @@
 """Small helpers over pytrees that optax and jax.tree do not have."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,11 @@ def fits_float32(tree: Any) -> Array:
 def take(tree: Any, index: Array) -> Any:
     """Rows `index` of the first axis of every leaf."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """Trees of one structure as one, with a leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def where(condition: Array, on_true: Any, on_false: Any) -> Any:

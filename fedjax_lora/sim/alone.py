@@ -25,7 +25,7 @@ from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.network import ChannelDraws, Played, delivered, draw_channel, play
 from fedjax_lora.sim.parts import MakeParts, Parts, World, scope_of
 from fedjax_lora.sim.round import normalised
-from fedjax_lora.sim.trials import Trial, stack
+from fedjax_lora.sim.trials import Trial
 from fedjax_lora.sparsifiers import payload
 
 AT_ONCE = 64
@@ -135,5 +135,5 @@ def run_alone(simulation: Simulation, trials: Sequence[Trial], rounds: int) -> N
         batch = list(trials[start : start + lanes])
         batch += batch[-1:] * (lanes - len(batch))
         keys = jnp.stack([jax.random.key(trial.seed) for trial in batch])
-        found.append(jax.device_get(run(world, stack(batch), keys)))
+        found.append(jax.device_get(run(world, trees.stack(batch), keys)))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(trials)], *found)

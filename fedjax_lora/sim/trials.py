@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fedjax_lora.core import memory as machine
+from fedjax_lora.core import trees
 from fedjax_lora.core.memory import total
 from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.types import Dataset, FedState, Metrics
@@ -74,7 +75,7 @@ class Lanes:
     def init(self, trials: Sequence[Trial]) -> FedState:
         """The states of the trials before round 1: leaves `[lanes, ...]`."""
         keys = jnp.stack([jax.random.key(trial.seed) for trial in trials])
-        return self._start(keys, stack([trial.numbers for trial in trials]))
+        return self._start(keys, trees.stack([trial.numbers for trial in trials]))
 
     def evaluate(self, trials: Sequence[Trial], states: FedState) -> list[float]:
         """The accuracy of each trial's state, NaN where it is not measured; `states` stay valid."""
@@ -87,7 +88,7 @@ class Lanes:
 
     def stacked(self, trials: Sequence[Trial]) -> World:
         """The world of the trials: their partitions stacked, all else as it is."""
-        stacked = stack([(trial.rows, trial.examples) for trial in trials])
+        stacked = trees.stack([(trial.rows, trial.examples) for trial in trials])
         index, count = jax.device_put(stacked, self._each)
         return World(base=self.world.base, data=dataclasses.replace(self.world.data, index=index, count=count))
 
@@ -153,11 +154,6 @@ def trials_at_once(simulation: Simulation, trials: int) -> int:
         fitting = bisect.bisect_right(sizes, most_bytes, key=lambda lanes: lanes_bytes(needs, layout, lanes))
         most = sizes[max(fitting, 1) - 1]
     return each * math.ceil(math.ceil(trials / math.ceil(trials / most)) / each)
-
-
-def stack(trees: Sequence[Any]) -> Any:
-    """Trees of one structure as one, with a leading axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def unstacked(states: FedState) -> list[FedState]:

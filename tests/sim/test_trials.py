@@ -87,7 +87,10 @@ def test_base_and_pools_have_no_trial_axis():
     lowered = lanes.lower(jax.eval_shape(lambda: lanes.stacked(group.trials)), states)
     (world, state, _), _ = lowered.in_avals
     own = group.simulation.world
-    shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)  # noqa: E731
+
+    def shapes(tree):
+        return jax.tree.map(lambda leaf: leaf.shape, tree)
+
     assert shapes(world.base) == shapes(own.base)
     assert shapes((world.data.train, world.data.test)) == shapes((own.data.train, own.data.test))
     assert all(leaf.shape[0] == 4 for leaf in jax.tree.leaves((state, world.data.index, world.data.count)))
