@@ -5,9 +5,11 @@ Updates", arXiv 2505.00333; the exact terms of the objective and the solver are 
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -109,8 +111,7 @@ def solve(
 
     The tail should be convex in the bits, as sums of sorted energies are: where a rank is worth more a bit than one
     before it, it counts as the earlier one. The ratios have implicit gradients; who keeps whole ranks goes on to. By
-    `rank` and the limits of the ratio they hold where these are not whole ranks themselves. Call it under `jax.jit`: as
-    single operations its loops take a thousand times as long.
+    `rank` and the limits of the ratio they hold where these are not whole ranks themselves.
 
     Args:
       bits_full: `[K]` payload at ratio 1, in proportion to the ratio; or `[K, R + 1]`, the payloads of 0 ... R whole
@@ -146,6 +147,25 @@ def solve(
         bits_full = bits_full[:, None] * jnp.minimum(jnp.arange(max_rank + 1) / rank[:, None], 1.0)
     least = jnp.clip(1.0 if min_keep_ratio is None else min_keep_ratio * rank, 0.0, rank)
     most = jnp.clip(rank if max_keep_ratio is None else max_keep_ratio * rank, least, rank)
+    return _solve(bits_full, snr_hz, start_s, bandwidth_hz, weights, tail_energy, queue, V, least, most, rank, ratio)
+
+
+@functools.partial(jax.jit, static_argnames="ratio")  # traced once for all programs that use it
+def _solve(
+    bits_full: Array,
+    snr_hz: Array,
+    start_s: Array,
+    bandwidth_hz: Array,
+    weights: Array,
+    tail_energy: Array,
+    queue: Array,
+    V: Array,
+    least: Array,
+    most: Array,
+    rank: Array,
+    ratio: Ratio,
+) -> Decision:
+    """Payloads `[K, R + 1]`; `least`, `most` and `rank` `[K]` in ranks."""
     steps = _steps(bits_full, weights[:, None] * tail_energy, least, most)
     able = _able(steps, snr_hz, start_s, bandwidth_hz, weights)
     problem = _problem(steps, able, _worth(steps, queue, V), snr_hz, start_s, bandwidth_hz)

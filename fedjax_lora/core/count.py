@@ -8,6 +8,7 @@ Example:
   array(96000000000)
 """
 
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -46,8 +47,9 @@ class Count:
 
     def __mul__(self, factor: ArrayLike) -> "Count":
         """By an integer, or an array of integers, below 2**32."""
+        short = isinstance(factor, int) and factor < 2**_HALF
         factor = jnp.asarray(factor).astype(jnp.uint32)
-        product = _product(self.low, factor)
+        product = (_short_product if short else _product)(self.low, factor)
         return Count(high=product.high + self.high * factor, low=product.low)
 
     def __le__(self, other: "Count") -> Array:
@@ -76,13 +78,18 @@ def where(condition: Array, on_true: Count, on_false: Count) -> Count:
 
 def total(counts: Iterable[Count]) -> Count:
     """Their sum; 0 of none."""
-    found = Count.of(0)
-    for count in counts:
-        found = found + count
-    return found
+    counts = list(counts)
+    return functools.reduce(Count.__add__, counts) if counts else Count.of(0)
 
 
 @jax.jit  # one equation wherever it is used: a round has forty
+def _short_product(x: Array, y: Array) -> Count:
+    """Of two uint32, the second below 2**16."""
+    middle = (x >> _HALF) * y + ((x & jnp.uint32(2**_HALF - 1)) * y >> _HALF)
+    return Count(high=middle >> _HALF, low=x * y)
+
+
+@jax.jit
 def _product(x: Array, y: Array) -> Count:
     """Of two uint32, by halves."""
     mask = jnp.uint32(2**_HALF - 1)

@@ -27,7 +27,8 @@ def bits(size: Size, transforms: Sequence[Transform] = ()) -> Count:
     value_bits = [t.bits_per_value for t in transforms if t.bits_per_value is not None]
     scale_bits = sum(t.bits_per_tensor for t in transforms)
     values = size.values * (value_bits[-1] if value_bits else FLOAT_BITS)
-    return values + size.tensors * scale_bits + size.exact * FLOAT_BITS + size.index_bits
+    with_scales = values + size.tensors * scale_bits if scale_bits else values
+    return with_scales + size.exact * FLOAT_BITS + size.index_bits
 
 
 def message_size(message: Message) -> Size:
@@ -89,7 +90,7 @@ def _head_and_tensors(like: Adapters, scope: Scope) -> tuple[Count, Count]:
     """Values of the head, and the tensors of all that is in scope."""
     matrices = sum(factors.a.shape[0] for factors in like.modules.values())
     leaves = jax.tree.leaves(like.head)
-    values = Count.of(sum(math.prod(leaf.shape) for leaf in leaves)) * _whole(scope.head)
+    values = Count.of(_whole(scope.head)) * sum(math.prod(leaf.shape) for leaf in leaves)
     tensors = matrices * (_whole(scope.a) + _whole(scope.b)) + len(leaves) * _whole(scope.head)
     return values, Count.of(tensors)
 

@@ -66,6 +66,7 @@ def min_max_latency(bits: ArrayLike, snr_hz: ArrayLike, start_s: ArrayLike, band
 
 
 @jax.custom_jvp
+@jax.jit  # traced once for all programs that use it
 def _solve(bits: Array, snr_hz: Array, start_s: Array, bandwidth_hz: Array) -> tuple[Array, Array, Array]:
     """Latency, upload times `[K]` and shares `[K]`; a client with 0 bits is left out, all others can send.
 
