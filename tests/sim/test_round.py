@@ -175,7 +175,7 @@ def test_no_base_weight_has_a_client_axis_in_the_lowered_program(dtype):
 
 
 def test_a_diverged_client_is_counted_and_poisons_nothing():
-    sim = simulation()
+    sim = simulation(SGD)
     state = sim.init(jax.random.key(7))
     poisoned = sim.world.data.train["image"].at[sim.world.data.index[2, : sim.world.data.count[2]]].set(jnp.nan)
     data = dataclasses.replace(sim.world.data, train={**sim.world.data.train, "image": poisoned})
