@@ -6,6 +6,7 @@ command line: what a user did before.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -77,8 +78,9 @@ def timed(arguments: list[str], cache: Path) -> Timed:
     return Timed(time.perf_counter() - started, usage.ru_maxrss * 1024)  # Linux counts in KiB
 
 
-def measure(part: Part, count: int, folder: Path) -> dict[str, Any]:
-    """The sweep and `count` of its runs, cold and cached, in turns: sweep, runs."""
+def measure(part: Part, most: int, folder: Path) -> dict[str, Any]:
+    """The sweep and `most` of its runs, cold and cached, in turns: sweep, runs."""
+    count = min(most, part.trials)
     over = [f"{key}={json.dumps(values)}" for key, values in part.over.items()]
     swept_cache = folder / "swept-cache"
     found: dict[str, Any] = {"trials": part.trials, "arguments": part.arguments, "over": part.over}
@@ -108,11 +110,30 @@ def measure(part: Part, count: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+HALVED = ["sweep", "--preset", "digits", "--set", "rounds=16", "engine.eval_every=2"]
+RATES = [10 ** (-4 + 0.2 * k) for k in range(16)]
+
+
+def measure_halving(folder: Path) -> dict[str, Any]:
+    """Sixteen learning rates of sixteen rounds, to the end and by successive halving, cold and cached, in turns."""
+    found: dict[str, Any] = {"arguments": HALVED, "over": {RATE: RATES}}
+    for kind in ("cold", "cached"):
+        seconds = {}
+        for name, more in {"whole": [], "halved": ["--halving", "eval_loss"]}.items():
+            given = [*HALVED, "--over", f"{RATE}={json.dumps(RATES)}", *more, "--out", str(folder / f"{name}-{kind}")]
+            seconds[f"{name}_s"] = timed(given, folder / f"{name}-cache").wall_s
+        found[kind] = seconds | {"ratio": seconds["whole_s"] / seconds["halved_s"]}
+        common.note(f"  {kind}: whole {seconds['whole_s']:.1f} s, halved {seconds['halved_s']:.1f} s")
+    return found
+
+
 def main() -> None:
     """Measure what is not in `--out` yet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON; parts that it holds are kept")
-    parser.add_argument("--parts", nargs="+", metavar="PART", help="digits, overhead, tsfa, sst2; all by default")
+    parser.add_argument(
+        "--parts", nargs="+", metavar="PART", help="digits, overhead, tsfa, sst2, halving; all by default"
+    )
     parser.add_argument("--timed", type=int, default=8, help="runs of their own that are timed (%(default)s)")
     parser.add_argument("--train", help="sentences, tab-separated, for the part sst2")
     parser.add_argument("--test", help="held-out sentences")
@@ -121,13 +142,13 @@ def main() -> None:
     options.model = common.model_folder(options.model) if options.train else None
     result = json.loads(options.out.read_text()) if options.out.exists() else {"parts": {}}
     result["environment"] = common.environment()
-    for name, part in parts(options).items():
+    measured = {name: functools.partial(measure, part, options.timed) for name, part in parts(options).items()}
+    for name, run in (measured | {"halving": measure_halving}).items():
         if name in result["parts"] or (options.parts and name not in options.parts):
             continue
-        common.note(f"{name}: {part.trials} trials")
+        common.note(name)
         with tempfile.TemporaryDirectory() as folder:
-            count = min(options.timed, part.trials)
-            result["parts"][name] = measure(part, count, Path(folder)) | {"commit": result["environment"]["git_commit"]}
+            result["parts"][name] = run(Path(folder)) | {"commit": result["environment"]["git_commit"]}
         common.emit(result, options.out)
 
 

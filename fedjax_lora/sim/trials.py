@@ -29,8 +29,9 @@ from fedjax_lora.sim.engine import Scores, Simulation, with_scores
 from fedjax_lora.sim.memory import Needs, run_terms
 from fedjax_lora.sim.parts import Layout, World
 
-MEMORY_SHARE = 0.7
-"""Share of the memory at hand that trials at once may fill: what they are foreseen to take is a low estimate."""
+MEMORY_SHARE = 0.35
+"""Share of the memory at hand that trials at once may fill by what is foreseen, which is a low estimate: a trial took 1.8
+times as much (benchmarks/results/sweep_memory.json)."""
 
 _SHARED: Any = None
 _STACKED: Any = 0
