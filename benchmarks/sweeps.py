@@ -132,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON; parts that it holds are kept")
     parser.add_argument(
-        "--parts", nargs="+", metavar="PART", help="digits, overhead, tsfa, sst2, halving; all by default"
+        "--parts", nargs="+", metavar="PART", help="digits, overhead, tsfa, sst2, halving; all if absent"
     )
     parser.add_argument("--timed", type=int, default=8, help="runs of their own that are timed (%(default)s)")
     parser.add_argument("--train", help="sentences, tab-separated, for the part sst2")

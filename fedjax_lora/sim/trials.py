@@ -30,8 +30,8 @@ from fedjax_lora.sim.memory import Needs, run_terms
 from fedjax_lora.sim.parts import Layout, World
 
 MEMORY_SHARE = 0.35
-"""Share of the memory at hand that trials at once may fill by what is foreseen, which is a low estimate: a trial took 1.8
-times as much (benchmarks/results/sweep_memory.json)."""
+"""Share of the memory at hand that trials at once may fill by what is foreseen, which is a low estimate: a trial took
+1.8 times as much (benchmarks/results/sweep_memory.json)."""
 
 _SHARED: Any = None
 _STACKED: Any = 0
