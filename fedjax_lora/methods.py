@@ -59,7 +59,7 @@ from fedjax_lora.core.learning import (
     Work,
 )
 from fedjax_lora.core.methods import Context, Method
-from fedjax_lora.core.network import Controller, Decision, Delivery, Observation, Outcome, Radio, Wireless
+from fedjax_lora.core.network import Controller, Decision, Delivery, Observation, Outcome, Population, Radio, Wireless
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Factors, Scope
 
@@ -90,6 +90,7 @@ __all__ = [
     "Optimizer",
     "Options",
     "Outcome",
+    "Population",
     "Radio",
     "Received",
     "Scope",

@@ -139,7 +139,7 @@ def test_keys_are_selected_by_a_part_or_a_pattern():
     """By hand."""
     assert [key.key for key in select(KEYS, "rician")] == ["wireless.rician_k_db"]
     assert {key.key.split(".")[0] for key in select(KEYS, "control.*")} == {"control"}
-    assert [key.label for key in select(KEYS, "control.V")] == ["control.V (tsfa)"]
+    assert [key.label for key in select(KEYS, "control.tail")] == ["control.tail (tsfa)"]
     assert select(KEYS, None) == KEYS
     with pytest.raises(ConfigError) as caught:
         select(KEYS, "bandwith_hz")

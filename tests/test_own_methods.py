@@ -15,7 +15,7 @@ from fedjax_lora.app import cli
 from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import ConfigError, load_config
 from fedjax_lora.config.user_methods import load
-from fedjax_lora.methods import Radio
+from fedjax_lora.methods import Population, Radio
 from fedjax_lora.testing import examples, laws, slots
 
 ROOT = Path(__file__).parents[1]
@@ -132,10 +132,11 @@ def test_a_longer_queue_keeps_fewer_ranks_and_leans_to_who_is_heard():
         state = {"energy_j_queue": jnp.float32(queue)}
         np.testing.assert_allclose(control.allocate(state, examples.observation()).kept, kept, rtol=1e-6)
     radio = Radio(jnp.array([0.0, 1e2, 1e6]), jnp.zeros(3), jnp.float32(1e6), jnp.float32(0.01))
+    clients = Population(jnp.arange(3), radio, jnp.full(3, 1e5), jnp.full(3, 1 / 3))
     first = {0.0: 0, 100.0: 0}
     for queue in first:
         for seed in range(20):
-            priority = control.schedule({"energy_j_queue": queue}, jax.random.key(seed), jnp.arange(3), radio)
+            priority, _ = control.schedule({"energy_j_queue": queue}, jax.random.key(seed), clients)
             assert priority[0] == -jnp.inf
             first[queue] += int(jnp.argmax(priority) == 2)
     assert 3 <= first[0.0] <= 17 and first[100.0] >= 19

@@ -1,5 +1,7 @@
 """The presets against their settings, written out again here."""
 
+import dataclasses
+
 import pytest
 
 from fedjax_lora.adapters.lora import LoraConfig
@@ -8,6 +10,7 @@ from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.config.presets import PRESETS, preset
 from fedjax_lora.control.fixed import FixedConfig
 from fedjax_lora.control.ideal import IdealConfig
+from fedjax_lora.control.split_lyapunov import SplitLyapunovConfig
 from fedjax_lora.control.tsfa_online import TsfaConfig
 from fedjax_lora.data.partition import ClientsConfig, PartitionConfig
 from fedjax_lora.models.load import ModelConfig
@@ -15,6 +18,7 @@ from fedjax_lora.sparsifiers.dense import DenseConfig
 from fedjax_lora.sparsifiers.soft_rotated import SoftRotatedConfig
 from fedjax_lora.training.local import LocalConfig
 from fedjax_lora.training.optimizers import OptimizerConfig
+from fedjax_lora.training.split import SplitOptions
 
 
 def digits(sparsifier, control) -> ExperimentConfig:
@@ -33,6 +37,13 @@ def digits(sparsifier, control) -> ExperimentConfig:
 EXPECTED = {
     "digits": digits(SoftRotatedConfig(), FixedConfig(keep_ratio=0.25)),
     "digits-ideal": digits(DenseConfig(), IdealConfig()),
+    "digits-split": dataclasses.replace(
+        digits(DenseConfig(), SplitLyapunovConfig(latency_budget_s=10.0)), training=SplitOptions()
+    ),
+    "digits-splitfrozen": dataclasses.replace(
+        digits(DenseConfig(), SplitLyapunovConfig(latency_budget_s=10.0)),
+        training=SplitOptions(device_layers=2, device_adapters="frozen", task="server"),
+    ),
     "digits-tsfa": digits(SoftRotatedConfig(), TsfaConfig(latency_budget_s=20.0)),
 }
 

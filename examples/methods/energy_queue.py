@@ -16,7 +16,7 @@ from jax import Array
 
 from fedjax_lora.control import common
 from fedjax_lora.core.keys import client_keys
-from fedjax_lora.methods import Context, Controller, Decision, Method, Observation, Options, Outcome, Radio, traced
+from fedjax_lora.methods import Context, Controller, Decision, Method, Observation, Options, Outcome, Population, traced
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,12 +45,11 @@ def make(options: EnergyQueueConfig, context: Context) -> Controller:
     def urgency(queues: dict[str, Array]) -> Array:
         return options.haste * queues["energy_j_queue"] / options.budget_j
 
-    def schedule(queues: dict[str, Array], key: Array, client_ids: Array, radio: Radio) -> Array:
+    def schedule(queues: dict[str, Array], key: Array, clients: Population) -> tuple[Array, dict[str, Array]]:
         # Gumbel noise makes the highest priorities a sample: uniform while the queue is empty.
-        noise = jax.vmap(jax.random.gumbel)(client_keys(key, client_ids))
-        heard = radio.snr_hz > 0
-        lean = jnp.minimum(urgency(queues), 1.0) * jnp.log(jnp.where(heard, radio.snr_hz, 1.0))
-        return jnp.where(heard, noise + lean, -jnp.inf)
+        noise, snr_hz = jax.vmap(jax.random.gumbel)(client_keys(key, clients.ids)), clients.radio.snr_hz
+        lean = jnp.minimum(urgency(queues), 1.0) * jnp.log(jnp.where(snr_hz > 0, snr_hz, 1.0))
+        return jnp.where(snr_hz > 0, noise + lean, -jnp.inf), queues
 
     def allocate(queues: dict[str, Array], seen: Observation) -> Decision:
         kept = jnp.maximum(seen.rank / (1.0 + urgency(queues)), jnp.minimum(seen.rank, 1.0))

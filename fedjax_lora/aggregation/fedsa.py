@@ -31,4 +31,11 @@ def make(options: FedSaConfig, context: Context) -> Aggregator:
     return fedit.AVERAGE._replace(personal=("b", "head"))
 
 
-METHOD = Method("aggregation", "fedsa", FedSaConfig, make, breaks=frozenset({"shared_b"}))
+METHOD = Method(
+    "aggregation",
+    "fedsa",
+    FedSaConfig,
+    make,
+    needs=frozenset({"whole_at_client"}),
+    breaks=frozenset({"shared_b"}),
+)

@@ -42,7 +42,7 @@ METHOD = Method(
     "flexlora",
     FlexLoraConfig,
     make,
-    needs=frozenset({"dense_broadcast", "memoryless_server", "whole_step"}),
+    needs=frozenset({"dense_broadcast", "whole_at_client", "memoryless_server", "whole_step"}),
     breaks=frozenset({"fixed_basis", "lasting_zeros"}),
 )
 

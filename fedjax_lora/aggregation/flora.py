@@ -51,7 +51,7 @@ METHOD = Method(
     "flora",
     FloraConfig,
     make,
-    needs=frozenset({"dense_broadcast", "memoryless_server", "whole_step", "float32_base"}),
+    needs=frozenset({"dense_broadcast", "whole_at_client", "memoryless_server", "whole_step", "float32_base"}),
     breaks=frozenset({"fixed_basis", "lasting_zeros"}),
 )
 

@@ -58,7 +58,9 @@ def make(options: LoraFairConfig, context: Context) -> Aggregator:
     return by_layer(correct)
 
 
-METHOD = Method("aggregation", "lora_fair", LoraFairConfig, make, needs=frozenset({"dense_broadcast"}))
+METHOD = Method(
+    "aggregation", "lora_fair", LoraFairConfig, make, needs=frozenset({"dense_broadcast", "whole_at_client"})
+)
 
 
 def _projected_gap(a: Array, received: Factors, server: Factors, weights: Array) -> Array:

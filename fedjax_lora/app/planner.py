@@ -45,6 +45,7 @@ NEEDS = frozenset(
         "whole_tail",
         "memoryless_server",  # the bound is of a server that steps to the average
         "whole_step",
+        "whole_at_client",  # the draws know of no exchange while clients train
     }
 )
 """Properties of an experiment that the offline stage takes for granted, see `config.properties`."""

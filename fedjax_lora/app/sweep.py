@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fedjax_lora.app.halving import Halving, Point
 from fedjax_lora.app.trials import Begun, play
+from fedjax_lora.config.catalogue import Catalogue, check_needs
 from fedjax_lora.config.experiment import ExperimentConfig, load_config
 from fedjax_lora.config.groups import Group, grouped
 from fedjax_lora.config.sweeps import Setting, grid, overrides
@@ -158,6 +159,8 @@ def sweep_network(
       >>> network.rounds.latency_s.mean(-1)  # doctest: +SKIP
     """
     settings, groups = _settings_and_groups(config, over, methods)
+    for group in groups:
+        check_needs(group.configs[0], Catalogue.of(methods), {"whole_at_client"}, "a network without training")
     found: dict[int, NetworkRounds] = {}
     for group in groups:
         own = run_alone(group.simulation, group.trials, rounds)

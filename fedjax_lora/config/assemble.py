@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +16,11 @@ from fedjax_lora.config.catalogue import Catalogue, check, notes
 from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.core import memory as machine
 from fedjax_lora.core.errors import ConfigError, ConfigWarning
+from fedjax_lora.core.exchange import Sparsifier
 from fedjax_lora.core.learning import Model
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Numbers, fill, split
+from fedjax_lora.core.sides import Side, TrainingOptions
 from fedjax_lora.core.types import Adapters, Base
 from fedjax_lora.data import sources, tokens
 from fedjax_lora.data.batches import federated_dataset
@@ -121,9 +123,27 @@ def records(
     """
     made = dict(context.made)
     for slot in slots:
-        options = getattr(config, slot)
-        made[slot] = catalogue.find(slot, options.name).make(options, context._replace(made=dict(made)))
+        options, own = getattr(config, slot), context._replace(made=dict(made))
+        make, side = catalogue.find(slot, options.name).make, side_of(config, made)
+        if slot == "sparsifier" and side is not None:
+            made[slot] = _of_side(make(options, own._replace(like=side.shapes(own.like))), side)
+        else:
+            made[slot] = make(options, own)
     return made
+
+
+def side_of(config: ExperimentConfig, made: Mapping[str, Any]) -> Side | None:
+    """What of the adapters is at the device; None for all, or before there is a model."""
+    training = config.training
+    return (
+        training.side(made["model"].num_layers) if "model" in made and isinstance(training, TrainingOptions) else None
+    )
+
+
+def _of_side(sparsifier: Sparsifier, side: Side) -> Sparsifier:
+    """The sparsifier of what is at the device, whose penalty is asked of all adapters."""
+    penalty = sparsifier.penalty
+    return sparsifier._replace(penalty=lambda adapters, rank_mask: penalty(side.take(adapters), rank_mask))
 
 
 def _parts(
@@ -156,6 +176,7 @@ def _parts(
         ranks=_client_ranks(config),
         init_adapters=_initial_adapters(config, catalogue, context, head),
         layout=layout,
+        side=side_of(config, made),
     )
 
 

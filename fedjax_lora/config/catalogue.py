@@ -19,7 +19,7 @@ from fedjax_lora.config.properties import check as check
 from fedjax_lora.config.properties import check_needs as check_needs
 from fedjax_lora.config.properties import notes as notes
 from fedjax_lora.config.values import key_of
-from fedjax_lora.control import fixed, greedy, ideal, proportional, tsfa_online, uniform
+from fedjax_lora.control import fixed, greedy, ideal, proportional, schedules, split_lyapunov, tsfa_online, uniform
 from fedjax_lora.core.errors import ConfigError, reason_of
 from fedjax_lora.core.methods import Method
 from fedjax_lora.core.numbers import Options
@@ -27,7 +27,7 @@ from fedjax_lora.data import sources
 from fedjax_lora.models import load
 from fedjax_lora.sparsifiers import dense, flasc, lora_a2, random_rank, soft, soft_rotated, svd, top_k
 from fedjax_lora.tasks import classification
-from fedjax_lora.training import corrections, local, optimizers
+from fedjax_lora.training import corrections, local, optimizers, split
 from fedjax_lora.wireless import cell
 
 METHODS: tuple[Method, ...] = (
@@ -36,12 +36,14 @@ METHODS: tuple[Method, ...] = (
     lora.METHOD,
     load.METHOD,
     cell.METHOD,
-    *(module.METHOD for module in (fixed, uniform, ideal, tsfa_online, greedy, proportional)),
+    *(module.METHOD for module in (fixed, uniform, ideal, tsfa_online, greedy, proportional, split_lyapunov)),
+    *schedules.METHODS,
     *(module.METHOD for module in (soft, soft_rotated, dense, top_k, random_rank, svd, lora_a2, flasc)),
     *(module.METHOD for module in (fedit, ffa, rolora, fedsa, hetlora, fedex, flora, flexlora, lora_fair)),
     *corrections.METHODS,
     *optimizers.METHODS,
     local.METHOD,
+    split.METHOD,
 )
 """The package's own, in the order in which their records are made; the first of each slot is its default."""
 

@@ -34,6 +34,8 @@ STATIC = {
     "clients.count": _SHAPE,
     "clients.per_round": _SHAPE,
     "clients.partition": _HOST,
+    "training.device_layers": _SHAPE,
+    "training.tail_layers": _SHAPE,
     "local.steps": _LENGTH,
     "local.batch_size": _SHAPE,
     "wireless.retransmissions": _LENGTH,

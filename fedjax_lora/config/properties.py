@@ -40,6 +40,7 @@ PROPERTIES = {
     "full_participation": "all clients in every round",
     "lasting_zeros": "components that stay zero once they are",
     "factors_together": "both factors trained in every round",
+    "whole_at_client": "clients that hold all adapters",
 }
 """What a method may need of the rest of an experiment, or break: property -> what is needed, in words."""
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from jax import Array
 from jax.typing import ArrayLike
 
+from fedjax_lora.core.count import Count
 from fedjax_lora.core.exchange import Live
 from fedjax_lora.core.types import Adapters, Base, Batch, Scope
 
@@ -180,20 +181,41 @@ class Trained(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a round asks of a client beside its update. `[...]`.
+    """What a round asks of a client, and of the server for it, beside its update. `[...]`.
 
-    samples: examples that it computes.
+    samples: examples that it computes; of a part of the model, as its share of the FLOP of a whole training step.
+    server_samples: the same, which the server computes.
+    up_bits, down_bits: float32, of what it exchanges with the server while it trains.
+
+    None is nothing.
     """
 
     samples: Array
+    server_samples: Array | None = None
+    up_bits: Array | None = None
+    down_bits: Array | None = None
+
+
+class Exchange(NamedTuple):
+    """What a client and the server exchange while it trains, in one round.
+
+    up, down: counts of bits. device_share, server_share: of the FLOP of a whole training step.
+    """
+
+    up: Count
+    down: Count
+    device_share: Array
+    server_share: Array
 
 
 class Trainer(NamedTuple):
     """What a client does in a round.
 
     train: `(Broadcast, Client) -> Trained`.
-    work: `examples that it holds [...] -> Work [...]`.
+    work: `examples that it holds [...] -> Work [...]`, were all of it the client's.
+    exchange: `(base, pool, Client) -> Exchange` of one client; None where nothing passes while it trains.
     """
 
     train: Callable[[Broadcast, Client], Trained]
     work: Callable[[Array], Work]
+    exchange: Callable[[Base, Mapping[str, Array], Client], Exchange] | None = None

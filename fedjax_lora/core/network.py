@@ -15,12 +15,29 @@ class Radio(NamedTuple):
     start_s: `[C]` seconds at which a client can begin its upload (downlink and compute); 0 for who is absent.
     band_hz: scalar, the band to share.
     power_w: scalar, that all clients send with.
+    shared_s: `[C]` seconds by which a client begins later for each that takes part, itself among them: its share of the
+      server's processor and of the downlink. `start_s` of a cohort counts it already. None where nothing is shared.
     """
 
     snr_hz: Array
     start_s: Array
     band_hz: Array
     power_w: Array
+    shared_s: Array | None = None
+
+
+class Population(NamedTuple):
+    """What a controller sees of all clients before any of them trains.
+
+    ids: `[K]` int32. radio: `[K]`, without what is shared in its starts.
+    bits: `[K]` float32 that each would send in the round, were all of its update kept.
+    weights: `[K]` in the average if all took part; they sum to 1.
+    """
+
+    ids: Array
+    radio: Radio
+    bits: Array
+    weights: Array
 
 
 class Delivery(NamedTuple):
@@ -102,13 +119,13 @@ class Controller(NamedTuple):
     init: `() -> state`, a tree of arrays, before round 1.
     update: `(state, Outcome) -> (state, report)` after the round. The report names scalars: `queue_s` and
       `energy_queue_j` are metrics of their own, any other appears as `control/name`.
-    schedule: `(state, key, client_ids [K], Radio [K]) -> priority [K]`, before local training: the clients of the
-      highest priorities are the cohort, and none of priority -inf; None for a uniform sample.
+    schedule: `(state, key, Population) -> (priority [K], state)`, before local training: the clients of the highest
+      priorities are the cohort, and none of priority -inf; None for a uniform sample.
     over_the_air: whether uploads and downloads take time and energy; without, there is no network.
     """
 
     allocate: Callable[[Any, Observation], Decision]
     init: Callable[[], Any] = lambda: ()
     update: Callable[[Any, Outcome], tuple[Any, dict[str, Array]]] = _no_queue
-    schedule: Callable[[Any, Array, Array, Radio], Array] | None = None
+    schedule: Callable[[Any, Array, Population], tuple[Array, Any]] | None = None
     over_the_air: bool = True

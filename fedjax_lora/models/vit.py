@@ -16,6 +16,8 @@ from fedjax_lora.core.types import Adapters, Base, Batch
 from fedjax_lora.models import layers
 from fedjax_lora.ops.primitives import layer_norm, project
 
+NORM_EPS = 1e-6
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VitConfig:
@@ -74,7 +76,7 @@ def vit(config: VitConfig, task: Task, adapter: Adapter) -> Model:
         init_head=lambda key: task.head(key, config.hidden),
         embed=partial(embed, config),
         layers=partial(encode, block),
-        task=lambda base, adapters, hidden, key: task.read(adapters.head, layers.pool(hidden, config.pooling)),
+        task=lambda base, adapters, hidden, key: task.read(adapters.head, pooled(config, base, hidden)),
         sites=sites(config),
         num_layers=config.num_layers,
     )
@@ -114,10 +116,16 @@ def embed(config: VitConfig, base: Base, batch: Batch, key: Array | None) -> Hid
 
 
 def encode(block: layers.Block, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:
-    """All blocks, and the last norm."""
-    layers_key, norm = None if key is None else jax.random.fold_in(key, 1), base["norm"]
-    hidden = layers.run_blocks(block, base["layers"], adapters.modules, hidden, layers_key)
-    return hidden._replace(values=layer_norm(hidden.values, (norm["scale"], norm["bias"]), block.norm_eps))
+    """All blocks."""
+    layers_key = None if key is None else jax.random.fold_in(key, 1)
+    return layers.run_blocks(block, base["layers"], adapters.modules, hidden, layers_key)
+
+
+def pooled(config: VitConfig, base: Base, hidden: Hidden) -> Array:
+    """`[B, d]`: the normalised positions, pooled."""
+    norm = base["norm"]
+    values = layer_norm(hidden.values, (norm["scale"], norm["bias"]), NORM_EPS)
+    return layers.pool(hidden._replace(values=values), config.pooling)
 
 
 def _patches(config: VitConfig, image: Array) -> Array:
@@ -133,7 +141,7 @@ def _block(config: VitConfig, project: layers.Project = layers.without_adapters)
         project=project,
         num_heads=config.num_heads,
         activation="gelu",
-        norm_eps=1e-6,
+        norm_eps=NORM_EPS,
         pre_norm=True,
         dropout=config.dropout,
         dtype=config.compute_dtype,

@@ -24,7 +24,7 @@ from fedjax_lora.sim.cohort import TRIALS, device_mesh
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.network import ChannelDraws, Played, delivered, draw_channel, play
 from fedjax_lora.sim.parts import MakeParts, Parts, World, scope_of
-from fedjax_lora.sim.round import normalised
+from fedjax_lora.sim.round import normalised, offered_bits
 from fedjax_lora.sim.trials import Trial
 from fedjax_lora.sparsifiers import payload
 
@@ -96,17 +96,6 @@ def network_alone(make_parts: MakeParts, world: World, state: FedState, rounds: 
         )
 
     return play(parts.controller, state.methods["control"], drawn, observe, outcome, keep)[1]
-
-
-def offered_bits(parts: Parts, state: FedState) -> Array:
-    """`[K, R + 1]` float32 bits of an upload of 0 ... R ranks of each client, by shapes alone."""
-
-    def of_client(rank: Array) -> Array:
-        scope = _scope(parts, state, rank, "sent")
-        found = parts.sparsifier.offer(state.adapters, state.adapters, scope)
-        return payload.bits(found.size, parts.transforms).float32()
-
-    return jax.vmap(of_client)(state.clients.rank)
 
 
 def _scope(parts: Parts, state: FedState, rank: Array, what: str) -> Scope:

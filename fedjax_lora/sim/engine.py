@@ -35,7 +35,7 @@ def first_state(make_parts: MakeParts, num_clients: int, key: Array, numbers: Nu
         rank=jnp.float32(0),
         personal=extract(adapters, parts.aggregator.personal),
         methods={
-            "sparsifier": parts.sparsifier.init(adapters),
+            "sparsifier": parts.sparsifier.init(parts.on_air(adapters)),
             "drift": parts.correction.init_client(adapters),
             "aggregation": adapters.modules if parts.aggregator.resumes else (),
         },

@@ -10,9 +10,21 @@ from jax.sharding import Mesh
 
 from fedjax_lora.core.count import Count
 from fedjax_lora.core.exchange import Aggregator, Live, Received, Sparsifier, Transform
-from fedjax_lora.core.learning import Adapter, Client, Correction, Model, Optimizer, Task, Trained, Trainer, Work
+from fedjax_lora.core.learning import (
+    Adapter,
+    Client,
+    Correction,
+    Exchange,
+    Model,
+    Optimizer,
+    Task,
+    Trained,
+    Trainer,
+    Work,
+)
 from fedjax_lora.core.network import Controller, Decision, Delivery, Radio, Wireless
 from fedjax_lora.core.numbers import Numbers
+from fedjax_lora.core.sides import Side
 from fedjax_lora.core.types import Adapters, Base, Dataset, Scope
 from fedjax_lora.sim.cohort import CLIENTS
 
@@ -53,6 +65,7 @@ class Parts(NamedTuple):
     client_weight: examples `[C]` -> weights `[C]` in the average, not yet normalised.
     rank: structural rank r. scale: s = alpha / r. ranks: `[K]`, the clients' ranks before round 1.
     init_adapters: `key -> Adapters` before round 1.
+    side: what of the adapters is at the device and crosses the air; None for all.
     """
 
     model: Model
@@ -72,6 +85,11 @@ class Parts(NamedTuple):
     ranks: Array
     init_adapters: Callable[[Array], Adapters]
     layout: Layout
+    side: Side | None = None
+
+    def on_air(self, adapters: Adapters) -> Adapters:
+        """What of the adapters of one client, or of the server, crosses the air."""
+        return adapters if self.side is None else self.side.take(adapters)
 
 
 MakeParts = Callable[[Numbers], Parts]
@@ -86,6 +104,7 @@ class Cohort(NamedTuple):
     ranks: `[C, R]` masks of their ranks in use. sends: the parts of the adapters that all of them send.
     start: the adapters that are broadcast to them. downlink: `[C]` bits.
     work: `[C]` of their training. radio: what control knows of the network.
+    controller: its state after it has chosen them. exchange: `[C]` of what passes while they train; None for nothing.
     """
 
     ids: Array
@@ -98,6 +117,8 @@ class Cohort(NamedTuple):
     downlink: Count
     work: Work
     radio: Radio
+    controller: Any = ()
+    exchange: Exchange | None = None
 
     def scope(self, ranks: Array) -> Scope:
         """What a client with the ranks `[R]` sends."""

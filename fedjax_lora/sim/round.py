@@ -1,6 +1,7 @@
 """One round, top to bottom: channel, cohort, training, control, sparsification, transmission, aggregation."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ from fedjax_lora.core import count, trees
 from fedjax_lora.core.count import Count
 from fedjax_lora.core.exchange import Aggregate, Live
 from fedjax_lora.core.keys import RoundKeys, client_keys, round_keys
-from fedjax_lora.core.learning import Broadcast, Client, Trained
-from fedjax_lora.core.network import Decision, Delivery, Observation, Outcome
+from fedjax_lora.core.learning import Broadcast, Client, Exchange, Trained, Work
+from fedjax_lora.core.network import Decision, Delivery, Observation, Outcome, Population, Radio
 from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState, Metrics, Scope
 from fedjax_lora.sim.cohort import choose, map_over_devices, padded_size
 from fedjax_lora.sim.merged import current_base
@@ -47,7 +48,7 @@ def make_round(make_parts: MakeParts) -> RoundFn:
 
         # 4. Importance of each rank, and 5. control of kept ranks and bandwidth.
         offers = importance(parts, cohort, local)
-        decision = control(parts, state, cohort, local, offers)
+        decision = control(parts, cohort, local, offers)
 
         # 6. Sparsify, and 7. transmit.
         upload = sparsify(parts, cohort, local, decision.kept, keys.sparsify)
@@ -72,37 +73,83 @@ def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) 
     """Step 2 and the broadcast: who takes part, what each sends, and when it can begin to."""
     layout, channels = parts.layout, state.methods["wireless"]
     size = padded_size(layout.cohort_size, layout.chunk, layout.num_devices)
-    priority = schedule(parts, world, state, keys.cohort)
+    priority, controller = schedule(parts, world, state, keys)
     ids, present = choose(priority, state.clients.rank.shape[0], layout.cohort_size, size)
     own, wireless = trees.take((state.clients, channels), ids)
     ranks = jax.vmap(rank_mask, (0, None))(own.rank, max_rank(state.adapters))
     start, downlink = broadcast(parts, state, ranks)
     examples = world.data.count[ids]
-    work = parts.trainer.work(examples)
+    clients = Client(world.data.index[ids], examples, client_keys(keys.local, ids), own.rank, own.personal, own.methods)
+    work, exchange = work_of(parts, world, clients)
     bits = downlink.float32() if parts.controller.over_the_air else jnp.zeros(ids.shape)
-    keyed = client_keys(keys.local, ids)
+    radio = parts.wireless.observe(wireless, work, bits, present)
     return Cohort(
         ids=ids,
         present=present,
         wireless=wireless,
-        clients=Client(world.data.index[ids], examples, keyed, own.rank, own.personal, own.methods),
+        clients=clients,
         ranks=ranks,
         sends=parts.aggregator.traffic(state.round, layout.everyone).sent,
         start=start,
         downlink=downlink,
         work=work,
-        radio=parts.wireless.observe(wireless, work, bits, present),
+        radio=with_shared(radio, present),
+        controller=controller,
+        exchange=exchange,
     )
 
 
-def schedule(parts: Parts, world: World, state: FedState, key: Array) -> Array | None:
-    """`[K]` priorities of the clients, see `Controller.schedule`; None where all take part and nobody chooses."""
+def with_shared(radio: Radio, present: Array) -> Radio:
+    """The radio of a cohort, of which each begins later for every other that takes part."""
+    if radio.shared_s is None:
+        return radio
+    return radio._replace(start_s=jnp.where(present, radio.start_s + jnp.sum(present) * radio.shared_s, 0.0))
+
+
+def work_of(parts: Parts, world: World, clients: Client) -> tuple[Work, Exchange | None]:
+    """The work of the clients `[C]` in the round, and what they exchange with the server while they train."""
+    work = parts.trainer.work(clients.examples)
+    if parts.trainer.exchange is None:
+        return work, None
+    of_client = functools.partial(parts.trainer.exchange, world.base, world.data.train)
+    exchange = jax.vmap(of_client)(clients)
+    scale = 1.0 if parts.controller.over_the_air else 0.0
+    whole = work.samples
+    work = Work(
+        samples=whole * exchange.device_share,
+        server_samples=whole * exchange.server_share,
+        up_bits=scale * exchange.up.float32(),
+        down_bits=scale * exchange.down.float32(),
+    )
+    return work, exchange
+
+
+def schedule(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> tuple[Array | None, Any]:
+    """`[K]` priorities of the clients, None where all take part and nobody chooses, and the controller's state."""
     ids, controller = jnp.arange(state.clients.rank.shape[0], dtype=jnp.int32), parts.controller
+    control_state = state.methods["control"]
     if controller.schedule is None:
-        return None if parts.layout.everyone else jax.vmap(jax.random.uniform)(client_keys(key, ids))
-    work = parts.trainer.work(world.data.count)
+        everyone = parts.layout.everyone
+        return None if everyone else jax.vmap(jax.random.uniform)(client_keys(keys.cohort, ids)), control_state
+    own, data = state.clients, world.data
+    clients = Client(data.index, data.count, client_keys(keys.local, ids), own.rank, own.personal, own.methods)
+    work, _ = work_of(parts, world, clients)
     radio = parts.wireless.observe(state.methods["wireless"], work, jnp.zeros(ids.shape), jnp.ones(ids.shape, bool))
-    return controller.schedule(state.methods["control"], key, ids, radio)
+    update_bits = offered_bits(parts, state)[:, -1]
+    bits = update_bits if work.up_bits is None else update_bits + work.up_bits
+    weights = normalised(parts.client_weight(data.count))
+    return controller.schedule(control_state, keys.cohort, Population(ids, radio, bits, weights))
+
+
+def offered_bits(parts: Parts, state: FedState) -> Array:
+    """`[K, R + 1]` float32 bits of an upload of 0 ... R ranks of each client, by shapes alone."""
+    known, traffic = parts.on_air(state.adapters), parts.aggregator.traffic(state.round, parts.layout.everyone)
+
+    def of_client(rank: Array) -> Array:
+        scope = scope_of(rank_mask(rank, max_rank(state.adapters)), traffic.sent)
+        return payload.bits(parts.sparsifier.offer(known, known, scope).size, parts.transforms).float32()
+
+    return jax.vmap(of_client)(state.clients.rank)
 
 
 def broadcast(parts: Parts, state: FedState, ranks: Array) -> tuple[Adapters, Count]:
@@ -112,10 +159,12 @@ def broadcast(parts: Parts, state: FedState, ranks: Array) -> tuple[Adapters, Co
     of_adapters = parts.sparsifier.broadcast or payload.dense_broadcast
 
     def to_client(ranks: Array) -> tuple[Adapters, Count]:
-        adapters, size = of_adapters(state.adapters, scope, ranks)
-        return adapters, payload.bits(size, ()) + correction_bits(parts, state.adapters, scope_of(ranks, traffic.sent))
+        adapters, size = of_adapters(known, scope, ranks)
+        return adapters, payload.bits(size, ()) + correction_bits(parts, known, scope_of(ranks, traffic.sent))
 
+    known = parts.on_air(state.adapters)
     start, bits = jax.vmap(to_client, out_axes=(None, 0))(ranks)
+    start = start if parts.side is None else parts.side.put(start, state.adapters)
     clients = parts.layout.cohort_size if parts.layout.everyone else None
     more = parts.aggregator.extra_downlink(state.adapters, clients, parts.rank)
     return start, bits + count.where(state.round > 0, more, Count.of(0))
@@ -165,25 +214,25 @@ def importance(parts: Parts, cohort: Cohort, local: Local) -> Offers:
 
     def offer(shared: tuple[Adapters, Live], item: tuple[Adapters, Array]) -> Offers:
         (start, sends), (shown, ranks) = shared, item
-        scope = scope_of(ranks, sends)
-        found = parts.sparsifier.offer(start, shown, scope)
+        scope, start = scope_of(ranks, sends), parts.on_air(start)
+        found = parts.sparsifier.offer(start, parts.on_air(shown), scope)
         bits = payload.bits(found.size, parts.transforms) + correction_bits(parts, start, scope)
         return Offers(found.tail_energy, bits.float32())
 
     return _map_cohort(parts, offer, (cohort.start, cohort.sends), (local.shown, cohort.ranks))
 
 
-def control(parts: Parts, state: FedState, cohort: Cohort, local: Local, offers: Offers) -> Decision:
+def control(parts: Parts, cohort: Cohort, local: Local, offers: Offers) -> Decision:
     """Step 5: kept ranks and bandwidth of each client, as the controller has it."""
     observation = Observation(
         radio=cohort.radio,
         weights=normalised(local.weight * local.active),
         rank=cohort.clients.rank,
         tail_energy=offers.tail_energy,
-        bits=offers.bits,
+        bits=offers.bits if cohort.work.up_bits is None else offers.bits + cohort.work.up_bits[:, None],
         whole_ranks=parts.sparsifier.whole_ranks,
     )
-    return parts.controller.allocate(state.methods["control"], observation)
+    return parts.controller.allocate(cohort.controller, observation)
 
 
 def sparsify(parts: Parts, cohort: Cohort, local: Local, kept: Array, key: Array) -> Upload:
@@ -195,11 +244,14 @@ def sparsify(parts: Parts, cohort: Cohort, local: Local, kept: Array, key: Array
     def send(shared: tuple[Adapters, Live], item: Any) -> Upload:
         (start, sends), (shown, memory, kept, ranks, key) = shared, item
         scope, (encode_key, transform_key) = scope_of(ranks, sends), jax.random.split(key)
-        message = parts.sparsifier.encode(start, shown, memory, kept, scope, encode_key)
+        start, held = parts.on_air(start), parts.on_air(shown)
+        message = parts.sparsifier.encode(start, held, memory, kept, scope, encode_key)
         bits = payload.bits(payload.message_size(message), parts.transforms) + correction_bits(parts, start, scope)
         message = transforms.apply(parts.transforms, message, transform_key)
         received = parts.sparsifier.decode(start, message, scope)
-        memory = parts.sparsifier.remember(shown, memory, received, scope)
+        memory = parts.sparsifier.remember(held, memory, received, scope)
+        if parts.side is not None:
+            received = parts.side.received(received, shown, scope.ranks)
         return Upload(received, bits, message.kept_ranks, message.dropped_energy, memory)
 
     memory = cohort.clients.methods["sparsifier"]
@@ -248,7 +300,7 @@ def advance(
     clients = remember(parts, state, cohort, local, uplink)
     mean_energy_j = jnp.sum(uplink.delivery.energy_j) / jnp.maximum(jnp.sum(cohort.present), 1)
     outcome = Outcome(latency_s=uplink.latency_s, energy_j=mean_energy_j)
-    controller, report = parts.controller.update(state.methods["control"], outcome)
+    controller, report = parts.controller.update(cohort.controller, outcome)
     change = mean_change(clients.methods["drift"], state.clients.methods["drift"])
     correction = parts.correction.next_server(state.methods["drift"], change)
     after = dataclasses.replace(

@@ -46,6 +46,8 @@ def _counted(tensors: Any, sent: Any) -> tuple[Count, Count]:
     values, matrices = [], []
     for tensor, mask in zip(jax.tree.leaves(tensors), jax.tree.leaves(sent), strict=True):
         shape, lead = tensor.shape, max(len(tensor.shape) - 2, 0)
+        if not tensor.size:  # of a model of which no layer is at the client
+            continue
         of_each = mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape) != 0
         any_sent = jnp.any(of_each, axis=tuple(range(lead, len(shape))))
         for found, entries, whole in ((values, of_each, shape), (matrices, any_sent, shape[:lead])):

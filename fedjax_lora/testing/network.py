@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lora.core.methods import Context
-from fedjax_lora.core.network import Controller, Outcome, Wireless
+from fedjax_lora.core.network import Controller, Outcome, Population, Wireless
 from fedjax_lora.testing import examples
 from fedjax_lora.testing.laws import Subject, close, named, rows, same_form
 
@@ -18,14 +18,19 @@ def exercise_control(method: Controller, context: Context) -> Any:
     decision = method.allocate(state, examples.observation())
     after, report = method.update(state, Outcome(jnp.float32(3.0), jnp.float32(0.2)))
     found = decision.kept, decision.share_hz, after, report
-    return (*found, _priorities(method)) if method.schedule else found
+    if method.schedule is None:
+        return found
+    priority, scheduled = _priorities(method)
+    return *found, jnp.maximum(priority, -1e30), scheduled  # -inf, of who shall not take part, has no difference
 
 
 def _priorities(method: Controller) -> Any:
     assert method.schedule is not None
     radio, clients = examples.observation().radio, examples.NUM_CLIENTS
     every = radio._replace(snr_hz=jnp.linspace(1e5, 1e6, clients), start_s=jnp.linspace(0.0, 1.0, clients))
-    return method.schedule(method.init(), jax.random.key(0), jnp.arange(clients), every)
+    weights = jnp.full(clients, 1 / clients)
+    population = Population(jnp.arange(clients), every, jnp.linspace(1e5, 2e5, clients), weights)
+    return method.schedule(method.init(), jax.random.key(0), population)
 
 
 def shares_are_of_the_band(subject: Subject) -> None:
@@ -66,11 +71,13 @@ def queues_keep_their_form(subject: Subject) -> None:
 
 
 def every_client_has_a_priority(subject: Subject) -> None:
-    """`schedule` gives one number a client, and none is NaN."""
+    """`schedule` gives one number a client, none of them NaN, and a state like the one before."""
     if subject.record.schedule is None:
         return
-    found = np.asarray(_priorities(subject.record))
+    priority, state = _priorities(subject.record)
+    found = np.asarray(priority)
     assert found.shape == examples.DIMENSIONS["K"] and not np.isnan(found).any(), f"got {found}"
+    same_form(jax.tree.map(jnp.asarray, subject.record.init()), state)
 
 
 CONTROL = named(

@@ -12,7 +12,7 @@ from fedjax_lora.adapters.lora import max_rank, rank_mask
 from fedjax_lora.core.exchange import Aggregator, Sparsifier
 from fedjax_lora.core.learning import Adapter, Broadcast, Client, Correction, Model, Task, Trained, Trainer, Work
 from fedjax_lora.core.methods import Context, Method
-from fedjax_lora.core.numbers import Options
+from fedjax_lora.core.sides import TrainingOptions
 from fedjax_lora.core.types import Adapters, Base, Batch, Scope
 from fedjax_lora.data.batches import gather, local_batches
 from fedjax_lora.ops.products import differences
@@ -42,7 +42,7 @@ class LocalConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LocalTrainingOptions(Options):
+class LocalTrainingOptions(TrainingOptions):
     """Each client trains the whole model by itself, as the section `local` says; there is nothing more to choose."""
 
     name: Literal["local"] = "local"
@@ -79,14 +79,45 @@ def local_loss(model: Model, adapter: Adapter, task: Task, sparsifier: Sparsifie
 
 
 def make(options: LocalTrainingOptions, context: Context) -> Trainer:
-    """Local training on the client alone.
+    """Local training on the client alone."""
+    del options  # it has no option yet, but every method is made in the same way
+    return Trainer(train=training_of(context, context.made["model"]), work=whole_work(context.local))
+
+
+def whole_work(local: LocalConfig) -> Callable[[Array], Work]:
+    """`Trainer.work` of a client that trains the whole model."""
+
+    def work(examples: Array) -> Work:
+        return Work(samples=local.steps * jnp.minimum(examples, local.batch_size).astype(jnp.float32))
+
+    return work
+
+
+def drawn_batches(key: Array, client: Client, local: LocalConfig) -> tuple[Array, Array]:
+    """Rows and weights of a client's batches, `[E, B]`, by the first of the two keys of `client.key`."""
+    return local_batches(key, client.rows, client.examples, local.steps, local.batch_size)
+
+
+def _everything(adapters: Adapters) -> Adapters:
+    return adapters
+
+
+def training_of(
+    context: Context, model: Model, moving: Callable[[Adapters], Adapters] = _everything
+) -> Callable[[Broadcast, Client], Trained]:
+    """`Trainer.train` of this model.
 
     The frozen base is closed over by the loss and never differentiated. What is not live neither moves nor drifts.
+
+    Args:
+      context: the other records that training needs.
+      model: what is trained; `context.made["model"]`, or one that computes the same in another way.
+      moving: sets to zero what of a gradient, or of an update, is of adapters that stay as they are.
     """
     made, local = context.made, context.local
     correction: Correction = made["drift"]
     aggregator: Aggregator = made["aggregation"]
-    loss = local_loss(made["model"], made["adapter"], made["task"], made["sparsifier"], aggregator)
+    loss = local_loss(model, made["adapter"], made["task"], made["sparsifier"], aggregator)
     optimizer, total_steps = direction(local.optimizer), context.rounds * local.steps
 
     def rates(round_number: Array) -> Array:
@@ -96,7 +127,7 @@ def make(options: LocalTrainingOptions, context: Context) -> Trainer:
 
     def train(given: Broadcast, client: Client) -> Trained:
         order_key, dropout_key = jax.random.split(client.key)
-        rows, weight = local_batches(order_key, client.rows, client.examples, local.steps, local.batch_size)
+        rows, weight = drawn_batches(order_key, client, local)
         start, own = compose(given.adapters, client.personal), client.methods["drift"]
         if aggregator.resumes:
             start = dataclasses.replace(start, modules=client.methods["aggregation"])
@@ -111,8 +142,9 @@ def make(options: LocalTrainingOptions, context: Context) -> Trainer:
             inputs_of_loss = start, given.base, given.scale, mask, batch, weight, key
             gradient, data_loss = jax.grad(loss, has_aux=True)(adapters, *inputs_of_loss)
             gradient = correction.gradient(gradient, adapters, start, given.correction, own)
-            updates, optimizer_state = optimizer.update(scope.select(gradient, zero), optimizer_state, adapters)
-            updates = scope.select(updates, zero)
+            gradient = moving(scope.select(gradient, zero))
+            updates, optimizer_state = optimizer.update(gradient, optimizer_state, adapters)
+            updates = moving(scope.select(updates, zero))
             adapters = jax.tree.map(lambda x, u: x - rate[number] * u, adapters, updates)
             return (adapters, optimizer_state), data_loss
 
@@ -121,10 +153,7 @@ def make(options: LocalTrainingOptions, context: Context) -> Trainer:
         own = correction.next_client(start, adapters, jnp.sum(rate), scope, given.correction, own)
         return Trained(adapters, jnp.mean(losses), own, orthogonality(adapters, mask))
 
-    def work(examples: Array) -> Work:
-        return Work(samples=local.steps * jnp.minimum(examples, local.batch_size).astype(jnp.float32))
-
-    return Trainer(train=train, work=work)
+    return train
 
 
 METHOD = Method("training", "local", LocalTrainingOptions, make)

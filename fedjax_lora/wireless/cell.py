@@ -58,6 +58,10 @@ class WirelessConfig(Options):
     capacitance: joules a cycle over frequency squared.
     downlink: whether the broadcast takes time, at the worst client's rate.
     downlink_power_dbm: the server's transmit power.
+    downlink_hz: band of what the server sends to single clients while they train; they share it alike, and its power
+      in proportion.
+    server_hz: frequency of the server's processor, which the clients of a round share alike; where it is shared and
+      how is our choice.
     csi: `perfect` plans with the gain of the round; `mean` with path loss and shadowing alone; `estimated` with the
       mean gain given an estimate of the fading. The latter two plan `fade_margin_db` below, and an upload fails where
       the true gain is less than planned.
@@ -89,6 +93,8 @@ class WirelessConfig(Options):
     capacitance: float = traced(1e-28)
     downlink: bool = False
     downlink_power_dbm: float = traced(46.0)
+    downlink_hz: float = traced(2e7)
+    server_hz: float = traced(1e11)
     csi: Csi = "perfect"
     csi_error: float = traced(0.1)
     fade_margin_db: float = traced(10.0)
@@ -97,7 +103,8 @@ class WirelessConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("bandwidth_hz", "min_distance_m", "cycles_per_sample", "cpu_hz_min"):
+        positive = "bandwidth_hz", "min_distance_m", "cycles_per_sample", "cpu_hz_min", "downlink_hz", "server_hz"
+        for name in positive:
             self._require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
         self._require("capacitance", 0 <= self.capacitance < math.inf, "at least 0 and finite")
         for name in ("noise_figure_db", "shadowing_db", "fade_margin_db"):
@@ -152,6 +159,14 @@ def make(options: WirelessConfig, context: Context) -> Wireless:
     def snr_hz(state: CellState) -> Array:
         return snr_per_gain_hz * state.mean_gain * cell.planned_power(state)
 
+    def shared_s(work: Work, known_hz: Array) -> Array | None:
+        """`[C]` seconds that server and downlink take for a client alone; for each of n it is n times as long."""
+        if work.server_samples is None or work.down_bits is None:
+            return None
+        server_s = work.server_samples * options.cycles_per_sample / options.server_hz
+        down_bps = uplink_rate(options.downlink_hz, downlink_gain * known_hz)
+        return server_s + latency.transfer_time_s(work.down_bits, down_bps)
+
     def observe(state: CellState, work: Work, downlink_bits: Array, present: Array) -> Radio:
         known_hz = snr_hz(state)
         start_s = latency.compute_time_s(work.samples * options.cycles_per_sample, state.cpu_hz)
@@ -165,9 +180,11 @@ def make(options: WirelessConfig, context: Context) -> Wireless:
             start_s=jnp.where(present > 0, start_s, 0.0),
             band_hz=jnp.asarray(options.bandwidth_hz, jnp.float32),
             power_w=jnp.asarray(power_w, jnp.float32),
+            shared_s=shared_s(work, known_hz),
         )
 
     def deliver(state: CellState, work: Work, bits: Array, share_hz: Array, start_s: Array, present: Array) -> Delivery:
+        bits = bits if work.up_bits is None else bits + work.up_bits
         attempt_s = latency.transfer_time_s(bits, uplink_rate(share_hz, snr_hz(state)))
         failed = jnp.cumprod(~(cell.carried(state) | (bits == 0)[:, None]), 1)  # `[C, 1 + retransmissions]`
         upload_s = attempt_s * (1 + jnp.sum(failed[:, :-1], 1))

@@ -39,5 +39,24 @@ SETTINGS = {
         "local.optimizer.name=sgd",
     ),
     "svd, fedex": ("sparsifier=svd", "aggregation=fedex"),
+    "split, soft, split_lyapunov": (
+        "training={name: split, device_layers: 1, tail_layers: 1, exchange: int8}",
+        "control={name: split_lyapunov, V: 3.0, over_rounds: geometric}",
+        "wireless.downlink=true",
+    ),
+    "split frozen, dense, round_robin": (
+        "training={name: split, device_layers: 2, device_adapters: frozen, exchange: bfloat16}",
+        "sparsifier=dense",
+        "control={name: round_robin, keep_ratio: 0.7}",
+        "clients.per_round=3",
+    ),
+    "split of the task, best_channel": (
+        "training={name: split, task: server}",
+        "sparsifier=dense",
+        "control={name: best_channel, keep_ratio: 0.7}",
+        "clients.per_round=3",
+    ),
+    "proportional_fair": ("control={name: proportional_fair, keep_ratio: 0.7}", "clients.per_round=3"),
+    "min_latency": ("control={name: min_latency, keep_ratio: 0.7}", "clients.per_round=3"),
 }
 """What differs from `toy.SETTINGS` -> overrides."""

@@ -127,7 +127,7 @@ def test_control_plans_with_the_bits_that_are_sent(drift):
         parts = parts._replace(controller=parts.controller._replace(allocate=allocate))
         cohort = choose_cohort(parts, world, state, keys)
         local = train_locally(parts, world, state, cohort)
-        decision = control(parts, state, cohort, local, importance(parts, cohort, local))
+        decision = control(parts, cohort, local, importance(parts, cohort, local))
         return planned[0], sparsify(parts, cohort, local, decision.kept, keys.sparsify).bits
 
     planned, bits = planned_and_sent(sim.world, sim.init(jax.random.key(3)))

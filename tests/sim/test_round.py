@@ -256,7 +256,7 @@ def test_energies_of_a_round_equal_numpy_over_who_was_heard():
         state = draw_channel(made, state, keys.channel)
         cohort = choose_cohort(made, world, state, keys)
         local = train_locally(made, world, state, cohort)
-        decision = control(made, state, cohort, local, importance(made, cohort, local))
+        decision = control(made, cohort, local, importance(made, cohort, local))
         upload = sparsify(made, cohort, local, decision.kept, keys.sparsify)
         return local.shown.modules, transmit(made, cohort, local, decision, upload).arrived
 

@@ -21,6 +21,8 @@ NORMAL = (1e-36, 1e36)
 
 DECADES = {
     "bandwidth_hz": (2, 11),
+    "downlink_hz": (2, 11),
+    "server_hz": (6, 15),
     "cycles_per_sample": (0, 15),
     "capacitance": (-30, -20),
     "cpu_hz_min": (6, 15),
@@ -118,6 +120,23 @@ def test_what_control_knows_equals_float64(fading, csi):
     assert_close(np.asarray(radio.start_s)[sure], (compute_s + np.float64(DOWN) / rate)[sure])
     assert_close(radio.power_w, 1e-3 * oracle.linear(EXACT["power_dbm"])[:, 0])
     assert_close(radio.band_hz, band[:, 0])
+
+
+def test_what_a_server_and_its_downlink_take_equals_float64():
+    """Oracle: NumPy in float64: the server's cycles, and bits at the rate of the whole downlink."""
+    server_samples, down = np.float32([40, 12, 0]), np.float32([1e8, 2e5, 0])
+    work = Work(*map(jnp.asarray, (SAMPLES, server_samples, BITS, down)))
+    radio = trials(lambda cell: cell.observe(STATE, work, jnp.zeros(CLIENTS), PRESENT), fading="rayleigh")
+    power = np.abs(np.complex128(FADING)) ** 2
+    gain = oracle.linear(EXACT["downlink_power_dbm"] - EXACT["power_dbm"]) * oracle.snr_per_gain(EXACT)
+    snr_hz = gain * np.float64(GAIN) * power
+    heard = np.asarray(radio.snr_hz) > 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        down_s = np.where(down > 0, np.float64(down) / oracle.rate(EXACT["downlink_hz"], snr_hz), 0.0)
+    server_s = np.float64(server_samples) * EXACT["cycles_per_sample"] / EXACT["server_hz"]
+    sure = heard & (snr_hz > NORMAL[0])
+    assert sure.mean() > 0.3
+    assert_close(np.asarray(radio.shared_s)[sure], (server_s + down_s)[sure])
 
 
 @pytest.mark.parametrize("fading", ["rayleigh", "rician"])

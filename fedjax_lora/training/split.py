@@ -1,0 +1,214 @@
+"""Split training: the first and last layers of the model at the device, the others at the edge server.
+
+After Z. Wang, Y. Zhou, Y. Shi, K. B. Letaief, "Federated Fine-Tuning for Pre-Trained Foundation Models Over Wireless
+Networks", arXiv 2407.02924: embedding and task module at the device, encoder with adapters at the server. Activations
+and their gradients cross the air in every local step. The server holds a copy of its adapters for each device, and
+averages them at the end of the round; what is at the devices is averaged over the air, as in ordinary federated LoRA.
+Frozen device layers, through which no gradient comes back, are SplitFrozen (arXiv 2503.18986). With full precision a
+step is that of ordinary federated LoRA. See docs/split.md.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from fedjax_lora.core.count import Count, total
+from fedjax_lora.core.learning import Client, Exchange, Hidden, Model, Trainer
+from fedjax_lora.core.methods import Context, Method
+from fedjax_lora.core.sides import Side, TrainingOptions
+from fedjax_lora.core.types import Adapters, Base
+from fedjax_lora.data.batches import gather
+from fedjax_lora.training.local import drawn_batches, training_of, whole_work
+
+Precision = Literal["float32", "bfloat16", "int8"]
+
+VALUE_BITS: dict[Precision, int] = {"float32": 32, "bfloat16": 16, "int8": 8}
+SCALE_BITS: dict[Precision, int] = {"float32": 0, "bfloat16": 0, "int8": 32}
+"""Of each tensor that crosses."""
+
+LABEL_BITS = 32
+"""Of each label, where the task module is at the server."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitOptions(TrainingOptions):
+    """Where the model is cut, and what passes there; every default is our choice.
+
+    device_layers: first layers that are at the device, with the embedding.
+    tail_layers: last layers that are at the device, with the task module.
+    device_adapters: whether the adapters of the device's layers are trained, and averaged over the air. The first
+      layers are forward only where they are frozen: no gradient comes back to them.
+    task: where the head is. At the server it needs no second cut, but labels are sent to it.
+    exchange: in which activations and gradients cross: `int8` with a scale for each tensor, `127 / max |x|`.
+    """
+
+    name: Literal["split"] = "split"
+    device_layers: int = 0
+    tail_layers: int = 0
+    device_adapters: Literal["trained", "frozen"] = "trained"
+    task: Literal["device", "server"] = "device"
+    exchange: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("device_layers", "tail_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.task == "server" and self.tail_layers:
+            raise ValueError(f"tail_layers must be 0 where task is server, got {self.tail_layers}")
+
+    def side(self, num_layers: int) -> Side | None:
+        """The layers at the device whose adapters are trained, and the head where it is there.
+
+        Raises:
+          ValueError: the server has no layer left.
+        """
+        if self.device_layers + self.tail_layers >= num_layers:
+            raise ValueError(
+                f"training.device_layers + training.tail_layers must be below {num_layers}, the model's layers, got "
+                f"{self.device_layers} + {self.tail_layers}"
+            )
+        head = self.task == "device"
+        if self.device_adapters == "frozen":
+            return Side((), head)
+        tail = range(num_layers - self.tail_layers, num_layers)
+        return Side((*range(self.device_layers), *tail), head)
+
+
+def make(options: SplitOptions, context: Context) -> Trainer:
+    """Training in which the server computes the layers between the cuts."""
+    model: Model = context.made["model"]
+    cut = cut_model(options, model)
+
+    def exchange(base: Base, pool: Mapping[str, Array], client: Client) -> Exchange:
+        rows, weight = drawn_batches(jax.random.split(client.key)[0], client, context.local)
+        up, down = _crossing(options, model, base, pool, rows, weight)
+        return Exchange(up, down, *_shares(options, model.num_layers))
+
+    train = training_of(context, cut, lambda adapters: _moving(options, model.num_layers, adapters))
+    return Trainer(train=train, work=whole_work(context.local), exchange=exchange)
+
+
+METHOD = Method("training", "split", SplitOptions, make, breaks=frozenset({"whole_at_client"}))
+
+
+# ------------------------------------------------------------------------------------------------ the model, cut
+
+
+def cut_model(options: SplitOptions, model: Model) -> Model:
+    """The model with what crosses a cut rounded to the exchange's precision, forward and backward."""
+    first, last = options.device_layers, model.num_layers - options.tail_layers
+    cross = crossing(options.exchange)
+    back = lax.stop_gradient if options.device_adapters == "frozen" else _as_it_is
+
+    def layers(base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:
+        hidden = _run(model, base, adapters, hidden, key, 0, first)
+        hidden = _run(model, base, adapters, _crossed(back(hidden), cross), key, first, last)
+        if options.task == "server":
+            return hidden
+        return _run(model, base, adapters, _crossed(hidden, cross), key, last, model.num_layers)
+
+    return model._replace(layers=layers)
+
+
+def _as_it_is(hidden: Hidden) -> Hidden:
+    return hidden
+
+
+def _run(
+    model: Model, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None, first: int, last: int
+) -> Hidden:
+    """The layers from `first` to before `last`."""
+    if first == last:
+        return hidden
+    weights, modules = jax.tree.map(lambda leaf: leaf[first:last], (base["layers"], adapters.modules))
+    own_key = None if key is None else jax.random.fold_in(key, first)
+    return model.layers({**base, "layers": weights}, Adapters(modules, adapters.head), hidden, own_key)
+
+
+def _crossed(hidden: Hidden, cross: Any) -> Hidden:
+    """What arrives: of real positions alone, since no other is sent."""
+    return hidden._replace(values=cross(hidden.values, hidden.mask))
+
+
+def crossing(precision: Precision) -> Any:
+    """`(values [B, S, d], mask [B, S]) -> values` as they arrive; the gradient on its way back is rounded alike."""
+    if precision == "float32":
+        return lambda values, mask: values
+
+    @jax.custom_vjp
+    def cross(values: Array, mask: Array) -> Array:
+        return rounded(values * mask[..., None], precision)
+
+    def forward(values: Array, mask: Array) -> tuple[Array, Array]:
+        return cross(values, mask), mask
+
+    def backward(mask: Array, gradient: Array) -> tuple[Array, None]:
+        return rounded(gradient * mask[..., None], precision), None
+
+    cross.defvjp(forward, backward)
+    return cross
+
+
+def rounded(values: Array, precision: Precision) -> Array:
+    """`[...]` in the precision, as float32; `int8` to the nearest of 255 levels, halves to even."""
+    if precision == "bfloat16":
+        return values.astype(jnp.bfloat16).astype(values.dtype)
+    largest = jnp.max(jnp.abs(values), initial=0.0)
+    step = jnp.where(largest > 0, largest, 1.0) / 127.0
+    return jnp.round(values / step) * step
+
+
+def _moving(options: SplitOptions, num_layers: int, adapters: Adapters) -> Adapters:
+    """A gradient or an update with zeros where adapters are frozen."""
+    if options.device_adapters == "trained":
+        return adapters
+    number = jnp.arange(num_layers)
+    moves = (number >= options.device_layers) & (number < num_layers - options.tail_layers)
+
+    def of_layers(leaf: Array) -> Array:
+        return jnp.where(moves.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0.0)
+
+    return Adapters(modules=jax.tree.map(of_layers, adapters.modules), head=adapters.head)
+
+
+# ------------------------------------------------------------------------------------------- what it costs
+
+
+def _crossing(
+    options: SplitOptions, model: Model, base: Base, pool: Mapping[str, Array], rows: Array, weight: Array
+) -> tuple[Count, Count]:
+    """Bits up and down of a round's steps `[E, B]`: a value for each real position and feature of a batch.
+
+    Activations go up at the first cut, and down again at the second; gradients the other way. At the first cut there is
+    none where nothing below it is trained: the embedding is frozen.
+    """
+    hidden = model.embed(base, gather(pool, rows.ravel()), None)
+    positions = jnp.sum(hidden.mask.reshape(*rows.shape, -1), -1) * weight
+    steps, width = jnp.sum(jnp.any(weight > 0, -1)), hidden.values.shape[-1]
+    values = Count.of(jnp.sum(positions).astype(jnp.uint32)) * width * VALUE_BITS[options.exchange]
+    tensor = values + Count.of(steps) * SCALE_BITS[options.exchange]
+    trains_below = options.device_layers > 0 and options.device_adapters == "trained"
+    up, down = [tensor], [tensor] if trains_below else []
+    if options.task == "device":
+        up, down = [*up, tensor], [*down, tensor]
+    else:
+        up.append(Count.of(jnp.sum(weight).astype(jnp.uint32)) * LABEL_BITS)
+    return total(up), total(down)
+
+
+def _shares(options: SplitOptions, num_layers: int) -> tuple[Array, Array]:
+    """Of the FLOP of a whole training step, the device's and the server's.
+
+    All is in the layers, which take as long backward as forward, since they are frozen (Our choice: embedding and head
+    are not counted). Frozen first layers are forward only.
+    """
+    first, tail = options.device_layers, options.tail_layers
+    backward = 0 if options.device_adapters == "frozen" else first
+    device = (first + backward + 2 * tail) / (2 * num_layers)
+    server = (num_layers - first - tail) / num_layers
+    return jnp.float32(device), jnp.float32(server)
