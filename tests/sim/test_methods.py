@@ -169,7 +169,7 @@ def test_hetlora_prunes_the_ranks_of_those_who_took_part():
     np.testing.assert_array_equal(first.clients.rank, ranks)
     second, _ = sim.run(first, 1)
     keys = round_keys(first.key, first.round)
-    cohort, _ = choose(schedule(parts(sim), sim.world, first, keys.cohort), 6, 4, 4)
+    cohort, _ = choose(schedule(parts(sim), sim.world, first, keys)[0], 6, 4, 4)
     own = clients(sim, first, cohort, client_keys(keys.local, cohort))
     trained = jax.jit(lambda *given: train_cohort(parts(sim), *given).adapters)(sim.world, first, first.adapters, own)
 

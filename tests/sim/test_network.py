@@ -47,8 +47,8 @@ def test_rounds_are_steps_of_the_network_by_the_keys_of_a_run(downlink):
         seen |= set(ids.tolist())
         cohort, work = jax.tree.map(lambda leaf, ids=ids: leaf[ids], (state, WORK))
         expected = wireless.observe(cohort, work, jnp.full(COHORT, 3e6), jnp.ones(COHORT, bool))
-        for found, value in zip(drawn.radio, expected, strict=True):
-            np.testing.assert_allclose(found[number], value, rtol=1e-5)
+        own = jax.tree.map(lambda leaf, number=number: leaf[number], drawn.radio)
+        jax.tree.map(lambda found, value: np.testing.assert_allclose(found, value, rtol=1e-5), own, expected)
     assert drawn.present.all() and len(seen) > COHORT
 
 
