@@ -232,6 +232,12 @@ def test_a_mistake_in_a_sweep_is_one_line_and_leaves_nothing(tmp_path, capsys, o
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_sweep_over_nothing_is_one_line(tmp_path, capsys):
+    line = one_line(capsys, ["sweep", "--out", str(tmp_path / "sweep")])
+    assert "give --over key=[v1,v2] or --sweep SWEEP.yaml, got neither" in line
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_changed_configuration_is_not_resumed(capsys, finished):
     line = one_line(capsys, ["run", "--out", str(finished), "--resume", "--set", *SETTINGS, "local.steps=3"])
     assert "local.steps" in line and "2" in line and "3" in line

@@ -240,7 +240,7 @@ MISTAKES = {
     ),
     "of all other variants that have it": (
         "control: {name: fixed, latency_budget_s: 3}",
-        ["control.latency_budget_s is a key of control.name = tsfa, greedy, proportional, split_lyapunov, not of fixed", "value 3"],
+        ["a key of control.name = tsfa, greedy, proportional, split_lyapunov, not of fixed", "value 3"],
     ),
     "near one of another variant": (
         "control: {latency_budget: 3}",
@@ -468,7 +468,7 @@ def test_another_variant_over_a_preset_starts_from_its_own_defaults(load):
 
 def test_an_unknown_preset_is_one_line_as_specified():
     with pytest.raises(
-        ConfigError, match=r"must be one of digits, digits-ideal, digits-split, digits-splitfrozen, digits-tsfa, got 'digit'; did you mean digits\?"
+        ConfigError, match=r"must be one of digits, .*, digits-tsfa, got 'digit'; did you mean digits\?"
     ):
         preset("digit")
 

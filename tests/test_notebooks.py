@@ -12,7 +12,7 @@ SMALL = {
     "sweep.ipynb": {
         "CLIENTS, ROUNDS": "3, 1",
         "POWERS_DBM": "[0, 8]",
-        "KEEP_RATIOS": "[0.5, 1.0]",
+        "BUDGETS_S": "[10, 100]",
     }
 }
 """Notebook -> name that its first cell assigns -> value for the test."""

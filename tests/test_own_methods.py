@@ -132,7 +132,7 @@ def test_a_longer_queue_keeps_fewer_ranks_and_leans_to_who_is_heard():
         state = {"energy_j_queue": jnp.float32(queue)}
         np.testing.assert_allclose(control.allocate(state, examples.observation()).kept, kept, rtol=1e-6)
     radio = Radio(jnp.array([0.0, 1e2, 1e6]), jnp.zeros(3), jnp.float32(1e6), jnp.float32(0.01))
-    clients = Population(jnp.arange(3), radio, jnp.full(3, 1e5), jnp.full(3, 1 / 3))
+    clients = Population(jnp.arange(3), radio, jnp.full(3, 1 / 3), jnp.full(3, 3.0), jnp.full((3, 4), 1e5))
     first = {0.0: 0, 100.0: 0}
     for queue in first:
         for seed in range(20):

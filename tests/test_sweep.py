@@ -1,6 +1,7 @@
 """Sweeps on disk and in Python. Oracle: runs of their own, or the same sweep without what was done to it."""
 
 import csv
+import dataclasses
 import re
 import shutil
 import warnings
@@ -15,6 +16,7 @@ from fedjax_lora.app import trials
 from fedjax_lora.app.halving import Halving
 from fedjax_lora.app.runner import run
 from fedjax_lora.app.sweep_folder import sweep_into
+from fedjax_lora.config.groups import grouped
 from fedjax_lora.config.sweeps import folder_name, grid, overrides
 from fedjax_lora.core.errors import ConfigError, RunWarning
 from fedjax_lora.io.run_files import read_metrics, read_summary
@@ -169,11 +171,38 @@ def test_survivors_of_halving_equal_full_runs(swept, tmp_path):
     assert {name for name, status in found.status.items() if status == "ended"} == set(best)
 
 
+def test_halving_by_bits_is_the_same_on_a_second_start(swept, tmp_path):
+    """Law: who is stopped does not depend on how often the sweep is started; nobody is stopped at its last round."""
+    path, found = tmp_path / "out", []
+    for _ in range(2):
+        found.append(sweep_into(path, SETTINGS[:4], load, Console(quiet=True), halving=Halving("eval_loss", "bits")))
+    assert found[0].status == found[1].status
+    assert sorted(found[0].status.values()) == ["ended", "ended", "stopped", "stopped"]
+
+
+def test_a_partition_that_cannot_be_drawn_refuses_its_trial_alone():
+    """By hand: six clients cannot hold 500 examples each."""
+    asked = [config(*SHORT, f"clients.partition.min_examples={least}") for least in (500, 1, 2)]
+    groups, refused = grouped(asked)
+    assert [group.places for group in groups] == [[1, 2]] and list(refused) == [0]
+    groups, refused = grouped([asked[1], asked[0]])
+    assert [group.places for group in groups] == [[0]] and list(refused) == [1]
+
+
 def test_a_sweep_in_python_equals_single_runs():
     """Oracle: `Simulation.run`. Trials of two structures, of different cohorts, in one table."""
     settings = [{"seed": 3}, {"seed": 4}, {"clients.per_round": 3, "rounds": 2}]
     found = fl.sweep(config(*SHORT), settings)
     assert found.metrics.eval_accuracy.shape == (3, 4) and list(found.rounds) == [4, 4, 2]
+    assert found.status == ["ended"] * 3
+    named = dataclasses.replace(found, settings=[{"lora.targets": ["query"]}, {"lora.targets": ["query", "up"]}, {}])
+    columns = named.numpy()
+    assert columns["lora.targets"][0] == ["query"] and columns["lora.targets"][4] == ["query", "up"]
+    assert columns["round"].tolist() == [1, 2, 3, 4, 1, 2, 3, 4, 1, 2] and columns["eval_loss"].dtype == float
+    seeds = [{"seed": number} for number in range(3)]
+    stopped = dataclasses.replace(found, settings=seeds, status=["ended", "ended", "stopped"])
+    (row,) = stopped.mean("eval_accuracy")
+    assert row["trials"] == 2 and row["mean"] == pytest.approx(found.last("eval_accuracy")[:2].mean())
     for trial, setting in enumerate(settings):
         sim = simulation(*SHORT, *overrides(setting))
         rounds = setting.get("rounds", 4)

@@ -49,6 +49,17 @@ def test_names_of_folders_differ_are_short_and_hold_their_values():
     assert values[::2] == values[1::2] == json.loads(json.dumps(ODD_VALUES))
 
 
+def test_a_setting_without_keys_has_a_folder_of_its_own():
+    assert folder_name({}) == "default"
+
+
+def test_draws_that_repeat_are_left_out(tmp_path):
+    """Of ten draws from two values two are different."""
+    path = tmp_path / "sweep.yaml"
+    path.write_text("random: {trials: 10, over: {lora.rank: [4, 8]}}\n")
+    assert sorted(setting["lora.rank"] for setting in read_sweep(path)) == [4, 8]
+
+
 def test_names_that_are_short_and_plain_are_the_overrides():
     """The names that earlier sweeps have given."""
     axes = parse_over(['control.name=["fixed"]', "control.V=[1, 0.5]", "lora.targets=[[query, up]]"])

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from fedjax_lora.config.user_methods import UserMethods
 
 _OUT_OF_MEMORY = (
-    "fedjax-lora: error: out of memory; lower engine.client_chunk, engine.eval_batch_size or local.batch_size, "
-    "or take fewer clients.per_round"
+    "fedjax-lora: error: out of memory; lower engine.client_chunk, engine.eval_batch_size, local.batch_size "
+    "or, of a sweep, engine.trials_at_once, or take fewer clients.per_round"
 )
 
 _CACHE_TROUBLE = ("Error reading persistent compilation cache", "Error writing persistent compilation cache")
@@ -161,6 +161,8 @@ def _sweep(options: argparse.Namespace) -> int:
     options.preset = _preset(options, "digits", console)
     methods, path = _methods(options), _folder(options, "runs/{}-sweep")
     halving = Halving.parse(options.halving) if options.halving else None
+    if not options.sweep and not options.over:
+        raise ValueError("sweep must be over something: give --over key=[v1,v2] or --sweep SWEEP.yaml, got neither")
     settings = product(read_sweep(options.sweep) if options.sweep else [{}], grid(parse_over(options.over)))
     check_asked(options.sort, options.target, settings)
 

@@ -10,11 +10,12 @@ import numpy as np
 from rich.console import Console
 
 from fedjax_lora.app.halving import Halving, Point
-from fedjax_lora.app.trials import Begun, play
+from fedjax_lora.app.trials import Begun, announce, became, play
 from fedjax_lora.config.catalogue import Catalogue, check_needs
 from fedjax_lora.config.experiment import ExperimentConfig, load_config
 from fedjax_lora.config.groups import Group, grouped
 from fedjax_lora.config.sweeps import Setting, grid, overrides
+from fedjax_lora.core.errors import ConfigError
 from fedjax_lora.core.methods import Method
 from fedjax_lora.core.progress import Progress
 from fedjax_lora.core.types import FedState, Metrics
@@ -34,6 +35,7 @@ class Trials:
     metrics: with leaves `[trials, rounds, ...]`. Beyond the last round of a trial, and where only others have a value
       (a larger cohort, a metric of another method), numbers are NaN and counts 0.
     rounds: `[trials]` that each has had.
+    status: of each, `ended`, `stopped` by halving or `diverged`.
 
     Example:
       >>> trials = fl.sweep(config, over={"seed": [0, 1], "control.keep_ratio": [0.25, 0.5]})  # doctest: +SKIP
@@ -45,6 +47,7 @@ class Trials:
     settings: list[Setting]
     metrics: Metrics
     rounds: np.ndarray
+    status: list[str]
 
     def __len__(self) -> int:
         return len(self.settings)
@@ -57,6 +60,8 @@ class Trials:
     def mean(self, name: str, over: str = "seed") -> list[dict[str, Any]]:
         """Mean and standard deviation over one key of a metric in the last round, a row for each setting of the rest.
 
+        Of the trials that have ended: not of those that were stopped, or diverged.
+
         Args:
           name: of the metric, an attribute of `Metrics`.
           over: key whose values are put together.
@@ -65,7 +70,9 @@ class Trials:
           Rows with the other keys, `mean`, `deviation` (of the sample; NaN of a single trial) and `trials`.
         """
         found: dict[str, tuple[Setting, list[float]]] = {}
-        for setting, value in zip(self.settings, self.last(name), strict=True):
+        for setting, value, status in zip(self.settings, self.last(name), self.status, strict=True):
+            if status != "ended":
+                continue
             rest = {key: given for key, given in setting.items() if key != over}
             found.setdefault(repr(rest), (rest, []))[1].append(float(value))
         return [
@@ -79,10 +86,13 @@ class Trials:
         ]
 
     def numpy(self) -> dict[str, np.ndarray]:
-        """One row for each round of each trial: swept keys, and the fields of `metrics.jsonl` that are numbers."""
+        """One row for each round of each trial: swept keys, and the fields of `metrics.jsonl` that are numbers.
+
+        Columns of what is no number, such as words and lists, are of objects.
+        """
         rows = self._rows()
         names = dict.fromkeys(name for row in rows for name in row)
-        return {name: np.array([row.get(name, math.nan) for row in rows]) for name in names}
+        return {name: _column([row.get(name, math.nan) for row in rows]) for name in names}
 
     def to_pandas(self) -> "pd.DataFrame":
         """`numpy` as a data frame; pandas must be installed."""
@@ -123,10 +133,23 @@ def sweep(
     """
     settings, groups = _settings_and_groups(config, over, methods)
     keeper = _InMemory(len(settings))
-    with Progress(Console(highlight=False, quiet=not progress)) as shown:
-        play(groups, keeper, shown, halving=Halving.parse(halving) if halving else None)
+    console = Console(highlight=False, quiet=not progress)
+    announce(console, groups, len(settings))
+    with Progress(console) as shown:
+        stopped = play(groups, keeper, shown, halving=Halving.parse(halving) if halving else None)
     runs = [jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts) for parts in keeper.metrics]
-    return Trials(settings, together(runs), np.array([len(run.round) for run in runs]))
+    last = [list(metrics_lines(parts[-1]))[-1] for parts in keeper.metrics]
+    status = [became(line, place in stopped) for place, line in enumerate(last)]
+    return Trials(settings, together(runs), np.array([len(run.round) for run in runs]), status)
+
+
+def _column(values: list[Any]) -> np.ndarray:
+    """An array of numbers, or of objects where some are none."""
+    if all(isinstance(value, int | float) for value in values):
+        return np.array(values)
+    found = np.empty(len(values), object)
+    found[:] = values
+    return found
 
 
 class NetworkTrials(NamedTuple):
@@ -160,7 +183,13 @@ def sweep_network(
     """
     settings, groups = _settings_and_groups(config, over, methods)
     for group in groups:
-        check_needs(group.configs[0], Catalogue.of(methods), {"whole_at_client"}, "a network without training")
+        own, simulation = group.configs[0], group.simulation
+        check_needs(own, Catalogue.of(methods), {"whole_at_client"}, "a network without training")
+        if simulation.make_parts(simulation.numbers).controller.schedule is not None:
+            raise ConfigError(
+                "control.name must be of a controller that does not choose the cohort, for a network without training, "
+                f"got {own.control.name!r}"
+            )
     found: dict[int, NetworkRounds] = {}
     for group in groups:
         own = run_alone(group.simulation, group.trials, rounds)
@@ -194,8 +223,8 @@ class _InMemory:
         del state
         self.metrics[place].append(metrics)
 
-    def points(self, place: int, halving: Halving) -> list[Point]:
-        return halving.points([line for part in self.metrics[place] for line in metrics_lines(part)])
+    def points(self, place: int, halving: Halving, rung: int) -> list[Point]:
+        return halving.points([line for part in self.metrics[place] for line in metrics_lines(part)], rung)
 
 
 def together(runs: Sequence[Metrics]) -> Metrics:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fedjax_lora.app.halving import Halving, Point
 from fedjax_lora.app.runner import circumstances, stamp, started_with
-from fedjax_lora.app.trials import Begun, play
+from fedjax_lora.app.trials import Begun, Standing, announce, became, play
 from fedjax_lora.config.experiment import ExperimentConfig, dump
 from fedjax_lora.config.groups import Group, grouped
 from fedjax_lora.config.sweeps import Setting, folder_name
@@ -24,9 +24,8 @@ from fedjax_lora.io import checkpoint
 from fedjax_lora.io.files import check_can_hold_files
 from fedjax_lora.io.log import RunFolder
 from fedjax_lora.io.run_files import is_run, read_data, read_metrics
-from fedjax_lora.io.sweep import Sweep, write_found
+from fedjax_lora.io.sweep import Sweep, discard_found, write_found
 from fedjax_lora.report.html import check_replaceable
-from fedjax_lora.sim.trials import trials_at_once
 
 
 def sweep_into(
@@ -66,7 +65,8 @@ def sweep_into(
         raise next(iter(refused.values()))
     folders = _Folders(path, names, groups, methods)
     begun = folders.open()
-    _announce(console, groups, len(settings))
+    discard_found(path)
+    announce(console, groups, len(settings))
     with Progress(console) as progress:
         stopped = play(groups, folders, progress, begun, halving)
     folders.end_all()
@@ -101,29 +101,22 @@ def _load(
     return {name: config for config, name in names.items()}, refused
 
 
-def _announce(console: Console, groups: Sequence[Group], trials: int) -> None:
-    """How many trials, programs and trials at once."""
-    running = [len(group.trials) for group in groups]
-    at_once = [trials_at_once(group.simulation, len(group.trials)) for group in groups]
-    listed = ", ".join(f"{count} ({most} at once)" for count, most in zip(running, at_once, strict=True))
-    programs = "1 program" if len(groups) == 1 else f"{len(groups)} programs"
-    refused = f", {trials - sum(running)} refused" if trials > sum(running) else ""
-    console.print(f"{trials} trials{refused}: {programs} for {listed}", soft_wrap=True, markup=False)
-
-
 class _Folders:
     """The folders of a sweep's trials, each that of a run."""
 
     def __init__(self, path: Path, names: Sequence[str], groups: Sequence[Group], methods: UserMethods):
         self._folders = [RunFolder(path / name) for name in names]
-        self._begun: dict[int, Begun] = {}
+        self._since_s: dict[int, float] = {}
+        self._at_once: dict[int, int] = {}
+        self._wall_s: dict[int, float] = {}
+        self._compile_s: dict[int, dict[int, float]] = {}
         self._of: dict[int, tuple[Group, int]] = {
             place: (group, number) for group in groups for number, place in enumerate(group.places)
         }
         self._methods = methods
 
-    def open(self) -> dict[int, FedState]:
-        """Place -> state of the trials that are on disk, as their checkpoints have it.
+    def open(self) -> dict[int, Standing]:
+        """Place -> where the trials stand that are on disk, as their checkpoints have it.
 
         Raises:
           ValueError: one was started with another configuration, other data or another model.
@@ -135,12 +128,15 @@ class _Folders:
         found = {}
         for place, folder in held.items():
             if (last := folder.last_checkpoint()) is not None:
-                found[place] = checkpoint.restore(last, self._like(place))
+                ended = last.step == self._config(place).rounds
+                state = None if ended else checkpoint.restore(last, self._like(place))
+                found[place] = Standing(last.step, state)
         return found
 
     def begin(self, place: int, begun: Begun) -> None:
         """Make the folder of a trial, or open it where it is."""
-        self._begun[place] = begun
+        self._since_s[place], self._at_once[place] = begun.started_s, begun.at_once
+        self._compile_s.setdefault(place, {})[begun.at_once] = begun.compile_s
         folder, text = self._folders[place], dump(self._config(place))
         if not is_run(folder.path):
             started = stamp() | {"initial_accuracy": begun.initial_accuracy}
@@ -153,18 +149,21 @@ class _Folders:
         """Log a segment and save its state; the last one ends the trial."""
         self._folders[place].append(metrics)
         self._folders[place].save(state)
+        now = time.perf_counter()
+        of_this = (now - self._since_s[place]) / self._at_once[place]
+        self._wall_s[place], self._since_s[place] = self._wall_s.get(place, 0.0) + of_this, now
         if int(state.round) == self._config(place).rounds:
             self.end(place)
 
     def end(self, place: int) -> None:
         """Write the summary of a trial that goes on no more."""
         if self._folders[place].ended() is None:
-            (group, number), begun = self._of[place], self._begun.get(place)
+            group, number = self._of[place]
             told = circumstances(self._config(place), group.facts[number])
             told["initial_accuracy"] = read_data(self._folders[place].path).get("initial_accuracy")
-            if begun:
-                told["compile_s"] = begun.compile_s
-                told["wall_s"] = (time.perf_counter() - begun.started_s) / begun.at_once
+            if place in self._wall_s:
+                told["compile_s"] = sum(self._compile_s[place].values())
+                told["wall_s"] = self._wall_s[place]
             self._folders[place].write_summary(told)
 
     def end_all(self) -> None:
@@ -172,16 +171,13 @@ class _Folders:
         for place in self._of:
             self.end(place)
 
-    def points(self, place: int, halving: Halving) -> list[Point]:
-        """The evaluations of a trial, of its log."""
-        return halving.points(read_metrics(self._folders[place].path))
+    def points(self, place: int, halving: Halving, rung: int) -> list[Point]:
+        """The evaluations of a trial up to a round, of its log."""
+        return halving.points(read_metrics(self._folders[place].path), rung)
 
     def status(self, place: int, stopped: set[int]) -> str:
         """What became of a trial."""
-        lines = read_metrics(self._folders[place].path)
-        if lines[-1]["eval_loss"] is None or lines[-1]["participants"] == 0 < lines[-1]["nonfinite_clients"]:
-            return "diverged"
-        return "stopped" if place in stopped else "ended"
+        return became(read_metrics(self._folders[place].path)[-1], place in stopped)
 
     def _config(self, place: int) -> ExperimentConfig:
         group, number = self._of[place]

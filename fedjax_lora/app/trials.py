@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from rich.console import Console
 
 from fedjax_lora.app.halving import Halving, Point
 from fedjax_lora.config.groups import Group
@@ -36,16 +38,23 @@ class Keeper(Protocol):
         """A segment of a trial has ended: its state, on the host, and the metrics of its rounds."""
         ...
 
-    def points(self, place: int, halving: Halving) -> list[Point]:
-        """The evaluations of a trial so far, oldest first."""
+    def points(self, place: int, halving: Halving, rung: int) -> list[Point]:
+        """The evaluations of a trial up to a round, oldest first."""
         ...
+
+
+class Standing(NamedTuple):
+    """Where a trial stands before it goes on: rounds done, and the state after them; None where it has ended."""
+
+    done: int
+    state: FedState | None
 
 
 class Entrant(NamedTuple):
     """A trial on its way.
 
     group: of its structure. number: within the group. done: rounds.
-    state: after them, on the host; None before round 1.
+    state: after them, on the host; None before round 1, and after the last.
     """
 
     group: Group
@@ -68,7 +77,7 @@ def play(
     groups: Sequence[Group],
     keeper: Keeper,
     progress: Progress,
-    begun: Mapping[int, FedState] | None = None,
+    begun: Mapping[int, Standing] | None = None,
     halving: Halving | None = None,
 ) -> set[int]:
     """Advance all trials to their last round, each segment kept as it ends.
@@ -77,7 +86,7 @@ def play(
       groups: of one structure each.
       keeper: told of what happens.
       progress: shows how far all are.
-      begun: place -> state of the trials that go on, or have ended.
+      begun: place -> where the trials stand that go on, or have ended.
       halving: stops the trials that lag behind; None stops none.
 
     Returns:
@@ -91,7 +100,8 @@ def play(
         eval_every = max(group.simulation.eval_every for group in groups)
         for rung in halving.rungs(eval_every, max(trial.rounds for trial in trials)):
             trials = player.advance(trials, rung)
-            losers = halving.losers({trial.place: keeper.points(trial.place, halving) for trial in trials})
+            losers = halving.losers({trial.place: keeper.points(trial.place, halving, rung) for trial in trials})
+            losers -= {trial.place for trial in trials if trial.done == trial.rounds}
             player.total -= sum(trial.rounds - trial.done for trial in trials if trial.place in losers)
             trials = [trial for trial in trials if trial.place not in losers]
             stopped |= losers
@@ -99,9 +109,25 @@ def play(
     return stopped
 
 
-def _first(group: Group, number: int, begun: Mapping[int, FedState]) -> Entrant:
-    state = begun.get(group.places[number])
-    return Entrant(group, number, int(state.round) if state is not None else 0, state)
+def announce(console: Console, groups: Sequence[Group], trials: int) -> None:
+    """How many trials, programs and trials at once."""
+    running = [len(group.trials) for group in groups]
+    at_once = [trials_at_once(group.simulation, len(group.trials)) for group in groups]
+    listed = ", ".join(f"{count} ({most} at once)" for count, most in zip(running, at_once, strict=True))
+    programs = "1 program" if len(groups) == 1 else f"{len(groups)} programs"
+    refused = f", {trials - sum(running)} refused" if trials > sum(running) else ""
+    console.print(f"{trials} trials{refused}: {programs} for {listed}", soft_wrap=True, markup=False)
+
+
+def became(last: Mapping[str, Any], stopped: bool) -> str:
+    """What became of a trial whose log ends with this line: `ended`, `stopped` or `diverged`."""
+    if last["eval_loss"] is None or last["participants"] == 0 < last["nonfinite_clients"]:
+        return "diverged"
+    return "stopped" if stopped else "ended"
+
+
+def _first(group: Group, number: int, begun: Mapping[int, Standing]) -> Entrant:
+    return Entrant(group, number, *begun.get(group.places[number], Standing(0, None)))
 
 
 class _Player:
@@ -151,6 +177,7 @@ class _Player:
         accuracies = lanes.evaluate(given, first)
         for trial, accuracy in zip(trials, accuracies, strict=False):
             self._keeper.begin(trial.place, Begun(accuracy, lanes.compile_s, started, lanes.number))
+        self._progress.count("trial rounds", self._done, self.total)
         held = [trial.state for trial in filled if trial.state is not None]
         states, ended = (trees.stack(held) if held else first), []
         for states, metrics in lanes.segments(given, states, until - trials[0].done):
@@ -161,4 +188,4 @@ class _Player:
             best = max((float(rows.eval_accuracy[-1]) for rows in metrics), default=float("nan"))
             self._progress.count("trial rounds", self._done, self.total, f"best accuracy {measured(best)}")
         for trial, state in zip(trials, ended, strict=False):
-            yield trial._replace(done=until, state=state)
+            yield trial._replace(done=until, state=state if until < trial.rounds else None)

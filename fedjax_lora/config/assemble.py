@@ -16,7 +16,7 @@ from fedjax_lora.config.catalogue import Catalogue, check, notes
 from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.core import memory as machine
 from fedjax_lora.core.errors import ConfigError, ConfigWarning
-from fedjax_lora.core.exchange import Sparsifier
+from fedjax_lora.core.exchange import Message, Sparsifier
 from fedjax_lora.core.learning import Model
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Numbers, fill, split
@@ -141,9 +141,21 @@ def side_of(config: ExperimentConfig, made: Mapping[str, Any]) -> Side | None:
 
 
 def _of_side(sparsifier: Sparsifier, side: Side) -> Sparsifier:
-    """The sparsifier of what is at the device, whose penalty is asked of all adapters."""
-    penalty = sparsifier.penalty
-    return sparsifier._replace(penalty=lambda adapters, rank_mask: penalty(side.take(adapters), rank_mask))
+    """The sparsifier of what is at the device, whose penalty is asked of all adapters.
+
+    Where no layer is there it remembers nothing, since arrays of no size can be neither mapped nor saved.
+    """
+
+    def penalty(adapters: Adapters, rank_mask: jax.Array) -> jax.Array:
+        return sparsifier.penalty(side.take(adapters), rank_mask)
+
+    def encode(start: Adapters, trained: Adapters, memory: Any, *more: Any) -> Message:
+        return sparsifier.encode(start, trained, sparsifier.init(start), *more)
+
+    own = sparsifier._replace(penalty=penalty)
+    if side.layers:
+        return own
+    return own._replace(init=lambda adapters: (), encode=encode, remember=lambda *given: ())
 
 
 def _parts(
@@ -231,13 +243,14 @@ def _context(config: ExperimentConfig, examples: sources.Examples) -> Context:
 
 
 def _layout(config: ExperimentConfig, catalogue: Catalogue, context: Context) -> Layout:
-    aggregator = records(config, catalogue, context)["aggregation"]
+    made = records(config, catalogue, context)
+    everyone = context.cohort_size == context.num_clients and made["control"].schedule is None
     return Layout(
         cohort_size=context.cohort_size,
         chunk=1,
         mesh=device_mesh(),
-        everyone=context.cohort_size == context.num_clients,
-        one_rank=not config.lora.client_ranks and aggregator.next_rank is None,
+        everyone=everyone,
+        one_rank=not config.lora.client_ranks and made["aggregation"].next_rank is None,
     )
 
 

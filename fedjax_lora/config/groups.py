@@ -51,10 +51,8 @@ def grouped(
     groups: list[Group] = []
     refused: dict[int, ValueError | OSError] = {}
     for places in _by(range(len(configs)), lambda place: _structure(configs[place])).values():
-        try:
-            groups += _built(places, [configs[place] for place in places], methods)
-        except (ValueError, OSError) as error:
-            refused |= dict.fromkeys(places, error)
+        found, errors = _built(places, [configs[place] for place in places], methods)
+        groups, refused = groups + found, refused | errors
     for note in dict.fromkeys(
         note for group in groups for config in group.configs for note in notes(config, catalogue)
     ):
@@ -67,14 +65,29 @@ def _structure(config: ExperimentConfig) -> Hashable:
     return split(without_draws(config))[0]
 
 
-def _built(places: Sequence[int], configs: Sequence[ExperimentConfig], methods: Sequence[Method]) -> list[Group]:
-    """Configurations of one structure: one group, or more where the largest client leaves places in a batch empty."""
-    simulation = build(configs[0], methods)
-    partitions = _partitions(configs, np.asarray(simulation.world.data.train["label"]))
-    width = max(len(padded_index(drawn)[0]) for drawn in partitions)
+def _built(
+    places: Sequence[int], configs: Sequence[ExperimentConfig], methods: Sequence[Method]
+) -> tuple[list[Group], dict[int, ValueError | OSError]]:
+    """Configurations of one structure: one group, or more where the largest client leaves places in a batch empty.
+
+    Who has a partition that cannot be drawn is refused alone.
+    """
+    refused: dict[int, ValueError | OSError] = {}
+    simulation, first = None, 0
+    for first, config in enumerate(configs):
+        try:
+            simulation = build(config, methods)
+            break
+        except (ValueError, OSError) as error:
+            refused[places[first]] = error
+    if simulation is None:
+        return [], refused
+    partitions, undrawn = _partitions(configs, np.asarray(simulation.world.data.train["label"]))
+    refused |= {places[i]: error for i, error in undrawn.items()}
+    width = max(len(padded_index(drawn)[0]) for drawn in partitions.values())
     groups = []
-    for own in _by(range(len(configs)), lambda i: filled(configs[i].local, partitions[i]).batch_size).values():
-        of_these = simulation if 0 in own else build(configs[own[0]], methods)
+    for own in _by(partitions, lambda i: filled(configs[i].local, partitions[i]).batch_size).values():
+        of_these = simulation if first in own else build(configs[own[0]], methods)
         groups.append(
             Group(
                 simulation=of_these,
@@ -84,7 +97,7 @@ def _built(places: Sequence[int], configs: Sequence[ExperimentConfig], methods: 
                 facts=[of_these.facts._replace(partition_hash=partitions[i].hash) for i in own],
             )
         )
-    return groups
+    return groups, refused
 
 
 def _trial(config: ExperimentConfig, drawn: Partition, width: int) -> Trial:
@@ -92,16 +105,23 @@ def _trial(config: ExperimentConfig, drawn: Partition, width: int) -> Trial:
     return Trial(split(config)[1], config.seed, index, jnp.asarray(drawn.count))
 
 
-def _partitions(configs: Sequence[ExperimentConfig], labels: np.ndarray) -> list[Partition]:
-    """Of each configuration, drawn once for those that have the same."""
-    drawn: dict[Hashable, Partition] = {}
-    found = []
+def _partitions(
+    configs: Sequence[ExperimentConfig], labels: np.ndarray
+) -> tuple[dict[int, Partition], dict[int, ValueError]]:
+    """Number of a configuration -> its partition, drawn once for those that have the same, or why there is none."""
+    drawn: dict[Hashable, Partition | ValueError] = {}
     for config in configs:
         asked = (config.clients.partition, config.seed)
         if asked not in drawn:
-            drawn[asked] = partition(config.clients.partition, labels, config.clients.count, config.seed)
-        found.append(drawn[asked])
-    return found
+            try:
+                drawn[asked] = partition(config.clients.partition, labels, config.clients.count, config.seed)
+            except ValueError as error:
+                drawn[asked] = error
+    found = {i: drawn[config.clients.partition, config.seed] for i, config in enumerate(configs)}
+    return (
+        {i: one for i, one in found.items() if not isinstance(one, ValueError)},
+        {i: one for i, one in found.items() if isinstance(one, ValueError)},
+    )
 
 
 def _by(items: Iterable[int], key: Callable[[int], Hashable]) -> dict[Hashable, list[int]]:

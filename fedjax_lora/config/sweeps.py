@@ -110,13 +110,14 @@ def _listed(value: Any) -> list[Setting]:
 
 
 def _random(section: Mapping[str, Any]) -> list[Setting]:
-    """So many draws, each key's own: the same for one seed, whatever the other keys."""
+    """So many draws, each key's own: the same for one seed, whatever the other keys; those that repeat are left out."""
     if unknown := [name for name in section if name not in ("trials", "seed", "over")]:
         raise ConfigError(f"random must have trials, seed and over, got {unknown[0]!r}")
     over = _mapping(section.get("over"), "random.over")
     trials, seed = (_whole(section, name, least) for name, least in (("trials", 1), ("seed", 0)))
     drawn = {key: _draws(key, spread, trials, seed) for key, spread in over.items()}
-    return [{key: values[i] for key, values in drawn.items()} for i in range(trials)]
+    settings = [{key: values[i] for key, values in drawn.items()} for i in range(trials)]
+    return list({str(overrides(setting)): setting for setting in settings}.values())
 
 
 def _whole(section: Mapping[str, Any], name: str, least: int) -> int:
@@ -161,7 +162,7 @@ def folder_name(setting: Setting) -> str:
     Different settings of the same keys have different names, on file systems that take capitals for small letters too.
     """
     given = overrides(setting)
-    name = ",".join(given)
+    name = ",".join(given) or "default"
     if len(name) <= _LONGEST_NAME and all(map(_PLAIN.fullmatch, given)):
         return name
     digest = "~" + hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]

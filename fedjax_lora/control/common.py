@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from fedjax_lora.core.network import Decision, Observation, Outcome
+from fedjax_lora.core.network import Decision, Observation, Outcome, Population
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.wireless.allocation import Allocation, min_max_latency
 
@@ -60,12 +60,12 @@ class Budgeted(Options):
             raise ValueError(f"max_keep_ratio must be {allowed}, got {self.max_keep_ratio!r}")
 
 
-def common_kept(keep_ratio: ArrayLike, observation: Observation) -> Array:
+def common_kept(keep_ratio: ArrayLike, observation: Observation | Population) -> Array:
     """`[C]` ranks that clients keep at one keep ratio for all."""
     return jnp.asarray(keep_ratio, jnp.float32) * observation.rank
 
 
-def bits_at(observation: Observation, kept: Array) -> Array:
+def bits_at(observation: Observation | Population, kept: Array) -> Array:
     """`[C]` bits of a client that keeps `kept` `[C]` ranks.
 
     Who sends whole ranks rounds down, to 1 at least. Who sends a share of the values pays in proportion between two

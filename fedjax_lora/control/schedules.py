@@ -94,7 +94,7 @@ def min_latency(options: MinLatencyConfig, context: Context) -> Controller:
     most = context.cohort_size
 
     def priorities(state: Any, clients: Population) -> tuple[Array, Any]:
-        demand = demand_of(clients)
+        demand = demand_of(clients, options.keep_ratio)
         rate_bps = uplink_rate(clients.radio.band_hz / most, demand.snr_hz)
         upload_s = demand.bits[:, 0] / jnp.where(rate_bps > 0, rate_bps, 1.0)
         return -(demand.start_s[:, 0] + most * demand.shared_s + upload_s), state

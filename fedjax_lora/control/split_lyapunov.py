@@ -1,6 +1,6 @@
 """Lyapunov scheduling of split training: who takes part in a round, and on which part of the band.
 
-The server minimises `queue latency(S) - V gamma_t sum of the weights of S` over the set S of devices and their shares
+The server minimises `queue latency(S) - V gamma_t sum of the gains of S` over the set S of devices and their shares
 of the band, where the virtual queue counts what the latency of the rounds so far exceeds its budget. The split of a
 long-term problem into rounds, and that rounds weigh differently, are of arXiv 2407.02924; the terms, the weights over
 rounds and the solver are our own.
@@ -12,6 +12,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from fedjax_lora.control import common
 from fedjax_lora.control.solver import device_sets
@@ -28,7 +29,8 @@ class SplitLyapunovConfig(common.CommonRatio):
 
     V: weight of participation against the queue, in s^2. Larger: more devices, a longer queue.
     latency_budget_s: what the latency of a round may be on average over the run.
-    queue_s: the queue before round 1. With 0 all who can be heard take part in the first round.
+    queue_s: the queue before round 1. With 0 all who can be heard take part in the first round, as far as
+      `clients.per_round` allows.
     devices: whether all devices count `alike` (the set is then optimal), or by their `examples` as
       `clients.weighting` has it (then it is nearly so).
     over_rounds: how much the devices of a round count, with mean 1 over the run: the same, in proportion to the number
@@ -56,18 +58,23 @@ class SplitLyapunovConfig(common.CommonRatio):
 
 
 def make(options: SplitLyapunovConfig, context: Context) -> Controller:
-    """The schedule of a round, shares of least latency for it, and the queue."""
+    """The schedule of a round, shares of least latency for it, and the queue.
+
+    Reports `round_weight`, gamma_t, and `absence`, what the round adds to the bound for the devices that it leaves out:
+    gamma_t times the square of their weight, see docs/split.md.
+    """
     rounds, most = context.rounds, context.cohort_size
 
     def schedule(queues: common.Queues, key: Array, clients: Population) -> tuple[Array, common.Queues]:
         del key
-        demand, band_hz, price = demand_of(clients), clients.radio.band_hz, queues["queue_s"]
+        demand, band_hz, price = demand_of(clients, options.keep_ratio), clients.radio.band_hz, queues["queue_s"]
         gain = options.V * round_weights(options, rounds)[queues["round"].astype(jnp.int32)]
         if options.devices == "alike":
             found = device_sets.best_equal(demand, band_hz, price, gain / clients.ids.size, most)
         else:
             found = device_sets.best_weighted(demand, band_hz, price, gain * clients.weights, most)
-        return jnp.where(found.mask, 0.0, -jnp.inf), queues
+        absent = 1.0 - jnp.sum(jnp.where(found.mask, clients.weights, 0.0))
+        return jnp.where(found.mask, 0.0, -jnp.inf), queues | {"absent": absent}
 
     def allocate(queues: common.Queues, observation: Observation) -> Decision:
         kept = common.common_kept(options.keep_ratio, observation)
@@ -75,22 +82,24 @@ def make(options: SplitLyapunovConfig, context: Context) -> Controller:
         return Decision(kept, plan.bandwidth_hz, plan.latency_s)
 
     def init() -> common.Queues:
-        return {"queue_s": jnp.asarray(options.queue_s, jnp.float32), "round": jnp.zeros(())}
+        return {"queue_s": jnp.asarray(options.queue_s, jnp.float32), "round": jnp.zeros(()), "absent": jnp.zeros(())}
 
     def update(queues: common.Queues, outcome: Outcome) -> tuple[common.Queues, common.Queues]:
         queue_s = common.lengthen(queues["queue_s"], outcome.latency_s, options.latency_budget_s)
-        return {"queue_s": queue_s, "round": queues["round"] + 1}, {"queue_s": queue_s}
+        gamma = round_weights(options, rounds)[queues["round"].astype(jnp.int32)]
+        report = {"queue_s": queue_s, "round_weight": gamma, "absence": gamma * queues["absent"] ** 2}
+        return queues | {"queue_s": queue_s, "round": queues["round"] + 1}, report
 
     return Controller(allocate, init, update, schedule)
 
 
-def demand_of(clients: Population) -> device_sets.Demand:
-    """What the devices would send in the round, with all of their updates kept."""
-    radio = clients.radio
+def demand_of(clients: Population, keep_ratio: ArrayLike) -> device_sets.Demand:
+    """What the devices would send in the round at one keep ratio for all."""
+    radio, kept = clients.radio, common.common_kept(keep_ratio, clients)
     return device_sets.Demand(
         start_s=radio.start_s[:, None],
         shared_s=jnp.zeros_like(radio.start_s) if radio.shared_s is None else radio.shared_s,
-        bits=clients.bits[:, None],
+        bits=common.bits_at(clients, kept)[:, None],
         snr_hz=radio.snr_hz,
         able=radio.snr_hz > 0,
     )
@@ -109,4 +118,4 @@ def round_weights(options: SplitLyapunovConfig, rounds: int) -> Array:
     return relative / jnp.mean(relative)
 
 
-METHOD = Method("control", "split_lyapunov", SplitLyapunovConfig, make)
+METHOD = Method("control", "split_lyapunov", SplitLyapunovConfig, make, breaks=frozenset({"full_participation"}))

@@ -29,15 +29,20 @@ class Radio(NamedTuple):
 class Population(NamedTuple):
     """What a controller sees of all clients before any of them trains.
 
-    ids: `[K]` int32. radio: `[K]`, without what is shared in its starts.
-    bits: `[K]` float32 that each would send in the round, were all of its update kept.
+    ids: `[K]` int32.
+    radio: `[K]`, without a broadcast, and without what is shared in its starts.
     weights: `[K]` in the average if all took part; they sum to 1.
+    rank: `[K]` structural ranks.
+    bits: `[K, R + 1]` float32 that each would send in the round, were 0 ... R ranks of its update kept.
+    whole_ranks: see `Observation`.
     """
 
     ids: Array
     radio: Radio
-    bits: Array
     weights: Array
+    rank: Array
+    bits: Array
+    whole_ranks: bool = True
 
 
 class Delivery(NamedTuple):
@@ -59,7 +64,8 @@ class Wireless(NamedTuple):
 
     init: `(key, client_ids [K]) -> state [K, ...]`.
     step: `(state, key, client_ids [K]) -> state`: the next round's channels.
-    observe: `(state of the cohort, Work [C], downlink_bits [C] float32, present [C]) -> Radio`.
+    observe: `(state of the cohort, Work [C], downlink_bits [C] float32, present [C]) -> Radio`, with `shared_s` where
+      the work has `server_samples` and `down_bits`.
     deliver: `(state of the cohort, Work [C], bits [C] float32, share_hz [C], start_s [C], present [C]) -> Delivery`.
     """
 

@@ -89,7 +89,7 @@ class RunFolder:
     def check_configuration(self, config_text: str) -> None:
         """Refuse to resume with a configuration that is not the run's.
 
-        `plan`, which a run ignores, may differ, and `rounds` as `may_extend` says.
+        `plan`, which a run ignores, may differ, and `engine.trials_at_once`; and `rounds` as `may_extend` says.
 
         Raises:
           ValueError: there is no run, or its configuration differs; names the first key that does.
@@ -99,6 +99,9 @@ class RunFolder:
             {section: value for section, value in config.items() if section != "plan"}
             for config in (read_config(self.path), parse_value(config_text, "configuration"))
         )
+        for engine in (before.get("engine"), now.get("engine")):
+            if isinstance(engine, dict):
+                engine.pop("trials_at_once", None)
         if may_extend(before, now):
             before["rounds"] = now["rounds"]
         _check_same(before, now, self.path / CONFIG)

@@ -58,6 +58,12 @@ def write_found(found: Sweep) -> None:
     sealed.write(found.path / FOUND, told)
 
 
+def discard_found(path: Path) -> None:
+    """Remove what `write_found` wrote: a sweep that goes on is not what it was."""
+    for name in (FOUND, RESULTS):
+        (path / name).unlink(missing_ok=True)
+
+
 def read_found(path: str | Path) -> Sweep | None:
     """What `write_found` wrote in a folder; None where it holds no sweep that has ended.
 

@@ -30,6 +30,7 @@ def observe(
     report: of the controller, see `Controller.update`.
     """
     upload, delivery, arrived, trained = uplink.upload, uplink.delivery, uplink.arrived, local.trained
+    heard = cohort.radio.snr_hz > 0
     up, down = (cohort.exchange.up, cohort.exchange.down) if cohort.exchange else (Count.of(0), Count.of(0))
     over_arrived, not_measured, nothing = mean_over(arrived), jnp.float32(jnp.nan), Count.of(0)
     queue_s, energy_queue_j = (jnp.asarray(report.get(name, 0.0), jnp.float32) for name in _OWN)
@@ -41,8 +42,8 @@ def observe(
         personal_accuracy=not_measured,
         latency_s=uplink.latency_s,
         elapsed_s=after.elapsed_s,
-        uplink=count.where(jnp.isfinite(delivery.latency_s), upload.bits + up, nothing),
-        downlink=count.where(cohort.present, cohort.downlink + down, nothing),
+        uplink=count.where(cohort.present & jnp.isfinite(delivery.latency_s), upload.bits + up, nothing),
+        downlink=count.where(cohort.present, cohort.downlink + count.where(heard, down, nothing), nothing),
         energy_j=jnp.sum(delivery.energy_j),
         queue_s=queue_s,
         energy_queue_j=energy_queue_j,

@@ -42,7 +42,7 @@ class Layout(NamedTuple):
 
     cohort_size: C, clients a round. chunk: clients trained at once on each device.
     mesh: the devices, see `cohort.device_mesh`.
-    everyone: whether all clients take part in every round.
+    everyone: whether all clients take part in every round, and nobody chooses among them.
     one_rank: whether all clients have the structural rank, in every round.
     """
 

@@ -93,17 +93,22 @@ def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) 
         start=start,
         downlink=downlink,
         work=work,
-        radio=with_shared(radio, present),
+        radio=radio if exchange is None else with_shared(radio, present),
         controller=controller,
         exchange=exchange,
     )
 
 
 def with_shared(radio: Radio, present: Array) -> Radio:
-    """The radio of a cohort, of which each begins later for every other that takes part."""
+    """The radio of a cohort, of which each begins later for each that takes part and can be heard, itself among them.
+
+    Raises:
+      ValueError: the network does not say what is shared.
+    """
     if radio.shared_s is None:
-        return radio
-    return radio._replace(start_s=jnp.where(present, radio.start_s + jnp.sum(present) * radio.shared_s, 0.0))
+        raise ValueError("wireless must give Radio.shared_s where clients exchange while they train, got None")
+    number = jnp.sum(present & (radio.snr_hz > 0))
+    return radio._replace(start_s=jnp.where(present, radio.start_s + number * radio.shared_s, 0.0))
 
 
 def work_of(parts: Parts, world: World, clients: Client) -> tuple[Work, Exchange | None]:
@@ -135,10 +140,16 @@ def schedule(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> tu
     clients = Client(data.index, data.count, client_keys(keys.local, ids), own.rank, own.personal, own.methods)
     work, _ = work_of(parts, world, clients)
     radio = parts.wireless.observe(state.methods["wireless"], work, jnp.zeros(ids.shape), jnp.ones(ids.shape, bool))
-    update_bits = offered_bits(parts, state)[:, -1]
-    bits = update_bits if work.up_bits is None else update_bits + work.up_bits
-    weights = normalised(parts.client_weight(data.count))
-    return controller.schedule(control_state, keys.cohort, Population(ids, radio, bits, weights))
+    bits = offered_bits(parts, state)
+    clients = Population(
+        ids=ids,
+        radio=radio,
+        weights=normalised(parts.client_weight(data.count)),
+        rank=own.rank,
+        bits=bits if work.up_bits is None else bits + work.up_bits[:, None],
+        whole_ranks=parts.sparsifier.whole_ranks,
+    )
+    return controller.schedule(control_state, keys.cohort, clients)
 
 
 def offered_bits(parts: Parts, state: FedState) -> Array:
@@ -147,7 +158,8 @@ def offered_bits(parts: Parts, state: FedState) -> Array:
 
     def of_client(rank: Array) -> Array:
         scope = scope_of(rank_mask(rank, max_rank(state.adapters)), traffic.sent)
-        return payload.bits(parts.sparsifier.offer(known, known, scope).size, parts.transforms).float32()
+        bits = payload.bits(parts.sparsifier.offer(known, known, scope).size, parts.transforms)
+        return (bits + correction_bits(parts, known, scope)).float32()
 
     return jax.vmap(of_client)(state.clients.rank)
 
@@ -268,6 +280,7 @@ def _map_cohort(parts: Parts, work: Callable[..., Any], shared: Any, items: Any)
 def transmit(parts: Parts, cohort: Cohort, local: Local, decision: Decision, upload: Upload) -> Uplink:
     """Step 7: who is heard, and when the round ends."""
     bits = upload.bits.float32() if parts.controller.over_the_air else jnp.zeros(cohort.ids.shape)
+    bits = bits if cohort.work.up_bits is None else bits + cohort.work.up_bits
     delivery = parts.wireless.deliver(
         cohort.wireless, cohort.work, bits, decision.share_hz, cohort.radio.start_s, cohort.present
     )

@@ -128,7 +128,17 @@ def lanes_layout(needs: Needs, layout: Layout, lanes: int) -> Layout:
     """The layout of so many trials at once: a chunk holds fewer clients of each, the more trials there are."""
     layout = layout._replace(mesh=device_mesh(lanes))
     per_device = lanes // layout.mesh.shape[TRIALS]
-    return layout._replace(chunk=chunk_size(needs.engine, layout, needs.activation_bytes, per_device))
+    chunk = chunk_size(needs.engine, layout, needs.activation_bytes, per_device)
+    if needs.engine.client_chunk == "auto":
+        while chunk > 1 and total(run_terms(needs, layout._replace(chunk=chunk), per_device)) > _most_bytes():
+            chunk //= 2
+    return layout._replace(chunk=chunk)
+
+
+def _most_bytes() -> float:
+    """What trials at once may fill of one device, by what is foreseen."""
+    sharing = jax.device_count() if jax.devices()[0].platform == "cpu" else 1
+    return MEMORY_SHARE * machine.available_bytes() / sharing
 
 
 def lanes_bytes(needs: Needs, layout: Layout, lanes: int) -> float:
@@ -149,10 +159,8 @@ def trials_at_once(simulation: Simulation, trials: int) -> int:
         most = min(trials, needs.engine.trials_at_once)
         each = math.gcd(each, most)
     else:
-        sharing = devices if jax.devices()[0].platform == "cpu" else 1
-        most_bytes = MEMORY_SHARE * machine.available_bytes() / sharing
         sizes = range(each, trials + each, each)
-        fitting = bisect.bisect_right(sizes, most_bytes, key=lambda lanes: lanes_bytes(needs, layout, lanes))
+        fitting = bisect.bisect_right(sizes, _most_bytes(), key=lambda lanes: lanes_bytes(needs, layout, lanes))
         most = sizes[max(fitting, 1) - 1]
     return each * math.ceil(math.ceil(trials / math.ceil(trials / most)) / each)
 

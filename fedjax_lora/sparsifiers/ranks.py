@@ -163,7 +163,7 @@ def encode(known: Adapters, held: Adapters, chosen: dict[str, Array], scope: Sco
         tensors=payload.pack(known, held, sent),
         sent=sent,
         index_bits=index_bits,
-        kept_ranks=sum((jnp.sum(mask) for mask in chosen.values()), jnp.zeros(())) / num_matrices(held),
+        kept_ranks=sum((jnp.sum(mask) for mask in chosen.values()), jnp.zeros(())) / max(num_matrices(held), 1),
         dropped_energy=diagnostics.difference_energy(held, known, drop),
     )
 

@@ -141,7 +141,7 @@ def _message(
         tensors=Adapters(modules=modules, head=head),
         sent=sent,
         index_bits=Count.of(0),
-        kept_ranks=kept / (2.0 * ranks.num_matrices(start)),
+        kept_ranks=kept / (2.0 * max(ranks.num_matrices(start), 1)),
         dropped_energy=jnp.zeros(()),
         exact=exact,
         exact_sent=exact_sent,

@@ -29,7 +29,9 @@ def _priorities(method: Controller) -> Any:
     radio, clients = examples.observation().radio, examples.NUM_CLIENTS
     every = radio._replace(snr_hz=jnp.linspace(1e5, 1e6, clients), start_s=jnp.linspace(0.0, 1.0, clients))
     weights = jnp.full(clients, 1 / clients)
-    population = Population(jnp.arange(clients), every, jnp.linspace(1e5, 2e5, clients), weights)
+    seen = examples.observation()
+    bits = jnp.linspace(1.0, 2.0, clients)[:, None] * seen.bits[0]
+    population = Population(jnp.arange(clients), every, weights, jnp.full(clients, seen.rank[0]), bits)
     return method.schedule(method.init(), jax.random.key(0), population)
 
 

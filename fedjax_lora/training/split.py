@@ -5,12 +5,13 @@ Networks", arXiv 2407.02924: embedding and task module at the device, encoder wi
 and their gradients cross the air in every local step. The server holds a copy of its adapters for each device, and
 averages them at the end of the round; what is at the devices is averaged over the air, as in ordinary federated LoRA.
 Frozen device layers, through which no gradient comes back, are SplitFrozen (arXiv 2503.18986). With full precision a
-step is that of ordinary federated LoRA. See docs/split.md.
+step is that of ordinary federated LoRA, but for a sparsifier's penalty, of the device's adapters alone, and for which
+places dropout draws. See docs/split.md.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.sides import Side, TrainingOptions
 from fedjax_lora.core.types import Adapters, Base
 from fedjax_lora.data.batches import gather
+from fedjax_lora.ops.primitives import pack
 from fedjax_lora.training.local import drawn_batches, training_of, whole_work
 
 Precision = Literal["float32", "bfloat16", "int8"]
@@ -32,6 +34,11 @@ SCALE_BITS: dict[Precision, int] = {"float32": 0, "bfloat16": 0, "int8": 32}
 
 LABEL_BITS = 32
 """Of each label, where the task module is at the server."""
+
+_LEAST = 1e-35  # of which 1/127 is a normal float32; a tensor below it crosses as zeros
+
+Crossing = Callable[[Array, Array], Array]
+"""`(values [B, S, d], mask [B, S]) -> values` as they arrive; the gradient on its way back is rounded alike."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,18 +132,19 @@ def _run(
     """The layers from `first` to before `last`."""
     if first == last:
         return hidden
-    weights, modules = jax.tree.map(lambda leaf: leaf[first:last], (base["layers"], adapters.modules))
-    own_key = None if key is None else jax.random.fold_in(key, first)
+    weights = jax.tree.map(lambda leaf: pack(leaf)[first:last], base["layers"])
+    modules = jax.tree.map(lambda leaf: leaf[first:last], adapters.modules)
+    own_key = None if key is None else jax.random.fold_in(key, 2 + first)  # 0 and 1 are the model's own
     return model.layers({**base, "layers": weights}, Adapters(modules, adapters.head), hidden, own_key)
 
 
-def _crossed(hidden: Hidden, cross: Any) -> Hidden:
+def _crossed(hidden: Hidden, cross: Crossing) -> Hidden:
     """What arrives: of real positions alone, since no other is sent."""
     return hidden._replace(values=cross(hidden.values, hidden.mask))
 
 
-def crossing(precision: Precision) -> Any:
-    """`(values [B, S, d], mask [B, S]) -> values` as they arrive; the gradient on its way back is rounded alike."""
+def crossing(precision: Precision) -> Crossing:
+    """What happens to values on their way, and to their gradient on its way back."""
     if precision == "float32":
         return lambda values, mask: values
 
@@ -155,11 +163,11 @@ def crossing(precision: Precision) -> Any:
 
 
 def rounded(values: Array, precision: Precision) -> Array:
-    """`[...]` in the precision, as float32; `int8` to the nearest of 255 levels, halves to even."""
+    """`[...]` in the precision, in their own dtype; `int8` to the nearest of 255 levels, halves to even."""
     if precision == "bfloat16":
-        return values.astype(jnp.bfloat16).astype(values.dtype)
+        return lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)  # a cast there and back may be left out
     largest = jnp.max(jnp.abs(values), initial=0.0)
-    step = jnp.where(largest > 0, largest, 1.0) / 127.0
+    step = jnp.where(largest > _LEAST, largest, 1.0) / 127.0
     return jnp.round(values / step) * step
 
 

@@ -184,7 +184,6 @@ def make(options: WirelessConfig, context: Context) -> Wireless:
         )
 
     def deliver(state: CellState, work: Work, bits: Array, share_hz: Array, start_s: Array, present: Array) -> Delivery:
-        bits = bits if work.up_bits is None else bits + work.up_bits
         attempt_s = latency.transfer_time_s(bits, uplink_rate(share_hz, snr_hz(state)))
         failed = jnp.cumprod(~(cell.carried(state) | (bits == 0)[:, None]), 1)  # `[C, 1 + retransmissions]`
         upload_s = attempt_s * (1 + jnp.sum(failed[:, :-1], 1))

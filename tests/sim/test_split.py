@@ -4,6 +4,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -11,9 +12,11 @@ from fedjax_lora.adapters.lora import effective, rank_mask
 from fedjax_lora.app.planner import NEEDS
 from fedjax_lora.app.sweep import sweep_network
 from fedjax_lora.config.catalogue import Catalogue, check_needs
-from fedjax_lora.config.experiment import ConfigError
+from fedjax_lora.config.experiment import ConfigError, dump
 from fedjax_lora.core.learning import Hidden, Model
 from fedjax_lora.core.types import Adapters, Factors
+from fedjax_lora.io import checkpoint
+from fedjax_lora.io.log import RunFolder
 from fedjax_lora.models import bert, vit
 from fedjax_lora.training import split
 from fedjax_lora.training.split import SplitOptions, cut_model
@@ -217,6 +220,7 @@ def test_the_schedule_keeps_the_long_term_latency():
         "sparsifier=dense",
         f"control={{name: split_lyapunov, V: 1e-3, latency_budget_s: {budget_s}, over_rounds: linear}}",
         "wireless={csi: perfect, server_hz: 1e10}",
+        "clients.weighting=equal",
         "rounds=12",
         "engine.eval_every=12",
     )
@@ -225,6 +229,58 @@ def test_the_schedule_keeps_the_long_term_latency():
     assert latency_s.mean() <= budget_s + queue_s[-1] / 12 + 1e-6
     assert metrics.participants[0] == 6 and metrics.participants.min() < 6
     assert (metrics.outages == 0).all()
+    # By hand: rounds 1 ... 12 in proportion to their number, and the square of the devices that are absent.
+    gamma = 2 * np.arange(1, 13) / 13
+    np.testing.assert_allclose(metrics.methods["control/round_weight"], gamma, rtol=1e-6)
+    absence = gamma * (1 - metrics.participants / 6) ** 2
+    np.testing.assert_allclose(metrics.methods["control/absence"], absence, rtol=1e-4, atol=1e-7)
+
+
+def test_who_is_absent_sends_and_receives_nothing():
+    """By hand: rows of the metrics beyond the cohort are 0, though some client's exchange stands there."""
+    sim = simulation(
+        "training=split",
+        "sparsifier=dense",
+        "control={name: split_lyapunov, V: 0.0, queue_s: 1.0}",
+        "rounds=1",
+        "engine.eval_every=1",
+    )
+    _, metrics = sim.run(sim.init(jax.random.key(1)), 1)
+    assert metrics.participants.tolist() == [0] and metrics.latency_s.tolist() == [0]
+    assert metrics.uplink_bits.tolist() == [0] and metrics.downlink_bits.tolist() == [0]
+
+
+@pytest.mark.parametrize("training", ["{name: split}", "{name: split, task: server}"])
+@pytest.mark.parametrize(
+    "sparsifier",
+    ["{name: soft, error_feedback: true}", "top_k", "svd", "soft_rotated", "lora_a2", "random_rank", "flasc"],
+)
+def test_every_sparsifier_sends_the_head_alone_where_no_layer_is_at_the_device(sparsifier, training, tmp_path):
+    """By hand: the head's values, or nothing; all is finite, and a state is saved and restored."""
+    own = (f"training={training}", f"sparsifier={sparsifier}", "control={name: ideal, keep_ratio: 0.5}")
+    sim = simulation(*own, "rounds=1", "engine.eval_every=1", "clients.weighting=equal")
+    state, metrics = sim.run(sim.init(jax.random.key(2)), 1)
+    assert np.isfinite([metrics.train_loss, metrics.kept_ranks_mean, metrics.dropped_energy]).all()
+    crossing, labels = 2 * 4 * 4 * 64 * 32, 2 * 4 * 32
+    head = 32 * (64 * 10 + 10)
+    expected = crossing + labels if "server" in training else 2 * crossing + head
+    assert set(metrics.client_uplink_bits[0].tolist()) <= {expected, expected + 32}  # a seed
+    folder = RunFolder.create(tmp_path / "run", dump(config(*own)), {})
+    folder.save(state)
+    last = folder.last_checkpoint()
+    restored = checkpoint.restore(last, sim.init(jax.random.key(0)))
+    jax.tree.map(np.testing.assert_array_equal, restored.adapters, state.adapters)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bfloat16", None), ("int8", 0.0)])
+def test_roundings_are_those_of_their_type(precision, expected):
+    """Oracle: `ml_dtypes`; and tensors so small that a step would not be a number of float32 cross as zeros."""
+    values = np.random.default_rng(0).normal(size=100).astype(np.float32)
+    found = np.asarray(jax.jit(lambda x: split.rounded(x, precision))(values))
+    if precision == "bfloat16":
+        np.testing.assert_array_equal(found, values.astype(ml_dtypes.bfloat16).astype(np.float32))
+    tiny = np.asarray(jax.jit(lambda x: split.rounded(x, precision))(values * np.float32(1e-37)))
+    assert np.isfinite(tiny).all() and (expected is None or (tiny == expected).all())
 
 
 @pytest.mark.parametrize(
@@ -248,6 +304,9 @@ def test_what_knows_no_exchange_refuses_split_training():
     own = config("training=split", "sparsifier=dense")
     with pytest.raises(ConfigError, match=r"training.name must be local, for a network without training, got 'split'"):
         sweep_network(own, {"seed": [0]}, rounds=1)
+    chosen = config("control={name: best_channel}", "clients.per_round=3")
+    with pytest.raises(ConfigError, match=r"a controller that does not choose the cohort, .*, got 'best_channel'"):
+        sweep_network(chosen, {"seed": [0]}, rounds=1)
     with pytest.raises(ConfigError, match=r"training.name must be local, for a plan, got 'split'"):
         check_needs(own, Catalogue.of(), NEEDS, "a plan")
 
