@@ -18,7 +18,8 @@ from fedjax_lora.core.network import Decision, Observation, Outcome
 from fedjax_lora.core.types import FedState
 from fedjax_lora.sim.network import ChannelDraws, delivered, draw_channel, play
 from fedjax_lora.sim.parts import Offers, World
-from fedjax_lora.sim.round import choose_cohort, importance, normalised, train_locally
+from fedjax_lora.sim.round import importance, train_locally
+from fedjax_lora.sim.selection import choose_cohort, normalised
 
 
 class Numbers(NamedTuple):

@@ -21,17 +21,8 @@ from fedjax_lora.planning import bound
 from fedjax_lora.sim.full_gradient import FullGradient, Gradient
 from fedjax_lora.sim.merged import current_base
 from fedjax_lora.sim.parts import Cohort, Local, MakeParts, Parts, Uplink, World, scope_of
-from fedjax_lora.sim.round import (
-    advance,
-    average,
-    broadcast,
-    choose_cohort,
-    correction_bits,
-    importance,
-    normalised,
-    sparsify,
-    train_locally,
-)
+from fedjax_lora.sim.round import advance, average, importance, sparsify, train_locally
+from fedjax_lora.sim.selection import broadcast, choose_cohort, correction_bits, normalised
 from fedjax_lora.sparsifiers import payload
 
 SAMPLE = 512

@@ -24,7 +24,7 @@ from fedjax_lora.sim.cohort import TRIALS, device_mesh
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.network import ChannelDraws, Played, delivered, draw_channel, play
 from fedjax_lora.sim.parts import MakeParts, Parts, World, scope_of
-from fedjax_lora.sim.round import normalised, offered_bits
+from fedjax_lora.sim.selection import normalised, offered_bits
 from fedjax_lora.sim.trials import Trial
 from fedjax_lora.sparsifiers import payload
 

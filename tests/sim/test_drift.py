@@ -12,7 +12,8 @@ from fedjax_lora.core.keys import round_keys
 from fedjax_lora.core.network import Decision
 from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.data.batches import gather, local_batches
-from fedjax_lora.sim.round import choose_cohort, control, importance, sparsify, train_locally
+from fedjax_lora.sim.round import control, importance, sparsify, train_locally
+from fedjax_lora.sim.selection import choose_cohort
 from fedjax_lora.tasks.classification import cross_entropy
 from fedjax_lora.training.corrections import FedProxConfig, ScaffoldConfig, fedprox, scaffold
 from oracles.contexts import context

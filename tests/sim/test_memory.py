@@ -10,7 +10,8 @@ from fedjax_lora.core import memory
 from fedjax_lora.core.errors import ConfigError
 from fedjax_lora.core.keys import round_keys
 from fedjax_lora.core.memory import Term
-from fedjax_lora.sim.round import choose_cohort, train_cohort
+from fedjax_lora.sim.round import train_cohort
+from fedjax_lora.sim.selection import choose_cohort
 from toy import parts, simulation
 
 

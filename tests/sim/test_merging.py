@@ -18,7 +18,7 @@ from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.io import checkpoint
 from fedjax_lora.sim.cohort import choose
 from fedjax_lora.sim.merged import current_base
-from fedjax_lora.sim.round import schedule
+from fedjax_lora.sim.selection import schedule
 from toy import broadcast, client, config, parts, simulation
 
 

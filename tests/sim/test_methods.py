@@ -12,7 +12,8 @@ from fedjax_lora.aggregation import rolora
 from fedjax_lora.core import trees
 from fedjax_lora.core.keys import client_keys, round_keys
 from fedjax_lora.sim.cohort import choose
-from fedjax_lora.sim.round import schedule, train_cohort
+from fedjax_lora.sim.round import train_cohort
+from fedjax_lora.sim.selection import schedule
 from fedjax_lora.tasks.classification import label_weights
 from fedjax_lora.training.personal import compose, deployed
 from oracles.contexts import context

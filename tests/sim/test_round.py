@@ -17,16 +17,8 @@ from fedjax_lora.config.assemble import build
 from fedjax_lora.core import trees
 from fedjax_lora.core.keys import round_keys
 from fedjax_lora.core.types import Adapters, Factors
-from fedjax_lora.sim.round import (
-    choose_cohort,
-    control,
-    draw_channel,
-    importance,
-    make_round,
-    sparsify,
-    train_locally,
-    transmit,
-)
+from fedjax_lora.sim.round import control, draw_channel, importance, make_round, sparsify, train_locally, transmit
+from fedjax_lora.sim.selection import choose_cohort
 from toy import broadcast, client, config, parts, simulation
 
 SGD = "local.optimizer={name: sgd, learning_rate: 0.1}"  # AdamW makes much of the last bits of a gradient near zero

@@ -1,0 +1,145 @@
+"""Who takes part in a round, and what each is sent: from all K clients to the cohort."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedjax_lora.adapters.lora import max_rank, rank_mask
+from fedjax_lora.core import count, trees
+from fedjax_lora.core.count import Count
+from fedjax_lora.core.keys import RoundKeys, client_keys
+from fedjax_lora.core.learning import Client, Exchange, Work
+from fedjax_lora.core.network import Population, Radio
+from fedjax_lora.core.types import Adapters, FedState, Scope
+from fedjax_lora.sim.cohort import choose, padded_size
+from fedjax_lora.sim.parts import Cohort, Parts, World, scope_of
+from fedjax_lora.sparsifiers import payload
+
+
+def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> Cohort:
+    """Step 2 and the broadcast: who takes part, what each sends, and when it can begin to."""
+    layout, channels = parts.layout, state.methods["wireless"]
+    size = padded_size(layout.cohort_size, layout.chunk, layout.num_devices)
+    priority, controller = schedule(parts, world, state, keys)
+    ids, present = choose(priority, state.clients.rank.shape[0], layout.cohort_size, size)
+    own, wireless = trees.take((state.clients, channels), ids)
+    ranks = jax.vmap(rank_mask, (0, None))(own.rank, max_rank(state.adapters))
+    start, downlink = broadcast(parts, state, ranks)
+    examples = world.data.count[ids]
+    clients = Client(world.data.index[ids], examples, client_keys(keys.local, ids), own.rank, own.personal, own.methods)
+    work, exchange = work_of(parts, world, clients)
+    bits = downlink.float32() if parts.controller.over_the_air else jnp.zeros(ids.shape)
+    radio = parts.wireless.observe(wireless, work, bits, present)
+    return Cohort(
+        ids=ids,
+        present=present,
+        wireless=wireless,
+        clients=clients,
+        ranks=ranks,
+        sends=parts.aggregator.traffic(state.round, layout.everyone).sent,
+        start=start,
+        downlink=downlink,
+        work=work,
+        radio=radio if exchange is None else with_shared(radio, present),
+        controller=controller,
+        exchange=exchange,
+    )
+
+
+def with_shared(radio: Radio, present: Array) -> Radio:
+    """The radio of a cohort, of which each begins later for each that takes part and can be heard, itself among them.
+
+    Raises:
+      ValueError: the network does not say what is shared.
+    """
+    if radio.shared_s is None:
+        raise ValueError("wireless must give Radio.shared_s where clients exchange while they train, got None")
+    number = jnp.sum(present & (radio.snr_hz > 0))
+    return radio._replace(start_s=jnp.where(present, radio.start_s + number * radio.shared_s, 0.0))
+
+
+def work_of(parts: Parts, world: World, clients: Client) -> tuple[Work, Exchange | None]:
+    """The work of the clients `[C]` in the round, and what they exchange with the server while they train."""
+    work = parts.trainer.work(clients.examples)
+    if parts.trainer.exchange is None:
+        return work, None
+    of_client = functools.partial(parts.trainer.exchange, world.base, world.data.train)
+    exchange = jax.vmap(of_client)(clients)
+    scale = 1.0 if parts.controller.over_the_air else 0.0
+    whole = work.samples
+    work = Work(
+        samples=whole * exchange.device_share,
+        server_samples=whole * exchange.server_share,
+        up_bits=scale * exchange.up.float32(),
+        down_bits=scale * exchange.down.float32(),
+    )
+    return work, exchange
+
+
+def schedule(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> tuple[Array | None, Any]:
+    """`[K]` priorities of the clients, None where all take part and nobody chooses, and the controller's state."""
+    ids, controller = jnp.arange(state.clients.rank.shape[0], dtype=jnp.int32), parts.controller
+    control_state = state.methods["control"]
+    if controller.schedule is None:
+        everyone = parts.layout.everyone
+        return None if everyone else jax.vmap(jax.random.uniform)(client_keys(keys.cohort, ids)), control_state
+    own, data = state.clients, world.data
+    clients = Client(data.index, data.count, client_keys(keys.local, ids), own.rank, own.personal, own.methods)
+    work, _ = work_of(parts, world, clients)
+    radio = parts.wireless.observe(state.methods["wireless"], work, jnp.zeros(ids.shape), jnp.ones(ids.shape, bool))
+    bits = offered_bits(parts, state)
+    clients = Population(
+        ids=ids,
+        radio=radio,
+        weights=normalised(parts.client_weight(data.count)),
+        rank=own.rank,
+        bits=bits if work.up_bits is None else bits + work.up_bits[:, None],
+        whole_ranks=parts.sparsifier.whole_ranks,
+    )
+    return controller.schedule(control_state, keys.cohort, clients)
+
+
+def offered_bits(parts: Parts, state: FedState) -> Array:
+    """`[K, R + 1]` float32 bits of an upload of 0 ... R ranks of each client, by shapes alone."""
+    known, traffic = parts.on_air(state.adapters), parts.aggregator.traffic(state.round, parts.layout.everyone)
+
+    def of_client(rank: Array) -> Array:
+        scope = scope_of(rank_mask(rank, max_rank(state.adapters)), traffic.sent)
+        bits = payload.bits(parts.sparsifier.offer(known, known, scope).size, parts.transforms)
+        return (bits + correction_bits(parts, known, scope)).float32()
+
+    return jax.vmap(of_client)(state.clients.rank)
+
+
+def broadcast(parts: Parts, state: FedState, ranks: Array) -> tuple[Adapters, Count]:
+    """What clients of the ranks `[C, R]` start from, and the bits `[C]` of all that each is sent."""
+    traffic = parts.aggregator.traffic(state.round, parts.layout.everyone)
+    scope = scope_of(rank_mask(parts.rank, ranks.shape[-1]), traffic.received)
+    of_adapters = parts.sparsifier.broadcast or payload.dense_broadcast
+
+    def to_client(ranks: Array) -> tuple[Adapters, Count]:
+        adapters, size = of_adapters(known, scope, ranks)
+        return adapters, payload.bits(size, ()) + correction_bits(parts, known, scope_of(ranks, traffic.sent))
+
+    known = parts.on_air(state.adapters)
+    start, bits = jax.vmap(to_client, out_axes=(None, 0))(ranks)
+    start = start if parts.side is None else parts.side.put(start, state.adapters)
+    clients = parts.layout.cohort_size if parts.layout.everyone else None
+    more = parts.aggregator.extra_downlink(state.adapters, clients, parts.rank)
+    return start, bits + count.where(state.round > 0, more, Count.of(0))
+
+
+def correction_bits(parts: Parts, like: Adapters, scope: Scope) -> Count:
+    """A client whose correction has a state sends the change of it and is sent the server's, both in full."""
+    if not jax.tree.leaves(jax.eval_shape(parts.correction.init_client, like)):
+        return Count.of(0)
+    return payload.bits(payload.dense_size(like, scope), ())
+
+
+def normalised(weight: Array) -> Array:
+    """`[C]` weights that sum to 1, or all zeros."""
+    weight = weight.astype(jnp.float32)
+    return weight / jnp.maximum(jnp.sum(weight), 1e-30)
