@@ -197,6 +197,15 @@ def test_shares_of_the_work_are_those_of_the_layers():
 # --------------------------------------------------------------------------------------------- whole rounds
 
 DENSE = ("sparsifier=dense", "control={name: ideal, keep_ratio: 1.0}")
+SCHEDULED = (
+    "training=split",
+    "sparsifier=dense",
+    "control={name: split_lyapunov, over_rounds: linear}",
+    "wireless.server_hz=1e10",
+    "clients.weighting=equal",
+    "rounds=12",
+    "engine.eval_every=12",
+)
 
 
 def test_three_rounds_are_those_of_ordinary_federated_lora():
@@ -215,15 +224,7 @@ def test_three_rounds_are_those_of_ordinary_federated_lora():
 def test_the_schedule_keeps_the_long_term_latency():
     """Law of the queue: the mean latency exceeds its budget by Q_T / T at most; and it leaves somebody out."""
     budget_s = 0.02
-    sim = simulation(
-        "training=split",
-        "sparsifier=dense",
-        f"control={{name: split_lyapunov, V: 1e-3, latency_budget_s: {budget_s}, over_rounds: linear}}",
-        "wireless={csi: perfect, server_hz: 1e10}",
-        "clients.weighting=equal",
-        "rounds=12",
-        "engine.eval_every=12",
-    )
+    sim = simulation(*SCHEDULED, "control.V=1e-3", f"control.latency_budget_s={budget_s}")
     _, metrics = sim.run(sim.init(jax.random.key(1)), 12)
     latency_s, queue_s = np.float64(metrics.latency_s), np.float64(metrics.queue_s)
     assert latency_s.mean() <= budget_s + queue_s[-1] / 12 + 1e-6
@@ -238,13 +239,7 @@ def test_the_schedule_keeps_the_long_term_latency():
 
 def test_who_is_absent_sends_and_receives_nothing():
     """By hand: rows of the metrics beyond the cohort are 0, though some client's exchange stands there."""
-    sim = simulation(
-        "training=split",
-        "sparsifier=dense",
-        "control={name: split_lyapunov, V: 0.0, queue_s: 1.0}",
-        "rounds=1",
-        "engine.eval_every=1",
-    )
+    sim = simulation(*SCHEDULED, "control.V=0.0", "control.queue_s=1.0")
     _, metrics = sim.run(sim.init(jax.random.key(1)), 1)
     assert metrics.participants.tolist() == [0] and metrics.latency_s.tolist() == [0]
     assert metrics.uplink_bits.tolist() == [0] and metrics.downlink_bits.tolist() == [0]
@@ -266,6 +261,7 @@ def test_every_sparsifier_sends_the_head_alone_where_no_layer_is_at_the_device(s
     expected = crossing + labels if "server" in training else 2 * crossing + head
     assert set(metrics.client_uplink_bits[0].tolist()) <= {expected, expected + 32}  # a seed
     folder = RunFolder.create(tmp_path / "run", dump(config(*own)), {})
+    folder.append(metrics)
     folder.save(state)
     last = folder.last_checkpoint()
     restored = checkpoint.restore(last, sim.init(jax.random.key(0)))
