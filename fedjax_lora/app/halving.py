@@ -64,8 +64,10 @@ class Halving(NamedTuple):
                 continue
             if line[self.metric] is None and line["eval_loss"] is not None:
                 raise ConfigError(f"halving must be by a metric that is measured, got {self.metric}")
-            finite = line[self.metric] is not None and spent is not None
-            found.append(Point(spent, line[self.metric]) if finite else Point(math.inf, math.nan))
+            if line[self.metric] is None or spent is None:
+                found.append(Point(math.inf, math.nan))
+            else:
+                found.append(Point(spent, line[self.metric]))
         return found
 
     def rungs(self, eval_every: int, rounds: int) -> Iterator[int]:
@@ -90,5 +92,5 @@ class Halving(NamedTuple):
         if math.isnan(points[-1].metric):
             return -math.inf
         finite = [point for point in points if not math.isnan(point.metric)]
-        metric = float(np.interp(common, *zip(*finite, strict=True)))
+        metric = float(np.interp(common, [point.spent for point in finite], [point.metric for point in finite]))
         return -metric if self.metric == "eval_loss" else metric
