@@ -16,7 +16,6 @@ from fedjax_lora.config.catalogue import Catalogue, check, notes
 from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.core import memory as machine
 from fedjax_lora.core.errors import ConfigError, ConfigWarning
-from fedjax_lora.core.exchange import Message, Sparsifier
 from fedjax_lora.core.learning import Model
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Numbers, fill, split
@@ -126,7 +125,7 @@ def records(
         options, own = getattr(config, slot), context._replace(made=dict(made))
         make, side = catalogue.find(slot, options.name).make, side_of(config, made)
         if slot == "sparsifier" and side is not None:
-            made[slot] = _of_side(make(options, own._replace(like=side.shapes(own.like))), side)
+            made[slot] = side.sparsifier(make(options, own._replace(like=side.shapes(own.like))))
         else:
             made[slot] = make(options, own)
     return made
@@ -134,28 +133,9 @@ def records(
 
 def side_of(config: ExperimentConfig, made: Mapping[str, Any]) -> Side | None:
     """What of the adapters is at the device; None for all, or before there is a model."""
-    training = config.training
-    return (
-        training.side(made["model"].num_layers) if "model" in made and isinstance(training, TrainingOptions) else None
-    )
-
-
-def _of_side(sparsifier: Sparsifier, side: Side) -> Sparsifier:
-    """The sparsifier of what is at the device, whose penalty is asked of all adapters.
-
-    Where no layer is there it remembers nothing, since arrays of no size can be neither mapped nor saved.
-    """
-
-    def penalty(adapters: Adapters, rank_mask: jax.Array) -> jax.Array:
-        return sparsifier.penalty(side.take(adapters), rank_mask)
-
-    def encode(start: Adapters, trained: Adapters, memory: Any, *more: Any) -> Message:
-        return sparsifier.encode(start, trained, sparsifier.init(start), *more)
-
-    own = sparsifier._replace(penalty=penalty)
-    if side.layers:
-        return own
-    return own._replace(init=lambda adapters: (), encode=encode, remember=lambda *given: ())
+    if "model" not in made or not isinstance(config.training, TrainingOptions):
+        return None
+    return config.training.side(made["model"].num_layers)
 
 
 def _parts(

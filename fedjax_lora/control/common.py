@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from fedjax_lora.control.solver.device_sets import Demand
 from fedjax_lora.core.network import Decision, Observation, Outcome, Population
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.wireless.allocation import Allocation, min_max_latency
@@ -134,6 +135,30 @@ def at_equal_split(keep_ratio: ArrayLike) -> Callable[[Any, Observation], Decisi
         return Decision(common_kept(keep_ratio, observation), equal_split(observation))
 
     return allocate
+
+
+def at_least_latency(keep_ratio: ArrayLike) -> Callable[[Any, Observation], Decision]:
+    """`Controller.allocate` of one keep ratio for all and shares of least latency."""
+
+    def allocate(state: Any, observation: Observation) -> Decision:
+        del state
+        radio, kept = observation.radio, common_kept(keep_ratio, observation)
+        bits = jnp.where(observation.weights > 0, bits_at(observation, kept), 0.0)
+        return Decision(kept, min_max_latency(bits, radio.snr_hz, radio.start_s, radio.band_hz).bandwidth_hz)
+
+    return allocate
+
+
+def demand_of(clients: Population, keep_ratio: ArrayLike) -> Demand:
+    """What the devices would send in the round at one keep ratio for all."""
+    radio, kept = clients.radio, common_kept(keep_ratio, clients)
+    return Demand(
+        start_s=radio.start_s[:, None],
+        shared_s=jnp.zeros_like(radio.start_s) if radio.shared_s is None else radio.shared_s,
+        bits=bits_at(clients, kept)[:, None],
+        snr_hz=radio.snr_hz,
+        able=radio.snr_hz > 0,
+    )
 
 
 def lengthen(queue: Array, spent: Array, budget: ArrayLike) -> Array:

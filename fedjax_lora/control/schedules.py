@@ -11,8 +11,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import Array, lax
 
-from fedjax_lora.control import common, fixed
-from fedjax_lora.control.split_lyapunov import demand_of
+from fedjax_lora.control import common
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.network import Controller, Population
 from fedjax_lora.core.numbers import traced
@@ -94,7 +93,7 @@ def min_latency(options: MinLatencyConfig, context: Context) -> Controller:
     most = context.cohort_size
 
     def priorities(state: Any, clients: Population) -> tuple[Array, Any]:
-        demand = demand_of(clients, options.keep_ratio)
+        demand = common.demand_of(clients, options.keep_ratio)
         rate_bps = uplink_rate(clients.radio.band_hz / most, demand.snr_hz)
         upload_s = demand.bits[:, 0] / jnp.where(rate_bps > 0, rate_bps, 1.0)
         return -(demand.start_s[:, 0] + most * demand.shared_s + upload_s), state
@@ -110,7 +109,7 @@ def _scheduled(options: common.CommonRatio, priorities: Priorities, init: Callab
         priority, state = priorities(state, clients)
         return jnp.where(clients.radio.snr_hz > 0, priority, -jnp.inf), state
 
-    return Controller(fixed.at_least_latency(options.keep_ratio), init, schedule=schedule)
+    return Controller(common.at_least_latency(options.keep_ratio), init, schedule=schedule)
 
 
 METHODS = (

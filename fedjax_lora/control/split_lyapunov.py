@@ -12,7 +12,6 @@ from typing import Literal
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from fedjax_lora.control import common
 from fedjax_lora.control.solver import device_sets
@@ -67,7 +66,7 @@ def make(options: SplitLyapunovConfig, context: Context) -> Controller:
 
     def schedule(queues: common.Queues, key: Array, clients: Population) -> tuple[Array, common.Queues]:
         del key
-        demand, band_hz, price = demand_of(clients, options.keep_ratio), clients.radio.band_hz, queues["queue_s"]
+        demand, band_hz, price = common.demand_of(clients, options.keep_ratio), clients.radio.band_hz, queues["queue_s"]
         gain = options.V * round_weights(options, rounds)[queues["round"].astype(jnp.int32)]
         if options.devices == "alike":
             found = device_sets.best_equal(demand, band_hz, price, gain / clients.ids.size, most)
@@ -91,18 +90,6 @@ def make(options: SplitLyapunovConfig, context: Context) -> Controller:
         return queues | {"queue_s": queue_s, "round": queues["round"] + 1}, report
 
     return Controller(allocate, init, update, schedule)
-
-
-def demand_of(clients: Population, keep_ratio: ArrayLike) -> device_sets.Demand:
-    """What the devices would send in the round at one keep ratio for all."""
-    radio, kept = clients.radio, common.common_kept(keep_ratio, clients)
-    return device_sets.Demand(
-        start_s=radio.start_s[:, None],
-        shared_s=jnp.zeros_like(radio.start_s) if radio.shared_s is None else radio.shared_s,
-        bits=common.bits_at(clients, kept)[:, None],
-        snr_hz=radio.snr_hz,
-        able=radio.snr_hz > 0,
-    )
 
 
 def round_weights(options: SplitLyapunovConfig, rounds: int) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fedjax_lora.core.exchange import Received
+from fedjax_lora.core.exchange import Message, Received, Sparsifier
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters
 
@@ -41,6 +41,23 @@ class Side(NamedTuple):
     def put_layers(self, part: Any, whole: Any) -> Any:
         """Trees with leaves `[L, ...]` with those of the device's layers in place."""
         return jax.tree.map(lambda own, leaf: leaf.at[np.array(self.layers, np.int32)].set(own), part, whole)
+
+    def sparsifier(self, whole: Sparsifier) -> Sparsifier:
+        """The sparsifier of the device's part, whose penalty is asked of all adapters.
+
+        Where no layer is there it remembers nothing, since arrays of no size can be neither mapped nor saved.
+        """
+
+        def penalty(adapters: Adapters, rank_mask: Array) -> Array:
+            return whole.penalty(self.take(adapters), rank_mask)
+
+        def encode(start: Adapters, trained: Adapters, memory: Any, *more: Any) -> Message:
+            return whole.encode(start, trained, whole.init(start), *more)
+
+        own = whole._replace(penalty=penalty)
+        if self.layers:
+            return own
+        return own._replace(init=lambda adapters: (), encode=encode, remember=lambda *given: ())
 
     def received(self, part: Received, whole: Adapters, ranks: Array) -> Received:
         """What the server has of a client: the device's part as decoded, the rest as it is, in the ranks `[R]`."""

@@ -98,12 +98,8 @@ def drawn_batches(key: Array, client: Client, local: LocalConfig) -> tuple[Array
     return local_batches(key, client.rows, client.examples, local.steps, local.batch_size)
 
 
-def _everything(adapters: Adapters) -> Adapters:
-    return adapters
-
-
 def training_of(
-    context: Context, model: Model, moving: Callable[[Adapters], Adapters] = _everything
+    context: Context, model: Model, moving: Callable[[Adapters], Adapters] = lambda adapters: adapters
 ) -> Callable[[Broadcast, Client], Trained]:
     """`Trainer.train` of this model.
 

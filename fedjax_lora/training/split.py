@@ -110,20 +110,17 @@ def cut_model(options: SplitOptions, model: Model) -> Model:
     """The model with what crosses a cut rounded to the exchange's precision, forward and backward."""
     first, last = options.device_layers, model.num_layers - options.tail_layers
     cross = crossing(options.exchange)
-    back = lax.stop_gradient if options.device_adapters == "frozen" else _as_it_is
 
     def layers(base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:
         hidden = _run(model, base, adapters, hidden, key, 0, first)
-        hidden = _run(model, base, adapters, _crossed(back(hidden), cross), key, first, last)
+        if options.device_adapters == "frozen":
+            hidden = lax.stop_gradient(hidden)
+        hidden = _run(model, base, adapters, _crossed(hidden, cross), key, first, last)
         if options.task == "server":
             return hidden
         return _run(model, base, adapters, _crossed(hidden, cross), key, last, model.num_layers)
 
     return model._replace(layers=layers)
-
-
-def _as_it_is(hidden: Hidden) -> Hidden:
-    return hidden
 
 
 def _run(

@@ -129,7 +129,10 @@ def rounded(values):
 def test_int8_rounds_activations_and_gradients_at_both_cuts_as_numpy_does():
     """Oracle: forward and backward by hand; real positions alone cross."""
     model, random = chain(3), np.random.default_rng(3)
-    normal = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
+
+    def normal(*shape):
+        return random.normal(size=shape).astype(np.float32)
+
     x, mask = normal(2, 3, 4), np.float32([[1, 1, 1], [1, 1, 0]])
     w, a, b, head, target = normal(3, 4, 4), normal(3, 4, 2), normal(3, 2, 4), normal(4, 2), normal(2, 2)
     cut = cut_model(SplitOptions(device_layers=1, tail_layers=1, exchange="int8"), model)
