@@ -67,7 +67,8 @@ def train_once(simulation: Simulation, state: FedState, cohort: int) -> Adapters
 
     def train(world, state):
         clients = Client(data.index[ids], data.count[ids], keys, own.rank, own.personal, own.methods)
-        return train_cohort(simulation.make_parts(state.numbers), world, state, state.adapters, clients).adapters
+        parts, here = simulation.make_parts(state.numbers), jnp.ones(cohort, bool)
+        return train_cohort(parts, world, state, state.adapters, clients, here).adapters
 
     trained = jax.jit(train)(simulation.world, state)
     if not trees.fits_float32(trained):

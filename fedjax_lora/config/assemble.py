@@ -219,6 +219,7 @@ def _context(config: ExperimentConfig, examples: sources.Examples) -> Context:
         image_shape=examples.image_shape,
         rounds=config.rounds,
         local=config.local,
+        num_examples=len(examples.train["label"]),
     )
 
 

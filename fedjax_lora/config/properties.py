@@ -41,6 +41,9 @@ PROPERTIES = {
     "lasting_zeros": "components that stay zero once they are",
     "factors_together": "both factors trained in every round",
     "whole_at_client": "clients that hold all adapters",
+    "trained_apart": "clients that train apart from one another",
+    "side_by_side": "clients that send side by side",
+    "no_dropout": "no dropout",
 }
 """What a method may need of the rest of an experiment, or break: property -> what is needed, in words."""
 
@@ -61,6 +64,7 @@ _FACTS = (
     _Fact("model.pretrained", "text_model", lambda value, _: value is None, "a folder or a Hugging Face model id"),
     _Fact("model.pretrained", "image_model", lambda value, _: value is not None, "absent"),
     _Fact("model.compute_dtype", "float32_base", lambda value, _: value != "float32", "float32"),
+    _Fact("model.dropout", "no_dropout", lambda value, _: value > 0, "0"),
     _Fact("lora.client_ranks", "one_rank", lambda value, _: bool(value), "absent"),
     _Fact("local.optimizer.name", "plain_sgd", lambda value, _: value != "sgd", "sgd"),
     _Fact("local.optimizer.clip_norm", "unclipped", lambda value, _: value is not None, "absent"),

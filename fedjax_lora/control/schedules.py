@@ -116,5 +116,5 @@ METHODS = (
     Method("control", "round_robin", RoundRobinConfig, round_robin),
     Method("control", "best_channel", BestChannelConfig, best_channel),
     Method("control", "proportional_fair", ProportionalFairConfig, proportional_fair),
-    Method("control", "min_latency", MinLatencyConfig, min_latency),
+    Method("control", "min_latency", MinLatencyConfig, min_latency, needs=frozenset({"side_by_side"})),
 )

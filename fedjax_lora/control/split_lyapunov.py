@@ -105,4 +105,11 @@ def round_weights(options: SplitLyapunovConfig, rounds: int) -> Array:
     return relative / jnp.mean(relative)
 
 
-METHOD = Method("control", "split_lyapunov", SplitLyapunovConfig, make, breaks=frozenset({"full_participation"}))
+METHOD = Method(
+    "control",
+    "split_lyapunov",
+    SplitLyapunovConfig,
+    make,
+    needs=frozenset({"side_by_side"}),
+    breaks=frozenset({"full_participation"}),
+)

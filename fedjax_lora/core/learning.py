@@ -211,11 +211,20 @@ class Exchange(NamedTuple):
 class Trainer(NamedTuple):
     """What a client does in a round.
 
-    train: `(Broadcast, Client) -> Trained`.
+    train: `(Broadcast, Client) -> Trained`, of one client alone.
     work: `examples that it holds [...] -> Work [...]`, were all of it the client's.
-    exchange: `(base, pool, Client) -> Exchange` of one client; None where nothing passes while it trains.
+    exchange: `(base, pool, Client, state) -> Exchange` of one client; None where nothing passes while it trains.
+    together: `(Broadcast, Client [C], here [C]) -> Trained [C]` of all who are here, where a step of one client needs
+      what the steps of others have left; None where each trains apart.
+    in_turn: whether clients begin one after another, each with the whole band, downlink and server for itself.
+    init: `() -> state` of the server before round 1, a tree of arrays.
+    hold: `(state, Client [C], heard [C]) -> state` after a round.
     """
 
     train: Callable[[Broadcast, Client], Trained]
     work: Callable[[Array], Work]
-    exchange: Callable[[Base, Mapping[str, Array], Client], Exchange] | None = None
+    exchange: Callable[[Base, Mapping[str, Array], Client, Any], Exchange] | None = None
+    together: Callable[[Broadcast, Client, Array], Trained] | None = None
+    in_turn: bool = False
+    init: Callable[[], Any] = lambda: ()
+    hold: Callable[[Any, Client, Array], Any] = lambda state, clients, heard: state

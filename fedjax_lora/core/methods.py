@@ -39,6 +39,7 @@ class Context(NamedTuple):
     num_clients: K. cohort_size: C. num_classes: labels of the task.
     image_shape: `(height, width, channels)` of an image task; None for text.
     rounds: T. local: the section `local` of the configuration, steps and optimizer of the clients.
+    num_examples: of the training pool, N.
     like: shapes of the adapters; None before there are any.
     made: slot -> record, of the slots that come earlier in the catalogue.
     """
@@ -49,5 +50,6 @@ class Context(NamedTuple):
     image_shape: tuple[int, int, int] | None = None
     rounds: int = 1
     local: Any = None
+    num_examples: int = 0
     like: Adapters | None = None
     made: Mapping[str, Any] = {}

@@ -51,6 +51,7 @@ def first_state(make_parts: MakeParts, num_clients: int, key: Array, numbers: Nu
         methods={
             "wireless": parts.wireless.init(wireless_key, jnp.arange(num_clients)),
             "control": parts.controller.init(),
+            "training": parts.trainer.init(),
             "server": parts.server.init(adapters),
             "drift": parts.correction.init_server(adapters),
         },

@@ -71,7 +71,8 @@ def draw_channel(parts: Parts, state: FedState, key: Array) -> FedState:
 
 def train_locally(parts: Parts, world: World, state: FedState, cohort: Cohort) -> Local:
     """Step 3: local training, with what diverged or is padding put back to the broadcast."""
-    trained = train_cohort(parts, world, state, cohort.start, cohort.clients)
+    here = cohort.present & (cohort.radio.snr_hz > 0)
+    trained = train_cohort(parts, world, state, cohort.start, cohort.clients, here)
     finite = jax.vmap(trees.fits_float32)(trained.adapters)
     active = cohort.present & finite
     adapters = keep_where(active, trained.adapters, cohort.start)
@@ -87,8 +88,8 @@ def train_locally(parts: Parts, world: World, state: FedState, cohort: Cohort) -
     )
 
 
-def train_cohort(parts: Parts, world: World, state: FedState, start: Adapters, clients: Client) -> Trained:
-    """Local training of every client of the cohort: leaves `[C, ...]`."""
+def train_cohort(parts: Parts, world: World, state: FedState, start: Adapters, clients: Client, here: Array) -> Trained:
+    """Local training of every client of the cohort: leaves `[C, ...]`; who is not here is nothing to the others."""
     given = Broadcast(
         base=current_base(parts, world, state),
         pool=world.data.train,
@@ -98,6 +99,8 @@ def train_cohort(parts: Parts, world: World, state: FedState, start: Adapters, c
         scale=parts.scale,
         round=state.round,
     )
+    if parts.trainer.together is not None:
+        return parts.trainer.together(given, clients, here)
     return map_over_devices(parts.trainer.train, given, clients, parts.layout.chunk, parts.layout.mesh)
 
 
@@ -161,6 +164,8 @@ def transmit(parts: Parts, cohort: Cohort, local: Local, decision: Decision, upl
     """Step 7: who is heard, and when the round ends."""
     bits = upload.bits.float32() if parts.controller.over_the_air else jnp.zeros(cohort.ids.shape)
     bits = bits if cohort.work.up_bits is None else bits + cohort.work.up_bits
+    if parts.trainer.in_turn:
+        decision = decision._replace(share_hz=jnp.where(cohort.present, cohort.radio.band_hz, 0.0))
     delivery = parts.wireless.deliver(
         cohort.wireless, cohort.work, bits, decision.share_hz, cohort.radio.start_s, cohort.present
     )
@@ -169,7 +174,7 @@ def transmit(parts: Parts, cohort: Cohort, local: Local, decision: Decision, upl
         upload=upload,
         delivery=delivery,
         arrived=local.active & delivery.delivered,
-        latency_s=round_latency(delivery, local.active),
+        latency_s=round_latency(delivery, local.active, parts.trainer.in_turn),
     )
 
 
@@ -202,7 +207,13 @@ def advance(
         adapters=adapters,
         merged=jax.tree.map(jnp.add, state.merged, aggregate.merged),
         elapsed_s=state.elapsed_s + uplink.latency_s,
-        methods={**state.methods, "control": controller, "server": server, "drift": correction},
+        methods={
+            **state.methods,
+            "control": controller,
+            "server": server,
+            "drift": correction,
+            "training": parts.trainer.hold(state.methods["training"], cohort.clients, uplink.arrived),
+        },
         clients=clients,
     )
     return after, report
@@ -253,7 +264,8 @@ def own_product(adapters: Adapters, ranks: Array) -> Adapters:
     return Adapters(modules=modules, head=adapters.head)
 
 
-def round_latency(delivery: Delivery, active: Array) -> Array:
+def round_latency(delivery: Delivery, active: Array, in_turn: bool) -> Array:
     """Seconds until the last upload ended; who diverged or can never be heard is not waited for."""
     heard = active & jnp.isfinite(delivery.latency_s)
-    return jnp.max(jnp.where(heard, delivery.latency_s, 0.0))
+    each_s = jnp.where(heard, delivery.latency_s, 0.0)
+    return jnp.sum(each_s) if in_turn else jnp.max(each_s)

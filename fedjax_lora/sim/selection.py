@@ -1,6 +1,5 @@
 """Who takes part in a round, and what each is sent: from all K clients to the cohort."""
 
-import functools
 from typing import Any
 
 import jax
@@ -30,7 +29,7 @@ def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) 
     start, downlink = broadcast(parts, state, ranks)
     examples = world.data.count[ids]
     clients = Client(world.data.index[ids], examples, client_keys(keys.local, ids), own.rank, own.personal, own.methods)
-    work, exchange = work_of(parts, world, clients)
+    work, exchange = work_of(parts, world, state, clients)
     bits = downlink.float32() if parts.controller.over_the_air else jnp.zeros(ids.shape)
     radio = parts.wireless.observe(wireless, work, bits, present)
     return Cohort(
@@ -43,31 +42,33 @@ def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) 
         start=start,
         downlink=downlink,
         work=work,
-        radio=radio if exchange is None else with_shared(radio, present),
+        radio=radio if exchange is None else with_shared(radio, present, parts.trainer.in_turn),
         controller=controller,
         exchange=exchange,
     )
 
 
-def with_shared(radio: Radio, present: Array) -> Radio:
+def with_shared(radio: Radio, present: Array, in_turn: bool) -> Radio:
     """The radio of a cohort, of which each begins later for each that takes part and can be heard, itself among them.
+
+    In turn it begins later for itself alone.
 
     Raises:
       ValueError: the network does not say what is shared.
     """
     if radio.shared_s is None:
         raise ValueError("wireless must give Radio.shared_s where clients exchange while they train, got None")
-    number = jnp.sum(present & (radio.snr_hz > 0))
+    number = 1 if in_turn else jnp.sum(present & (radio.snr_hz > 0))
     return radio._replace(start_s=jnp.where(present, radio.start_s + number * radio.shared_s, 0.0))
 
 
-def work_of(parts: Parts, world: World, clients: Client) -> tuple[Work, Exchange | None]:
+def work_of(parts: Parts, world: World, state: FedState, clients: Client) -> tuple[Work, Exchange | None]:
     """The work of the clients `[C]` in the round, and what they exchange with the server while they train."""
     work = parts.trainer.work(clients.examples)
     if parts.trainer.exchange is None:
         return work, None
-    of_client = functools.partial(parts.trainer.exchange, world.base, world.data.train)
-    exchange = jax.vmap(of_client)(clients)
+    of_client = jax.vmap(parts.trainer.exchange, (None, None, 0, None))
+    exchange = of_client(world.base, world.data.train, clients, state.methods["training"])
     scale = 1.0 if parts.controller.over_the_air else 0.0
     whole = work.samples
     work = Work(
@@ -88,7 +89,7 @@ def schedule(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> tu
         return None if everyone else jax.vmap(jax.random.uniform)(client_keys(keys.cohort, ids)), control_state
     own, data = state.clients, world.data
     clients = Client(data.index, data.count, client_keys(keys.local, ids), own.rank, own.personal, own.methods)
-    work, _ = work_of(parts, world, clients)
+    work, _ = work_of(parts, world, state, clients)
     radio = parts.wireless.observe(state.methods["wireless"], work, jnp.zeros(ids.shape), jnp.ones(ids.shape, bool))
     bits = offered_bits(parts, state)
     clients = Population(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def local_loss(model: Model, adapter: Adapter, task: Task, sparsifier: Sparsifie
 def make(options: LocalTrainingOptions, context: Context) -> Trainer:
     """Local training on the client alone."""
     del options  # it has no option yet, but every method is made in the same way
-    return Trainer(train=training_of(context, context.made["model"]), work=whole_work(context.local))
+    return Trainer(train=alone(steps_of(context, context.made["model"])), work=whole_work(context.local))
 
 
 def whole_work(local: LocalConfig) -> Callable[[Array], Work]:
@@ -98,10 +98,44 @@ def drawn_batches(key: Array, client: Client, local: LocalConfig) -> tuple[Array
     return local_batches(key, client.rows, client.examples, local.steps, local.batch_size)
 
 
-def training_of(
+class Course(NamedTuple):
+    """What does not change while one client trains in a round.
+
+    start: where it begins. own: its state of the drift's correction. mask: `[R]` of its ranks in use.
+    scope: what moves. rows, weight: `[E, B]` of its batches. dropout_key: folded with the number of the step.
+    """
+
+    start: Adapters
+    own: Any
+    mask: Array
+    scope: Scope
+    rows: Array
+    weight: Array
+    dropout_key: Array
+
+
+class Steps(NamedTuple):
+    """The steps of local training, for whoever puts them in order.
+
+    begin: `(Broadcast, Client) -> Course`. init: `adapters -> state` of the optimizer.
+    gradient: `(Broadcast, Course, adapters, number of the step) -> (gradient, loss)`.
+    update: `(Course, gradient, state, adapters, rate) -> (adapters, state)`.
+    rates: `number of the round -> [E]` learning rates.
+    end: `(Broadcast, Course, adapters, losses [E]) -> Trained`.
+    """
+
+    begin: Callable[[Broadcast, Client], Course]
+    init: Callable[[Adapters], Any]
+    gradient: Callable[[Broadcast, Course, Adapters, Array], tuple[Adapters, Array]]
+    update: Callable[[Course, Adapters, Any, Adapters, Array], tuple[Adapters, Any]]
+    rates: Callable[[Array], Array]
+    end: Callable[[Broadcast, Course, Adapters, Array], Trained]
+
+
+def steps_of(
     context: Context, model: Model, moving: Callable[[Adapters], Adapters] = lambda adapters: adapters
-) -> Callable[[Broadcast, Client], Trained]:
-    """`Trainer.train` of this model.
+) -> Steps:
+    """The steps of a client that trains this model.
 
     The frozen base is closed over by the loss and never differentiated. What is not live neither moves nor drifts.
 
@@ -116,38 +150,56 @@ def training_of(
     loss = local_loss(model, made["adapter"], made["task"], made["sparsifier"], aggregator)
     optimizer, total_steps = direction(local.optimizer), context.rounds * local.steps
 
-    def rates(round_number: Array) -> Array:
-        """`[E]` learning rates of a round."""
-        steps = round_number * local.steps + jnp.arange(local.steps)
-        return local.optimizer.learning_rate * schedule(local.optimizer, total_steps, steps)
-
-    def train(given: Broadcast, client: Client) -> Trained:
+    def begin(given: Broadcast, client: Client) -> Course:
         order_key, dropout_key = jax.random.split(client.key)
         rows, weight = drawn_batches(order_key, client, local)
-        start, own = compose(given.adapters, client.personal), client.methods["drift"]
+        start = compose(given.adapters, client.personal)
         if aggregator.resumes:
             start = dataclasses.replace(start, modules=client.methods["aggregation"])
         mask = rank_mask(client.rank, max_rank(start))
         scope = Scope(mask, *map(jnp.float32, given.live))
-        zero, rate = jax.tree.map(jnp.zeros_like, start), rates(given.round)
+        return Course(start, client.methods["drift"], mask, scope, rows, weight, dropout_key)
 
-        def step(carry: tuple[Adapters, Any], inputs: tuple[Array, Array, Array]):
-            adapters, optimizer_state = carry
-            number, rows, weight = inputs
-            key, batch = jax.random.fold_in(dropout_key, number), gather(given.pool, rows)
-            inputs_of_loss = start, given.base, given.scale, mask, batch, weight, key
-            gradient, data_loss = jax.grad(loss, has_aux=True)(adapters, *inputs_of_loss)
-            gradient = correction.gradient(gradient, adapters, start, given.correction, own)
-            gradient = moving(scope.select(gradient, zero))
-            updates, optimizer_state = optimizer.update(gradient, optimizer_state, adapters)
-            updates = moving(scope.select(updates, zero))
-            adapters = jax.tree.map(lambda x, u: x - rate[number] * u, adapters, updates)
-            return (adapters, optimizer_state), data_loss
+    def moved(course: Course, tree: Adapters) -> Adapters:
+        return moving(course.scope.select(tree, jax.tree.map(jnp.zeros_like, course.start)))
 
-        steps = jnp.arange(local.steps), rows, weight
-        (adapters, _), losses = lax.scan(step, (start, optimizer.init(start)), steps)
-        own = correction.next_client(start, adapters, jnp.sum(rate), scope, given.correction, own)
-        return Trained(adapters, jnp.mean(losses), own, orthogonality(adapters, mask))
+    def gradient(given: Broadcast, course: Course, adapters: Adapters, number: Array) -> tuple[Adapters, Array]:
+        key, batch = jax.random.fold_in(course.dropout_key, number), gather(given.pool, course.rows[number])
+        inputs = course.start, given.base, given.scale, course.mask, batch, course.weight[number], key
+        found, data_loss = jax.grad(loss, has_aux=True)(adapters, *inputs)
+        found = correction.gradient(found, adapters, course.start, given.correction, course.own)
+        return moved(course, found), data_loss
+
+    def update(course: Course, found: Adapters, state: Any, adapters: Adapters, rate: Array) -> tuple[Adapters, Any]:
+        updates, state = optimizer.update(found, state, adapters)
+        return jax.tree.map(lambda x, u: x - rate * u, adapters, moved(course, updates)), state
+
+    def rates(round_number: Array) -> Array:
+        steps = round_number * local.steps + jnp.arange(local.steps)
+        return local.optimizer.learning_rate * schedule(local.optimizer, total_steps, steps)
+
+    def end(given: Broadcast, course: Course, adapters: Adapters, losses: Array) -> Trained:
+        path = jnp.sum(rates(given.round))
+        own = correction.next_client(course.start, adapters, path, course.scope, given.correction, course.own)
+        return Trained(adapters, jnp.mean(losses), own, orthogonality(adapters, course.mask))
+
+    return Steps(begin, optimizer.init, gradient, update, rates, end)
+
+
+def alone(steps: Steps) -> Callable[[Broadcast, Client], Trained]:
+    """`Trainer.train`: the steps of one client, one after the other."""
+
+    def train(given: Broadcast, client: Client) -> Trained:
+        course, rate = steps.begin(given, client), steps.rates(given.round)
+
+        def step(carry: tuple[Adapters, Any], number: Array):
+            adapters, state = carry
+            found, data_loss = steps.gradient(given, course, adapters, number)
+            return steps.update(course, found, state, adapters, rate[number]), data_loss
+
+        first = course.start, steps.init(course.start)
+        (adapters, _), losses = lax.scan(step, first, jnp.arange(rate.shape[0]))
+        return steps.end(given, course, adapters, losses)
 
     return train
 

@@ -3,7 +3,8 @@
 After Z. Wang, Y. Zhou, Y. Shi, K. B. Letaief, "Federated Fine-Tuning for Pre-Trained Foundation Models Over Wireless
 Networks", arXiv 2407.02924: embedding and task module at the device, encoder with adapters at the server. Activations
 and their gradients cross the air in every local step. The server holds a copy of its adapters for each device, and
-averages them at the end of the round; what is at the devices is averaged over the air, as in ordinary federated LoRA.
+averages them at the end of the round, or one that all step in turn; what is at the devices is averaged over the air, as
+in ordinary federated LoRA.
 Frozen device layers, through which no gradient comes back, are SplitFrozen (arXiv 2503.18986). With full precision a
 step is that of ordinary federated LoRA, but for a sparsifier's penalty, of the device's adapters alone, and for which
 places dropout draws. See docs/split.md.
@@ -11,7 +12,7 @@ places dropout draws. See docs/split.md.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,8 @@ from fedjax_lora.core.sides import Side, TrainingOptions
 from fedjax_lora.core.types import Adapters, Base
 from fedjax_lora.data.batches import gather
 from fedjax_lora.ops.primitives import pack
-from fedjax_lora.training.local import drawn_batches, training_of, whole_work
+from fedjax_lora.training.local import alone, drawn_batches, steps_of, whole_work
+from fedjax_lora.training.shared import together
 
 Precision = Literal["float32", "bfloat16", "int8"]
 
@@ -50,7 +52,14 @@ class SplitOptions(TrainingOptions):
     device_adapters: whether the adapters of the device's layers are trained, and averaged over the air. The first
       layers are forward only where they are frozen: no gradient comes back to them.
     task: where the head is. At the server it needs no second cut, but labels are sent to it.
+    server_adapters: whether the server holds a copy for each device, which are `averaged`, or one that is `shared`, see
+      `training.shared`.
     exchange: in which activations and gradients cross: `int8` with a scale for each tensor, `127 / max |x|`.
+    order: whether devices train side by side (`parallel`), or one after another with the whole band, downlink and
+      server for each (`sequential`): the round then takes as long as all of them together.
+    cache_activations: whether the server keeps the activations that crossed the first cut, where nothing below it is
+      trained, so that those of an example are sent once in a run.
+    count_padding: whether padded positions are counted too; what they hold changes nothing.
     """
 
     name: Literal["split"] = "split"
@@ -58,7 +67,11 @@ class SplitOptions(TrainingOptions):
     tail_layers: int = 0
     device_adapters: Literal["trained", "frozen"] = "trained"
     task: Literal["device", "server"] = "device"
+    server_adapters: Literal["averaged", "shared"] = "averaged"
     exchange: Precision = "float32"
+    order: Literal["parallel", "sequential"] = "parallel"
+    cache_activations: bool = False
+    count_padding: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +80,20 @@ class SplitOptions(TrainingOptions):
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.task == "server" and self.tail_layers:
             raise ValueError(f"tail_layers must be 0 where task is server, got {self.tail_layers}")
+        if self.cache_activations and self.device_layers and self.device_adapters == "trained":
+            raise ValueError("device_adapters must be frozen where activations are cached, got 'trained'")
+        if self.cache_activations and self.exchange == "int8":
+            raise ValueError(
+                "exchange must be float32 or bfloat16 where activations are cached, since a scale is of a whole batch, "
+                "got 'int8'"
+            )
+
+    def needs(self) -> dict[str, str]:
+        return {"no_dropout": "cache_activations"} if self.cache_activations else {}
+
+    def breaks(self) -> dict[str, str]:
+        shared = {"trained_apart": "server_adapters"} if self.server_adapters == "shared" else {}
+        return shared | ({"side_by_side": "order"} if self.order == "sequential" else {})
 
     def side(self, num_layers: int) -> Side | None:
         """The layers at the device whose adapters are trained, and the head where it is there.
@@ -89,15 +116,32 @@ class SplitOptions(TrainingOptions):
 def make(options: SplitOptions, context: Context) -> Trainer:
     """Training in which the server computes the layers between the cuts."""
     model: Model = context.made["model"]
-    cut = cut_model(options, model)
+    side, in_turn = options.side(model.num_layers), options.order == "sequential"
+    assert side is not None  # a part of the model is always at the server
+    steps = steps_of(context, cut_model(options, model), lambda tree: _moving(options, model.num_layers, tree))
 
-    def exchange(base: Base, pool: Mapping[str, Array], client: Client) -> Exchange:
-        rows, weight = drawn_batches(jax.random.split(client.key)[0], client, context.local)
-        up, down = _crossing(options, model, base, pool, rows, weight)
+    def drawn(client: Client) -> tuple[Array, Array]:
+        return drawn_batches(jax.random.split(client.key)[0], client, context.local)
+
+    def exchange(base: Base, pool: Mapping[str, Array], client: Client, held: Any) -> Exchange:
+        up, down = _crossing(options, model, base, pool, *drawn(client), held)
         return Exchange(up, down, *_shares(options, model.num_layers))
 
-    train = training_of(context, cut, lambda adapters: _moving(options, model.num_layers, adapters))
-    return Trainer(train=train, work=whole_work(context.local), exchange=exchange)
+    def hold(held: Any, clients: Client, heard: Array) -> Any:
+        if not options.cache_activations:
+            return held
+        rows, weight = jax.vmap(drawn)(clients)
+        return held.at[rows].max((weight > 0) & heard[:, None, None])
+
+    return Trainer(
+        train=alone(steps),
+        work=whole_work(context.local),
+        exchange=exchange,
+        together=together(steps, side, in_turn) if options.server_adapters == "shared" else None,
+        in_turn=in_turn,
+        init=(lambda: jnp.zeros(context.num_examples, bool)) if options.cache_activations else tuple,
+        hold=hold,
+    )
 
 
 METHOD = Method("training", "split", SplitOptions, make, breaks=frozenset({"whole_at_client"}))
@@ -185,7 +229,13 @@ def _moving(options: SplitOptions, num_layers: int, adapters: Adapters) -> Adapt
 
 
 def _crossing(
-    options: SplitOptions, model: Model, base: Base, pool: Mapping[str, Array], rows: Array, weight: Array
+    options: SplitOptions,
+    model: Model,
+    base: Base,
+    pool: Mapping[str, Array],
+    rows: Array,
+    weight: Array,
+    held: Any,
 ) -> tuple[Count, Count]:
     """Bits up and down of a round's steps `[E, B]`: a value for each real position and feature of a batch.
 
@@ -193,17 +243,31 @@ def _crossing(
     none where nothing below it is trained: the embedding is frozen.
     """
     hidden = model.embed(base, gather(pool, rows.ravel()), None)
-    positions = jnp.sum(hidden.mask.reshape(*rows.shape, -1), -1) * weight
+    mask = jnp.ones_like(hidden.mask) if options.count_padding else hidden.mask
+    positions = jnp.sum(mask.reshape(*rows.shape, -1), -1)
     steps, width = jnp.sum(jnp.any(weight > 0, -1)), hidden.values.shape[-1]
-    values = Count.of(jnp.sum(positions).astype(jnp.uint32)) * width * VALUE_BITS[options.exchange]
-    tensor = values + Count.of(steps) * SCALE_BITS[options.exchange]
+
+    def tensors(sent: Array) -> Count:
+        values = Count.of(jnp.sum(positions * sent).astype(jnp.uint32)) * width * VALUE_BITS[options.exchange]
+        return values + Count.of(steps) * SCALE_BITS[options.exchange]
+
+    every = tensors(weight)
     trains_below = options.device_layers > 0 and options.device_adapters == "trained"
-    up, down = [tensor], [tensor] if trains_below else []
+    up = [tensors(weight * not_held(rows, weight, held)) if options.cache_activations else every]
+    down = [every] if trains_below else []
     if options.task == "device":
-        up, down = [*up, tensor], [*down, tensor]
+        up, down = [*up, every], [*down, every]
     else:
         up.append(Count.of(jnp.sum(weight).astype(jnp.uint32)) * LABEL_BITS)
     return total(up), total(down)
+
+
+def not_held(rows: Array, weight: Array, held: Array) -> Array:
+    """`[E, B]` bool: where an example of the pool is sent that is not held `[N]` yet, and no earlier in the round."""
+    flat = jnp.where(weight > 0, rows, -1).ravel()
+    order = jnp.argsort(flat, stable=True)
+    again = jnp.concatenate([jnp.zeros(1, bool), flat[order][1:] == flat[order][:-1]])
+    return (~jnp.zeros_like(again).at[order].set(again)).reshape(rows.shape) & ~held[rows]
 
 
 def _shares(options: SplitOptions, num_layers: int) -> tuple[Array, Array]:

@@ -137,7 +137,7 @@ def test_a_round_of_clients_of_different_ranks_equals_a_numpy_loop():
     data, ids, ranks = sim.world.data, jnp.arange(6), [1, 3, 2, 1, 3, 2]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(round_keys(state.key, state.round).local, ids)
     train = jax.jit(lambda *given: train_cohort(parts(sim), *given).adapters)
-    trained = train(sim.world, state, state.adapters, clients(sim, state, ids, keys))
+    trained = train(sim.world, state, state.adapters, clients(sim, state, ids, keys), jnp.ones(6, bool))
     count = np.asarray(data.count, np.float64)
     for name, f in after.adapters.modules.items():
         for i in range(3):
@@ -172,7 +172,8 @@ def test_hetlora_prunes_the_ranks_of_those_who_took_part():
     keys = round_keys(first.key, first.round)
     cohort, _ = choose(schedule(parts(sim), sim.world, first, keys)[0], 6, 4, 4)
     own = clients(sim, first, cohort, client_keys(keys.local, cohort))
-    trained = jax.jit(lambda *given: train_cohort(parts(sim), *given).adapters)(sim.world, first, first.adapters, own)
+    given = sim.world, first, first.adapters, own, jnp.ones(4, bool)
+    trained = jax.jit(lambda *given: train_cohort(parts(sim), *given).adapters)(*given)
 
     def tail(f, rank):
         at = slice(rank // 2, rank)

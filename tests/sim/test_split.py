@@ -163,7 +163,7 @@ def test_a_step_of_a_large_model_sends_as_many_bits_as_by_hand(tokens, width, ba
     """ViT-B/16 and GPT-2 small, one way: values of a batch times 32."""
     pool = {"x": jnp.zeros((1, tokens, width)), "mask": jnp.ones((1, tokens))}
     rows, weight = jnp.zeros((1, batch), jnp.int32), jnp.ones((1, batch))
-    up, down = jax.jit(lambda: split._crossing(SplitOptions(), chain(2), {}, pool, rows, weight))()
+    up, down = jax.jit(lambda: split._crossing(SplitOptions(), chain(2), {}, pool, rows, weight, ()))()
     assert up.exact() == 2 * batch * tokens * width * 32 and down.exact() * 2 == up.exact()
     assert abs(down.exact() / 1e6 - megabits) < 0.05
 
@@ -178,13 +178,15 @@ def test_padding_is_not_sent_and_labels_are_where_the_task_is_at_the_server():
         "int8": SplitOptions(exchange="int8"),
         "server": SplitOptions(task="server", exchange="bfloat16"),
         "frozen": SplitOptions(device_layers=1, device_adapters="frozen", task="server"),
+        "padded": SplitOptions(task="server", count_padding=True),
     }.items():
-        found = split._crossing(options, chain(3), {}, pool, rows, weight)
+        found = split._crossing(options, chain(3), {}, pool, rows, weight, ())
         crossing[name] = tuple(int(count.exact()) for count in found)
     assert crossing["whole"] == (2 * tokens * 4 * 32, 2 * tokens * 4 * 32)
     assert crossing["int8"] == (2 * (tokens * 4 * 8 + 2 * 32), tokens * 4 * 8 + 2 * 32)
     assert crossing["server"] == (tokens * 4 * 16 + 3 * 32, 0)
     assert crossing["frozen"] == (tokens * 4 * 32 + 3 * 32, 0)
+    assert crossing["padded"] == (3 * 3 * 4 * 32 + 3 * 32, 0)
 
 
 def test_shares_of_the_work_are_those_of_the_layers():
