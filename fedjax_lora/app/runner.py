@@ -31,6 +31,7 @@ from fedjax_lora.io.run_files import read_metrics
 from fedjax_lora.io.summary import nothing_learned
 from fedjax_lora.report.html import write_report
 from fedjax_lora.sim.engine import Facts, Simulation
+from fedjax_lora.sim.reach import reach_notes
 
 
 def run(
@@ -188,6 +189,9 @@ def _notes(config: ExperimentConfig, simulation: Simulation) -> list[str]:
     if cut := simulation.facts.truncated:
         longest = getattr(config.data, "max_length", None)
         notes.append(f"{cut} sentences were cut to data.max_length = {longest} tokens")
+    if simulation.make_parts(simulation.numbers).trainer.exchange is not None:
+        first = simulation.init(jax.random.key(config.seed))
+        notes += reach_notes(simulation, first, getattr(config.control, "latency_budget_s", None))
     state = jax.eval_shape(simulation.init, jax.random.key(config.seed))
     for what, tree in (("what the clients keep", state.clients), ("what is merged into the base", state.merged)):
         if (size := trees.num_bytes(tree)) > 8 * config.clients.count:  # more than a rank each

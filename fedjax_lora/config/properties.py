@@ -44,6 +44,7 @@ PROPERTIES = {
     "trained_apart": "clients that train apart from one another",
     "side_by_side": "clients that send side by side",
     "no_dropout": "no dropout",
+    "free_broadcast": "a broadcast that takes no time",
 }
 """What a method may need of the rest of an experiment, or break: property -> what is needed, in words."""
 

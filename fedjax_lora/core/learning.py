@@ -217,6 +217,8 @@ class Trainer(NamedTuple):
     together: `(Broadcast, Client [C], here [C]) -> Trained [C]` of all who are here, where a step of one client needs
       what the steps of others have left; None where each trains apart.
     in_turn: whether clients begin one after another, each with the whole band, downlink and server for itself.
+    overlapping: steps of a round that overlap: while the server computes one, the next is sent, and the client computes
+      the one after it; 1 for none.
     init: `() -> state` of the server before round 1, a tree of arrays.
     hold: `(state, Client [C], heard [C]) -> state` after a round.
     """
@@ -226,5 +228,6 @@ class Trainer(NamedTuple):
     exchange: Callable[[Base, Mapping[str, Array], Client, Any], Exchange] | None = None
     together: Callable[[Broadcast, Client, Array], Trained] | None = None
     in_turn: bool = False
+    overlapping: int = 1
     init: Callable[[], Any] = lambda: ()
     hold: Callable[[Any, Client, Array], Any] = lambda state, clients, heard: state

@@ -14,14 +14,14 @@ from fedjax_lora.core import count, trees
 from fedjax_lora.core.count import Count
 from fedjax_lora.core.exchange import Aggregate, Live
 from fedjax_lora.core.keys import client_keys, round_keys
-from fedjax_lora.core.learning import Broadcast, Client, Trained
+from fedjax_lora.core.learning import Broadcast, Client, Trained, Trainer
 from fedjax_lora.core.network import Decision, Delivery, Observation, Outcome
 from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState, Metrics
 from fedjax_lora.sim.cohort import map_over_devices
 from fedjax_lora.sim.merged import current_base
 from fedjax_lora.sim.metrics import observe
 from fedjax_lora.sim.parts import Cohort, Local, MakeParts, Offers, Parts, Uplink, Upload, World, scope_of
-from fedjax_lora.sim.selection import choose_cohort, correction_bits, normalised
+from fedjax_lora.sim.selection import choose_cohort, correction_bits, normalised, waited_s
 from fedjax_lora.sparsifiers import payload, transforms
 from fedjax_lora.training.personal import extract
 
@@ -169,6 +169,8 @@ def transmit(parts: Parts, cohort: Cohort, local: Local, decision: Decision, upl
     delivery = parts.wireless.deliver(
         cohort.wireless, cohort.work, bits, decision.share_hz, cohort.radio.start_s, cohort.present
     )
+    if parts.trainer.overlapping > 1:
+        delivery = delivery._replace(latency_s=overlapped_s(parts.trainer, cohort, bits, delivery))
     return Uplink(
         decision=decision,
         upload=upload,
@@ -262,6 +264,22 @@ def own_product(adapters: Adapters, ranks: Array) -> Adapters:
     """One client's adapters with b zero where `ranks` `[R]` is: there it holds the broadcast, nothing of its own."""
     modules = {name: Factors(a=f.a, b=f.b * ranks[:, None]) for name, f in adapters.modules.items()}
     return Adapters(modules=modules, head=adapters.head)
+
+
+def overlapped_s(trainer: Trainer, cohort: Cohort, bits: Array, delivery: Delivery) -> Array:
+    """`[C]` seconds at which each client ends whose steps overlap.
+
+    Of its steps, which take equal times at the client, on the air and at the server, each of the three has its first
+    while the others wait, and all go on at the pace of the slowest; the update follows at the end.
+    """
+    assert cohort.work.up_bits is not None  # what overlaps is an exchange
+    start_s, steps = cohort.radio.start_s, trainer.overlapping
+    server_s = jnp.where(cohort.present, waited_s(cohort.radio, cohort.present, trainer.in_turn), 0.0)
+    upload_s = delivery.latency_s - start_s
+    exchange_s = upload_s * cohort.work.up_bits / jnp.maximum(bits, 1.0)
+    stages_s = jnp.stack([start_s - server_s, exchange_s, server_s])
+    overlapped = (jnp.sum(stages_s, 0) + (steps - 1) * jnp.max(stages_s, 0)) / steps
+    return jnp.where(jnp.isfinite(upload_s), overlapped + upload_s - exchange_s, delivery.latency_s)
 
 
 def round_latency(delivery: Delivery, active: Array, in_turn: bool) -> Array:

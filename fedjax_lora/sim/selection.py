@@ -58,8 +58,13 @@ def with_shared(radio: Radio, present: Array, in_turn: bool) -> Radio:
     """
     if radio.shared_s is None:
         raise ValueError("wireless must give Radio.shared_s where clients exchange while they train, got None")
-    number = 1 if in_turn else jnp.sum(present & (radio.snr_hz > 0))
-    return radio._replace(start_s=jnp.where(present, radio.start_s + number * radio.shared_s, 0.0))
+    return radio._replace(start_s=jnp.where(present, radio.start_s + waited_s(radio, present, in_turn), 0.0))
+
+
+def waited_s(radio: Radio, present: Array, in_turn: bool) -> Array:
+    """`[C]` seconds that server and downlink take for each client, with all others beside it or in turn."""
+    assert radio.shared_s is not None  # as `with_shared` demands
+    return (1 if in_turn else jnp.sum(present & (radio.snr_hz > 0))) * radio.shared_s
 
 
 def work_of(parts: Parts, world: World, state: FedState, clients: Client) -> tuple[Work, Exchange | None]:
@@ -87,20 +92,23 @@ def schedule(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> tu
     if controller.schedule is None:
         everyone = parts.layout.everyone
         return None if everyone else jax.vmap(jax.random.uniform)(client_keys(keys.cohort, ids)), control_state
-    own, data = state.clients, world.data
+    return controller.schedule(control_state, keys.cohort, population(parts, world, state, keys))
+
+
+def population(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> Population:
+    """All clients in a round, as a controller sees them before any of them trains."""
+    own, data, ids = state.clients, world.data, jnp.arange(state.clients.rank.shape[0], dtype=jnp.int32)
     clients = Client(data.index, data.count, client_keys(keys.local, ids), own.rank, own.personal, own.methods)
     work, _ = work_of(parts, world, state, clients)
-    radio = parts.wireless.observe(state.methods["wireless"], work, jnp.zeros(ids.shape), jnp.ones(ids.shape, bool))
     bits = offered_bits(parts, state)
-    clients = Population(
+    return Population(
         ids=ids,
-        radio=radio,
+        radio=parts.wireless.observe(state.methods["wireless"], work, jnp.zeros(ids.shape), jnp.ones(ids.shape, bool)),
         weights=normalised(parts.client_weight(data.count)),
         rank=own.rank,
         bits=bits if work.up_bits is None else bits + work.up_bits[:, None],
         whole_ranks=parts.sparsifier.whole_ranks,
     )
-    return controller.schedule(control_state, keys.cohort, clients)
 
 
 def offered_bits(parts: Parts, state: FedState) -> Array:

@@ -59,6 +59,9 @@ class SplitOptions(TrainingOptions):
       server for each (`sequential`): the round then takes as long as all of them together.
     cache_activations: whether the server keeps the activations that crossed the first cut, where nothing below it is
       trained, so that those of an example are sent once in a run.
+    pipelined: whether the steps of a device overlap: it computes a batch while it sends the one before, and the server
+      computes the one before that. Only where the device needs nothing back from the server. Controllers plan as if
+      steps did not overlap.
     count_padding: whether padded positions are counted too; what they hold changes nothing.
     """
 
@@ -71,6 +74,7 @@ class SplitOptions(TrainingOptions):
     exchange: Precision = "float32"
     order: Literal["parallel", "sequential"] = "parallel"
     cache_activations: bool = False
+    pipelined: bool = False
     count_padding: bool = False
 
     def __post_init__(self) -> None:
@@ -80,16 +84,25 @@ class SplitOptions(TrainingOptions):
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.task == "server" and self.tail_layers:
             raise ValueError(f"tail_layers must be 0 where task is server, got {self.tail_layers}")
-        if self.cache_activations and self.device_layers and self.device_adapters == "trained":
-            raise ValueError("device_adapters must be frozen where activations are cached, got 'trained'")
+        for name in ("cache_activations", "pipelined"):
+            if getattr(self, name) and self.trains_below:
+                raise ValueError(f"device_adapters must be frozen where {name} is true, got 'trained'")
+        if self.pipelined and self.task == "device":
+            raise ValueError("task must be server where pipelined is true, got 'device'")
         if self.cache_activations and self.exchange == "int8":
             raise ValueError(
-                "exchange must be float32 or bfloat16 where activations are cached, since a scale is of a whole batch, "
-                "got 'int8'"
+                "exchange must be float32 or bfloat16 where cache_activations is true, since a scale is of a whole "
+                "batch, got 'int8'"
             )
 
+    @property
+    def trains_below(self) -> bool:
+        """Whether anything below the first cut is trained; the embedding never is."""
+        return self.device_layers > 0 and self.device_adapters == "trained"
+
     def needs(self) -> dict[str, str]:
-        return {"no_dropout": "cache_activations"} if self.cache_activations else {}
+        kept = {"no_dropout": "cache_activations"} if self.cache_activations else {}
+        return kept | ({"free_broadcast": "pipelined"} if self.pipelined else {})
 
     def breaks(self) -> dict[str, str]:
         shared = {"trained_apart": "server_adapters"} if self.server_adapters == "shared" else {}
@@ -139,6 +152,7 @@ def make(options: SplitOptions, context: Context) -> Trainer:
         exchange=exchange,
         together=together(steps, side, in_turn) if options.server_adapters == "shared" else None,
         in_turn=in_turn,
+        overlapping=context.local.steps if options.pipelined else 1,
         init=(lambda: jnp.zeros(context.num_examples, bool)) if options.cache_activations else tuple,
         hold=hold,
     )
@@ -252,9 +266,8 @@ def _crossing(
         return values + Count.of(steps) * SCALE_BITS[options.exchange]
 
     every = tensors(weight)
-    trains_below = options.device_layers > 0 and options.device_adapters == "trained"
     up = [tensors(weight * not_held(rows, weight, held)) if options.cache_activations else every]
-    down = [every] if trains_below else []
+    down = [every] if options.trains_below else []
     if options.task == "device":
         up, down = [*up, every], [*down, every]
     else:

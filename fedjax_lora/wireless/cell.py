@@ -126,7 +126,8 @@ class WirelessConfig(Options):
             raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
     def breaks(self) -> dict[str, str]:
-        return {"single_attempt": "retransmissions"} if self.retransmissions else {}
+        again = {"single_attempt": "retransmissions"} if self.retransmissions else {}
+        return again | ({"free_broadcast": "downlink"} if self.downlink else {})
 
 
 @struct.dataclass

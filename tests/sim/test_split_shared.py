@@ -112,6 +112,12 @@ def test_split_frozen_is_central_training_of_the_upper_layers(alpha):
     assert_near(after.adapters, whole(upper))
 
 
+FROZEN_AT_SERVER = (
+    "training={name: split, device_layers: 2, device_adapters: frozen, task: server}",
+    "sparsifier=dense",
+    "control={name: uniform, keep_ratio: 1}",
+    "wireless={server_hz: 1e9, bandwidth_hz: 1e6}",
+)
 FROZEN = "training={name: split, device_layers: 2, device_adapters: frozen, task: server}"
 
 
@@ -157,16 +163,45 @@ def test_devices_in_turn_take_as_long_as_all_of_them_together():
     np.testing.assert_allclose(metrics.latency_s[0], np.sum(up_s + down_s + server_s), rtol=1e-4)
 
 
+def test_steps_that_overlap_go_on_at_the_pace_of_the_slowest():
+    """Oracle: a table of when each stage of each step of each device begins and ends."""
+    own = (*FROZEN_AT_SERVER, "local.steps=5", "clients.partition.kind=iid", "rounds=1", "engine.eval_every=1")
+    sims = [simulation(*own, f"training.pipelined={asked}") for asked in ("false", "true")]
+    (state, plain), (_, found) = (sim.run(sim.init(jax.random.key(9)), 1) for sim in sims)
+    cell, network = state.methods["wireless"], config(*own).wireless
+    cycles = 5 * 4 * network.cycles_per_sample
+    device_s, server_s = 0.25 * cycles / np.float64(cell.cpu_hz), 6 * 0.5 * cycles / network.server_hz
+    snr_hz = np.float64(cell.mean_gain) * np.abs(np.asarray(cell.fading, np.complex128)) ** 2
+    snr_hz *= 1e-3 * 10 ** (network.power_dbm / 10) / (1e-3 * 10 ** (-17.4))
+    band_hz = network.bandwidth_hz / 6
+    up_s = plain.client_uplink_bits[0] / (band_hz * np.log2(1 + snr_hz / band_hz))
+    np.testing.assert_allclose(plain.latency_s[0], np.max(device_s + up_s + server_s), rtol=1e-4)
+    ends = []
+    for stages in zip(device_s / 5, up_s / 5, np.full(6, server_s / 5), strict=True):
+        free = [0.0, 0.0, 0.0]
+        for _ in range(5):
+            ready = 0.0
+            for place, stage_s in enumerate(stages):
+                ready = free[place] = max(ready, free[place]) + stage_s
+        ends.append(free[-1])
+    np.testing.assert_allclose(found.latency_s[0], max(ends), rtol=1e-4)
+    assert found.latency_s[0] < plain.latency_s[0]
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (
             ["training={name: split, device_layers: 1, cache_activations: true}"],
-            "device_adapters must be frozen where activations are cached, got 'trained'",
+            "device_adapters must be frozen where cache_activations is true, got 'trained'",
         ),
         (
             ["training={name: split, cache_activations: true, exchange: int8}"],
-            "exchange must be float32 or bfloat16 where activations are cached",
+            "exchange must be float32 or bfloat16 where cache_activations is true",
+        ),
+        (
+            ["training={name: split, pipelined: true}"],
+            "task must be server where pipelined is true, got 'device'",
         ),
         (
             ["training={name: split, cache_activations: true}", "model.dropout=0.1"],
