@@ -106,7 +106,7 @@ def best_weighted(
     worth = jnp.concatenate([worth, jax.vmap(evaluate)(candidates)])
     best = jnp.argmin(worth)
     found = jnp.concatenate([by_number, candidates])[best], worth[best]
-    mask, _ = lax.fori_loop(0, _FLIPS, lambda _, found: _flip_one(evaluate, demand.able, *found), found)
+    mask, _ = lax.fori_loop(0, _FLIPS, lambda _, found: flip_one(evaluate, demand.able, *found), found)
     latency_s, share_hz = _shares(demand, mask, _time_of(demand, mask, band_hz), band_hz)
     return Chosen(mask, share_hz, latency_s, _objective(latency_s, price, jnp.sum(jnp.where(mask, gains, 0.0))))
 
@@ -286,7 +286,7 @@ def _sets_by_density(demand: Demand, band_hz: Array, times_s: Array, gains: Arra
     return jnp.zeros(order.shape, bool).at[jnp.arange(number.size), order.T].set(taken)
 
 
-def _flip_one(evaluate: Callable[[Array], Array], able: Array, mask: Array, worth: Array) -> tuple[Array, Array]:
+def flip_one(evaluate: Callable[[Array], Array], able: Array, mask: Array, worth: Array) -> tuple[Array, Array]:
     """The set `[K]` with the one device more or less that lowers its objective most; the same where none does."""
     changed = (mask ^ jnp.eye(mask.size, dtype=bool)) & able
     candidates = jax.vmap(evaluate)(changed)
