@@ -29,6 +29,8 @@ if not _IN_FULL:
     flags = ["--xla_cpu_parallel_codegen_split_count=1"]
     if _EMITTERS_ARE_OPTIONAL:  # they take more than half of the time of compiling for a processor
         flags.append("--xla_cpu_use_fusion_emitters=false")
+    # Where each operation was written is for those who read dumps, and costs a tenth of tracing and compiling.
+    os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
 SLOW = Path(__file__).with_name("slow.txt")

@@ -86,7 +86,8 @@ def jax_without_cache(monkeypatch):
     """JAX as it is where nobody has told it of a folder; nothing may be compiled meanwhile."""
     names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
     before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], None)
+    for name, value in zip(names, (None, 1.0), strict=True):  # JAX's own defaults
+        jax.config.update(name, value)
     yield
     for name, value in before.items():
         jax.config.update(name, value)

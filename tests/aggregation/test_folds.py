@@ -1,5 +1,7 @@
 """Averages client by client against those of all at once, and the memory that they take."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,27 +38,31 @@ def folded(fold, received, weights):
     return fold.finish(sums, START)
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+FOLDED = {name: jax.jit(functools.partial(folded, method.fold)) for name, method in METHODS.items()}
+AT_ONCE = {name: jax.jit(method.aggregate) for name, method in METHODS.items()}
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
     "weights", [WEIGHTS, jnp.array([0.0, 0.7, 0.0, 0.3]), jnp.zeros(4)], ids=["all", "some", "nobody"]
 )
 @pytest.mark.parametrize(("counts", "round_number"), [("senders", 0), ("owners", 1)])
-def test_a_fold_equals_the_average_of_all_at_once(method, counts, round_number, weights):
+def test_a_fold_equals_the_average_of_all_at_once(name, counts, round_number, weights):
     """Oracle: `aggregate`, of two of four ranks that are sent; clients of weight 0 hold NaN."""
-    sends, here = method.traffic(jnp.int32(round_number), True).sent, weights > 0
+    sends, here = METHODS[name].traffic(jnp.int32(round_number), True).sent, weights > 0
     scope = Scope(jnp.asarray(rank_mask()), *map(jnp.float32, sends))
     trained = stack([scope.select(trained_from(START, seed), START) for seed in (1, 2, 3, 4)])
     received = uploads(START, trained, rank_mask(), sends, keep=2, counts=counts)
     received = trees.where(here, received, jax.tree.map(lambda x: x * jnp.nan, received))
-    found = jax.jit(lambda *args: folded(method.fold, *args))(received, weights)
-    expected = jax.jit(method.aggregate)(START, trained, received, weights, SCALE, KEY).adapters
+    found = FOLDED[name](received, weights)
+    expected = AT_ONCE[name](START, trained, received, weights, SCALE, KEY).adapters
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found, expected)
     if not np.any(here):
         jax.tree.map(np.testing.assert_array_equal, found, START)
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_a_fold_of_clients_of_different_ranks_and_of_zero_products(method):
+@pytest.mark.parametrize("name", METHODS)
+def test_a_fold_of_clients_of_different_ranks_and_of_zero_products(name):
     """Oracle: `aggregate`, with components of some, of one that is absent, and of nobody; then with b = 0."""
     ranks = np.stack([rank_mask(rank) for rank in (1, 6, 5, 2)])
     trained = stack([trained_from(START, seed, rank=r) for seed, r in zip((1, 2, 3, 4), (1, 6, 5, 2), strict=True)])
@@ -65,16 +71,16 @@ def test_a_fold_of_clients_of_different_ranks_and_of_zero_products(method):
         modules = {name: f.replace(b=scale * f.b) for name, f in trained.modules.items()}
         clients = trained.replace(modules=modules)
         received = uploads(START, clients, ranks)
-        found = jax.jit(lambda *args: folded(method.fold, *args))(received, weights)
-        expected = method.aggregate(START, clients, received, weights, SCALE, KEY).adapters
+        found = FOLDED[name](received, weights)
+        expected = AT_ONCE[name](START, clients, received, weights, SCALE, KEY).adapters
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6), found, expected)
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_a_fold_of_unmoved_clients_is_the_broadcast(method):
+@pytest.mark.parametrize("name", METHODS)
+def test_a_fold_of_unmoved_clients_is_the_broadcast(name):
     """Closed form, to the bit."""
     received = uploads(START, stack([START] * 4), rank_mask(), counts="owners")
-    found = jax.jit(lambda *args: folded(method.fold, *args))(received, WEIGHTS)
+    found = FOLDED[name](received, WEIGHTS)
     jax.tree.map(np.testing.assert_array_equal, found, START)
 
 

@@ -116,12 +116,18 @@ def test_every_aggregator_is_in_the_table():
     methods = [file.METHOD for file in files if hasattr(file, "METHOD")]
     assert {row.module.METHOD for row in TABLE.values()} == set(methods)
     assert len(methods) == 9
+    assert {row.module for name, row in TABLE.items() if name not in VARIANTS} == {row.module for row in TABLE.values()}
     for method in methods:
         assert method.slot == "aggregation"
         assert method.options().name == method.name
 
 
-@pytest.fixture(scope="module", params=TABLE, ids=list(TABLE))
+VARIANTS = {"rolora odd", "fedex reinit"}
+"""Rows whose method is in others too, all of whose tests are slow."""
+ALL = [pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else []) for name in TABLE]
+
+
+@pytest.fixture(scope="module", params=ALL)
 def row(request):
     return TABLE[request.param]
 

@@ -133,13 +133,23 @@ def test_every_sparsifier_is_in_the_table():
     """Oracle: the files of the package that hold a method, and each under the name of its file."""
     modules = [module for module in vars(sparsifiers).values() if hasattr(module, "METHOD")]
     assert {row.module.METHOD for row in TABLE.values()} == {module.METHOD for module in modules}
+    always = [row for name, row in TABLE.items() if name not in VARIANTS]
+    assert ({row.module for row in always}, {row.wire for row in always}) == (set(modules), {32, 8, 4})
     for module in modules:
         method = module.METHOD
         assert (method.slot, method.name) == ("sparsifier", module.__name__.rpartition(".")[2])
         assert (method.options().name, method.make) == (method.name, module.make)
 
 
-@pytest.fixture(scope="module", params=TABLE, ids=list(TABLE))
+VARIANTS = {
+    *("soft factors 8 bits", "soft 4 bits", "svd 8 bits"),
+    *("soft factors zero", "soft factors global", "random_rank zero", "flasc whole"),
+}
+"""Rows whose method and wire are in others too, all of whose tests are slow."""
+ALL = [pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else []) for name in TABLE]
+
+
+@pytest.fixture(scope="module", params=ALL)
 def row(request):
     return TABLE[request.param]
 

@@ -337,9 +337,14 @@ def test_payloads_of_factors_in_turn_are_the_mean_of_two_rounds():
     np.testing.assert_array_equal(downlink_bits, np.mean(metrics.downlink_bits[1:]) / 6)
 
 
-def test_held_out_examples_are_nobodys_any_more(toy):
+@pytest.fixture(scope="module")
+def data():
+    """Of the toy, without a state of it."""
+    return simulation().world.data
+
+
+def test_held_out_examples_are_nobodys_any_more(data):
     """Oracle: sets of rows."""
-    data = toy[0].world.data
     kept = hold_out(data, 10)
 
     def rows(d):
@@ -353,7 +358,7 @@ def test_held_out_examples_are_nobodys_any_more(toy):
     np.testing.assert_array_equal(np.bincount(np.asarray(kept.test["label"]), minlength=10), labels)
 
 
-def test_holding_out_needs_enough_examples(toy):
-    data = dataclasses.replace(toy[0].world.data, count=jnp.ones(6, jnp.int32))
+def test_holding_out_needs_enough_examples(data):
+    data = dataclasses.replace(data, count=jnp.ones(6, jnp.int32))
     with pytest.raises(ValueError, match="clients must hold 10 examples"):
         hold_out(data, 10)
