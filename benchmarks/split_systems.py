@@ -145,6 +145,7 @@ def told(run: Run, setting: Setting) -> dict:
     return {
         "overrides": overrides({**SETTING, **setting}),
         "git_commit": run.summary["git_commit"],
+        "device": run.summary["device"],
         "accuracy": rows[-1]["accuracy"],
         "best_accuracy": max(row["accuracy"] for row in rows),
         "mean_latency_s": mean_latency_s(run),

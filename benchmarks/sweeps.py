@@ -97,6 +97,7 @@ def measure(part: Part, most: int, folder: Path) -> dict[str, Any]:
         mean_s = sum(run.wall_s for run in alone) / count
         summary = json.loads(next(out.glob("*/summary.json")).read_text())
         found[kind] = {
+            "device": summary["device"],
             "sweep_s": swept.wall_s,
             "sweep_compile_s": summary["compile_s"],
             "sweep_peak_bytes": swept.peak_bytes,

@@ -17,6 +17,7 @@ class Radio(NamedTuple):
     power_w: scalar, that all clients send with.
     shared_s: `[C]` seconds by which a client begins later for each that takes part, itself among them: its share of the
       server's processor and of the downlink. `start_s` of a cohort counts it already. None where nothing is shared.
+    compute_j: `[C]` J that computing takes a client in the round; None where the network does not say.
     """
 
     snr_hz: Array
@@ -24,6 +25,7 @@ class Radio(NamedTuple):
     band_hz: Array
     power_w: Array
     shared_s: Array | None = None
+    compute_j: Array | None = None
 
 
 class Population(NamedTuple):

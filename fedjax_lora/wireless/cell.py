@@ -170,7 +170,8 @@ def make(options: WirelessConfig, context: Context) -> Wireless:
 
     def observe(state: CellState, work: Work, downlink_bits: Array, present: Array) -> Radio:
         known_hz = snr_hz(state)
-        start_s = latency.compute_time_s(work.samples * options.cycles_per_sample, state.cpu_hz)
+        cycles = work.samples * options.cycles_per_sample
+        start_s = latency.compute_time_s(cycles, state.cpu_hz)
         if options.downlink:
             waited_for = (present > 0) & cell.is_kept(state)
             start_s += latency.broadcast_time_s(
@@ -182,6 +183,7 @@ def make(options: WirelessConfig, context: Context) -> Wireless:
             band_hz=jnp.asarray(options.bandwidth_hz, jnp.float32),
             power_w=jnp.asarray(power_w, jnp.float32),
             shared_s=shared_s(work, known_hz),
+            compute_j=energy.compute_energy_j(cycles, state.cpu_hz, options.capacitance),
         )
 
     def deliver(state: CellState, work: Work, bits: Array, share_hz: Array, start_s: Array, present: Array) -> Delivery:

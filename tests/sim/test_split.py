@@ -242,6 +242,20 @@ def test_the_schedule_keeps_the_long_term_latency():
     np.testing.assert_allclose(metrics.methods["control/absence"], absence, rtol=1e-4, atol=1e-7)
 
 
+def test_the_schedule_keeps_the_long_term_energy():
+    """Law of the queue: what all devices spend a round exceeds its budget by Q_T / T at most; somebody is left out."""
+    budget_j, own = 0.02, [f for f in SCHEDULED if not f.startswith("control")]
+    energy = f"energy_budget_j: {budget_j}, latency_budget_s: null, V: 1e-3, over_rounds: linear"
+    sim = simulation(*own, f"control={{name: split_lyapunov, {energy}}}")
+    _, metrics = sim.run(sim.init(jax.random.key(1)), 12)
+    energy_j, queue_j = np.float64(metrics.energy_j), np.float64(metrics.energy_queue_j)
+    assert energy_j.mean() <= budget_j + queue_j[-1] / 12 + 1e-6
+    assert metrics.participants[0] == 6 and metrics.participants.min() < 6
+    # By hand: the queue of each round from the one before.
+    before = np.concatenate([[0.0], queue_j[:-1]])
+    np.testing.assert_allclose(queue_j, np.maximum(before + energy_j - budget_j, 0), rtol=1e-4, atol=1e-7)
+
+
 def test_who_is_absent_sends_and_receives_nothing():
     """By hand: rows of the metrics beyond the cohort are 0, though some client's exchange stands there."""
     sim = simulation(*SCHEDULED, "control.V=0.0", "control.queue_s=1.0")
@@ -292,6 +306,10 @@ def test_roundings_are_those_of_their_type(precision, expected):
         ("training={name: split, device_layers: -1}", "device_layers must be at least 0, got -1"),
         ("training={name: split, exchange: int4}", "exchange"),
         ("control={name: split_lyapunov, growth: 3}", "growth must be between 0.5 and 2, got 3"),
+        (
+            "control={name: split_lyapunov, energy_budget_j: 1}",
+            "latency_budget_s must be null just where energy_budget_j is given, got 2.0 and 1.0",
+        ),
     ],
 )
 def test_a_wrong_cut_is_one_line(overrides, expected):
