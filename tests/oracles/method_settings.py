@@ -56,6 +56,19 @@ SETTINGS = {
         "control={name: best_channel, keep_ratio: 0.7}",
         "clients.per_round=3",
     ),
+    "split in turn, one server copy": (
+        "training={name: split, device_layers: 1, device_adapters: frozen, task: server, server_adapters: shared}",
+        "training.order=sequential",
+        "training.cache_activations=true",
+        "sparsifier=dense",
+        "control={name: best_channel, keep_ratio: 0.7}",
+        "clients.per_round=3",
+    ),
+    "split pipelined, by energy": (
+        "training={name: split, task: server, pipelined: true}",
+        "sparsifier=dense",
+        "control={name: split_lyapunov, V: 1e-3, latency_budget_s: null, energy_budget_j: 0.02}",
+    ),
     "proportional_fair": ("control={name: proportional_fair, keep_ratio: 0.7}", "clients.per_round=3"),
     "min_latency": ("control={name: min_latency, keep_ratio: 0.7}", "clients.per_round=3"),
 }
