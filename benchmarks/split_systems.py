@@ -9,8 +9,11 @@ The part `schedules` cuts at the embedding and before the head, with an exchange
 10 of them at random, best heard, or first to end; and Lyapunov scheduling whose budget is the mean latency of the
 random 10 of the same seed, at V_PER_BUDGET times the budget squared. The part `systems` sets all devices in split
 training, in int8 and in float32, beside all devices that train the whole model and send every rank, or what TSFA
-chooses under a budget of LATENCY_SHARE of the former's mean latency; in CELLS of two bands and two speeds of the
-devices.
+chooses under a budget of LATENCY_SHARE of the former's mean latency, for changes that are rotated and keep their norm
+(`soft_rotated`); in CELLS of two bands and two speeds of the devices.
+
+In split training a device computes embedding and head alone, which are not counted: its FLOP are 0. In both systems the
+broadcast of the adapters takes no time; what the server sends while a device trains does.
 """
 
 import argparse

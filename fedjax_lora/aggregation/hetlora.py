@@ -73,7 +73,9 @@ def make(options: HetLoraConfig, context: Context) -> Aggregator:
     return average._replace(penalty=penalty, next_rank=next_rank)
 
 
-METHOD = Method("aggregation", "hetlora", HetLoraConfig, make, needs=frozenset({"unchanged_where_unsent"}))
+METHOD = Method(
+    "aggregation", "hetlora", HetLoraConfig, make, needs=frozenset({"unchanged_where_unsent", "trained_apart"})
+)
 
 
 def zero_padded(old: Factors, received: Factors, counted: Array, weights: Array) -> tuple[Factors, Array]:

@@ -191,7 +191,7 @@ def _notes(config: ExperimentConfig, simulation: Simulation) -> list[str]:
         notes.append(f"{cut} sentences were cut to data.max_length = {longest} tokens")
     if simulation.make_parts(simulation.numbers).trainer.exchange is not None:
         first = simulation.init(jax.random.key(config.seed))
-        notes += reach_notes(simulation, first, getattr(config.control, "latency_budget_s", None))
+        notes += reach_notes(simulation, first, config.control)
     state = jax.eval_shape(simulation.init, jax.random.key(config.seed))
     for what, tree in (("what the clients keep", state.clients), ("what is merged into the base", state.merged)):
         if (size := trees.num_bytes(tree)) > 8 * config.clients.count:  # more than a rank each

@@ -27,7 +27,7 @@ from fedjax_lora.data import sources
 from fedjax_lora.models import load
 from fedjax_lora.sparsifiers import dense, flasc, lora_a2, random_rank, soft, soft_rotated, svd, top_k
 from fedjax_lora.tasks import classification
-from fedjax_lora.training import corrections, local, optimizers, split
+from fedjax_lora.training import card, corrections, local, optimizers, split
 from fedjax_lora.wireless import cell
 
 METHODS: tuple[Method, ...] = (
@@ -44,6 +44,7 @@ METHODS: tuple[Method, ...] = (
     *optimizers.METHODS,
     local.METHOD,
     split.METHOD,
+    card.METHOD,
 )
 """The package's own, in the order in which their records are made; the first of each slot is its default."""
 

@@ -186,6 +186,7 @@ class Work(NamedTuple):
     samples: examples that it computes; of a part of the model, as its share of the FLOP of a whole training step.
     server_samples: the same, which the server computes.
     up_bits, down_bits: float32, of what it exchanges with the server while it trains.
+    server_hz: at which the server computes for it; None is the network's own frequency.
 
     None is nothing.
     """
@@ -194,6 +195,7 @@ class Work(NamedTuple):
     server_samples: Array | None = None
     up_bits: Array | None = None
     down_bits: Array | None = None
+    server_hz: Array | None = None
 
 
 class Exchange(NamedTuple):
@@ -208,6 +210,16 @@ class Exchange(NamedTuple):
     server_share: Array
 
 
+def split_work(samples: Array, exchange: Exchange) -> Work:
+    """The work of clients whose whole training would be of so many samples."""
+    return Work(
+        samples=samples * exchange.device_share,
+        server_samples=samples * exchange.server_share,
+        up_bits=exchange.up.float32(),
+        down_bits=exchange.down.float32(),
+    )
+
+
 class Trainer(NamedTuple):
     """What a client does in a round.
 
@@ -217,6 +229,8 @@ class Trainer(NamedTuple):
     together: `(Broadcast, Client [C], here [C]) -> Trained [C]` of all who are here, where a step of one client needs
       what the steps of others have left; None where each trains apart.
     in_turn: whether clients begin one after another, each with the whole band, downlink and server for itself.
+    choose: `(Work -> Radio of the clients, samples [C], Exchange [C, M]) -> (Work [C], Exchange [C])`: which of M ways
+      to split its model each client takes, where `exchange` has a leading axis of them; None where there is one way.
     overlapping: steps of a round that overlap: while the server computes one, the next is sent, and the client computes
       the one after it; 1 for none.
     init: `() -> state` of the server before round 1, a tree of arrays.
@@ -228,6 +242,7 @@ class Trainer(NamedTuple):
     exchange: Callable[[Base, Mapping[str, Array], Client, Any], Exchange] | None = None
     together: Callable[[Broadcast, Client, Array], Trained] | None = None
     in_turn: bool = False
+    choose: Callable[[Callable[[Work], Any], Array, Exchange], tuple[Work, Exchange]] | None = None
     overlapping: int = 1
     init: Callable[[], Any] = lambda: ()
     hold: Callable[[Any, Client, Array], Any] = lambda state, clients, heard: state

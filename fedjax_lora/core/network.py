@@ -18,6 +18,7 @@ class Radio(NamedTuple):
     shared_s: `[C]` seconds by which a client begins later for each that takes part, itself among them: its share of the
       server's processor and of the downlink. `start_s` of a cohort counts it already. None where nothing is shared.
     compute_j: `[C]` J that computing takes a client in the round; None where the network does not say.
+    server_j: `[C]` J that the server spends on computing for it; None where it computes nothing.
     """
 
     snr_hz: Array
@@ -26,6 +27,7 @@ class Radio(NamedTuple):
     power_w: Array
     shared_s: Array | None = None
     compute_j: Array | None = None
+    server_j: Array | None = None
 
 
 class Population(NamedTuple):

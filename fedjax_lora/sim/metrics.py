@@ -57,8 +57,18 @@ def observe(
         dropped_energy=over_arrived(upload.dropped_energy),
         tail_energy=jax.vmap(over_arrived, in_axes=1)(offers.tail_energy),
         orthogonality=over_arrived(trained.orthogonality),
-        methods={f"control/{name}": value for name, value in report.items() if name not in _OWN},
+        methods={f"control/{name}": value for name, value in report.items() if name not in _OWN} | _of_server(cohort),
     )
+
+
+def _of_server(cohort: Cohort) -> dict[str, Array]:
+    """Of split training: the server's energy for who can be heard, J, and the mean share of the FLOP at the devices."""
+    if cohort.exchange is None or cohort.radio.server_j is None:
+        return {}
+    heard = cohort.present & (cohort.radio.snr_hz > 0)
+    energy_j = jnp.sum(jnp.where(heard, cohort.radio.server_j, 0.0))
+    share = mean_over(heard)(jnp.broadcast_to(cohort.exchange.device_share, heard.shape))
+    return {"training/server_energy_j": energy_j, "training/device_share": share}
 
 
 def mean_over(included: Array) -> Callable[[Array], Array]:

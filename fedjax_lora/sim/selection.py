@@ -10,7 +10,7 @@ from fedjax_lora.adapters.lora import max_rank, rank_mask
 from fedjax_lora.core import count, trees
 from fedjax_lora.core.count import Count
 from fedjax_lora.core.keys import RoundKeys, client_keys
-from fedjax_lora.core.learning import Client, Exchange, Work
+from fedjax_lora.core.learning import Client, Exchange, Work, split_work
 from fedjax_lora.core.network import Population, Radio
 from fedjax_lora.core.types import Adapters, FedState, Scope
 from fedjax_lora.sim.cohort import choose, padded_size
@@ -29,7 +29,7 @@ def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) 
     start, downlink = broadcast(parts, state, ranks)
     examples = world.data.count[ids]
     clients = Client(world.data.index[ids], examples, client_keys(keys.local, ids), own.rank, own.personal, own.methods)
-    work, exchange = work_of(parts, world, state, clients)
+    work, exchange = work_of(parts, world, state, clients, wireless)
     bits = downlink.float32() if parts.controller.over_the_air else jnp.zeros(ids.shape)
     radio = parts.wireless.observe(wireless, work, bits, present)
     return Cohort(
@@ -64,24 +64,32 @@ def with_shared(radio: Radio, present: Array, in_turn: bool) -> Radio:
 def waited_s(radio: Radio, present: Array, in_turn: bool) -> Array:
     """`[C]` seconds that server and downlink take for each client, with all others beside it or in turn."""
     assert radio.shared_s is not None  # as `with_shared` demands
-    return (1 if in_turn else jnp.sum(present & (radio.snr_hz > 0))) * radio.shared_s
+    return (1 if in_turn else jnp.maximum(jnp.sum(present & (radio.snr_hz > 0)), 1)) * radio.shared_s
 
 
-def work_of(parts: Parts, world: World, state: FedState, clients: Client) -> tuple[Work, Exchange | None]:
-    """The work of the clients `[C]` in the round, and what they exchange with the server while they train."""
+def work_of(
+    parts: Parts, world: World, state: FedState, clients: Client, wireless: Any
+) -> tuple[Work, Exchange | None]:
+    """The work of the clients `[C]` in the round, and what they exchange with the server while they train.
+
+    wireless: their part of the network's state.
+    """
     work = parts.trainer.work(clients.examples)
     if parts.trainer.exchange is None:
         return work, None
     of_client = jax.vmap(parts.trainer.exchange, (None, None, 0, None))
     exchange = of_client(world.base, world.data.train, clients, state.methods["training"])
-    scale = 1.0 if parts.controller.over_the_air else 0.0
-    whole = work.samples
-    work = Work(
-        samples=whole * exchange.device_share,
-        server_samples=whole * exchange.server_share,
-        up_bits=scale * exchange.up.float32(),
-        down_bits=scale * exchange.down.float32(),
-    )
+    if parts.trainer.choose is not None:
+        present = jnp.ones(clients.examples.shape, bool)
+
+        def radio_of(work: Work) -> Radio:
+            return parts.wireless.observe(wireless, work, jnp.zeros(present.shape), present)
+
+        work, exchange = parts.trainer.choose(radio_of, work.samples, exchange)
+    else:
+        work = split_work(work.samples, exchange)
+    if not parts.controller.over_the_air:
+        work = work._replace(up_bits=jnp.zeros_like(work.up_bits), down_bits=jnp.zeros_like(work.down_bits))
     return work, exchange
 
 
@@ -99,7 +107,7 @@ def population(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> 
     """All clients in a round, as a controller sees them before any of them trains."""
     own, data, ids = state.clients, world.data, jnp.arange(state.clients.rank.shape[0], dtype=jnp.int32)
     clients = Client(data.index, data.count, client_keys(keys.local, ids), own.rank, own.personal, own.methods)
-    work, _ = work_of(parts, world, state, clients)
+    work, _ = work_of(parts, world, state, clients, state.methods["wireless"])
     bits = offered_bits(parts, state)
     return Population(
         ids=ids,

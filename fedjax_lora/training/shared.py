@@ -30,9 +30,8 @@ def together(steps: Steps, side: Side, in_turn: bool) -> Callable[[Broadcast, Cl
 
     def train(given: Broadcast, clients: Client, here: Array) -> Trained:
         courses, rate = jax.vmap(steps.begin, (None, 0))(given, clients), steps.rates(given.round)
-        count, number = here.shape[0], rate.shape[0]
-        device, step_number = jnp.arange(count), jnp.arange(number)
-        pairs = jnp.meshgrid(device, step_number, indexing="ij" if in_turn else "xy")
+        devices, local_steps = jnp.arange(here.shape[0]), jnp.arange(rate.shape[0])
+        pairs = jnp.meshgrid(devices, local_steps, indexing="ij" if in_turn else "xy")
 
         def step(carry: tuple[Any, Any], pair: tuple[Array, Array]):
             (server, server_state), owns = carry
@@ -42,15 +41,16 @@ def together(steps: Steps, side: Side, in_turn: bool) -> Callable[[Broadcast, Cl
             gradient, data_loss = steps.gradient(given, course, adapters, number)
             new_server = steps.update(course, gradient, server_state, adapters, rate[number])
             new_own = steps.update(course, gradient, own_state, adapters, rate[number])
-            server = trees.where(here[device], new_server, (server, server_state))
+            taken = here[device] & trees.fits_float32(new_server[0])  # who diverged takes nobody else along
+            server = trees.where(taken, new_server, (server, server_state))
             return (server, jax.tree.map(lambda all_, x: all_.at[device].set(x), owns, new_own)), data_loss
 
         start: Adapters = given.adapters
         first = start, steps.init(start)
-        owns = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))), first)
-        order = jnp.stack([pair.ravel() for pair in pairs])
-        ((server, _), (owns, _)), losses = lax.scan(step, (first, owns), (order[0], order[1]))
-        losses = losses.reshape((count, number) if in_turn else (number, count))
+        owns = jax.tree.map(lambda x: jnp.broadcast_to(x, (devices.size, *jnp.shape(x))), first)
+        in_order = pairs[0].ravel(), pairs[1].ravel()
+        ((server, _), (owns, _)), losses = lax.scan(step, (first, owns), in_order)
+        losses = losses.reshape(pairs[0].shape)
         ended = jax.vmap(lambda own: side.put(side.take(own), server))(owns)
         return jax.vmap(steps.end, (None, 0, 0, 0))(given, courses, ended, losses if in_turn else losses.T)
 

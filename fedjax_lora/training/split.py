@@ -102,7 +102,9 @@ class SplitOptions(TrainingOptions):
 
     def needs(self) -> dict[str, str]:
         kept = {"no_dropout": "cache_activations"} if self.cache_activations else {}
-        return kept | ({"free_broadcast": "pipelined"} if self.pipelined else {})
+        if self.pipelined or self.order == "sequential":
+            kept["free_broadcast"] = "pipelined" if self.pipelined else "order"
+        return kept
 
     def breaks(self) -> dict[str, str]:
         shared = {"trained_apart": "server_adapters"} if self.server_adapters == "shared" else {}

@@ -62,6 +62,8 @@ class WirelessConfig(Options):
       in proportion.
     server_hz: frequency of the server's processor, which the clients of a round share alike; where it is shared and
       how is our choice.
+    server_capacitance: joules a cycle of the server over frequency squared; the default is 300 W at the default
+      frequency.
     csi: `perfect` plans with the gain of the round; `mean` with path loss and shadowing alone; `estimated` with the
       mean gain given an estimate of the fading. The latter two plan `fade_margin_db` below, and an upload fails where
       the true gain is less than planned.
@@ -95,6 +97,7 @@ class WirelessConfig(Options):
     downlink_power_dbm: float = traced(46.0)
     downlink_hz: float = traced(2e7)
     server_hz: float = traced(1e11)
+    server_capacitance: float = traced(3e-31)
     csi: Csi = "perfect"
     csi_error: float = traced(0.1)
     fade_margin_db: float = traced(10.0)
@@ -106,7 +109,8 @@ class WirelessConfig(Options):
         positive = "bandwidth_hz", "min_distance_m", "cycles_per_sample", "cpu_hz_min", "downlink_hz", "server_hz"
         for name in positive:
             self._require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
-        self._require("capacitance", 0 <= self.capacitance < math.inf, "at least 0 and finite")
+        for name in ("capacitance", "server_capacitance"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
         for name in ("noise_figure_db", "shadowing_db", "fade_margin_db"):
             self._require(name, 0 <= getattr(self, name) <= 100, "between 0 and 100")
         for name in ("power_dbm", "rician_k_db", "downlink_power_dbm"):
@@ -160,11 +164,20 @@ def make(options: WirelessConfig, context: Context) -> Wireless:
     def snr_hz(state: CellState) -> Array:
         return snr_per_gain_hz * state.mean_gain * cell.planned_power(state)
 
+    def server_hz(work: Work) -> Array:
+        return jnp.asarray(options.server_hz) if work.server_hz is None else work.server_hz
+
+    def server_j(work: Work) -> Array | None:
+        if work.server_samples is None:
+            return None
+        cycles = work.server_samples * options.cycles_per_sample
+        return energy.compute_energy_j(cycles, server_hz(work), options.server_capacitance)
+
     def shared_s(work: Work, known_hz: Array) -> Array | None:
         """`[C]` seconds that server and downlink take for a client alone; for each of n it is n times as long."""
         if work.server_samples is None or work.down_bits is None:
             return None
-        server_s = work.server_samples * options.cycles_per_sample / options.server_hz
+        server_s = work.server_samples * options.cycles_per_sample / server_hz(work)
         down_bps = uplink_rate(options.downlink_hz, downlink_gain * known_hz)
         return server_s + latency.transfer_time_s(work.down_bits, down_bps)
 
@@ -184,6 +197,7 @@ def make(options: WirelessConfig, context: Context) -> Wireless:
             power_w=jnp.asarray(power_w, jnp.float32),
             shared_s=shared_s(work, known_hz),
             compute_j=energy.compute_energy_j(cycles, state.cpu_hz, options.capacitance),
+            server_j=server_j(work),
         )
 
     def deliver(state: CellState, work: Work, bits: Array, share_hz: Array, start_s: Array, present: Array) -> Delivery:

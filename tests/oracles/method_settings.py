@@ -64,6 +64,11 @@ SETTINGS = {
         "control={name: best_channel, keep_ratio: 0.7}",
         "clients.per_round=3",
     ),
+    "card": (
+        "training={name: card, energy_scale_j: 0.01}",
+        "sparsifier=dense",
+        "control={name: uniform, keep_ratio: 0.7}",
+    ),
     "split pipelined, by energy": (
         "training={name: split, task: server, pipelined: true}",
         "sparsifier=dense",

@@ -199,6 +199,20 @@ def test_shares_of_the_work_are_those_of_the_layers():
         np.testing.assert_allclose(split._shares(options, 4), (device, server))
 
 
+def test_frozen_adapters_of_the_last_layers_stay():
+    """By definition: of four layers the second and third move, the first and the last are at the device."""
+    options, adapters = SplitOptions(device_layers=1, tail_layers=1, device_adapters="frozen"), adapters_of_four()
+    found = split._moving(options, 4, adapters)
+    for whole, own in zip(jax.tree.leaves(adapters.modules), jax.tree.leaves(found.modules), strict=True):
+        np.testing.assert_array_equal(own[1:3], whole[1:3])
+        assert not own[0].any() and not own[3].any()
+    jax.tree.map(np.testing.assert_array_equal, found.head, adapters.head)
+
+
+def adapters_of_four():
+    return Adapters({"m": Factors(jnp.ones((4, 3, 2)), jnp.ones((4, 2, 3)))}, {"w": jnp.ones(2)})
+
+
 # --------------------------------------------------------------------------------------------- whole rounds
 
 DENSE = ("sparsifier=dense", "control={name: ideal, keep_ratio: 1.0}")

@@ -1,5 +1,7 @@
 """One server copy for all devices, devices one after another, and kept activations: against loops in plain Python."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from fedjax_lora.config.experiment import ConfigError
 from fedjax_lora.core.keys import client_keys, round_keys
 from fedjax_lora.core.types import Adapters
+from fedjax_lora.sim.round import draw_channel, make_round
 from fedjax_lora.training.local import drawn_batches
 from toy import clients, config, parts, simulation
 
@@ -60,26 +63,48 @@ def loss_of(sim):
 
 @pytest.mark.parametrize("kind", ["parallel", "sequential"])
 def test_devices_step_one_copy_in_their_order(kind):
-    """Oracle: a Python loop of plain SGD over the devices, the heads their own, and the mean of these."""
+    """Oracle: a Python loop of plain SGD over those who are heard, the heads their own, and the mean of these.
+
+    Two places of the cohort are padding, and who fades is let go.
+    """
     sim = simulation(
         *IDEAL,
         f"training={{name: split, server_adapters: shared, order: {kind}}}",
         "local.optimizer={name: sgd, learning_rate: 0.1}",
+        "wireless.fade_threshold=0.5",
+        "engine.client_chunk=4",
+        "control={name: uniform, keep_ratio: 1}",
     )
     state = sim.init(jax.random.key(4))
     rows, weight = batches(sim, state)
+    faded = draw_channel(parts(sim), state, round_keys(state.key, state.round).channel).methods["wireless"].fading
+    heard = np.abs(np.asarray(faded)) ** 2 >= 0.5
+    assert 0 < heard.sum() < 6
     gradient, server, heads = loss_of(sim), state.adapters.modules, [state.adapters.head] * 6
-    losses = []
     for device, step in order_of(kind):
+        if not heard[device]:
+            continue
         found = gradient(Adapters(server, heads[device]), rows[device, step], weight[device, step])
-        losses.append(float(found[0]))
         server = jax.tree.map(lambda x, g: x - 0.1 * g, server, found[1].modules)
         heads[device] = jax.tree.map(lambda x, g: x - 0.1 * g, heads[device], found[1].head)
-    share = np.asarray(sim.world.data.count) / np.sum(sim.world.data.count)
+    share = heard * np.asarray(sim.world.data.count) / np.sum(heard * sim.world.data.count)
     head = jax.tree.map(lambda *each: sum(p * x for p, x in zip(share, each, strict=True)), *heads)
     after, metrics = sim.run(state, 1)
     assert_near(after.adapters, Adapters(server, head))
-    assert metrics.train_loss.shape == (1,) and np.isfinite(metrics.train_loss[0])
+    assert metrics.participants[0] == heard.sum()
+
+
+def test_who_diverges_takes_nobody_else_along():
+    """By construction: one client's only example is no number; the shared copy stays finite and moves."""
+    sim = simulation(*IDEAL, "training={name: split, server_adapters: shared}")
+    state = sim.init(jax.random.key(4))
+    data = sim.world.data
+    image = data.train["image"].at[data.index[2]].set(jnp.nan)
+    world = dataclasses.replace(sim.world, data=dataclasses.replace(data, train={**data.train, "image": image}))
+    after, metrics = jax.jit(make_round(sim.make_parts))(world, state)
+    assert int(metrics.nonfinite_clients) == 1 and int(metrics.participants) == 5
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.adapters))
+    assert np.abs(np.asarray(after.adapters.modules["query"].b)).max() > 0
 
 
 @pytest.mark.parametrize("alpha", [0.1, 100.0])
@@ -122,24 +147,27 @@ FROZEN = "training={name: split, device_layers: 2, device_adapters: frozen, task
 
 
 def test_kept_activations_change_nothing_but_the_bits():
-    """Oracle: the same run without; and a set of the examples that were sent, by hand: a value is 32 bits."""
-    runs = []
+    """Oracle: the same run without; and a set of the examples that were heard, by hand: a value is 32 bits."""
+    runs, over_the_air = [], ("sparsifier=dense", "control={name: uniform, keep_ratio: 1}", "wireless.csi=mean")
     for kept in ("false", "true"):
-        sim = simulation(*IDEAL, FROZEN, f"training.cache_activations={kept}", "clients.partition.kind=iid", "rounds=4")
+        own = *over_the_air, FROZEN, f"training.cache_activations={kept}", "wireless.fade_margin_db=2"
+        sim = simulation(*own, "clients.partition.kind=iid", "rounds=4", "engine.eval_every=1")
         state = sim.init(jax.random.key(6))
         drawn, held, bits = [], set(), []
         for _ in range(4):
             drawn.append(jax.tree.map(np.asarray, batches(sim, state)))
             state, metrics = sim.run(state, 1)
-            bits.append(metrics.client_uplink_bits[0])
+            heard = np.abs(np.asarray(state.methods["wireless"].fading)) ** 2 >= 10**-0.2  # else the upload fails
+            assert metrics.participants[0] == heard.sum()
+            bits.append((metrics.client_uplink_bits[0], heard))
         runs.append((state, bits))
     (without, every), (with_, bits) = runs
     jax.tree.map(np.testing.assert_array_equal, without.adapters, with_.adapters)
-    for (rows, weight), own, all_ in zip(drawn, bits, every, strict=True):
+    for (rows, weight), (own, heard), (all_, _) in zip(drawn, bits, every, strict=True):
         for device in range(6):
             sent = rows[device][weight[device] > 0]
             new = set(sent.tolist()) - held
-            held |= new
+            held |= new if heard[device] else set()
             example = 4 * 64 * 32  # positions, features, bits
             assert all_[device] == sent.size * (example + 32)
             assert own[device] == len(new) * example + sent.size * 32
