@@ -152,17 +152,30 @@ def trials_at_once(simulation: Simulation, trials: int) -> int:
 
     Batches are of one size where that wastes no lane (10 trials where 8 would fit are two batches of 5), and of as
     many lanes for each device.
+
+    Raises:
+      ValueError: all of the memory does not hold what is asked for, by what is foreseen.
     """
     needs, layout, devices = simulation.needs, simulation.layout, jax.device_count()
     each = devices if trials >= devices else 1
     if needs.engine.trials_at_once != "auto":
         most = min(trials, needs.engine.trials_at_once)
         each = math.gcd(each, most)
+        _check_memory(needs, layout, most)
     else:
         sizes = range(each, trials + each, each)
         fitting = bisect.bisect_right(sizes, _most_bytes(), key=lambda lanes: lanes_bytes(needs, layout, lanes))
         most = sizes[max(fitting, 1) - 1]
     return each * math.ceil(math.ceil(trials / math.ceil(trials / most)) / each)
+
+
+def _check_memory(needs: Needs, layout: Layout, lanes: int) -> None:
+    needed, held = lanes_bytes(needs, layout, lanes), _most_bytes() / MEMORY_SHARE
+    if needed > held:
+        raise ValueError(
+            f"engine.trials_at_once must be less, or auto, where a device holds {held / 1e9:,.2f} GB: {lanes} trials "
+            f"take about {needed / 1e9:,.2f} GB, got {needs.engine.trials_at_once}"
+        )
 
 
 def unstacked(states: FedState) -> list[FedState]:

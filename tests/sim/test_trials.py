@@ -115,6 +115,17 @@ def test_as_many_trials_at_once_as_memory_holds(monkeypatch):
     assert trials_at_once(sim, 5) == 1
 
 
+def test_more_trials_at_once_than_memory_holds_are_refused(monkeypatch):
+    """By hand: one line with the field, what is foreseen and what is at hand."""
+    sim = simulation("engine.trials_at_once=5")
+    needed = lanes_bytes(sim.needs, sim.layout, 5)
+    monkeypatch.setattr(machine, "available_bytes", lambda: 1.01 * needed)
+    assert trials_at_once(sim, 5) == 5
+    monkeypatch.setattr(machine, "available_bytes", lambda: 0.99 * needed)
+    with pytest.raises(ValueError, match=r"engine.trials_at_once must be less, or auto, .*: 5 trials take .*, got 5"):
+        trials_at_once(sim, 8)
+
+
 def test_a_trial_that_diverges_harms_no_other():
     """Invariance: the others' metrics are those beside a trial that does not, to the bit."""
     (group,), _ = grouped([config("rounds=2", "engine.eval_every=2", f"seed={seed}") for seed in (1, 2)])
