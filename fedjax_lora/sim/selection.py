@@ -89,7 +89,8 @@ def work_of(
     else:
         work = split_work(work.samples, exchange)
     if not parts.controller.over_the_air:
-        work = work._replace(up_bits=jnp.zeros_like(work.up_bits), down_bits=jnp.zeros_like(work.down_bits))
+        nothing = jnp.zeros(work.samples.shape)
+        work = work._replace(up_bits=nothing, down_bits=nothing)
     return work, exchange
 
 

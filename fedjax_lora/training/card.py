@@ -157,6 +157,7 @@ def best_frequency(options: CardOptions, radio: Radio) -> Array:
     """Hz of the server, given its time and energy for some work at `server_hz_max`: kappa f^3 is joules a second."""
     assert radio.shared_s is not None and radio.server_j is not None
     drawn_w = radio.server_j[0] / radio.shared_s[0]
-    exchange_w = options.weight * options.energy_scale_j / (2 * (1 - options.weight) * options.delay_scale_s)
-    best_hz = options.server_hz_max * jnp.cbrt(exchange_w / drawn_w)
+    worth_w = options.weight * options.energy_scale_j / options.delay_scale_s
+    rest = jnp.maximum(2.0 * (1.0 - options.weight), 1e-30)  # where delay alone counts, as fast as can be
+    best_hz = options.server_hz_max * jnp.cbrt(worth_w / rest / drawn_w)
     return jnp.clip(best_hz, options.server_hz_min, options.server_hz_max)

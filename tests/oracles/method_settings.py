@@ -72,7 +72,7 @@ SETTINGS = {
     "split pipelined, by energy": (
         "training={name: split, task: server, pipelined: true}",
         "sparsifier=dense",
-        "control={name: split_lyapunov, V: 1e-3, latency_budget_s: null, energy_budget_j: 0.02}",
+        "control={name: split_lyapunov, V: 1e-6, latency_budget_s: null, energy_budget_j: 0.001}",
     ),
     "proportional_fair": ("control={name: proportional_fair, keep_ratio: 0.7}", "clients.per_round=3"),
     "min_latency": ("control={name: min_latency, keep_ratio: 0.7}", "clients.per_round=3"),

@@ -34,6 +34,7 @@ def random_ways(seed):
             server_j=work.server_samples * CYCLES * KAPPA * server_hz**2,
         )
 
+    share = jnp.asarray(share)
     return radio_of, samples, Exchange(Count.of(up), Count.of(down), share, 1 - share), (up, down, cpu_hz, snr_hz)
 
 

@@ -258,8 +258,8 @@ def test_the_schedule_keeps_the_long_term_latency():
 
 def test_the_schedule_keeps_the_long_term_energy():
     """Law of the queue: what all devices spend a round exceeds its budget by Q_T / T at most; somebody is left out."""
-    budget_j, own = 0.02, [f for f in SCHEDULED if not f.startswith("control")]
-    energy = f"energy_budget_j: {budget_j}, latency_budget_s: null, V: 1e-3, over_rounds: linear"
+    budget_j, own = 0.001, [f for f in SCHEDULED if not f.startswith("control")]
+    energy = f"energy_budget_j: {budget_j}, latency_budget_s: null, V: 1e-6, over_rounds: linear"
     sim = simulation(*own, f"control={{name: split_lyapunov, {energy}}}")
     _, metrics = sim.run(sim.init(jax.random.key(1)), 12)
     energy_j, queue_j = np.float64(metrics.energy_j), np.float64(metrics.energy_queue_j)
@@ -267,7 +267,7 @@ def test_the_schedule_keeps_the_long_term_energy():
     assert metrics.participants[0] == 6 and metrics.participants.min() < 6
     # By hand: the queue of each round from the one before.
     before = np.concatenate([[0.0], queue_j[:-1]])
-    np.testing.assert_allclose(queue_j, np.maximum(before + energy_j - budget_j, 0), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(queue_j, np.maximum(before + energy_j - budget_j, 0), rtol=1e-4, atol=1e-8)
 
 
 def test_who_is_absent_sends_and_receives_nothing():
@@ -278,6 +278,7 @@ def test_who_is_absent_sends_and_receives_nothing():
     assert metrics.uplink_bits.tolist() == [0] and metrics.downlink_bits.tolist() == [0]
 
 
+@pytest.mark.filterwarnings("ignore:sparsifier. lora_a2 is")  # as its note has it
 @pytest.mark.parametrize("training", ["{name: split}", "{name: split, task: server}"])
 @pytest.mark.parametrize(
     "sparsifier",
