@@ -23,6 +23,7 @@ DECADES = {
     "bandwidth_hz": (2, 11),
     "downlink_hz": (2, 11),
     "server_hz": (6, 15),
+    "server_capacitance": (-33, -20),
     "cycles_per_sample": (0, 15),
     "capacitance": (-30, -20),
     "cpu_hz_min": (6, 15),
@@ -137,6 +138,8 @@ def test_what_a_server_and_its_downlink_take_equals_float64():
     sure = heard & (snr_hz > NORMAL[0])
     assert sure.mean() > 0.3
     assert_close(np.asarray(radio.shared_s)[sure], (server_s + down_s)[sure])
+    cycles = np.float64(server_samples) * EXACT["cycles_per_sample"]
+    assert_close(radio.server_j, EXACT["server_capacitance"] * cycles * EXACT["server_hz"] ** 2)
 
 
 @pytest.mark.parametrize("fading", ["rayleigh", "rician"])
