@@ -78,12 +78,19 @@ def timed(arguments: list[str], cache: Path) -> Timed:
     return Timed(time.perf_counter() - started, usage.ru_maxrss * 1024)  # Linux counts in KiB
 
 
+def without_folders(argument: str) -> str:
+    """An argument with the last two names of its path alone: where files lie is no part of a result."""
+    *key, value = argument.split("=")
+    return "=".join([*key, "/".join(Path(value).parts[-2:])])
+
+
 def measure(part: Part, most: int, folder: Path) -> dict[str, Any]:
     """The sweep and `most` of its runs, cold and cached, in turns: sweep, runs."""
     count = min(most, part.trials)
     over = [f"{key}={json.dumps(values)}" for key, values in part.over.items()]
     swept_cache = folder / "swept-cache"
-    found: dict[str, Any] = {"trials": part.trials, "arguments": part.arguments, "over": part.over}
+    told = [without_folders(argument) for argument in part.arguments]
+    found: dict[str, Any] = {"trials": part.trials, "arguments": told, "over": part.over}
     for kind in ("cold", "cached"):
         out = folder / f"sweep-{kind}"
         swept = timed(["sweep", *part.arguments, "--over", *over, "--out", str(out)], swept_cache)
