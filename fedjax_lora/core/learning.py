@@ -11,15 +11,30 @@ from fedjax_lora.core.exchange import Live
 from fedjax_lora.core.types import Adapters, Base, Batch, Scope
 
 
+class Places(NamedTuple):
+    """What lies where in rows that several examples share, see `data.packing`.
+
+    example: `[G, P]` int32, the number of the example that each place holds a position of; B for none.
+    position: `[G, P]` int32, which of its positions.
+    first: `[B]` int32, the place of the first position of each example, counted through all rows.
+    """
+
+    example: Array
+    position: Array
+    first: Array
+
+
 class Hidden(NamedTuple):
     """What passes between a model's parts.
 
-    values: `[B, S, d]`.
-    mask: `[B, S]` 1 for a real position and 0 for padding, float32.
+    values: `[G, P, d]`, which is `[B, S, d]` where each example has a row of its own.
+    mask: `[G, P]` 1 for a real position and 0 for padding, float32.
+    places: of rows that several examples share; None where each has its own.
     """
 
     values: Array
     mask: Array
+    places: Places | None = None
 
 
 class Site(NamedTuple):
@@ -89,6 +104,7 @@ class Model(NamedTuple):
     task: `(base, adapters, hidden, key) -> [B, ...]` outputs, such as logits.
     sites: name -> where an adapter may sit.
     num_layers: L.
+    packs: whether `embed` takes batches whose examples share rows, see `data.packing`.
     weights: `() -> base`: pretrained weights, read on the host; None where there are none.
     """
 
@@ -99,6 +115,7 @@ class Model(NamedTuple):
     task: Callable[[Base, Adapters, Hidden, Array | None], Array]
     sites: Mapping[str, Site]
     num_layers: int
+    packs: bool = False
     weights: Callable[[], Base] | None = None
 
     def apply(self, base: Base, adapters: Adapters, batch: Batch, key: Array | None = None) -> Array:

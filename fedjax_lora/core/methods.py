@@ -10,7 +10,7 @@ are those of `core.types`.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from fedjax_lora.core.types import Adapters
+from fedjax_lora.core.types import Adapters, Packing
 
 
 class Method(NamedTuple):
@@ -39,7 +39,7 @@ class Context(NamedTuple):
     num_clients: K. cohort_size: C. num_classes: labels of the task.
     image_shape: `(height, width, channels)` of an image task; None for text.
     rounds: T. local: the section `local` of the configuration, steps and optimizer of the clients.
-    num_examples: of the training pool, N.
+    num_examples: of the training pool, N. packing: of the clients' batches; None where nothing is packed.
     like: shapes of the adapters; None before there are any.
     made: slot -> record, of the slots that come earlier in the catalogue.
     """
@@ -51,5 +51,6 @@ class Context(NamedTuple):
     rounds: int = 1
     local: Any = None
     num_examples: int = 0
+    packing: Packing | None = None
     like: Adapters | None = None
     made: Mapping[str, Any] = {}

@@ -17,7 +17,7 @@ and state are `flax.struct` dataclasses (traced); records of functions and small
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,16 @@ Base = Any
 
 Batch = Mapping[str, Array]
 """Model inputs with a leading axis `B`, and `label: [B]` int32."""
+
+
+class Packing(NamedTuple):
+    """Shapes in which a batch is packed, see `data.packing`; static.
+
+    rows: G, over which its examples are dealt. widths: of the rows, P, in increasing order.
+    """
+
+    rows: int
+    widths: tuple[int, ...]
 
 
 @struct.dataclass

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.core.learning import Adapter, Hidden, Model, Site, Task
+from fedjax_lora.core.learning import Adapter, Hidden, Model, Places, Site, Task
 from fedjax_lora.core.types import Adapters, Base, Batch
 from fedjax_lora.models import layers
 from fedjax_lora.models.safetensors import Weight
@@ -150,7 +150,7 @@ def bert(config: BertConfig, task: Task, adapter: Adapter) -> Model:
     """A BERT encoder with the head of a task on top.
 
     A batch holds `input_ids: [B, S]` and `attention_mask: [B, S]`, and `token_type_ids: [B, S]` where the types
-    are not all 0.
+    are not all 0; or all of them packed, see `data.packing`.
 
     Args:
       config: shape of the encoder.
@@ -166,6 +166,7 @@ def bert(config: BertConfig, task: Task, adapter: Adapter) -> Model:
         task=lambda base, adapters, hidden, key: task.read(adapters.head, pooled(config, base, hidden)),
         sites=sites(config),
         num_layers=config.num_layers,
+        packs=True,
     )
 
 
@@ -193,13 +194,22 @@ def init(config: BertConfig, key: Array) -> Base:
 
 def embed(config: BertConfig, base: Base, batch: Batch, key: Array | None) -> Hidden:
     """Words, positions and types, normalised."""
-    ids, tables = batch["input_ids"], base["embeddings"]
-    check_length(config, ids.shape[1])
+    ids, tables, places = batch["input_ids"], base["embeddings"], places_of(batch)
+    if places is None:
+        check_length(config, ids.shape[1])
+    positions = tables["position"][: ids.shape[1]] if places is None else tables["position"][places.position]
     types = batch["token_type_ids"] if "token_type_ids" in batch else jnp.zeros_like(ids)
-    values = tables["word"][ids] + tables["type"][types] + tables["position"][: ids.shape[1]]
+    values = tables["word"][ids] + tables["type"][types] + positions
     values = layer_norm(values, (tables["norm"]["scale"], tables["norm"]["bias"]), config.norm_eps)
-    values = layers.dropout(values, config.dropout, None if key is None else jax.random.fold_in(key, 0))
-    return Hidden(values=values, mask=batch["attention_mask"].astype(jnp.float32))
+    values = layers.dropout(values, config.dropout, None if key is None else jax.random.fold_in(key, 0), places)
+    return Hidden(values=values, mask=batch["attention_mask"].astype(jnp.float32), places=places)
+
+
+def places_of(batch: Batch) -> Places | None:
+    """Where the positions of a packed batch lie; None of a batch that is not."""
+    if "example_ids" not in batch:
+        return None
+    return Places(batch["example_ids"], batch["position_ids"], batch["first_places"])
 
 
 def check_length(config: BertConfig, max_length: int) -> None:

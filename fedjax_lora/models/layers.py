@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from fedjax_lora.core.learning import Hidden, Site
+from fedjax_lora.core.learning import Hidden, Places, Site
 from fedjax_lora.ops.primitives import attention, gelu, layer_norm, pack, project
 
 ACTIVATIONS: dict[str, Callable[[Array, str], Array]] = {
@@ -24,12 +24,20 @@ ACTIVATIONS: dict[str, Callable[[Array, str], Array]] = {
 """Activations by the name that Hugging Face gives them: `(x, dtype of what the backward pass keeps)`."""
 
 
-def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """`x` with elements zeroed at `rate` and the rest scaled up; `x` itself without a key."""
+def dropout(x: Array, rate: float, key: Array | None, places: Places | None = None) -> Array:
+    """`x` `[G, P, d]` with elements zeroed at `rate` and the rest scaled up; `x` itself without a key.
+
+    What is zeroed of a position depends on its example's number and on its own, not on where it lies.
+    """
     if key is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0)
+    example, position = jnp.indices(x.shape[:2]) if places is None else (places.example, places.position)
+
+    def kept(example: Array, position: Array) -> Array:
+        own_key = jax.random.fold_in(jax.random.fold_in(key, example), position)
+        return jax.random.bernoulli(own_key, 1 - rate, x.shape[2:])
+
+    return jnp.where(jax.vmap(jax.vmap(kept))(example, position), x / (1 - rate), 0)
 
 
 Project = Callable[[Array, Array, Mapping[str, tuple[int, Any]]], Array]
@@ -104,24 +112,26 @@ class Block(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array, adapters: Mapping[str, Any], key: Array | None) -> Array:
-        """`[B, S, d] -> [B, S, d]`."""
+    def __call__(
+        self, x: Array, mask: Array, places: Places | None, adapters: Mapping[str, Any], key: Array | None
+    ) -> Array:
+        """`[G, P, d] -> [G, P, d]`."""
         keys = (None, None) if key is None else jax.random.split(key)
         norm_attention = LayerNorm(self.norm_eps, self.dtype, name="norm_attention")
         norm_mlp = LayerNorm(self.norm_eps, self.dtype, name="norm_mlp")
 
         y = norm_attention(x) if self.pre_norm else x
         qkv = self._dense("query_key_value", y, adapters)
-        y = attention(qkv, mask, self.num_heads, self.dtype)
+        y = attention(qkv, mask, self.num_heads, self.dtype, None if places is None else places.example)
         y = self._dense("output", y, adapters)
-        x = x + dropout(y, self.dropout, keys[0])
+        x = x + dropout(y, self.dropout, keys[0], places)
         x = x if self.pre_norm else norm_attention(x)
 
         y = norm_mlp(x) if self.pre_norm else x
         y = self._dense("up", y, adapters)
         y = ACTIVATIONS[self.activation](y, self.dtype)
         y = self._dense("down", y, adapters)
-        x = x + dropout(y, self.dropout, keys[1])
+        x = x + dropout(y, self.dropout, keys[1], places)
         return x if self.pre_norm else norm_mlp(x)
 
     def _dense(self, group: str, x: Array, adapters: Mapping[str, Any]) -> Array:
@@ -155,7 +165,7 @@ def init_blocks(block: Block, key: Array, num_layers: int, d: int) -> dict:
     """Random weights of a stack, leaves `[L, ...]`."""
     x, mask = jnp.zeros((1, 1, d)), jnp.ones((1, 1))
     keys = jax.random.split(key, num_layers)
-    return jax.vmap(lambda layer_key: dict(block.init(layer_key, x, mask, {}, None)["params"]))(keys)
+    return jax.vmap(lambda layer_key: dict(block.init(layer_key, x, mask, None, {}, None)["params"]))(keys)
 
 
 def run_blocks(block: Block, layers: Mapping, modules: Mapping[str, Any], hidden: Hidden, key: Array | None) -> Hidden:
@@ -173,7 +183,7 @@ def run_blocks(block: Block, layers: Mapping, modules: Mapping[str, Any], hidden
 
     def step(x: Array, layer: tuple) -> tuple[Any, None]:
         weights, factors, layer_key = layer
-        return block.apply({"params": weights}, x, hidden.mask, factors, layer_key), None
+        return block.apply({"params": weights}, x, hidden.mask, hidden.places, factors, layer_key), None
 
     values, _ = jax.lax.scan(step, hidden.values, (jax.tree.map(pack, layers), modules, keys))
     return hidden._replace(values=values)
@@ -181,7 +191,19 @@ def run_blocks(block: Block, layers: Mapping, modules: Mapping[str, Any], hidden
 
 def pool(hidden: Hidden, pooling: str) -> Array:
     """`[B, d]`: the mean over real positions (`mean`) or the first position (`cls`)."""
+    if hidden.places is not None:
+        return _pool_packed(hidden.values, hidden.mask, hidden.places, pooling)
     if pooling == "cls":
         return hidden.values[:, 0]
     count = jnp.maximum(hidden.mask.sum(1, keepdims=True), 1)
     return (hidden.values * hidden.mask[:, :, None]).sum(1) / count
+
+
+def _pool_packed(values: Array, mask: Array, places: Places, pooling: str) -> Array:
+    """`pool` of rows that examples share; zeros (`mean`) for an example that has no position."""
+    values = values.reshape(-1, values.shape[-1])
+    if pooling == "cls":
+        return values[places.first]
+    of_example = jnp.arange(places.first.shape[0])[:, None] == places.example.ravel()
+    taken = of_example * mask.ravel()
+    return taken @ values / jnp.maximum(taken.sum(1, keepdims=True), 1)

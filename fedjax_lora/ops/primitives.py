@@ -168,34 +168,40 @@ _layer_norm = jax.custom_vjp(lambda *arguments: _layer_norm_forward(*arguments)[
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-def attention(qkv: Array, mask: Array, num_heads: int, dtype: DTypeLike) -> Array:
-    """Softmax attention in which no position looks at padding.
+def attention(qkv: Array, mask: Array, num_heads: int, dtype: DTypeLike, example: Array | None = None) -> Array:
+    """Softmax attention in which no position looks at padding, or at another example.
 
     Args:
-      qkv: `[B, S, 3 * d]` queries, keys and values side by side.
-      mask: `[B, S]` 1 for a real position.
+      qkv: `[G, P, 3 * d]` queries, keys and values side by side.
+      mask: `[G, P]` 1 for a real position.
       num_heads: heads; they divide d.
       dtype: in which the products multiply; sums and softmax are float32.
+      example: `[G, P]` number of the example that each position is of; None where each row is of one.
 
     Returns:
-      `[B, S, d]`; the mean of the values for an example without a real position.
+      `[G, P, d]`; the mean of the row's values where a position has none to look at.
     """
-    return _attention(qkv, mask, num_heads, dtype)
+    return _attention(qkv, mask, example, num_heads, dtype)
 
 
-def _attention_forward(qkv: Array, mask: Array, num_heads: int, dtype: DTypeLike) -> tuple[Array, tuple]:
+def _attention_forward(
+    qkv: Array, mask: Array, example: Array | None, num_heads: int, dtype: DTypeLike
+) -> tuple[Array, tuple]:
     batch, length, width = qkv.shape
     heads = qkv.reshape(batch, length, 3, num_heads, width // (3 * num_heads))
     query, key, value = heads.transpose(2, 0, 3, 1, 4).astype(dtype)
     scores = _dot(query, key, "bhqd,bhkd->bhqk") * query.shape[-1] ** -0.5
-    scores = jnp.where(mask[:, None, None, :] > 0, scores, jnp.finfo(jnp.float32).min)
+    seen = mask[:, None, None, :] > 0
+    if example is not None:
+        seen &= (example[:, :, None] == example[:, None, :])[:, None]
+    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
     mixed = _dot(weights, value, "bhqk,bhkd->bhqd")
     residuals = (*map(pack, (query, key, value, weights, mixed.astype(dtype))), mask)
     return mixed.transpose(0, 2, 1, 3).reshape(batch, length, width // 3), residuals
 
 
-def _attention_backward(num_heads: int, dtype: DTypeLike, residuals: tuple, g: Array) -> tuple[Array, Array]:
+def _attention_backward(num_heads: int, dtype: DTypeLike, residuals: tuple, g: Array) -> tuple[Array, Array, None]:
     query, key, value, weights, mixed, mask = map(unpack, residuals)
     batch, length, d = g.shape
     g = g.reshape(batch, length, num_heads, d // num_heads).transpose(0, 2, 1, 3).astype(dtype)
@@ -207,7 +213,7 @@ def _attention_backward(num_heads: int, dtype: DTypeLike, residuals: tuple, g: A
     dkey, dvalue = _summed_over_queries(query, dscores), _summed_over_queries(g, weights)
     parts = (dquery.transpose(0, 2, 1, 3), dkey.transpose(0, 3, 1, 2), dvalue.transpose(0, 3, 1, 2))
     dqkv = jnp.stack([part.astype(dtype) for part in parts], axis=2).reshape(batch, length, 3 * d)
-    return dqkv.astype(jnp.float32), jnp.zeros_like(mask)
+    return dqkv.astype(jnp.float32), jnp.zeros_like(mask), None
 
 
 def _summed_over_queries(x: Array, y: Array) -> Array:
@@ -215,5 +221,5 @@ def _summed_over_queries(x: Array, y: Array) -> Array:
     return _dot(lax.optimization_barrier(x.swapaxes(2, 3)), y, "bhdq,bhqk->bhdk")
 
 
-_attention = jax.custom_vjp(lambda *arguments: _attention_forward(*arguments)[0], nondiff_argnums=(2, 3))
+_attention = jax.custom_vjp(lambda *arguments: _attention_forward(*arguments)[0], nondiff_argnums=(3, 4))
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -121,13 +121,12 @@ def make_segment(make_parts: MakeParts, eval_batch_size: int, max_rounds: int):
 
 def score(parts: Parts, world: World, state: FedState, batch_size: int) -> Scores:
     """The evaluation of a state on the held-out pool of the world."""
-    base, of = current_base(parts, world, state), (parts.model, parts.adapter, parts.task, batch_size)
-    adapters, mesh = deployed(state.adapters, state.clients), parts.layout.mesh
-    loss, accuracy = make_evaluate(*of, mesh)(base, world.data.test, adapters, parts.rank, parts.scale)
+    base, adapters = current_base(parts, world, state), deployed(state.adapters, state.clients)
+    of = parts.model, parts.adapter, parts.task, batch_size, parts.layout.mesh, parts.layout.packing
+    loss, accuracy = make_evaluate(*of)(base, world.data.test, adapters, parts.rank, parts.scale)
     personal = jnp.float32(jnp.nan)
     if parts.aggregator.personal:
-        evaluate = make_evaluate_personal(*of, mesh)
-        personal = evaluate(base, world.data, state.adapters, state.clients, parts.scale)
+        personal = make_evaluate_personal(*of)(base, world.data, state.adapters, state.clients, parts.scale)
     return Scores(loss, accuracy, personal)
 
 

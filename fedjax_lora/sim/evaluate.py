@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 
 from fedjax_lora.adapters.lora import max_rank, rank_mask
 from fedjax_lora.core.learning import Adapter, Model, Task
-from fedjax_lora.core.types import Adapters, Base, ClientState, Dataset
+from fedjax_lora.core.types import Adapters, Base, Batch, ClientState, Dataset, Packing
 from fedjax_lora.data.batches import evaluation_batches, gather
+from fedjax_lora.data.packing import packed
 from fedjax_lora.sim.cohort import CLIENTS, map_over_devices, padded_size
 from fedjax_lora.training.personal import compose
 
@@ -20,11 +21,13 @@ Evaluate = Callable[[Base, Mapping[str, Array], Adapters, Array, Array], tuple[A
 EvaluatePersonal = Callable[[Base, Dataset, Adapters, ClientState, Array], Array]
 
 
-def make_evaluate(model: Model, adapter: Adapter, task: Task, batch_size: int, mesh: Mesh) -> Evaluate:
+def make_evaluate(
+    model: Model, adapter: Adapter, task: Task, batch_size: int, mesh: Mesh, packing: Packing | None = None
+) -> Evaluate:
     """`(base, pool, adapters, rank, scale) -> (mean loss, accuracy)` over the whole pool.
 
     `rank` is the structural one, and `scale` is s = alpha / r. The devices share the batches. What the task's score
-    marks by NaN makes the mean NaN, "not measured".
+    marks by NaN makes the mean NaN, "not measured". Batches are packed as `packing` has it.
     """
 
     def evaluate(
@@ -37,9 +40,12 @@ def make_evaluate(model: Model, adapter: Adapter, task: Task, batch_size: int, m
         def score(shared, rows_and_weight: tuple[Array, Array]) -> dict[str, Array]:
             base, pool, used = shared
             rows, weight = rows_and_weight
-            batch = gather(pool, rows)
-            found = task.score(model.apply(base, used, batch), batch)
-            return {name: jnp.sum(value * weight) for name, value in found.items()}
+
+            def scored(batch: Batch) -> dict[str, Array]:
+                return task.score(model.apply(base, used, batch), batch)
+
+            found = packed(packing, gather(pool, rows), weight, scored)
+            return {name: jnp.sum(jnp.where(weight > 0, value, 0.0)) for name, value in found.items()}
 
         sums = map_over_devices(score, (base, pool, used), batches, 1, mesh)
         found = task.finish({name: jnp.sum(value) / num_examples for name, value in sums.items()})
@@ -48,7 +54,9 @@ def make_evaluate(model: Model, adapter: Adapter, task: Task, batch_size: int, m
     return evaluate
 
 
-def make_evaluate_personal(model: Model, adapter: Adapter, task: Task, batch_size: int, mesh: Mesh) -> EvaluatePersonal:
+def make_evaluate_personal(
+    model: Model, adapter: Adapter, task: Task, batch_size: int, mesh: Mesh, packing: Packing | None = None
+) -> EvaluatePersonal:
     """`(base, data, adapters, clients, scale) -> mean over the K clients of the accuracy of their own adapters`.
 
     A client's own adapters are what is personal within the global ones, in its own ranks, at the scale s = alpha / r of
@@ -73,9 +81,12 @@ def make_evaluate_personal(model: Model, adapter: Adapter, task: Task, batch_siz
             rank, personal, rows, count = item
             used = _used(adapter, compose(adapters, personal), rank, scale)
 
-            def of_batch(rows_and_weight: tuple[Array, Array]) -> dict[str, Array]:
-                batch = gather(data.test, rows_and_weight[0])
+            def scored(batch: Batch) -> dict[str, Array]:
                 return task.score(model.apply(base, used, batch), batch)
+
+            def of_batch(rows_and_weight: tuple[Array, Array]) -> dict[str, Array]:
+                rows, weight = rows_and_weight
+                return packed(packing, gather(data.test, rows), weight, scored)
 
             found = {name: value.ravel()[:num_examples] for name, value in lax.map(of_batch, batches).items()}
             if task.weigh is None:

@@ -9,8 +9,9 @@ from jax import Array, lax
 
 from fedjax_lora.adapters.lora import add_to_base, max_rank, rank_mask
 from fedjax_lora.core.learning import Adapter, Model, Task
-from fedjax_lora.core.types import Adapters, Base
+from fedjax_lora.core.types import Adapters, Base, Batch, Packing
 from fedjax_lora.data.batches import evaluation_batches, gather
+from fedjax_lora.data.packing import packed
 
 
 class Gradient(NamedTuple):
@@ -23,7 +24,9 @@ class Gradient(NamedTuple):
 FullGradient = Callable[[Base, Mapping[str, Array], Adapters, Array, Array], tuple[Array, Gradient]]
 
 
-def make_full_gradient(model: Model, adapter: Adapter, task: Task, batch_size: int) -> FullGradient:
+def make_full_gradient(
+    model: Model, adapter: Adapter, task: Task, batch_size: int, packing: Packing | None = None
+) -> FullGradient:
     """`(base, pool, adapters, rank, scale) -> (mean loss of the pool, Gradient)`, a batch at a time, no dropout.
 
     `rank` is the structural one, and `scale` is s = alpha / r. The model's products are in float32, whatever the dtype
@@ -39,17 +42,18 @@ def make_full_gradient(model: Model, adapter: Adapter, task: Task, batch_size: i
         sites = {name: model.sites[name] for name in used}
         nothing = {name: jnp.zeros((model.num_layers, site.n_in, site.n_out)) for name, site in sites.items()}
 
-        def loss(moved: Gradient, rows: Array, weight: Array) -> Array:
-            batch = gather(pool, rows)
+        def loss(moved: Gradient, batch: Batch, weight: Array) -> Array:
             outputs = model.apply(
                 add_to_base(base, moved.modules, model.sites), Adapters(modules=used, head=moved.head), batch
             )
             return task.loss(outputs, batch, weight) * jnp.sum(weight) / num_examples
 
-        def add(total: tuple[Array, Gradient], batch: tuple[Array, Array]):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(start, *batch)), None
+        def add(total: tuple[Array, Gradient], rows_and_weight: tuple[Array, Array]):
+            rows, weight = rows_and_weight
+            found = packed(packing, gather(pool, rows), weight, lambda batch: gradient(start, batch, weight))
+            return jax.tree.map(jnp.add, total, found), None
 
-        start = Gradient(nothing, adapters.head)
+        start, gradient = Gradient(nothing, adapters.head), jax.value_and_grad(loss)
         batches = evaluation_batches(num_examples, batch_size)
         zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, start)
         return lax.scan(add, zero, jax.tree.map(jnp.asarray, batches))[0]

@@ -25,7 +25,7 @@ from fedjax_lora.core.learning import (
 from fedjax_lora.core.network import Controller, Decision, Delivery, Radio, Wireless
 from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.sides import Side
-from fedjax_lora.core.types import Adapters, Base, Dataset, Scope
+from fedjax_lora.core.types import Adapters, Base, Dataset, Packing, Scope
 from fedjax_lora.sim.cohort import CLIENTS
 
 
@@ -44,6 +44,7 @@ class Layout(NamedTuple):
     mesh: the devices, see `cohort.device_mesh`.
     everyone: whether all clients take part in every round, and nobody chooses among them.
     one_rank: whether all clients have the structural rank, in every round.
+    packing: of the batches of evaluation; None where nothing is packed.
     """
 
     cohort_size: int
@@ -51,6 +52,7 @@ class Layout(NamedTuple):
     mesh: Mesh
     everyone: bool
     one_rank: bool
+    packing: Packing | None = None
 
     @property
     def num_devices(self) -> int:

@@ -15,6 +15,7 @@ from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.sides import TrainingOptions
 from fedjax_lora.core.types import Adapters, Base, Batch, Scope
 from fedjax_lora.data.batches import gather, local_batches
+from fedjax_lora.data.packing import packed
 from fedjax_lora.ops.products import differences
 from fedjax_lora.sparsifiers.diagnostics import orthogonality
 from fedjax_lora.training.optimizers import OptimizerConfig, direction, schedule
@@ -164,9 +165,14 @@ def steps_of(
         return moving(course.scope.select(tree, jax.tree.map(jnp.zeros_like, course.start)))
 
     def gradient(given: Broadcast, course: Course, adapters: Adapters, number: Array) -> tuple[Adapters, Array]:
-        key, batch = jax.random.fold_in(course.dropout_key, number), gather(given.pool, course.rows[number])
-        inputs = course.start, given.base, given.scale, course.mask, batch, course.weight[number], key
-        found, data_loss = jax.grad(loss, has_aux=True)(adapters, *inputs)
+        key, weight = jax.random.fold_in(course.dropout_key, number), course.weight[number]
+        batch = gather(given.pool, course.rows[number])
+
+        def of_batch(batch: Batch) -> tuple[Adapters, Array]:
+            inputs = course.start, given.base, given.scale, course.mask, batch, weight, key
+            return jax.grad(loss, has_aux=True)(adapters, *inputs)
+
+        found, data_loss = packed(context.packing, batch, weight, of_batch)
         found = correction.gradient(found, adapters, course.start, given.correction, course.own)
         return moved(course, found), data_loss
 

@@ -1,0 +1,161 @@
+"""Examples of a batch side by side, so that nothing is computed on padding.
+
+A batch of text is `[B, S]`, and most of it is padding. Packed, its real positions lie one after another in G rows of P
+places, each example whole in one row, and attention looks at no other example, see `core.learning.Places`. A program
+has a fixed shape, so it holds a few widths P, and each batch takes the least that holds it; a batch that none holds
+stays as it is. What is computed is the same for each of them, but for the order of sums.
+
+Attention costs P for each position where it costs S unpacked, so fewer and longer rows waste fewer places and make
+attention dearer. Rows and widths are those of which random batches of the pool are expected to take the least.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from fedjax_lora.core.types import Batch, Packing
+
+ATTENTION = 500
+"""Width of rows at which attention takes as long as all else. Measured for a model width of 384 on a CPU."""
+
+SHARES = (0.35, 0.75, 0.97)
+"""Of random batches that fit each of the widths. Our choice: each width is a program more to compile."""
+
+DRAWS = 1000
+"""Random batches by which rows and widths are chosen."""
+
+WORTH = 0.9
+"""Most that packed batches may be expected to take, in shares of what padded ones do."""
+
+MULTIPLE = 8
+"""Widths are multiples of it, of which vectors are."""
+
+Found = TypeVar("Found")
+
+
+def packing_of(mask: np.ndarray, batch_size: int) -> Packing | None:
+    """How random batches of a pool are best packed; None where that saves nothing.
+
+    Args:
+      mask: `[N, S]`, 1 for a real position.
+      batch_size: B.
+    """
+    num_examples, longest = mask.shape
+    drawn = np.random.default_rng(0).integers(0, num_examples, (DRAWS, batch_size))
+    lengths = np.sort((mask > 0).sum(1)[drawn])[:, ::-1]
+    found = [_widths(lengths, rows, longest) for rows in range(1, batch_size + 1) if batch_size % rows == 0]
+    cost, packing = min(found)
+    return packing if cost <= WORTH * _cost(batch_size, longest) else None
+
+
+def _widths(lengths: np.ndarray, rows: int, longest: int) -> tuple[float, Packing]:
+    """What batches of the lengths `[draws, B]`, the longest first, are expected to take in so many rows."""
+    dealt = lengths.reshape(len(lengths), -1, rows).copy()
+    dealt[:, 1::2] = dealt[:, 1::2, ::-1]
+    needed = dealt.sum(1).max(1)
+    widths = np.unique(MULTIPLE * np.ceil(np.quantile(needed, SHARES) / MULTIPLE).astype(int))
+    widths = widths[rows * widths < lengths.shape[1] * longest]
+    costs = np.array([*(_cost(rows, width) for width in widths), _cost(lengths.shape[1], longest)])
+    return float(costs[np.searchsorted(widths, needed)].mean()), Packing(rows, tuple(widths.tolist()))
+
+
+def _cost(rows: int, width: float) -> float:
+    return rows * width * (1 + width / ATTENTION)
+
+
+def deal(lengths: Array, rows: int) -> tuple[Array, Array, Array]:
+    """Deals the examples of a batch to rows: the longest first, forth and back.
+
+    Args:
+      lengths: `[B]` real positions of each.
+      rows: G.
+
+    Returns:
+      the row and the first place in it of each example, `[B]` int32, and the places taken of each row, `[G]`.
+    """
+    turns = -(-lengths.shape[0] // rows)
+    filled = jnp.pad(lengths, (0, turns * rows - lengths.shape[0]))
+    order = jnp.argsort(-filled, stable=True).reshape(turns, rows)
+    order = jnp.where((jnp.arange(turns) % 2 == 1)[:, None], order[:, ::-1], order)
+    dealt = filled[order]
+    stops = jnp.cumsum(dealt, 0)
+    row = jnp.zeros_like(filled).at[order].set(jnp.arange(rows, dtype=filled.dtype))
+    start = jnp.zeros_like(filled).at[order].set(stops - dealt)
+    return row[: lengths.shape[0]], start[: lengths.shape[0]], stops[-1]
+
+
+def pack(batch: Batch, real: Array, rows: int, width: int) -> dict[str, Array]:
+    """The batch with its real positions in `[G, P]` places.
+
+    Args:
+      batch: every leaf `[B, S, ...]` is packed, with zeros where there is no position; others stay.
+      real: `[B, S]` bool, which positions are laid out. `attention_mask` is 1 where one lies, else 0.
+      rows, width: G and P. No row may need more places.
+
+    Returns:
+      the batch, with `example_ids` and `position_ids` `[G, P]` and `first_places` `[B]` beside it: see
+      `core.learning.Places`.
+    """
+    num_examples, longest = real.shape
+    size, nowhere = num_examples * longest, rows * width
+    row, start, _ = deal(real.sum(1), rows)
+    first = row * width + start
+    place = jnp.where(real, first[:, None] + jnp.cumsum(real, 1) - 1, nowhere)
+    source = jnp.full(nowhere, size, jnp.int32).at[place.ravel()].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
+    source = source.reshape(rows, width)
+
+    def moved(leaf: Array) -> Array:
+        flat = leaf.reshape(size, *leaf.shape[2:])
+        return jnp.take(flat, source, axis=0, mode="fill", fill_value=0)
+
+    packed = {name: moved(leaf) if leaf.shape[:2] == real.shape else leaf for name, leaf in batch.items()}
+    return {
+        **packed,
+        "attention_mask": (source < size).astype(batch["attention_mask"].dtype),
+        "example_ids": source // longest,
+        "position_ids": source % longest,
+        "first_places": jnp.minimum(first, nowhere - 1),
+    }
+
+
+def packed(packing: Packing | None, batch: Batch, weight: Array, work: Callable[[Batch], Found]) -> Found:
+    """`work` on the batch in the least of the packing's shapes that holds it, or as it is.
+
+    All batches that are mapped together, over clients or trials, take the shape that holds each of them. So the branch
+    is one for all, and no other is computed.
+
+    Args:
+      packing: None packs nothing.
+      batch: `[B, S]`, with `attention_mask`.
+      weight: `[B]`. Examples of weight 0 are left out: what `work` finds of them is not to be used.
+      work: its result has the same shapes whatever the shape of the batch.
+    """
+    if packing is None:
+        return work(batch)
+    real = (batch["attention_mask"] > 0) & (weight > 0)[:, None]
+    needed = jnp.max(deal(real.sum(1), packing.rows)[2])
+    index = largest(jnp.searchsorted(jnp.asarray(packing.widths), needed).astype(jnp.int32))
+    return lax.switch(index, _branches(packing, batch, real, work))
+
+
+def _branches(packing: Packing, batch: Batch, real: Array, work: Callable[[Batch], Any]) -> Sequence[Callable[[], Any]]:
+    def branch(width: int) -> Callable[[], Any]:
+        return lambda: work(pack(batch, real, packing.rows, width))
+
+    return [*(branch(width) for width in packing.widths), lambda: work(batch)]
+
+
+@jax.custom_batching.custom_vmap
+def largest(value: Array) -> Array:
+    """The value itself; under `vmap`, the largest of all, which has no batch axis."""
+    return value
+
+
+@largest.def_vmap
+def _largest_of_all(axis_size: int, in_batched: list[bool], value: Array) -> tuple[Array, bool]:
+    del axis_size
+    return largest(jnp.max(value, 0) if in_batched[0] else value), False

@@ -1,0 +1,169 @@
+"""Packed batches: against a loop in NumPy, and a model on them against the same model on padded ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_lora.core.types import Adapters, Factors, Packing
+from fedjax_lora.data.packing import MULTIPLE, deal, largest, pack, packed, packing_of
+from fedjax_lora.models import bert
+from oracles.model_context import model_context
+
+PARTS = model_context(2).made
+LENGTHS = {
+    "one token each": [1, 1, 1, 1, 1, 1],
+    "all of full length": [16, 16, 16, 16, 16, 16],
+    "one of full length": [16, 1, 2, 1, 3, 1],
+    "mixed": [5, 12, 1, 16, 7, 3],
+    "places left over": [9, 4, 0, 0, 0, 0],
+}
+
+
+def batch_of(lengths, seed=0):
+    """A batch of 16 positions whose examples of length 0 have a weight of 0; and its weight."""
+    lengths, random = np.asarray(lengths), np.random.default_rng(seed)
+    batch = {
+        "input_ids": jnp.asarray(random.integers(1, 31, (len(lengths), 16)), jnp.int32),
+        "attention_mask": jnp.asarray(np.arange(16) < np.maximum(lengths, 1)[:, None], jnp.int32),
+        "token_type_ids": jnp.asarray(random.integers(0, 2, (len(lengths), 16)), jnp.int32),
+        "label": jnp.asarray(random.integers(0, 2, len(lengths)), jnp.int32),
+    }
+    return batch, jnp.asarray(lengths > 0, jnp.float32)
+
+
+def encoder(**more):
+    """A small BERT, its weights, and effective adapters of which none is zero."""
+    shape = bert.BertConfig(vocab_size=31, width=24, num_layers=2, num_heads=3, mlp_width=40, max_positions=16, **more)
+    model, random = bert.bert(shape, PARTS["task"], PARTS["adapter"]), np.random.default_rng(1)
+
+    def normal(*size):
+        return jnp.asarray(0.2 * random.normal(size=size), jnp.float32)
+
+    modules = {
+        name: Factors(a=normal(2, site.n_in, 4), b=normal(2, 4, site.n_out)) for name, site in model.sites.items()
+    }
+    return model, model.init(jax.random.key(3)), Adapters(modules=modules, head={"w": normal(24, 2), "b": normal(2)})
+
+
+def all_packings(lengths):
+    """Of one to three rows, just wide enough and wider."""
+    for rows in (1, 2, 3):
+        needed = int(np.max(deal(jnp.asarray(lengths), rows)[2]))
+        yield rows, needed
+        yield rows, needed + 5
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_each_position_lies_in_one_place_and_examples_are_whole(lengths):
+    batch, weight = batch_of(lengths)
+    real = (np.asarray(batch["attention_mask"]) > 0) & (np.asarray(weight) > 0)[:, None]
+    for rows, width in all_packings(lengths):
+        found = {name: np.asarray(leaf) for name, leaf in pack(batch, jnp.asarray(real), rows, width).items()}
+        np.testing.assert_array_equal(found["label"], batch["label"])
+        assert found["attention_mask"].sum() == real.sum()
+        for example, own in enumerate(real):
+            here = (found["example_ids"] == example) & (found["attention_mask"] == 1)
+            places = np.flatnonzero(here)
+            assert len(places) == own.sum()
+            if len(places):
+                assert places[0] == found["first_places"][example]
+                assert len(set(places // width)) == 1 and (np.diff(places) == 1).all()
+            np.testing.assert_array_equal(found["position_ids"].ravel()[places], np.flatnonzero(own))
+            np.testing.assert_array_equal(
+                found["input_ids"].ravel()[places], np.asarray(batch["input_ids"])[example, own]
+            )
+
+
+def test_rows_are_dealt_the_longest_first_forth_and_back():
+    row, start, taken = deal(jnp.array([4, 9, 1, 6, 2]), 2)
+    # By hand: 9 | 6, then back: 2 and 4, then 1 goes to the first row again.
+    np.testing.assert_array_equal(row, [1, 0, 0, 1, 0])
+    np.testing.assert_array_equal(start, [6, 0, 11, 0, 9])
+    np.testing.assert_array_equal(taken, [12, 10])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_loss_and_gradient_are_those_of_the_padded_batch(lengths, pooling):
+    model, base, adapters = encoder(pooling=pooling, dropout=0.2)
+    batch, weight = batch_of(lengths)
+    real = (batch["attention_mask"] > 0) & (weight > 0)[:, None]
+
+    def loss(adapters: Adapters, batch):
+        logits = model.apply(base, adapters, batch, jax.random.key(7))
+        return PARTS["task"].loss(logits, batch, weight)
+
+    expected = jax.jit(jax.value_and_grad(loss))(adapters, batch)
+    for rows, width in all_packings(lengths):
+        found = jax.jit(jax.value_and_grad(loss))(adapters, pack(batch, real, rows, width))
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6), found, expected)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_the_least_width_that_holds_a_batch_is_taken(lengths):
+    batch, weight = batch_of(lengths)
+    widths = (8, 16, 32)
+    rows = jax.jit(lambda: packed(Packing(2, widths), batch, weight, lambda b: jnp.size(b["input_ids"])))()
+    needed = int(np.max(deal(jnp.asarray(lengths), 2)[2]))
+    assert rows == next((2 * width for width in widths if width >= needed), batch["input_ids"].size)
+
+
+def test_all_that_are_mapped_together_take_one_branch():
+    """Trials by clients: the index has no batch axis, so the program holds a conditional, and no select of results."""
+    batches = [[batch_of(LENGTHS[name], seed) for name in ("mixed", "one token each")] for seed in (0, 1)]
+    batch, weight = jax.tree.map(lambda *x: jnp.stack(x), *[jax.tree.map(lambda *x: jnp.stack(x), *b) for b in batches])
+
+    def work(batch):
+        return jnp.sum(batch["input_ids"] * batch["attention_mask"])
+
+    def one(batch, weight):
+        return packed(Packing(2, (8, 24)), batch, weight, work), packed(
+            Packing(2, (8, 24)), batch, weight, lambda b: jnp.float32(b["input_ids"].size)
+        )
+
+    both = jax.vmap(jax.vmap(one))
+    found, sizes = jax.jit(both)(batch, weight)
+    np.testing.assert_array_equal(found, (batch["input_ids"] * batch["attention_mask"]).sum((2, 3)))
+    np.testing.assert_array_equal(sizes, np.full((2, 2), 2 * 24))  # the widest that one of the four needs
+    conditionals = [e for e in jax.make_jaxpr(both)(batch, weight).eqns if e.primitive.name == "cond"]
+    assert len(conditionals) == 2
+    assert all(e.invars[0].aval.shape == () for e in conditionals)
+
+
+def test_the_largest_of_what_is_mapped_has_no_axis():
+    values = jnp.arange(6).reshape(2, 3)
+    assert jax.vmap(jax.vmap(largest, out_axes=None), out_axes=None)(values) == 5
+    assert largest(jnp.int32(4)) == 4
+
+
+def sentences(mean, longest, count=500):
+    """A mask of sentences whose length is Poisson."""
+    lengths = np.clip(np.random.default_rng(1).poisson(mean, count), 1, longest)
+    return (np.arange(longest) < lengths[:, None]).astype(np.int32)
+
+
+def test_widths_hold_the_shares_of_random_batches():
+    mask = sentences(23, 64)
+    packing = packing_of(mask, 8)
+    assert packing is not None and packing.rows < 8
+    assert all(width % MULTIPLE == 0 for width in packing.widths)
+    drawn = jnp.asarray(mask.sum(1)[np.random.default_rng(2).integers(0, 500, (2000, 8))])
+    needed = np.asarray(jax.vmap(lambda lengths: jnp.max(deal(lengths, packing.rows)[2]))(drawn))
+    assert 0.2 < np.mean(needed <= packing.widths[0]) < 0.95
+    assert np.mean(needed <= packing.widths[-1]) > 0.95
+    places = [next((packing.rows * width for width in packing.widths if width >= n), 8 * 64) for n in needed]
+    assert np.mean(places) < 1.25 * drawn.sum(1).mean() < 0.6 * 8 * 64
+
+
+@pytest.mark.parametrize("batch", [1, 7, 8])
+def test_sentences_of_full_length_are_not_packed(batch):
+    assert packing_of(np.ones((50, 64), np.int32), batch) is None
+    short = packing_of(sentences(9, 64), batch)  # of seven examples as of one, rows of one or of all
+    assert short is not None and batch % short.rows == 0
+
+
+def test_long_sentences_share_no_row():
+    """Attention over two of them would cost more than the padding of the shorter one."""
+    packing = packing_of(sentences(700, 1024), 4)
+    assert packing is not None and packing.rows == 4
