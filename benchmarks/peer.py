@@ -79,17 +79,20 @@ class Peer:
         self._device = device
         self._model = Classifier(workload.model, 2, settings).to(device).train()
         self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-        self._logits: Callable[..., torch.Tensor] = torch.compile(self._model) if settings.compile else self._model
+        self._logits: Callable[..., torch.Tensor] = (
+            torch.compile(self._model, dynamic=workload.text is not None) if settings.compile else self._model
+        )
         self._setup_s = time.perf_counter() - started
 
-    def start(self, adapters: dict[str, np.ndarray], input_ids: np.ndarray, labels: np.ndarray) -> float:
+    def start(
+        self, adapters: dict[str, np.ndarray], tokens: tuple[np.ndarray, np.ndarray], labels: np.ndarray
+    ) -> float:
         """Begin from the engine's global adapters and pool; returns seconds until the program is compiled."""
         self._global = {
             name: torch.tensor(np.ascontiguousarray(_pick(adapters, name).T), device=self._device)
             for name in self._trained
         }
-        self._input_ids = torch.tensor(input_ids, dtype=torch.long, device=self._device)
-        self._mask = torch.ones_like(self._input_ids)
+        self._input_ids, self._mask = (torch.tensor(x, dtype=torch.long, device=self._device) for x in tokens)
         self._labels = torch.tensor(labels, dtype=torch.long, device=self._device)
         started = time.perf_counter()
         self._train_client(np.zeros((1, self._workload.batch), np.int64))
@@ -143,7 +146,8 @@ class Peer:
         total = torch.zeros((), device=self._device)
         for batch in torch.from_numpy(rows).long().to(self._device):
             with self._precision():
-                logits = self._logits(self._input_ids[batch], self._mask[batch])
+                longest = int(self._mask[batch].sum(1).max())  # dynamic padding
+                logits = self._logits(self._input_ids[batch, :longest], self._mask[batch, :longest])
             loss = nn.functional.cross_entropy(logits.float(), self._labels[batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -7,7 +7,7 @@ same adapters, in turns (A B A B ...), each in a process of its own; the script 
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import (
     DTYPES,
@@ -36,6 +36,14 @@ SWEEP_ROUNDS = 3
 TUNED_CLIENTS = 4
 
 
+class RoundWork(NamedTuple):
+    """What a round computes: each sentence once. tokens: real ones. flop: of FLOP_FORMULA."""
+
+    samples: int
+    tokens: int
+    flop: int
+
+
 def main() -> None:
     """Measure what the command line asks for."""
     options = _parser().parse_args()
@@ -45,12 +53,13 @@ def main() -> None:
         "environment": environment(),
         "workload": {
             **vars(shape),
+            "text": shape.text and shape.text.name,
             "model": Path(shape.model).parent.name,
             "samples_per_round": shape.samples,
             "engine": "dense sparsifier, ideal control: nothing is left out, as in the peer; its error norms, "
             "diagnostics and an evaluation on two sentences are inside its times",
         },
-        "flop_model": {"formula": FLOP_FORMULA, "gflop_per_sample": shape.flop_per_sample() / 1e9},
+        "flop_model": {"formula": FLOP_FORMULA},
         "results": {},
     }
     with tempfile.TemporaryDirectory() as temporary:
@@ -76,10 +85,13 @@ def _measure(shape: Workload, folder: Path, dtype: Dtype, options: argparse.Name
     """Everything about one dtype."""
     note(f"{dtype}: building the engine")
     with Remote("engine:Engine", **_engine_arguments(shape, folder, dtype, "auto")) as engine:
+        lengths = engine.call("tokens")[1].sum(1).tolist()
+        work = RoundWork(shape.samples, sum(lengths), shape.flop(lengths))
         if options.skip_peer:
-            result = _alone(shape, engine, options.repeats)
+            result = _alone(work, engine, options.repeats)
         else:
-            result = _side_by_side(shape, engine, dtype, options)
+            result = _side_by_side(shape, work, engine, dtype, options)
+    result["round"] = work._asdict()
     if not options.skip_sweep:
         result["client_chunk_sweep"] = _sweep(shape, folder, dtype)
     return result
@@ -89,7 +101,7 @@ def _engine_arguments(shape: Workload, folder: Path, dtype: Dtype, chunk: int | 
     return {"workload": shape, "folder": folder, "dtype": dtype, "client_chunk": chunk, "wireless": False}
 
 
-def _alone(shape: Workload, engine: Remote, repeats: int) -> dict[str, Any]:
+def _alone(work: RoundWork, engine: Remote, repeats: int) -> dict[str, Any]:
     for _ in range(CHECKED_ROUNDS):
         engine.call("round")
     quiet, seconds, rates = Quiet(engine), [], []
@@ -99,13 +111,15 @@ def _alone(shape: Workload, engine: Remote, repeats: int) -> dict[str, Any]:
     return {
         "cpu_share_of_others": quiet.share_of_others(),
         "matmul_gflops": {"jax": max(rates)},
-        "engine": _report(shape, engine, seconds, max(rates)),
+        "engine": _report(work, engine, seconds, max(rates)),
     }
 
 
-def _side_by_side(shape: Workload, engine: Remote, dtype: Dtype, options: argparse.Namespace) -> dict[str, Any]:
+def _side_by_side(
+    shape: Workload, work: RoundWork, engine: Remote, dtype: Dtype, options: argparse.Namespace
+) -> dict[str, Any]:
     """Both sides in turns, the peer at the best settings found."""
-    begin = (engine.call("adapters"), engine.call("input_ids"), engine.call("labels"))
+    begin = (engine.call("adapters"), engine.call("tokens"), engine.call("labels"))
     tried = _tune(shape, engine.call("rows")[:TUNED_CLIENTS], dtype, begin, not options.skip_compile)
     best = max((t for t in tried if "samples_per_s" in t), key=lambda t: t["samples_per_s"])
     settings = PeerSettings(best["attention"], best["frozen"], best["compile"])
@@ -128,9 +142,9 @@ def _side_by_side(shape: Workload, engine: Remote, dtype: Dtype, options: argpar
             "cpu_share_of_others": share_of_others,
             "ratio": spread([b / a for a, b in seconds]),
             "matmul_gflops": {"jax": max(jax_rates), "torch": max(torch_rates)},
-            "engine": _report(shape, engine, ours, best_rate),
+            "engine": _report(work, engine, ours, best_rate),
             "peer": {
-                **_report(shape, peer, theirs, best_rate),
+                **_report(work, peer, theirs, best_rate),
                 "first_client_s": compile_s,
                 "tried": tried,
             },
@@ -180,12 +194,13 @@ def _candidates(dtype: Dtype, with_compile: bool) -> list[PeerSettings]:
     ]
 
 
-def _report(shape: Workload, side: Remote, seconds: Any, matmul_gflops: float) -> dict[str, Any]:
-    samples_per_s = spread([shape.samples / s for s in seconds])
-    gflops = samples_per_s["median"] * shape.flop_per_sample() / 1e9
+def _report(work: RoundWork, side: Remote, seconds: Any, matmul_gflops: float) -> dict[str, Any]:
+    samples_per_s = spread([work.samples / s for s in seconds])
+    gflops = samples_per_s["median"] / work.samples * work.flop / 1e9
     return {
         **side.call("describe"),
         "samples_per_s": samples_per_s,
+        "tokens_per_s": samples_per_s["median"] / work.samples * work.tokens,
         "round_s": list(seconds),
         "gflops": gflops,
         "share_of_matmul": gflops / matmul_gflops,

@@ -48,7 +48,9 @@ def check_side(side, result, dtype):
     rates = [SAMPLES / s for s in side["round_s"]]
     expected = {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
     assert side["samples_per_s"] == pytest.approx(expected)
-    assert side["gflops"] == pytest.approx(expected["median"] * result["flop_model"]["gflop_per_sample"])
+    work = result["results"][dtype]["round"]
+    assert side["gflops"] == pytest.approx(expected["median"] * work["flop"] / SAMPLES / 1e9)
+    assert side["tokens_per_s"] == pytest.approx(expected["median"] * work["tokens"] / SAMPLES)
     matmul = max(result["results"][dtype]["matmul_gflops"].values())
     assert side["share_of_matmul"] == pytest.approx(side["gflops"] / matmul)
     assert side["peak_memory_bytes"] > 1e8  # a Python process with its libraries, not kibibytes
@@ -66,7 +68,7 @@ def test_flop_model_is_the_sum_over_every_product_of_a_layer(common, model):
     for m, k, n in attention:
         flop += 2 * m * k * n
         flop += 2 * (2 * m * k * n)  # gradients to both operands
-    assert common.Workload(model=str(model), length=tokens).flop_per_sample() == LAYERS * flop
+    assert common.Workload(model=str(model), length=tokens).flop([tokens, tokens]) == 2 * LAYERS * flop
 
 
 def test_sentences_fill_their_length_and_every_client_has_its_own(common, model, tmp_path):
@@ -91,11 +93,35 @@ def test_round_throughput_of_the_engine_alone_adds_up(model):
     assert 0 <= result["results"]["float32"]["cpu_share_of_others"] <= 1
 
 
+def test_joined_sentences_of_a_text_have_the_label_of_the_first(common, model, tmp_path):
+    text = tmp_path / "text.tsv"
+    text.write_text("".join(f"s{i} t{i}\t{i % 2}\n" for i in range(40)))
+    workload = common.Workload(model=str(model), clients=2, steps=2, batch=2, length=9, text=text, joined=3)
+    workload.write(tmp_path)
+    written = "".join((tmp_path / f"{name}.tsv").read_text() for name in ("train", "test"))
+    lines = [line.split("\t") for line in written.splitlines()]
+    assert len(lines) == 2 * 2 * 2 + 2
+    words = [sentence.split() for sentence, _ in lines]
+    assert all(len(each) == 6 for each in words)
+    assert len({word for each in words for word in each}) == 60  # no sentence twice
+    assert [int(label) for _, label in lines] == [int(each[0][1:]) % 2 for each in words]
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Sentences of one to five words that the vocabulary holds."""
+    path = tmp_path / "text.tsv"
+    path.write_text("".join(f"{' '.join(WORDS[: 1 + i % 5])}\t{i % 2}\n" for i in range(30)))
+    return path
+
+
 @pytest.mark.slow
-def test_round_throughput_against_the_peer_adds_up_and_agrees(model, tmp_path):
-    """The JSON's own arithmetic; and PyTorch's losses, round by round."""
+@pytest.mark.parametrize("real", [False, True], ids=["full length", "real sentences"])
+def test_round_throughput_against_the_peer_adds_up_and_agrees(model, tmp_path, text, real):
+    """The JSON's own arithmetic; and PyTorch's losses, round by round, on padding of its own."""
     out = tmp_path / "new" / "result.json"
     options = ["--model", model, "--repeats", 2, "--dtypes", "float32", "--skip-compile", "--out", out]
+    options += ["--text", text] if real else []
     result = run("round_throughput.py", *options)
     assert json.loads(out.read_text()) == result
     found = result["results"]["float32"]
