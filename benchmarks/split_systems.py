@@ -19,7 +19,7 @@ broadcast of the adapters takes no time; what the server sends while a device tr
 import argparse
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import common
@@ -81,8 +81,9 @@ Follow = Callable[[dict[str, Run]], dict[str, Setting]]
 """Runs by title -> the settings that need what they came to."""
 
 
-def schedules(seeds: int) -> tuple[dict[str, Setting], Follow]:
-    """The baselines, and the Lyapunov schedules that follow."""
+def schedules(seeds: int, cells: Sequence[str]) -> tuple[dict[str, Setting], Follow]:
+    """The baselines, and the Lyapunov schedules that follow; in the default cell."""
+    del cells
     first = {
         f"{name}, seed {seed}": {**SPLIT, **own, "seed": seed}
         for seed, (name, own) in itertools.product(range(seeds), SCHEDULES.items())
@@ -99,9 +100,9 @@ def schedules(seeds: int) -> tuple[dict[str, Setting], Follow]:
     return first, then
 
 
-def systems(seeds: int) -> tuple[dict[str, Setting], Follow]:
-    """Both systems in all cells, and TSFA that follows."""
-    places = list(itertools.product(range(seeds), CELLS.items()))
+def systems(seeds: int, cells: Sequence[str]) -> tuple[dict[str, Setting], Follow]:
+    """Both systems in these cells, and TSFA that follows."""
+    places = [(seed, (cell, CELLS[cell])) for seed, cell in itertools.product(range(seeds), cells)]
     first = {
         f"{name}, {cell}, seed {seed}": {**own, **numbers, "seed": seed}
         for (seed, (cell, numbers)), (name, own) in itertools.product(places, SYSTEMS.items())
@@ -179,13 +180,14 @@ def main() -> None:
     """Run what the folder does not hold yet; what the output holds of other parts stays."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to run (all)")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), help="of the systems (all)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of every run")
     options = swept.parsed(parser, "split_systems", seeds=3)
     environment = common.environment()  # before the output, which git may know, is written
     fl.use_cpu_cores()
     base = fl.load_config(None, [*overrides({**swept.text(options), **SETTING}), *options.set])
     for part in options.parts:
-        first, then = PARTS[part](options.seeds)
+        first, then = PARTS[part](options.seeds, options.cells)
         runs = swept.run(options.folder, first, base, environment)
         more = then(runs)
         runs |= swept.run(options.folder, more, base, environment)

@@ -12,10 +12,10 @@ attention dearer. Rows and widths are those of which random batches of the pool 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.custom_batching import custom_vmap
 
 from fedjax_lora.core.types import Batch, Packing
 
@@ -149,7 +149,7 @@ def _branches(packing: Packing, batch: Batch, real: Array, work: Callable[[Batch
     return [*(branch(width) for width in packing.widths), lambda: work(batch)]
 
 
-@jax.custom_batching.custom_vmap
+@custom_vmap
 def largest(value: Array) -> Array:
     """The value itself; under `vmap`, the largest of all, which has no batch axis."""
     return value
