@@ -2,8 +2,6 @@
 
 import functools
 import gc
-import json
-import shutil
 import statistics
 import tempfile
 import time
@@ -15,10 +13,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import random_model
 from common import RANK, TARGETS, Dtype, PeerSettings, Workload
 
-ROBERTA_BASE = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
-MINILM = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+ROBERTA_BASE, MINILM = random_model.SHAPES["roberta-base"], random_model.SHAPES["minilm"]
 IMPLEMENTATIONS: tuple[Literal["xla", "pallas"], ...] = ("xla", "pallas")
 PEERS: tuple[tuple[Dtype, Dtype], ...] = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
 """Dtype of the products and of the frozen matrices."""
@@ -283,33 +281,9 @@ def _zero_adapters(shape: dict[str, int]) -> dict[str, np.ndarray]:
 @contextmanager
 def checkpoint(tokenizer: str, shape: dict[str, int]) -> Iterator[Path]:
     """A BERT folder of random weights of that shape with the given tokenizer."""
-    from safetensors.numpy import save_file
-
-    from fedjax_lora.models import bert
-
-    config = bert.read_config(shape)
-    generator = np.random.default_rng(0)
-    base = jax.eval_shape(lambda: bert.init(config, jax.random.key(0)))
-    tensors: dict[str, Any] = {}
-    for path, weight in bert.weight_map(config).items():
-        leaf = base
-        for part in path.split("/"):
-            leaf = leaf[part]
-        stacked = "{layer}" in weight.names[0]
-        inner = leaf.shape[1:] if stacked else leaf.shape
-        inner = (*inner[:-1], inner[-1] // len(weight.names))
-        inner = inner[::-1] if weight.transpose else inner
-        for name in weight.names:
-            for layer in range(leaf.shape[0] if stacked else 1):
-                values = 0.02 * generator.standard_normal(inner, np.float32)
-                tensors[name.format(layer=layer)] = values + (1.0 if name.endswith("LayerNorm.weight") else 0.0)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
-            if (Path(tokenizer) / name).exists():
-                shutil.copy(Path(tokenizer) / name, folder)
-        (folder / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 30522, **shape}))
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        random_model.save(folder, Path(tokenizer), shape)
         yield folder
 
 
