@@ -13,6 +13,7 @@ from fedjax_lora.adapters.lora import add_to_base
 from fedjax_lora.core.learning import Adapter, Model, Task
 from fedjax_lora.core.methods import Context
 from fedjax_lora.core.types import Adapters, Base
+from fedjax_lora.data.packing import deal, pack
 from fedjax_lora.testing import examples
 from fedjax_lora.testing.laws import Subject, close, named
 
@@ -194,4 +195,20 @@ def merged_weights_give_the_same_outputs(subject: Subject) -> None:
     assert np.max(np.abs(np.asarray(found - plain))) > 1e-4, "adapters change nothing"
 
 
-MODEL = named(outputs_are_one_for_each_example, a_site_may_carry_no_adapter, merged_weights_give_the_same_outputs)
+def packed_batches_give_the_same_outputs(subject: Subject) -> None:
+    """Of a model that packs: examples that share rows compute what they do in rows of their own."""
+    if not subject.record.packs:
+        return
+    (base, adapters, batch), apply = subject.once(_given), subject.once(_apply)
+    text = {name: leaf for name, leaf in batch.items() if name != "image"}
+    real = text["attention_mask"] > 0
+    widest = int(jnp.max(deal(real.sum(1), 2)[2]))
+    close(apply(base, adapters, pack(text, real, 2, widest + 1)), apply(base, adapters, text), rtol=1e-3, atol=1e-3)
+
+
+MODEL = named(
+    outputs_are_one_for_each_example,
+    a_site_may_carry_no_adapter,
+    merged_weights_give_the_same_outputs,
+    packed_batches_give_the_same_outputs,
+)

@@ -17,7 +17,7 @@ from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.data import sources
-from fedjax_lora.models import load
+from fedjax_lora.models import bert, load
 from fedjax_lora.sparsifiers import dense, soft, top_k
 from fedjax_lora.tasks import classification
 from fedjax_lora.testing import examples, laws, slots
@@ -222,6 +222,33 @@ def puts_sites_elsewhere(record, options):
     return record._replace(sites=sites)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig(Options):
+    """A small encoder of text."""
+
+    name: Literal["encoder"] = "encoder"
+
+
+def encoder(options: EncoderConfig, context: Context):
+    shape = bert.BertConfig(vocab_size=10, width=12, num_layers=2, num_heads=3, mlp_width=20, max_positions=8)
+    return bert.bert(shape, context.made["task"], context.made["adapter"])
+
+
+ENCODER = Method("model", "encoder", EncoderConfig, encoder)
+
+
+def test_an_encoder_of_text_keeps_the_laws():
+    laws.check(ENCODER)
+
+
+def looks_along_its_row(record, options):
+    def layers(base, adapters, hidden, key):
+        places = hidden.places and hidden.places._replace(example=0 * hidden.places.example)
+        return record.layers(base, adapters, hidden._replace(places=places), key)._replace(places=hidden.places)
+
+    return record._replace(layers=layers)
+
+
 def trains_what_is_at_rest(record, options):
     def train(given, client):
         return record.train(given._replace(live=given.live._replace(a=jnp.ones(()))), client)
@@ -258,6 +285,7 @@ WRONG = [
     (merges_without_scale, lora.METHOD, "merged weights compute the same"),
     (normalises_over_the_batch, load.METHOD, "outputs are one for each example"),
     (puts_sites_elsewhere, load.METHOD, "merged weights give the same outputs"),
+    (looks_along_its_row, ENCODER, "packed batches give the same outputs"),
     (trains_what_is_at_rest, local.METHOD, "what is not trained stays"),
     (names_the_wrong_shape, sources.METHODS[0], "images say their shape"),
 ]
