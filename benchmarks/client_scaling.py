@@ -13,9 +13,9 @@ from typing import Any
 from common import Quiet, Remote, emit, environment, log_log_slope, note
 
 CLIENTS = [64, 128, 256, 512, 1024, 2048]
-MEMORIES = ("xla_bytes", "temp_bytes", "argument_bytes", "peak_memory_bytes")
-"""By XLA's count of the program of a round: all, what lies between operations, and what it is given; and the most that
-the process, or the accelerator, has held."""
+MEMORIES = ("xla_bytes", "temp_bytes", "argument_bytes", "growth_bytes", "peak_memory_bytes")
+"""By XLA's count of the program of a round: all, what lies between operations, and what it is given; the most that the
+process has held in rounds, beyond what it held before; and the most that it, or the accelerator, has held at all."""
 
 
 def point(clients: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -24,6 +24,7 @@ def point(clients: int, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, Remote("scaled:Clients", folder=Path(folder), **size) as remote:
         described = remote.call("describe")
         before = remote.call("peak_memory_bytes")
+        remote.call("forget_peak")
         remote.call("round")
         quiet = Quiet(remote)
         seconds = [remote.call("round") for _ in range(options.repeats)]
@@ -34,6 +35,7 @@ def point(clients: int, options: argparse.Namespace) -> dict[str, Any]:
             "round_s_measured": seconds,
             "cpu_share_of_others": quiet.share_of_others(),
             "peak_memory_bytes_before_the_rounds": before,
+            "growth_bytes": remote.call("growth_bytes"),
             "peak_memory_bytes": remote.call("peak_memory_bytes"),
         }
 
@@ -68,12 +70,12 @@ def main() -> None:
         parser.error(f"--clients must be two different numbers or more, got {options.clients}")
     result = {"benchmark": "client_scaling", "environment": environment(), "steps": options.steps}
     rows = []
-    note("clients  compile s  round s   XLA MB  process MB")
+    note("clients  compile s  round s   XLA MB  growth MB  process MB")
     for clients in options.clients:
         row = point(clients, options)
         rows.append(row)
-        xla_mb, process_mb = row.get("xla_bytes", float("nan")) / 1e6, row["peak_memory_bytes"] / 1e6
-        note(f"{clients:7} {row['compile_s']:10.1f} {row['round_s']:8.3f} {xla_mb:8.1f} {process_mb:11.1f}")
+        xla, growth, peak = (row.get(name, float("nan")) / 1e6 for name in ("xla_bytes", *MEMORIES[-2:]))
+        note(f"{clients:7} {row['compile_s']:10.1f} {row['round_s']:8.3f} {xla:8.1f} {growth:10.1f} {peak:11.1f}")
     found = slopes(rows)
     for name, slope in found["log_log_slopes"].items():
         note(f"log-log slope of {name}: {slope:.3f}")

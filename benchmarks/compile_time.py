@@ -37,21 +37,15 @@ def point(size: dict[str, int], repeats: int) -> dict[str, Any]:
 def measure(name: str, sizes: list[int], repeats: int) -> dict[str, Any]:
     """All sizes of one kind, and the log-log slope of each field over them."""
     rows = []
-    note(f"{name:>6} {'lower s':>9} {'compile s':>9} {'StableHLO':>10} {'compiled':>9}")
+    note(f"{name:>7} " + " ".join(f"{field:>15}" for field in FIELDS))
     for size in sizes:
         row = point(FIXED | {name: size}, repeats)
         rows.append(row)
-        note(
-            f"{size:6} {row['lower_s']:9.2f} {row['compile_s']:9.2f} {row['stablehlo_lines']:10} "
-            f"{row['compiled_lines']:9}"
-        )
-    if len(rows) < 2:
+        note(f"{size:7} " + " ".join(f"{row[field]:15.2f}" for field in FIELDS))
+    if len(set(sizes)) < 2:
         return {"rows": rows}
     slopes = {field: log_log_slope(sizes, [row[field] for row in rows]) for field in FIELDS}
-    note(
-        f" slope {slopes['lower_s']:9.3f} {slopes['compile_s']:9.3f} "
-        + "{:10.3f} {:9.3f}".format(*list(slopes.values())[2:])
-    )
+    note("  slope " + " ".join(f"{slope:15.3f}" for slope in slopes.values()))
     return {"rows": rows, "log_log_slopes": slopes}
 
 

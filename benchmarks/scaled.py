@@ -3,7 +3,9 @@
 JAX keeps no compiled program here, so that each process pays for its own.
 """
 
+import ctypes
 import dataclasses
+import gc
 import os
 import time
 from pathlib import Path
@@ -27,12 +29,12 @@ from fedjax_lora.models import bert
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.trials import Lanes
 
-SHAPE = {"vocab_size": 1000, "width": 384, "num_heads": 12, "mlp_width": 1536, "max_positions": 64}
+SHAPE = bert.BertConfig(vocab_size=1000, width=384, num_heads=12, mlp_width=1536, max_positions=64)
 """MiniLM's blocks under a short vocabulary."""
 
 LENGTH = 32
 EXAMPLES = 8
-"""Tokens of a sentence, and examples that each client holds."""
+"""Tokens of a sentence, and examples that each client holds and takes in a step."""
 
 TESTED = 16
 """Examples of an evaluation, which is inside every timed round: few, so that it costs little."""
@@ -48,13 +50,13 @@ class RandomBertConfig(Options):
 
 def make_bert(options: RandomBertConfig, context: Context) -> Model:
     """The encoder of that depth."""
-    config = bert.BertConfig(num_layers=options.num_layers, **SHAPE)
+    config = dataclasses.replace(SHAPE, num_layers=options.num_layers)
     return bert.bert(config, context.made["task"], context.made["adapter"])
 
 
 def sentences(count: int) -> dict[str, np.ndarray]:
     """So many random sentences without padding, of two classes in turn."""
-    ids = np.random.default_rng(0).integers(SHAPE["vocab_size"], size=(count, LENGTH))
+    ids = np.random.default_rng(0).integers(SHAPE.vocab_size, size=(count, LENGTH))
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "label": np.arange(count) % 2}
 
 
@@ -89,7 +91,7 @@ class Compiled:
             f"model={{name: random-bert, num_layers: {layers}}}",
             "data.source=sentences",
             f"clients={{count: {clients}, partition: {{kind: iid}}}}",
-            "local={steps: 2, batch_size: 4}",
+            f"local={{steps: 2, batch_size: {EXAMPLES}}}",
             f"engine={{client_chunk: 2, eval_every: {rounds}}}",
             f"rounds={rounds}",
         ]
@@ -120,7 +122,7 @@ class Compiled:
             "lower_s": lowered_at - started,
             "compile_s": time.perf_counter() - lowered_at,
             "stablehlo_lines": lowered.as_text().count("\n"),
-            "compiled_lines": compiled.as_text().count("\n"),
+            "compiled_lines": (compiled.as_text() or "").count("\n"),
         }
 
     def device(self) -> str:
@@ -152,6 +154,7 @@ class Clients:
         self._simulation: Simulation = fl.build(config, [source])
         self._state = self._simulation.init(jax.random.key(0))
         self._simulation.compile(self._state)
+        self._held = 0
 
     def describe(self) -> dict[str, Any]:
         """Sizes, and what XLA says that the program of a round holds."""
@@ -172,10 +175,27 @@ class Clients:
         jax.block_until_ready(self._state)
         return time.perf_counter() - started
 
+    def forget_peak(self) -> None:
+        """Give free memory back to the system, and begin anew to note the most memory that this process holds."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM becomes VmRSS
+        self._held = memory_bytes("VmRSS")
+
+    def growth_bytes(self) -> int:
+        """The most that this process has held since `forget_peak`, beyond what it held then."""
+        return memory_bytes("VmHWM") - self._held
+
     def peak_memory_bytes(self) -> int:
         """The most that the accelerator, or on a CPU this process, has held."""
         stats = jax.devices()[0].memory_stats() or {}
         return stats.get("peak_bytes_in_use", peak_memory_bytes())
+
+
+def memory_bytes(field: str) -> int:
+    """What Linux notes of this process's memory: VmRSS is what it holds, VmHWM the most that it has held."""
+    lines = (line.partition(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * next(int(value.split()[0]) for name, _, value in lines if name == field)
 
 
 def xla_memory(compiled: Any) -> dict[str, int]:
