@@ -28,10 +28,9 @@ def point(size: dict[str, int], repeats: int) -> dict[str, Any]:
             Remote("scaled:Compiled", folder=Path(folder), **size) as remote,
         ):
             found.append(remote.call("measure"))
-            device = remote.call("device")
     row = {field: statistics.median(run[field] for run in found) for field in FIELDS}
     measured = {f"{field}_measured": [run[field] for run in found] for field in FIELDS[:2]}
-    return {**size, "device": device, **row, **measured}
+    return {**size, "device": found[0]["device"], **row, **measured}
 
 
 def measure(name: str, sizes: list[int], repeats: int) -> dict[str, Any]:

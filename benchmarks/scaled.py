@@ -66,6 +66,11 @@ def digits(count: int) -> dict[str, np.ndarray]:
     return {name: np.resize(leaf, (count, *leaf.shape[1:])) for name, leaf in pool.items()}
 
 
+def device() -> str:
+    """What programs are compiled for."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
 def keep_nothing(folder: Path) -> None:
     """Compile every program anew: JAX keeps none, and the package finds none in an empty folder."""
     os.environ["FEDJAX_LORA_CACHE"] = str(folder)
@@ -119,15 +124,12 @@ class Compiled:
         lowered_at = time.perf_counter()
         compiled = lowered.compile()
         return {
+            "device": device(),
             "lower_s": lowered_at - started,
             "compile_s": time.perf_counter() - lowered_at,
             "stablehlo_lines": lowered.as_text().count("\n"),
             "compiled_lines": (compiled.as_text() or "").count("\n"),
         }
-
-    def device(self) -> str:
-        """What the program is compiled for."""
-        return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 class Clients:
@@ -160,7 +162,7 @@ class Clients:
         """Sizes, and what XLA says that the program of a round holds."""
         simulation, state = self._simulation, self._state
         return {
-            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "device": device(),
             "client_chunk": simulation.layout.chunk,
             "compile_s": simulation.compile_s,
             "adapter_bytes": trees.num_bytes(state.adapters),
