@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -167,6 +168,11 @@ def workload(options: argparse.Namespace) -> Workload:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and extremes."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """The exponent p of the power law y = c * x^p that fits best, by least squares of the logarithms."""
+    return statistics.linear_regression([math.log(value) for value in x], [math.log(value) for value in y]).slope
 
 
 def environment() -> dict[str, Any]:

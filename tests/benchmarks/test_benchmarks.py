@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from oracles.toy_bert import LAYERS, MLP, WIDTH, WORDS, save_toy_bert
@@ -81,6 +82,15 @@ def test_sentences_fill_their_length_and_every_client_has_its_own(common, model,
         sentence, label = line.split("\t")
         assert len(sentence.split()) == 7 - 2 and set(sentence.split()) <= set(WORDS)
         assert label in ("0", "1")
+
+
+def test_slope_of_logarithms_is_that_of_a_fitted_line(common):
+    """Oracles: a power law's own exponent; and NumPy's polyfit where the points lie on none."""
+    sizes = [1, 3, 9, 100]
+    assert common.log_log_slope(sizes, [5 * size**0.7 for size in sizes]) == pytest.approx(0.7)
+    measured = [2.0, 2.5, 9.0, 4.0]
+    expected = np.polyfit(np.log(sizes), np.log(measured), 1)[0]
+    assert common.log_log_slope(sizes, measured) == pytest.approx(expected)
 
 
 def test_round_throughput_of_the_engine_alone_adds_up(model):
