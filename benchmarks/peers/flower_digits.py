@@ -46,7 +46,7 @@ def main() -> None:
 
     @server.main()
     def serve(grid: Grid, context: Context) -> None:
-        start = Trainer(shape).start()
+        start = Trainer(shape).vector()
         record = Record(shape, Tree(os.getpid()))
         TimedFedAvg(shape.clients, record).start(
             grid=grid,

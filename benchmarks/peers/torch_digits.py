@@ -159,8 +159,8 @@ class Trainer:
         self._model = shape.prepare(Vit)
         self._trained = trained(self._model)
 
-    def start(self) -> np.ndarray:
-        """The first global parameters, as one vector."""
+    def vector(self) -> np.ndarray:
+        """The trained parameters as one vector: the first global ones, until a client is trained."""
         return nn.utils.parameters_to_vector(self._trained).detach().numpy()
 
     def train(self, start: np.ndarray, client: int) -> tuple[np.ndarray, float]:
@@ -174,7 +174,7 @@ class Trainer:
             loss.backward()
             steps.step()
             total += loss.detach()
-        return self.start(), float(total) / self._shape.steps
+        return self.vector(), float(total) / self._shape.steps
 
 
 class Record:
