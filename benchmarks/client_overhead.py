@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=2, help="local steps (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="images of a step (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds, after one to warm up (%(default)s)")
-    parser.add_argument("--tune-clients", type=int, default=100, help="clients that peers are tuned on (%(default)s)")
+    parser.add_argument("--tune-clients", type=int, default=40, help="clients that peers are tuned on (%(default)s)")
     parser.add_argument("--skip-compile", action="store_true", help="leave torch.compile out of the peers' tuning")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the JSON there too")
     return parser
