@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
@@ -230,10 +230,18 @@ def _busy_cpu_s() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-class Quiet:
-    """How much of the machine others took while some `Remote`s worked: a comparison wants next to nothing."""
+class Busy(Protocol):
+    """Something that uses the CPU: a `Remote`, or a tree of processes."""
 
-    def __init__(self, *sides: "Remote"):
+    def cpu_s(self) -> float:
+        """CPU seconds that it has used."""
+        ...
+
+
+class Quiet:
+    """How much of the machine others took while some sides worked: a comparison wants next to nothing."""
+
+    def __init__(self, *sides: Busy):
         self._sides = sides
         self._started = time.perf_counter()
         self._cpu_s = self._others_cpu_s()

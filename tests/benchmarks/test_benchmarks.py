@@ -1,5 +1,7 @@
 """Benchmarks at toy size: the FLOP model against a list of products, and a result's numbers against each other."""
 
+import copy
+import importlib
 import importlib.util
 import json
 import os
@@ -8,9 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedjax_lora.core.types import Adapters, Factors
+from fedjax_lora.models import vit
+from oracles.model_context import model_context
 from oracles.toy_bert import LAYERS, MLP, WIDTH, WORDS, save_toy_bert
 
 ROOT = Path(__file__).parents[2]
@@ -161,3 +168,91 @@ def test_many_clients_says_by_its_own_measurement_whether_memory_suffices(model)
     assert found["peak_memory_bytes_before_the_round"] <= found["peak_memory_bytes"]
     assert found["limit_bytes"] == 4_000_000_000
     assert found["under_limit"] is (found["peak_memory_bytes"] < found["limit_bytes"])
+
+
+@pytest.fixture
+def torch_digits(monkeypatch):
+    """What the PyTorch peers share, imported as they do."""
+    pytest.importorskip("torch")
+    for folder in ("benchmarks", "benchmarks/peers"):
+        monkeypatch.syspath_prepend(ROOT / folder)
+    return importlib.import_module("torch_digits")
+
+
+@pytest.fixture
+def digits_round(torch_digits, tmp_path):
+    """A round of three clients, of one step on all that they hold, and its images."""
+    random = np.random.default_rng(0)
+    images, labels = random.uniform(size=(12, 8, 8)).astype(np.float32), random.integers(10, size=12, dtype=np.int32)
+    np.savez(tmp_path / "pool.npz", image=images, label=labels)
+    shape = {"data": str(tmp_path / "pool.npz"), "clients": 3, "steps": 1, "batch": 4, "learning_rate": 0.01}
+    return torch_digits.Round(**shape, rounds=1, workers=1, threads=1, compile=0, launched=0.0), images
+
+
+def test_torch_peer_is_vit_tiny_with_its_adapters(torch_digits, digits_round):
+    """This project's model at the peer's weights: the same number of trained parameters, and the same logits."""
+    import torch
+
+    shape, images = digits_round
+    theirs = torch_digits.Vit()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(0.3 * torch.randn_like(p))
+        expected = theirs(torch_digits.load(shape.data)[0]).numpy()
+
+    held = {name: jnp.asarray(p.detach().numpy()) for name, p in theirs.named_parameters()}
+
+    def dense(name):
+        return {"w": held[f"{name}.weight"].T, "b": held[f"{name}.bias"]}
+
+    def norm(name):
+        return {"scale": held[f"{name}.weight"], "bias": held[f"{name}.bias"]}
+
+    def block(i, names):
+        return {name: (norm if "norm" in name else dense)(f"blocks.{i}.{name}") for name in names}
+
+    names = [name for name, _ in theirs.blocks[0].named_children() if "lora" not in name]
+    blocks = [block(i, names) for i in range(4)]
+    base = {
+        "embeddings": {"patch": dense("patch"), "position": held["position"]},
+        "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks),
+        "norm": norm("norm"),
+    }
+    modules = {
+        name: Factors(*(jnp.stack([held[f"blocks.{i}.{name}_lora.{leaf}"] for i in range(4)]) for leaf in "ab"))
+        for name in ("query", "value", "up", "down")
+    }
+    scaled = {name: Factors(a=factors.a, b=2 * factors.b) for name, factors in modules.items()}  # alpha over the rank
+    made = model_context(10).made
+    model = vit.vit(vit.tiny((8, 8, 1)), made["task"], made["adapter"])
+    adapters = Adapters(modules=scaled, head=dense("head"))
+    got = jax.jit(model.apply)(base, adapters, {"image": images[..., None]})
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
+    assert sum(leaf.size for leaf in jax.tree.leaves(adapters)) == len(torch_digits.Trainer(shape).vector())
+
+
+def test_torch_peer_trains_as_a_plain_loop(torch_digits, digits_round):
+    """A loop over copies of the model with AdamW's own formulas, and a loss that falls from round to round."""
+    import torch
+
+    shape, _ = digits_round
+    trainer = torch_digits.Trainer(shape)
+    start, model = trainer.vector(), shape.prepare(torch_digits.Vit)
+    patches, labels = torch_digits.load(shape.data)
+    for client in range(shape.clients):
+        own, rows = copy.deepcopy(model), slice(4 * client, 4 * client + 4)
+        loss = torch.nn.functional.cross_entropy(own(patches[rows]), labels[rows])
+        parameters = torch_digits.trained(own)
+        gradients = torch.autograd.grad(loss, parameters)
+        ends = [p - 0.01 * g / (g.abs() + 1e-8) for p, g in zip(parameters, gradients, strict=True)]  # its first step
+        expected = torch.cat([end.detach().ravel() for end in ends]).numpy()
+        got, got_loss = trainer.train(start, client)
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+        assert got_loss == pytest.approx(loss.item(), rel=1e-5)
+
+    losses, vector = [], start
+    for _ in range(4):
+        ends, of_clients = zip(*(trainer.train(vector, client) for client in range(shape.clients)), strict=True)
+        vector = np.mean(ends, axis=0)
+        losses.append(np.mean(of_clients))
+    assert losses[-1] < losses[0]
