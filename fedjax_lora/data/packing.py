@@ -9,6 +9,7 @@ Attention costs P for each position where it costs S unpacked, so fewer and long
 attention dearer. Rows and widths are those of which random batches of the pool are expected to take the least.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -22,8 +23,11 @@ from fedjax_lora.core.types import Batch, Packing
 ATTENTION = 500
 """Width of rows at which attention takes as long as all else. Measured for a model width of 384 on a CPU."""
 
-SHARES = (0.35, 0.75, 0.97)
-"""Of random batches that fit each of the widths. Our choice: each width is a program more to compile."""
+WIDTHS = 4
+"""Most widths. Our choice: each is a program more to compile."""
+
+CANDIDATES = 16
+"""Widths that these are chosen from, which hold equal shares more of random batches."""
 
 DRAWS = 1000
 """Random batches by which rows and widths are chosen."""
@@ -47,20 +51,31 @@ def packing_of(mask: np.ndarray, batch_size: int) -> Packing | None:
     num_examples, longest = mask.shape
     drawn = np.random.default_rng(0).integers(0, num_examples, (DRAWS, batch_size))
     lengths = np.sort((mask > 0).sum(1)[drawn])[:, ::-1]
-    found = [_widths(lengths, rows, longest) for rows in range(1, batch_size + 1) if batch_size % rows == 0]
-    cost, packing = min(found)
+    divisors = [rows for rows in range(1, batch_size + 1) if batch_size % rows == 0]
+    cost, packing = min(_best(lengths, rows, longest) for rows in divisors)
     return packing if cost <= WORTH * _cost(batch_size, longest) else None
 
 
-def _widths(lengths: np.ndarray, rows: int, longest: int) -> tuple[float, Packing]:
-    """What batches of the lengths `[draws, B]`, the longest first, are expected to take in so many rows."""
+def _best(lengths: np.ndarray, rows: int, longest: int) -> tuple[float, Packing]:
+    """The widths of so many rows of which batches are expected to take the least, and what they take.
+
+    `lengths` are those of random batches, `[draws, B]`, each with its longest first.
+    """
     dealt = lengths.reshape(len(lengths), -1, rows).copy()
-    dealt[:, 1::2] = dealt[:, 1::2, ::-1]
-    needed = dealt.sum(1).max(1)
-    widths = np.unique(MULTIPLE * np.ceil(np.quantile(needed, SHARES) / MULTIPLE).astype(int))
-    widths = widths[rows * widths < lengths.shape[1] * longest]
+    dealt[:, 1::2] = dealt[:, 1::2, ::-1]  # as `deal` has it
+    needed, padded = dealt.sum(1).max(1), lengths.shape[1] * longest
+    even = np.quantile(needed, np.arange(1, CANDIDATES + 1) / CANDIDATES)
+    widths = np.unique(MULTIPLE * np.ceil(even / MULTIPLE).astype(int))
+    widths = widths[rows * widths < padded]
+    held = (needed[:, None] <= widths).mean(0)
     costs = np.array([*(_cost(rows, width) for width in widths), _cost(lengths.shape[1], longest)])
-    return float(costs[np.searchsorted(widths, needed)].mean()), Packing(rows, tuple(widths.tolist()))
+
+    def expected(chosen: tuple[int, ...]) -> float:
+        return float(np.diff([0.0, *held[list(chosen)], 1.0]) @ costs[[*chosen, -1]])
+
+    choices = itertools.combinations(range(len(widths)), min(WIDTHS, len(widths)))
+    cost, chosen = min((expected(chosen), chosen) for chosen in choices)
+    return cost, Packing(rows, tuple(int(widths[place]) for place in chosen))
 
 
 def _cost(rows: int, width: float) -> float:
