@@ -23,10 +23,10 @@ from fedjax_lora.core.types import Batch, Packing
 ATTENTION = 500
 """Width of rows at which attention takes as long as all else. Measured for a model width of 384 on a CPU."""
 
-WIDTHS = 4
+WIDTHS = 6
 """Most widths. Our choice: each is a program more to compile."""
 
-CANDIDATES = 16
+CANDIDATES = 12
 """Widths that these are chosen from, which hold equal shares more of random batches."""
 
 DRAWS = 1000
