@@ -1,7 +1,7 @@
 """Draws both systems in the cells that were measured, from the JSON of `split_systems.py`.
 
-Run as `python benchmarks/systems_figure.py RESULTS.json PICTURE.png`. Accuracy over simulated seconds, bits that crossed the
-air, and FLOP of the devices; a band over seeds, and a circle where the mean first reaches the target.
+Run as `python benchmarks/systems_figure.py RESULTS.json PICTURE.png`. Accuracy over simulated seconds, over bits that
+crossed the air, and over FLOP of the devices; a circle is where the mean over the seeds first reaches the target.
 """
 
 import json
