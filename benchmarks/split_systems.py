@@ -192,8 +192,9 @@ def main() -> None:
         more = then(runs)
         runs |= swept.run(options.folder, more, base, environment)
         found = {title: told(run, (first | more)[title]) for title, run in runs.items()}
-        save(options.out, part, {"table": summarize(found), "runs": found, "environment": environment})
-    setting = {"setting": overrides(SETTING), "target": TARGET, "given": options.set}
+        measured = {"table": summarize(found), "runs": found, "environment": environment, "given": options.set}
+        save(options.out, part, measured)
+    setting = {"setting": overrides(SETTING), "target": TARGET}
     print(json.dumps(save(options.out, "made_with", setting), indent=2))
 
 
