@@ -26,7 +26,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_to
 
 
 def save(folder: Path, tokenizer: Path, shape: dict[str, int]) -> None:
-    """Write `config.json`, weights and the tokenizer of another folder, with whose words it must have as many rows."""
+    """Write `config.json`, weights and the tokenizer of another folder, whose vocabulary is BERT's 30,522 words."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER:
         if (tokenizer / name).exists():

@@ -21,12 +21,12 @@ def main() -> None:
     source, target = map(Path, sys.argv[1:])
     held = json.loads(source.read_text())
     runs = held["systems"]["runs"]
-    cells = list(dict.fromkeys(title.rsplit(", seed ", 1)[0].rsplit(", ", 2)[-2:][0] for title in runs))
+    cells = list(dict.fromkeys(", ".join(title.rsplit(", seed ", 1)[0].rsplit(", ", 2)[-2:]) for title in runs))
     figure = Figure(figsize=(11.5, 3.2 * len(cells)), dpi=100, layout="constrained")
     panels = figure.subplots(len(cells), len(AXES), sharey=True, squeeze=False)
     for row, cell in zip(panels, cells, strict=True):
         for name, colour in COLOURS.items():
-            mine = [run["rows"] for title, run in runs.items() if title.startswith(f"{name}, {cell}")]
+            mine = [run["rows"] for title, run in runs.items() if title.startswith(f"{name}, {cell}, seed ")]
             if mine:
                 _curve(row, name, colour, mine, held["made_with"]["target"])
         row[0].set_ylabel(f"test accuracy\n{cell}")

@@ -22,7 +22,7 @@ from fedjax_lora.core.numbers import Numbers, fill, split
 from fedjax_lora.core.sides import Side, TrainingOptions
 from fedjax_lora.core.types import Adapters, Base
 from fedjax_lora.data import sources, tokens
-from fedjax_lora.data.batches import federated_dataset
+from fedjax_lora.data.batches import evaluation_batches, federated_dataset
 from fedjax_lora.data.packing import packing_of
 from fedjax_lora.data.partition import Partition, PartitionConfig, partition
 from fedjax_lora.models import bert, load
@@ -77,7 +77,8 @@ def _build(config: ExperimentConfig, catalogue: Catalogue) -> Simulation:
     asked, config = config.local, dataclasses.replace(config, local=filled(config.local, split_data))
     context = _context(config, examples)
     model = records(config, catalogue, context, ("task", "adapter", "model"))["model"]
-    if model.packs:
+    packs = model.packs and "attention_mask" in examples.train
+    if packs:
         context = context._replace(packing=packing_of(examples.train["attention_mask"], config.local.batch_size))
     base, head = _weights(config, catalogue, context, model, examples)
     world = World(base=base, data=federated_dataset(examples, split_data))
@@ -85,8 +86,10 @@ def _build(config: ExperimentConfig, catalogue: Catalogue) -> Simulation:
     like = jax.eval_shape(lambda key: _initial_adapters(config, catalogue, context, head)(key), jax.random.key(0))
     context = context._replace(like=like)
     layout = _layout(config, catalogue, context)
-    if model.packs:
-        layout = layout._replace(packing=packing_of(examples.test["attention_mask"], config.engine.eval_batch_size))
+    if packs:
+        mask = examples.test["attention_mask"]
+        batches, _ = evaluation_batches(len(mask), config.engine.eval_batch_size, layout.num_devices)
+        layout = layout._replace(packing=packing_of(mask, batches.shape[1]))
     parts_of = functools.partial(functools.partial, _parts, structure, catalogue, context, head)
     activations = _activation_bytes(config, parts_of(layout), numbers, world, like)
     layout = layout._replace(chunk=chunk_size(config.engine, layout, activations))

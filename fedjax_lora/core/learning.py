@@ -104,7 +104,9 @@ class Model(NamedTuple):
     task: `(base, adapters, hidden, key) -> [B, ...]` outputs, such as logits.
     sites: name -> where an adapter may sit.
     num_layers: L.
-    packs: whether `embed` takes batches whose examples share rows, see `data.packing`.
+    packs: whether it takes batches whose examples share rows, see `data.packing`: `embed` says in `Hidden.places` what
+      lies where, by `example_ids`, `position_ids` and `first_places` of the batch; `layers` let no position see another
+      example and pass the places on; `task` reads each example by its own positions, of which there may be none.
     weights: `() -> base`: pretrained weights, read on the host; None where there are none.
     """
 

@@ -37,7 +37,7 @@ Batch = Mapping[str, Array]
 class Packing(NamedTuple):
     """Shapes in which a batch is packed, see `data.packing`; static.
 
-    rows: G, over which its examples are dealt. widths: of the rows, P, in increasing order.
+    rows: G, over which its examples are dealt, whether or not it divides their number. widths: P, in increasing order.
     """
 
     rows: int

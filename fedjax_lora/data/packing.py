@@ -10,7 +10,7 @@ attention dearer. Rows and widths are those of which random batches of the pool 
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -29,14 +29,20 @@ WIDTHS = 6
 CANDIDATES = 12
 """Widths that these are chosen from, which hold equal shares more of random batches."""
 
+SPARE = 1.1
+"""The widest over the longest random batch: where many batches are computed together, the longest of them decides."""
+
 DRAWS = 1000
 """Random batches by which rows and widths are chosen."""
 
 WORTH = 0.9
 """Most that packed batches may be expected to take, in shares of what padded ones do."""
 
-MULTIPLE = 8
+MULTIPLE = 4
 """Widths are multiples of it, of which vectors are."""
+
+PER_POSITION = ("input_ids", "token_type_ids")
+"""Leaves of a batch that are packed."""
 
 Found = TypeVar("Found")
 
@@ -63,12 +69,13 @@ def _best(lengths: np.ndarray, rows: int, longest: int) -> tuple[float, Packing]
     """
     dealt = lengths.reshape(len(lengths), -1, rows).copy()
     dealt[:, 1::2] = dealt[:, 1::2, ::-1]  # as `deal` has it
-    needed, padded = dealt.sum(1).max(1), lengths.shape[1] * longest
+    needed, padded = dealt.sum(1).max(1), _cost(lengths.shape[1], longest)
     even = np.quantile(needed, np.arange(1, CANDIDATES + 1) / CANDIDATES)
+    even[-1] *= SPARE
     widths = np.unique(MULTIPLE * np.ceil(even / MULTIPLE).astype(int))
-    widths = widths[rows * widths < padded]
+    widths = widths[_cost(rows, widths) < padded]
     held = (needed[:, None] <= widths).mean(0)
-    costs = np.array([*(_cost(rows, width) for width in widths), _cost(lengths.shape[1], longest)])
+    costs = np.array([*_cost(rows, widths), padded])
 
     def expected(chosen: tuple[int, ...]) -> float:
         return float(np.diff([0.0, *held[list(chosen)], 1.0]) @ costs[[*chosen, -1]])
@@ -78,7 +85,8 @@ def _best(lengths: np.ndarray, rows: int, longest: int) -> tuple[float, Packing]
     return cost, Packing(rows, tuple(int(widths[place]) for place in chosen))
 
 
-def _cost(rows: int, width: float) -> float:
+def _cost(rows: int, width: Any) -> Any:
+    """Of rows of so many places, in places without attention; of several widths at once, too."""
     return rows * width * (1 + width / ATTENTION)
 
 
@@ -94,7 +102,8 @@ def deal(lengths: Array, rows: int) -> tuple[Array, Array, Array]:
     """
     turns = -(-lengths.shape[0] // rows)
     filled = jnp.pad(lengths, (0, turns * rows - lengths.shape[0]))
-    order = jnp.argsort(-filled, stable=True).reshape(turns, rows)
+    order = jnp.argsort(-filled, stable=True) if turns > 1 else jnp.arange(rows)  # or each has a row of its own
+    order = order.reshape(turns, rows)
     order = jnp.where((jnp.arange(turns) % 2 == 1)[:, None], order[:, ::-1], order)
     dealt = filled[order]
     stops = jnp.cumsum(dealt, 0)
@@ -107,7 +116,7 @@ def pack(batch: Batch, real: Array, rows: int, width: int) -> dict[str, Array]:
     """The batch with its real positions in `[G, P]` places.
 
     Args:
-      batch: every leaf `[B, S, ...]` is packed, with zeros where there is no position; others stay.
+      batch: leaves of PER_POSITION, `[B, S]`, are packed, with 0 where there is no position; others stay.
       real: `[B, S]` bool, which positions are laid out. `attention_mask` is 1 where one lies, else 0.
       rows, width: G and P. No row may need more places.
 
@@ -123,13 +132,10 @@ def pack(batch: Batch, real: Array, rows: int, width: int) -> dict[str, Array]:
     source = jnp.full(nowhere, size, jnp.int32).at[place.ravel()].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
     source = source.reshape(rows, width)
 
-    def moved(leaf: Array) -> Array:
-        flat = leaf.reshape(size, *leaf.shape[2:])
-        return jnp.take(flat, source, axis=0, mode="fill", fill_value=0)
-
-    packed = {name: moved(leaf) if leaf.shape[:2] == real.shape else leaf for name, leaf in batch.items()}
+    own = {name: batch[name].ravel() for name in PER_POSITION if name in batch}
     return {
-        **packed,
+        **batch,
+        **{name: jnp.take(leaf, source, mode="fill", fill_value=0) for name, leaf in own.items()},
         "attention_mask": (source < size).astype(batch["attention_mask"].dtype),
         "example_ids": source // longest,
         "position_ids": source % longest,
@@ -141,27 +147,27 @@ def packed(packing: Packing | None, batch: Batch, weight: Array, work: Callable[
     """`work` on the batch in the least of the packing's shapes that holds it, or as it is.
 
     All batches that are mapped together, over clients or trials, take the shape that holds each of them. So the branch
-    is one for all, and no other is computed.
+    is one for all, and no other is computed; the more there are, the wider it is.
 
     Args:
       packing: None packs nothing.
       batch: `[B, S]`, with `attention_mask`.
-      weight: `[B]`. Examples of weight 0 are left out: what `work` finds of them is not to be used.
+      weight: `[B]`. Examples of weight 0 have no real position: what `work` finds of them is not to be used.
       work: its result has the same shapes whatever the shape of the batch.
     """
     if packing is None:
         return work(batch)
-    real = (batch["attention_mask"] > 0) & (weight > 0)[:, None]
-    needed = jnp.max(deal(real.sum(1), packing.rows)[2])
-    index = largest(jnp.searchsorted(jnp.asarray(packing.widths), needed).astype(jnp.int32))
-    return lax.switch(index, _branches(packing, batch, real, work))
-
-
-def _branches(packing: Packing, batch: Batch, real: Array, work: Callable[[Batch], Any]) -> Sequence[Callable[[], Any]]:
-    def branch(width: int) -> Callable[[], Any]:
-        return lambda: work(pack(batch, real, packing.rows, width))
-
-    return [*(branch(width) for width in packing.widths), lambda: work(batch)]
+    mask = batch["attention_mask"]
+    real = (mask > 0) & (weight > 0)[:, None]
+    padded = {**batch, "attention_mask": mask * real.astype(mask.dtype)}
+    rows, most = packing.rows, _cost(*mask.shape)
+    widths = [width for width in packing.widths if _cost(rows, width) < most]
+    if not widths:  # the batch is smaller than what was planned for
+        return work(padded)
+    needed = jnp.max(deal(real.sum(1), rows)[2])
+    index = largest(jnp.searchsorted(jnp.asarray(widths), needed).astype(jnp.int32))
+    branches = [lambda width=width: work(pack(batch, real, rows, width)) for width in widths]
+    return lax.switch(index, [*branches, lambda: work(padded)])
 
 
 @custom_vmap

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array
+from jax import Array, lax
 
 from fedjax_lora.core.learning import Hidden, Places, Site
 from fedjax_lora.ops.primitives import attention, gelu, layer_norm, pack, project
@@ -185,16 +185,17 @@ def run_blocks(block: Block, layers: Mapping, modules: Mapping[str, Any], hidden
         weights, factors, layer_key = layer
         return block.apply({"params": weights}, x, hidden.mask, hidden.places, factors, layer_key), None
 
-    values, _ = jax.lax.scan(step, hidden.values, (jax.tree.map(pack, layers), modules, keys))
+    values, _ = lax.scan(step, hidden.values, (jax.tree.map(pack, layers), modules, keys))
     return hidden._replace(values=values)
 
 
 def pool(hidden: Hidden, pooling: str) -> Array:
-    """`[B, d]`: the mean over real positions (`mean`) or the first position (`cls`)."""
+    """`[B, d]`: the mean over real positions (`mean`) or the first of them (`cls`)."""
     if hidden.places is not None:
         return _pool_packed(hidden.values, hidden.mask, hidden.places, pooling)
     if pooling == "cls":
-        return hidden.values[:, 0]
+        first = jnp.argmax(hidden.mask > 0, axis=1)
+        return jnp.take_along_axis(hidden.values, first[:, None, None], axis=1)[:, 0]
     count = jnp.maximum(hidden.mask.sum(1, keepdims=True), 1)
     return (hidden.values * hidden.mask[:, :, None]).sum(1) / count
 
@@ -206,4 +207,8 @@ def _pool_packed(values: Array, mask: Array, places: Places, pooling: str) -> Ar
         return values[places.first]
     of_example = jnp.arange(places.first.shape[0])[:, None] == places.example.ravel()
     taken = of_example * mask.ravel()
-    return taken @ values / jnp.maximum(taken.sum(1, keepdims=True), 1)
+    finite = jnp.all(jnp.isfinite(values), -1)
+    total = jnp.matmul(taken, jnp.where(finite[:, None], values, 0), precision=lax.Precision.HIGHEST)
+    # One example that is not finite would else be so for all, since 0 times NaN is NaN.
+    own = jnp.where(jnp.any((taken > 0) & ~finite, 1, keepdims=True), jnp.nan, 1.0)
+    return own * total / jnp.maximum(taken.sum(1, keepdims=True), 1)

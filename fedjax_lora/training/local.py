@@ -172,7 +172,7 @@ def steps_of(
             inputs = course.start, given.base, given.scale, course.mask, batch, weight, key
             return jax.grad(loss, has_aux=True)(adapters, *inputs)
 
-        found, data_loss = packed(context.packing, batch, weight, of_batch)
+        found, data_loss = packed(context.packing if model.packs else None, batch, weight, of_batch)
         found = correction.gradient(found, adapters, course.start, given.correction, course.own)
         return moved(course, found), data_loss
 

@@ -19,19 +19,26 @@ LENGTHS = {
     "one of full length": [16, 1, 2, 1, 3, 1],
     "mixed": [5, 12, 1, 16, 7, 3],
     "places left over": [9, 4, 0, 0, 0, 0],
+    "padded on the left": [-5, 12, -16, 3, -1, 7],
 }
+"""Negative ones are padded on the left."""
+
+ALWAYS = [("places left over", "mean"), ("padded on the left", "cls")]
+"""Of gradients; the others are slow."""
 
 
 def batch_of(lengths, seed=0):
     """A batch of 16 positions whose examples of length 0 have a weight of 0; and its weight."""
     lengths, random = np.asarray(lengths), np.random.default_rng(seed)
+    mask = np.arange(16) < np.maximum(np.abs(lengths), 1)[:, None]
+    mask = np.where((lengths < 0)[:, None], mask[:, ::-1], mask)
     batch = {
         "input_ids": jnp.asarray(random.integers(1, 31, (len(lengths), 16)), jnp.int32),
-        "attention_mask": jnp.asarray(np.arange(16) < np.maximum(lengths, 1)[:, None], jnp.int32),
+        "attention_mask": jnp.asarray(mask, jnp.int32),
         "token_type_ids": jnp.asarray(random.integers(0, 2, (len(lengths), 16)), jnp.int32),
         "label": jnp.asarray(random.integers(0, 2, len(lengths)), jnp.int32),
     }
-    return batch, jnp.asarray(lengths > 0, jnp.float32)
+    return batch, jnp.asarray(lengths != 0, jnp.float32)
 
 
 def encoder(**more):
@@ -50,7 +57,7 @@ def encoder(**more):
 
 def all_packings(lengths):
     """Of one to three rows, just wide enough, and of two wider ones."""
-    needed = {rows: int(np.max(deal(jnp.asarray(lengths), rows)[2])) for rows in (1, 2, 3)}
+    needed = {rows: int(np.max(deal(jnp.abs(jnp.asarray(lengths)), rows)[2])) for rows in (1, 2, 3)}
     return [*needed.items(), (2, needed[2] + 5)]
 
 
@@ -83,9 +90,16 @@ def test_rows_are_dealt_the_longest_first_forth_and_back():
     np.testing.assert_array_equal(taken, [12, 10])
 
 
-@pytest.mark.parametrize("pooling", ["mean", pytest.param("cls", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_loss_and_gradient_are_those_of_the_padded_batch(lengths, pooling):
+@pytest.mark.parametrize(
+    ("name", "pooling"),
+    [
+        pytest.param(name, pooling, marks=[] if (name, pooling) in ALWAYS else pytest.mark.slow)
+        for name in LENGTHS
+        for pooling in ("mean", "cls")
+    ],
+)
+def test_loss_and_gradient_are_those_of_the_padded_batch(name, pooling):
+    lengths = LENGTHS[name]
     model, base, adapters = encoder(pooling=pooling, dropout=0.2)
     batch, weight = batch_of(lengths)
     real = (batch["attention_mask"] > 0) & (weight > 0)[:, None]
@@ -105,8 +119,32 @@ def test_the_least_width_that_holds_a_batch_is_taken(lengths):
     batch, weight = batch_of(lengths)
     widths = (8, 16, 32)
     rows = jax.jit(lambda: packed(Packing(2, widths), batch, weight, lambda b: jnp.size(b["input_ids"])))()
-    needed = int(np.max(deal(jnp.asarray(lengths), 2)[2]))
+    needed = int(np.max(deal(jnp.abs(jnp.asarray(lengths)), 2)[2]))
     assert rows == next((2 * width for width in widths if width >= needed), batch["input_ids"].size)
+
+
+def test_only_the_example_that_is_not_finite_is_so():
+    model, base, adapters = encoder()
+    base["embeddings"]["word"] = base["embeddings"]["word"].at[0].set(jnp.nan)
+    batch, weight = batch_of(LENGTHS["mixed"])
+    batch["input_ids"] = batch["input_ids"].at[3, 5].set(0)  # in no other place
+    finite = np.arange(6) != 3
+    for packing in (None, Packing(2, (64,))):
+        logits = packed(packing, batch, weight, lambda batch: model.apply(base, adapters, batch))
+        np.testing.assert_array_equal(np.isfinite(logits).all(-1), finite)
+
+
+def test_a_leaf_of_the_task_is_not_packed_whatever_its_shape():
+    batch, _ = batch_of(LENGTHS["mixed"])
+    targets = jnp.arange(6 * 16.0).reshape(6, 16)
+    found = pack({**batch, "targets": targets}, batch["attention_mask"] > 0, 2, 30)
+    np.testing.assert_array_equal(found["targets"], targets)
+
+
+def test_a_batch_that_is_smaller_than_planned_is_not_blown_up():
+    batch, weight = batch_of([3, 2])
+    for packing, places in ((Packing(4, (8, 16)), 32), (Packing(2, (8, 32)), 16)):
+        assert packed(packing, batch, weight, lambda b: jnp.size(b["input_ids"])) == places
 
 
 def test_all_that_are_mapped_together_take_one_branch():

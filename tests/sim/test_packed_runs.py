@@ -28,7 +28,7 @@ CASES = {
     "one server copy": ["sparsifier=dense", "training={name: split, server_adapters: shared}"],
     "bfloat16": ["sparsifier=dense", "model.compute_dtype=bfloat16"],
 }
-FAST = ["whole models, dropout"]
+FAST = ["personal parts"]
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +49,24 @@ def outcome(settings):
     return simulation, state, metrics
 
 
+def conditionals(simulation):
+    """In the program of a segment."""
+    state = simulation.init(jax.random.key(1))
+    lowered = jax.jit(simulation.program.segment).lower(simulation.world, state, np.int32(1))
+    return lowered.as_text().count("stablehlo.case")
+
+
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in FAST else pytest.mark.slow) for c in CASES])
 def test_a_run_on_packed_batches_is_that_on_padded_ones(given, monkeypatch, case):
     settings = [*given, *SETTINGS, *CASES[case]]
     simulation, state, metrics = outcome(settings)
+    branches = conditionals(simulation)
     packing = simulation.layout.packing
     assert packing is not None and packing.rows * packing.widths[0] < 5 * 24
     monkeypatch.setattr(assemble, "packing_of", lambda mask, batch_size: None)
     padded, expected_state, expected = outcome(settings)
     assert padded.layout.packing is None
+    assert branches >= conditionals(padded) + 2  # of training and of evaluation
     near = {"rtol": 3e-2, "atol": 3e-3} if case in ("bfloat16", "split in int8") else {"rtol": 2e-4, "atol": 2e-6}
     for name in ("train_loss", "eval_loss", "personal_accuracy", "eval_accuracy"):
         np.testing.assert_allclose(getattr(metrics, name), getattr(expected, name), **near, err_msg=name)
