@@ -77,22 +77,18 @@ def _build(config: ExperimentConfig, catalogue: Catalogue) -> Simulation:
     asked, config = config.local, dataclasses.replace(config, local=filled(config.local, split_data))
     context = _context(config, examples)
     model = records(config, catalogue, context, ("task", "adapter", "model"))["model"]
-    packs = model.packs and "attention_mask" in examples.train
-    if packs:
-        context = context._replace(packing=packing_of(examples.train["attention_mask"], config.local.batch_size))
     base, head = _weights(config, catalogue, context, model, examples)
     world = World(base=base, data=federated_dataset(examples, split_data))
     structure, numbers = split(config)
     like = jax.eval_shape(lambda key: _initial_adapters(config, catalogue, context, head)(key), jax.random.key(0))
     context = context._replace(like=like)
     layout = _layout(config, catalogue, context)
-    if packs:
-        mask = examples.test["attention_mask"]
-        batches, _ = evaluation_batches(len(mask), config.engine.eval_batch_size, layout.num_devices)
-        layout = layout._replace(packing=packing_of(mask, batches.shape[1]))
-    parts_of = functools.partial(functools.partial, _parts, structure, catalogue, context, head)
-    activations = _activation_bytes(config, parts_of(layout), numbers, world, like)
+    padded = functools.partial(_parts, structure, catalogue, context, head, layout)
+    activations = _activation_bytes(config, padded, numbers, world, like)
     layout = layout._replace(chunk=chunk_size(config.engine, layout, activations))
+    if model.packs and "attention_mask" in examples.train:
+        context, layout = _packed(config, context, layout, examples)
+    parts_of = functools.partial(functools.partial, _parts, structure, catalogue, context, head)
     engine = dataclasses.replace(config.engine, eval_every=min(config.engine.eval_every, config.rounds))
     start = functools.partial(first_state, parts_of(layout), config.clients.count)
     state = jax.eval_shape(start, jax.random.key(0), numbers)
@@ -112,6 +108,16 @@ def _build(config: ExperimentConfig, catalogue: Catalogue) -> Simulation:
         ),
         needs=needs,
     )
+
+
+def _packed(
+    config: ExperimentConfig, context: Context, layout: Layout, examples: sources.Examples
+) -> tuple[Context, Layout]:
+    """Context and layout with the shapes of packed batches, of training and of evaluation."""
+    train, test = (pool["attention_mask"] for pool in (examples.train, examples.test))
+    batches, _ = evaluation_batches(len(test), config.engine.eval_batch_size, layout.num_devices)
+    packing = packing_of(train, config.local.batch_size, together=layout.chunk)
+    return context._replace(packing=packing), layout._replace(packing=packing_of(test, batches.shape[1]))
 
 
 def without_draws(config: ExperimentConfig) -> ExperimentConfig:

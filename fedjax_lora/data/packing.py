@@ -30,10 +30,10 @@ CANDIDATES = 12
 """Widths that these are chosen from, which hold equal shares more of random batches."""
 
 SPARE = 1.1
-"""The widest over the longest random batch: where many batches are computed together, the longest of them decides."""
+"""The widest row over the longest of the random batches: a longer one is computed as it is, at the cost of padding."""
 
-DRAWS = 1000
-"""Random batches by which rows and widths are chosen."""
+DRAWS, LEAST_DRAWS = 1000, 100
+"""Random batches by which rows and widths are chosen, and the least number of those that are computed together."""
 
 WORTH = 0.9
 """Most that packed batches may be expected to take, in shares of what padded ones do."""
@@ -47,29 +47,31 @@ PER_POSITION = ("input_ids", "token_type_ids")
 Found = TypeVar("Found")
 
 
-def packing_of(mask: np.ndarray, batch_size: int) -> Packing | None:
+def packing_of(mask: np.ndarray, batch_size: int, together: int = 1) -> Packing | None:
     """How random batches of a pool are best packed; None where that saves nothing.
 
     Args:
       mask: `[N, S]`, 1 for a real position.
       batch_size: B.
+      together: batches that take one shape, since they are computed together.
     """
     num_examples, longest = mask.shape
-    drawn = np.random.default_rng(0).integers(0, num_examples, (DRAWS, batch_size))
+    draws = together * max(DRAWS // together, LEAST_DRAWS)
+    drawn = np.random.default_rng(0).integers(0, num_examples, (draws, batch_size))
     lengths = np.sort((mask > 0).sum(1)[drawn])[:, ::-1]
     divisors = [rows for rows in range(1, batch_size + 1) if batch_size % rows == 0]
-    cost, packing = min(_best(lengths, rows, longest) for rows in divisors)
+    cost, packing = min(_best(lengths, rows, longest, together) for rows in divisors)
     return packing if cost <= WORTH * _cost(batch_size, longest) else None
 
 
-def _best(lengths: np.ndarray, rows: int, longest: int) -> tuple[float, Packing]:
-    """The widths of so many rows of which batches are expected to take the least, and what they take.
+def _best(lengths: np.ndarray, rows: int, longest: int, together: int) -> tuple[float, Packing]:
+    """The widths of so many rows of which batches are expected to take the least, and what each takes.
 
     `lengths` are those of random batches, `[draws, B]`, each with its longest first.
     """
     dealt = lengths.reshape(len(lengths), -1, rows).copy()
     dealt[:, 1::2] = dealt[:, 1::2, ::-1]  # as `deal` has it
-    needed, padded = dealt.sum(1).max(1), _cost(lengths.shape[1], longest)
+    needed, padded = dealt.sum(1).max(1).reshape(-1, together).max(1), _cost(lengths.shape[1], longest)
     even = np.quantile(needed, np.arange(1, CANDIDATES + 1) / CANDIDATES)
     even[-1] *= SPARE
     widths = np.unique(MULTIPLE * np.ceil(even / MULTIPLE).astype(int))

@@ -193,6 +193,17 @@ def test_widths_hold_random_batches_with_little_to_spare():
     assert np.mean(places) < 1.15 * drawn.sum(1).mean() < 0.6 * 8 * 64
 
 
+def test_widths_are_of_as_many_batches_as_are_computed_together():
+    mask = sentences(23, 64)
+    alone, together = packing_of(mask, 8), packing_of(mask, 8, together=64)
+    assert alone is not None and together is not None
+    drawn = jnp.asarray(mask.sum(1)[np.random.default_rng(2).integers(0, 500, (200, 64, 8))])
+    needed = jax.vmap(jax.vmap(lambda lengths: jnp.max(deal(lengths, together.rows)[2])))(drawn).max(1)
+    assert np.mean(needed <= together.widths[0]) > 0.02  # no width idles
+    assert np.mean(needed <= together.widths[-1]) > 0.97
+    assert together.rows * together.widths[0] > alone.rows * alone.widths[0]
+
+
 def test_no_other_widths_are_expected_to_take_less():
     """Oracle: all choices of widths and of rows, for ten sentences in batches of two, by enumeration."""
     lengths = np.array([3, 5, 9, 12, 17, 20, 22, 30, 31, 40])

@@ -63,7 +63,7 @@ def test_a_run_on_packed_batches_is_that_on_padded_ones(given, monkeypatch, case
     branches = conditionals(simulation)
     packing = simulation.layout.packing
     assert packing is not None and packing.rows * packing.widths[0] < 5 * 24
-    monkeypatch.setattr(assemble, "packing_of", lambda mask, batch_size: None)
+    monkeypatch.setattr(assemble, "packing_of", lambda *given, **more: None)
     padded, expected_state, expected = outcome(settings)
     assert padded.layout.packing is None
     assert branches >= conditionals(padded) + 2  # of training and of evaluation
