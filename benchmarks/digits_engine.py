@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from common import peak_memory_bytes
+from engine import Rounds
 
 from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import load_config
@@ -15,7 +16,7 @@ from fedjax_lora.data.sources import arrays
 from fedjax_lora.sim.cohort import use_cpu_cores
 
 
-class DigitsEngine:
+class DigitsEngine(Rounds):
     """A simulation of the round, compiled: dense sparsifier, ideal control, plain averaging.
 
     Args:
@@ -49,19 +50,10 @@ class DigitsEngine:
         """Settings, and the times that a run pays once."""
         counts = np.asarray(self._simulation.world.data.count)
         return {
-            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "client_chunk": self._simulation.layout.chunk,
+            **super().describe(),
             "trained_parameters": sum(leaf.size for leaf in jax.tree.leaves(self._state.adapters)),
             "examples_of_a_client": [int(counts.min()), int(counts.max())],
-            "setup_s": self._setup_s,
-            "compile_s": self._simulation.compile_s,
         }
-
-    def round(self) -> tuple[float, float]:
-        """Seconds that one round took, and its training loss."""
-        started = time.perf_counter()
-        self._state, metrics = self._simulation.run(self._state, 1)
-        return time.perf_counter() - started, float(metrics.train_loss[0])
 
     def peak_memory_bytes(self) -> int:
         """The most that this process has held."""

@@ -16,11 +16,13 @@ from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.control.fixed import FixedConfig
 from fedjax_lora.control.ideal import IdealConfig
 from fedjax_lora.core.keys import client_keys, round_keys
+from fedjax_lora.core.types import FedState
 from fedjax_lora.data.batches import local_batches
 from fedjax_lora.data.partition import ClientsConfig, PartitionConfig
 from fedjax_lora.data.sources import DataConfig
 from fedjax_lora.models.load import ModelConfig
 from fedjax_lora.sim.cohort import use_cpu_cores
+from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.options import EngineConfig
 from fedjax_lora.sparsifiers.dense import DenseConfig
 from fedjax_lora.sparsifiers.soft import SoftConfig
@@ -28,7 +30,30 @@ from fedjax_lora.training.local import LocalConfig
 from fedjax_lora.training.optimizers import OptimizerConfig
 
 
-class Engine:
+class Rounds:
+    """A compiled simulation, one round a call; who inherits makes it."""
+
+    _simulation: Simulation
+    _state: FedState
+    _setup_s: float
+
+    def describe(self) -> dict[str, Any]:
+        """Settings, and the times that a run pays once."""
+        return {
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "client_chunk": self._simulation.layout.chunk,
+            "setup_s": self._setup_s,
+            "compile_s": self._simulation.compile_s,
+        }
+
+    def round(self) -> tuple[float, float]:
+        """Seconds that one round took, and its training loss."""
+        started = time.perf_counter()
+        self._state, metrics = self._simulation.run(self._state, 1)
+        return time.perf_counter() - started, float(metrics.train_loss[0])
+
+
+class Engine(Rounds):
     """A simulation of the workload, compiled.
 
     Args:
@@ -76,21 +101,6 @@ class Engine:
         self._state = self._simulation.init(jax.random.key(0))
         self._setup_s = time.perf_counter() - started
         self._simulation.compile(self._state)
-
-    def describe(self) -> dict[str, Any]:
-        """Settings, and the times that a run pays once."""
-        return {
-            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "client_chunk": self._simulation.layout.chunk,
-            "setup_s": self._setup_s,
-            "compile_s": self._simulation.compile_s,
-        }
-
-    def round(self) -> tuple[float, float]:
-        """Seconds that one round took, and its training loss."""
-        started = time.perf_counter()
-        self._state, metrics = self._simulation.run(self._state, 1)
-        return time.perf_counter() - started, float(metrics.train_loss[0])
 
     def adapters(self) -> dict[str, np.ndarray]:
         """Global factors and head by name, as in `base.Adapters`."""
