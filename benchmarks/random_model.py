@@ -7,14 +7,12 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import common
 import jax
-import numpy as np
 from safetensors.numpy import save_file
 
-from fedjax_lora.models import bert
+from fedjax_lora.models import bert, table
 
 SHAPES = {
     "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -32,27 +30,9 @@ def save(folder: Path, tokenizer: Path, shape: dict[str, int]) -> None:
         if (tokenizer / name).exists():
             shutil.copy(tokenizer / name, folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 30522, **shape}))
-    save_file(_tensors(bert.read_config(shape)), folder / "model.safetensors", {"format": "pt"})
-
-
-def _tensors(config: bert.BertConfig) -> dict[str, np.ndarray]:
-    """Each weight by its name in Hugging Face's BertModel."""
-    generator = np.random.default_rng(0)
-    base: Any = jax.eval_shape(lambda: bert.init(config, jax.random.key(0)))
-    tensors: dict[str, np.ndarray] = {}
-    for path, weight in bert.weight_map(config).items():
-        leaf = base
-        for part in path.split("/"):
-            leaf = leaf[part]
-        stacked = "{layer}" in weight.names[0]
-        inner = leaf.shape[1:] if stacked else leaf.shape
-        inner = (*inner[:-1], inner[-1] // len(weight.names))
-        inner = inner[::-1] if weight.transpose else inner
-        for name in weight.names:
-            for layer in range(leaf.shape[0] if stacked else 1):
-                values = 0.02 * generator.standard_normal(inner, np.float32)
-                tensors[name.format(layer=layer)] = values + (1.0 if name.endswith("LayerNorm.weight") else 0.0)
-    return tensors
+    config = bert.shape(shape)
+    tensors = table.tensors(bert.weights(config), bert.init(config, jax.random.key(0)))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def main() -> None:

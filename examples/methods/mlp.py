@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.methods import Adapters, Context, Hidden, Method, Model, Options, Site
+from fedjax_lora.methods import Adapters, Context, Features, Hidden, Method, Model, Options, Site
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,11 +61,11 @@ def make(options: MlpConfig, context: Context) -> Model:
         return hidden._replace(values=jax.nn.relu(adapter.project(hidden.values, weights["w"], own) + weights["b"]))
 
     def outputs(base: Any, adapters: Adapters, hidden: Hidden, key: Array | None) -> Array:
-        return task.read(adapters.head, hidden.values[:, 0])
+        return task.read(adapters.head, Features(hidden, lambda: hidden.values[:, 0]))
 
     return Model(
         init=init,
-        init_head=lambda key: task.head(key, d),
+        init_head=lambda key: task.head(key, d, True),
         embed=embed,
         layers=layers,
         task=outputs,

@@ -15,7 +15,7 @@ from fedjax_lora.data import tokens
 from fedjax_lora.io import checkpoint, peft
 from fedjax_lora.io.log import RunFolder
 from fedjax_lora.io.run_files import check_config, read_data, read_metrics
-from fedjax_lora.models import bert, load
+from fedjax_lora.models import load, table
 from fedjax_lora.training.personal import deployed
 
 
@@ -38,17 +38,17 @@ def export_run(run: str | Path, folder: str | Path, methods: Sequence[Method] = 
     model = config.model
     if not isinstance(model, load.ModelConfig) or model.pretrained is None:
         raise ValueError(f"model.pretrained must name a Hugging Face model to export to peft, got null in {run}")
-    found = RunFolder(run).last_checkpoint()
-    if found is None:
+    checkpointed = RunFolder(run).last_checkpoint()
+    if checkpointed is None:
         raise ValueError(f"{run} must hold a checkpoint to export, got none that is whole")
-    trained = checkpoint.restore_trained(found)
+    trained = checkpoint.restore_trained(checkpointed)
     adapters = deployed(trained.adapters, trained.clients)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((adapters, trained.merged))):
         raise ValueError(
             f"{run} must have trained finite adapters to export, got NaN or infinity in round {trained.round}"
         )
-    labels = _labels(data, adapters.head["b"].shape[-1], run)
-    shape, base = _unchanged_base(model, data, run)
+    labels = _labels(data, adapters.head["w"].shape[-1], run)
+    found, base = _unchanged_base(model, data, run)
 
     rank, alpha = config.lora.rank, config.lora.alpha
     card = peft.Card(
@@ -61,7 +61,7 @@ def export_run(run: str | Path, folder: str | Path, methods: Sequence[Method] = 
     if trained.merged:
         adapters, rank = peft.absorb(adapters, trained.merged, rank, alpha)
         alpha = float(rank)  # a scale of 1
-    peft.export(folder, adapters, bert.sites(shape), rank, alpha, card)
+    peft.export(folder, adapters, table.sites(found.family.weights(found.shape)), rank, alpha, card)
 
 
 def _labels(data: dict[str, Any], columns: int, run: str | Path) -> list[str]:
@@ -75,22 +75,23 @@ def _labels(data: dict[str, Any], columns: int, run: str | Path) -> list[str]:
     return labels
 
 
-def _unchanged_base(model: load.ModelConfig, data: dict[str, Any], run: str | Path) -> tuple[bert.BertConfig, Base]:
+def _unchanged_base(model: load.ModelConfig, data: dict[str, Any], run: str | Path) -> tuple[load.Pretrained, Base]:
     """The base model's shape and weights; refuses a model that is not the one that the adapters were trained on."""
     assert model.pretrained is not None
-    shape, base = load.read_pretrained(model, model.pretrained)
+    found = load.read_pretrained(model, model.pretrained)
+    base = found.weights()
     now = {
         "model_config_hash": ("config.json", load.model_config_hash(model)),
         "tokenizer_hash": ("tokenizer", tokens.tokenizer_hash(load.load_tokenizer(model.pretrained))),
         "base_hash": ("weights", hash_weights(base)),
     }
-    for key, (what, found) in now.items():
-        if data.get(key) != found:
+    for key, (what, is_now) in now.items():
+        if data.get(key) != is_now:
             raise ValueError(
                 f"model.pretrained must hold the {what} that {run} was started with ({key} {data.get(key)}), "
-                f"got others ({found}) in {model.pretrained}"
+                f"got others ({is_now}) in {model.pretrained}"
             )
-    return shape, base
+    return found, base
 
 
 def _base_model(pretrained: str) -> str:

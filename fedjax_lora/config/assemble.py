@@ -25,7 +25,7 @@ from fedjax_lora.data import sources, tokens
 from fedjax_lora.data.batches import evaluation_batches, federated_dataset
 from fedjax_lora.data.packing import packing_of
 from fedjax_lora.data.partition import Partition, PartitionConfig, partition
-from fedjax_lora.models import bert, load
+from fedjax_lora.models import layers, load
 from fedjax_lora.sim import memory
 from fedjax_lora.sim.chunk import activation_bytes, chunk_size
 from fedjax_lora.sim.cohort import device_mesh
@@ -196,7 +196,7 @@ def read_examples(config: ExperimentConfig, catalogue: Catalogue) -> sources.Exa
     if not source.tokenizes or pretrained is None:
         return source.load(None, "")
     shape = load.read_shape(pretrained)
-    bert.check_length(shape, data.max_length)
+    layers.check_length(shape.max_positions, data.max_length)
     examples = source.load(load.load_tokenizer(pretrained), pretrained)
     load.check_ids(shape, examples.train["input_ids"], examples.test["input_ids"])
     return examples

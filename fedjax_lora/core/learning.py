@@ -71,20 +71,36 @@ class Adapter(NamedTuple):
     merge: Callable[[Mapping[str, Any]], dict[str, Array]]
 
 
+class Features(NamedTuple):
+    """What a task may read of a model.
+
+    hidden: after the last layer, normalised where the model ends in a norm.
+    pooled: `() -> [B, d]`: one vector for each example, as the model's pooling has it.
+    logits: `() -> [G, P, vocabulary]` of the token that follows each position, by the model's own table; None where the
+      model has none.
+    """
+
+    hidden: Hidden
+    pooled: Callable[[], Array]
+    logits: Callable[[], Array] | None = None
+
+
 class Task(NamedTuple):
     """What the model is trained for.
 
-    head: `(key, d) -> leaves` of a fresh head on features of width d.
-    read: `(head, features [B, d]) -> outputs [B, ...]`.
+    head: `(key, d, bias) -> leaves` of a fresh head on features of width d, with a bias or, as on a language model's
+      last position, without; `{}` for none.
+    read: `(head, Features) -> outputs`, `[B, ...]` or, of each position, `[G, P, ...]`.
     loss: `(outputs, batch, weight [B]) -> scalar`: mean loss over the examples of weight 1, nats.
     score: `(outputs, batch) -> {name: [B]}`: what is summed over a pool; NaN makes the sum "not measured".
-    finish: `({name: mean over the pool}) -> {"eval_loss": ..., "eval_accuracy": ...}`.
+    finish: `({name: mean over the pool}) -> {"eval_loss": ..., "eval_accuracy": ...}`, with NaN for what the task does
+      not measure, and more by other names, which become `task/name` of the metrics.
     weigh: `(own [n_max, ...], count, pool [N, ...]) -> [N]`: how much an example of the pool counts for a client whose
       own examples are the first `count`; None where all count alike.
     """
 
-    head: Callable[[Array, int], dict[str, Array]]
-    read: Callable[[Mapping[str, Array], Array], Array]
+    head: Callable[[Array, int, bool], dict[str, Array]]
+    read: Callable[[Mapping[str, Array], Features], Array]
     loss: Callable[[Array, Batch, Array], Array]
     score: Callable[[Array, Batch], dict[str, Array]]
     finish: Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -101,7 +117,7 @@ class Model(NamedTuple):
     init_head: `key -> head`: a fresh task head.
     embed: `(base, batch, key) -> Hidden`.
     layers: `(base, adapters, hidden, key) -> Hidden`.
-    task: `(base, adapters, hidden, key) -> [B, ...]` outputs, such as logits.
+    task: `(base, adapters, hidden, key) -> [B, ...]` outputs, such as logits; `[G, P, ...]` of each position.
     sites: name -> where an adapter may sit.
     num_layers: L.
     packs: whether it takes batches whose examples share rows, see `data.packing`: `embed` says in `Hidden.places` what

@@ -7,143 +7,90 @@ Adapters may sit on `query`, `key`, `value`, `output` (attention.output.dense), 
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.core.learning import Adapter, Hidden, Model, Places, Site, Task
-from fedjax_lora.core.types import Adapters, Base, Batch
-from fedjax_lora.models import layers
-from fedjax_lora.models.safetensors import Weight
+from fedjax_lora.core.learning import Adapter, Features, Hidden, Model, Task
+from fedjax_lora.core.types import Base, Batch
+from fedjax_lora.models import layers, table
+from fedjax_lora.models.family import Family, Shape, read_shape, refuse
+from fedjax_lora.models.table import Part
 from fedjax_lora.ops.primitives import layer_norm, project
-
-SOURCES = {
-    "query": "encoder.layer.{layer}.attention.self.query",
-    "key": "encoder.layer.{layer}.attention.self.key",
-    "value": "encoder.layer.{layer}.attention.self.value",
-    "output": "encoder.layer.{layer}.attention.output.dense",
-    "up": "encoder.layer.{layer}.intermediate.dense",
-    "down": "encoder.layer.{layer}.output.dense",
-}
-"""`Site.source` of each site: its name in a Hugging Face BertModel."""
-
-RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-"""Endings of checkpoints that were converted from TensorFlow, bert-base-uncased among them -> today's."""
-
-PREFIXES = ("", "bert.")
-"""What may stand before the names: nothing (BertModel) or `bert.` (a model with a head)."""
-
-IGNORED = ("embeddings.position_ids", "pooler.*")
-"""Tensors that an encoder may hold and the model does not need."""
-
-POOLER = "pooler.dense.weight"
-"""A checkpoint that holds it has a pretrained pooler."""
-
-
-_MOST, _MOST_LAYERS = 2**24, 2**10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BertConfig:
+class BertConfig(Shape):
     """Shape of a BERT encoder; the defaults are those of Hugging Face.
 
-    pooler: whether `cls` pooling passes through the pretrained tanh layer.
-    dropout: rate after the embeddings and on the output of each residual branch.
-    compute_dtype: of the frozen matrices and their products.
+    pooler: whether the checkpoint has a pretrained tanh layer, through which `cls` pooling passes.
     """
 
     vocab_size: int = 30522
     width: int = 768
-    num_layers: int = 12
-    num_heads: int = 12
     mlp_width: int = 3072
     max_positions: int = 512
     num_types: int = 2
     activation: str = "gelu"
     norm_eps: float = 1e-12
-    pooling: Literal["mean", "cls"] = "mean"
     pooler: bool = False
-    dropout: float = 0.0
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "num_layers", "num_heads", "mlp_width", "max_positions", "num_types"):
-            value, most = getattr(self, name), _MOST_LAYERS if name == "num_layers" else _MOST
-            if type(value) is not int or not 1 <= value <= most:
-                raise ValueError(f"{name} must be an integer from 1 to {most}, got {value!r}")
+        super().__post_init__()
         if self.width % self.num_heads:
             raise ValueError(f"num_heads must divide width = {self.width}, got {self.num_heads}")
-        if not isinstance(self.activation, str) or self.activation not in layers.ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(layers.ACTIVATIONS)}, got {self.activation!r}")
-        if type(self.norm_eps) is not float or not 0 < self.norm_eps < 1:
-            raise ValueError(f"norm_eps must be a number above 0 and below 1, got {self.norm_eps!r}")
+
+    @property
+    def uses_pooler(self) -> bool:
+        """Whether the pooled position passes through the pretrained layer."""
+        return self.pooler and self.pooling == "cls"
 
 
-def read_config(fields: Mapping[str, Any], **ours: Any) -> BertConfig:
+NAMES = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "num_types": "type_vocab_size",
+    "activation": "hidden_act",
+    "norm_eps": "layer_norm_eps",
+}
+"""Field of the shape -> its name in `config.json`."""
+
+
+def shape(fields: Mapping[str, Any], **ours: Any) -> BertConfig:
     """BertConfig from the fields of a Hugging Face `config.json` and our own options.
 
     Raises:
       ValueError: for a variant of BERT that this encoder does not compute; names the field as `config.json` does.
     """
-    if (kind := fields.get("position_embedding_type") or "absolute") != "absolute":
-        raise ValueError(f"position_embedding_type must be 'absolute', got {kind!r}")
-    if (decodes := fields.get("is_decoder")) not in (None, False):
-        raise ValueError(f"is_decoder must be false, got {decodes!r}")
-    names = {
-        "vocab_size": "vocab_size",
-        "width": "hidden_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "mlp_width": "intermediate_size",
-        "max_positions": "max_position_embeddings",
-        "num_types": "type_vocab_size",
-        "activation": "hidden_act",
-        "norm_eps": "layer_norm_eps",
+    refuse(fields, {"position_embedding_type": ("absolute",), "is_decoder": (False,)})
+    return read_shape(BertConfig, fields, NAMES, **ours)
+
+
+def weights(config: BertConfig) -> table.Table:
+    """All frozen weights; the names are those of Hugging Face's BertModel."""
+    d, layer = config.width, "encoder.layer.{layer}"
+    self_attention = [Part(site, f"{layer}.attention.self.{site}", d) for site in ("query", "key", "value")]
+    rows = {
+        "embeddings/word": table.embedding("embeddings.word_embeddings", config.vocab_size, d, "vocab"),
+        "embeddings/position": table.embedding("embeddings.position_embeddings", config.max_positions, d, "position"),
+        "embeddings/type": table.embedding("embeddings.token_type_embeddings", config.num_types, d, None),
+        **table.norm("embeddings/norm", "embeddings.LayerNorm", d),
+        **table.dense("layers/query_key_value", d, self_attention, ("embed", "heads")),
+        **table.dense("layers/output", d, [Part("output", f"{layer}.attention.output.dense", d)], ("heads", "embed")),
+        **table.norm("layers/norm_attention", f"{layer}.attention.output.LayerNorm", d),
+        **table.dense("layers/up", d, [Part("up", f"{layer}.intermediate.dense", config.mlp_width)], ("embed", "mlp")),
+        **table.dense("layers/down", config.mlp_width, [Part("down", f"{layer}.output.dense", d)], ("mlp", "embed")),
+        **table.norm("layers/norm_mlp", f"{layer}.output.LayerNorm", d),
     }
-    try:
-        return BertConfig(**{name: fields[theirs] for name, theirs in names.items() if theirs in fields}, **ours)
-    except ValueError as error:
-        name, _, problem = str(error).partition(" ")
-        raise ValueError(f"{names.get(name, name)} {problem}") from None
-
-
-def sites(config: BertConfig) -> dict[str, Site]:
-    """Where adapters may sit, and where these matrices lie in a checkpoint."""
-    return layers.block_sites(config.width, config.mlp_width, SOURCES)
-
-
-def weight_map(config: BertConfig) -> dict[str, Weight]:
-    """Where each frozen weight lies in a Hugging Face checkpoint; several sites of one matrix lie side by side."""
-    groups: dict[str, list[Site]] = {}
-    for site in sites(config).values():
-        groups.setdefault(site.group, []).append(site)
-    weights = {
-        "embeddings/word": Weight(("embeddings.word_embeddings.weight",)),
-        "embeddings/position": Weight(("embeddings.position_embeddings.weight",)),
-        "embeddings/type": Weight(("embeddings.token_type_embeddings.weight",)),
-        **_norm("embeddings/norm", "embeddings.LayerNorm"),
-        **_norm("layers/norm_attention", "encoder.layer.{layer}.attention.output.LayerNorm"),
-        **_norm("layers/norm_mlp", "encoder.layer.{layer}.output.LayerNorm"),
-    }
-    for group, side_by_side in groups.items():
-        in_order = sorted(side_by_side, key=lambda site: site.first)
-        weights |= _dense(f"layers/{group}", *(site.source for site in in_order))
-    if config.pooler:
-        weights |= _dense("pooler", "pooler.dense")
-    return weights
-
-
-def _dense(path: str, *names: str) -> dict[str, Weight]:
-    return {
-        f"{path}/w": Weight(tuple(f"{name}.weight" for name in names), transpose=True),
-        f"{path}/b": Weight(tuple(f"{name}.bias" for name in names)),
-    }
-
-
-def _norm(path: str, name: str) -> dict[str, Weight]:
-    return {f"{path}/scale": Weight((f"{name}.weight",)), f"{path}/bias": Weight((f"{name}.bias",))}
+    if config.uses_pooler:
+        rows |= table.dense("pooler", d, [Part("", "pooler.dense", d)], ("embed", None), init=table.normal(0.02))
+    return rows
 
 
 def bert(config: BertConfig, task: Task, adapter: Adapter) -> Model:
@@ -154,17 +101,27 @@ def bert(config: BertConfig, task: Task, adapter: Adapter) -> Model:
 
     Args:
       config: shape of the encoder.
-      task: what is read of the pooled positions, by the trained head.
+      task: what is read of the positions, by the trained head.
       adapter: what is trained beside the frozen matrices.
     """
-    block = _block(config, adapter.project)
+    rows = weights(config)
+    sites = table.sites(rows)
+    block = layers.TransformerBlock(
+        dense=layers.Dense(sites=sites, project=adapter.project),
+        num_heads=config.num_heads,
+        activation=config.activation,
+        norm_eps=config.norm_eps,
+        pre_norm=False,
+        dropout=config.dropout,
+        dtype=config.compute_dtype,
+    )
     return Model(
         init=partial(init, config),
-        init_head=lambda key: task.head(key, config.width),
+        init_head=lambda key: task.head(key, config.width, config.pooling != "last"),
         embed=partial(embed, config),
-        layers=partial(encode, block),
-        task=lambda base, adapters, hidden, key: task.read(adapters.head, pooled(config, base, hidden)),
-        sites=sites(config),
+        layers=partial(layers.run_blocks, block, remat=config.remat),
+        task=lambda base, adapters, hidden, key: task.read(adapters.head, features(config, base, hidden)),
+        sites=sites,
         num_layers=config.num_layers,
         packs=True,
     )
@@ -172,31 +129,15 @@ def bert(config: BertConfig, task: Task, adapter: Adapter) -> Model:
 
 def init(config: BertConfig, key: Array) -> Base:
     """Random frozen weights."""
-    word_key, position_key, type_key, layers_key, pooler_key = jax.random.split(key, 5)
-    d = config.width
-
-    def table(table_key: Array, rows: int) -> Array:
-        return 0.02 * jax.random.normal(table_key, (rows, d))
-
-    base = {
-        "embeddings": {
-            "word": table(word_key, config.vocab_size),
-            "position": table(position_key, config.max_positions),
-            "type": table(type_key, config.num_types),
-            "norm": {"scale": jnp.ones(d), "bias": jnp.zeros(d)},
-        },
-        "layers": layers.init_blocks(_block(config), layers_key, config.num_layers, d),
-    }
-    if config.pooler:
-        base["pooler"] = {"w": table(pooler_key, d).astype(config.compute_dtype), "b": jnp.zeros(d)}
-    return base
+    first = [f"embeddings/{name}" for name in ("word", "position", "type")]
+    return table.init(weights(config), key, config.num_layers, config.compute_dtype, first)
 
 
 def embed(config: BertConfig, base: Base, batch: Batch, key: Array | None) -> Hidden:
     """Words, positions and types, normalised."""
-    ids, tables, places = batch["input_ids"], base["embeddings"], places_of(batch)
+    ids, tables, places = batch["input_ids"], base["embeddings"], layers.places_of(batch)
     if places is None:
-        check_length(config, ids.shape[1])
+        layers.check_length(config.max_positions, ids.shape[1])
     positions = tables["position"][: ids.shape[1]] if places is None else tables["position"][places.position]
     types = batch["token_type_ids"] if "token_type_ids" in batch else jnp.zeros_like(ids)
     values = tables["word"][ids] + tables["type"][types] + positions
@@ -205,41 +146,24 @@ def embed(config: BertConfig, base: Base, batch: Batch, key: Array | None) -> Hi
     return Hidden(values=values, mask=batch["attention_mask"].astype(jnp.float32), places=places)
 
 
-def places_of(batch: Batch) -> Places | None:
-    """Where the positions of a packed batch lie; None of a batch that is not."""
-    if "example_ids" not in batch:
-        return None
-    return Places(batch["example_ids"], batch["position_ids"], batch["first_places"])
+def features(config: BertConfig, base: Base, hidden: Hidden) -> Features:
+    """What a task reads: pooled is through the pretrained pooler where the model has one."""
+
+    def pooled() -> Array:
+        values = layers.pool(hidden, config.pooling)
+        return jnp.tanh(project(values, base["pooler"]["w"]) + base["pooler"]["b"]) if config.uses_pooler else values
+
+    return Features(hidden, pooled)
 
 
-def check_length(config: BertConfig, max_length: int) -> None:
-    """Raise ValueError for a sequence that is longer than the model's table of positions."""
-    if max_length > config.max_positions:
-        raise ValueError(
-            f"data.max_length must be at most {config.max_positions}, the model's positions, got {max_length}"
-        )
-
-
-def encode(block: layers.Block, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:
-    """All blocks."""
-    layers_key = None if key is None else jax.random.fold_in(key, 1)
-    return layers.run_blocks(block, base["layers"], adapters.modules, hidden, layers_key)
-
-
-def pooled(config: BertConfig, base: Base, hidden: Hidden) -> Array:
-    """`[B, d]`: the pooled positions, through the pretrained pooler where the model has one."""
-    values = layers.pool(hidden, config.pooling)
-    return jnp.tanh(project(values, base["pooler"]["w"]) + base["pooler"]["b"]) if config.pooler else values
-
-
-def _block(config: BertConfig, project: layers.Project = layers.without_adapters) -> layers.Block:
-    return layers.Block(
-        sites=sites(config),
-        project=project,
-        num_heads=config.num_heads,
-        activation=config.activation,
-        norm_eps=config.norm_eps,
-        pre_norm=False,
-        dropout=config.dropout,
-        dtype=config.compute_dtype,
-    )
+FAMILY = Family(
+    title="BERT",
+    shape=shape,
+    make=bert,
+    weights=weights,
+    prefixes=("", "bert."),
+    ignored=("embeddings.position_ids", "pooler.*"),
+    # Of checkpoints that were converted from TensorFlow, bert-base-uncased among them.
+    renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
+    held={"pooler": "pooler.dense.weight"},
+)

@@ -1,27 +1,41 @@
-"""Blocks that the models share: a projection with adapters, attention, and one transformer block.
+"""What the model families share: projections with adapters, a transformer block, the scan over layers, pooling.
 
 A block is written for one layer. A model stacks the weights of its layers to `[L, ...]` and scans the block over
 them, so that neither the program nor its compile time grows with depth.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import Array, lax
 
 from fedjax_lora.core.learning import Hidden, Places, Site
-from fedjax_lora.ops.primitives import attention, gelu, layer_norm, pack, project
+from fedjax_lora.core.types import Adapters, Base, Batch
+from fedjax_lora.ops.primitives import attention, gelu, layer_norm, pack
+
+Pooling = Literal["mean", "cls", "last"]
+"""What a head sees of an example: the mean of its real positions, the first or the last of them."""
 
 ACTIVATIONS: dict[str, Callable[[Array, str], Array]] = {
     "gelu": gelu,
     "gelu_new": lambda x, dtype: jax.nn.gelu(x),
     "gelu_pytorch_tanh": lambda x, dtype: jax.nn.gelu(x),
     "relu": lambda x, dtype: jax.nn.relu(x),
+    "silu": lambda x, dtype: jax.nn.silu(x),
 }
 """Activations by the name that Hugging Face gives them: `(x, dtype of what the backward pass keeps)`."""
+
+Project = Callable[[Array, Array, Mapping[str, tuple[int, Any]]], Array]
+"""`Adapter.project`."""
+
+Block = Callable[[Mapping[str, Any], Array, Hidden, Mapping[str, Any], Array | None], Array]
+"""`(weights of one layer, x [G, P, d], what is around it, adapters of the layer, key) -> [G, P, d]`.
+
+Of the Hidden mask and places are read, not the values.
+"""
 
 
 def dropout(x: Array, rate: float, key: Array | None, places: Places | None = None) -> Array:
@@ -40,164 +54,123 @@ def dropout(x: Array, rate: float, key: Array | None, places: Places | None = No
     return jnp.where(jax.vmap(jax.vmap(kept))(example, position), x / (1 - rate), 0)
 
 
-Project = Callable[[Array, Array, Mapping[str, tuple[int, Any]]], Array]
-"""`Adapter.project`."""
-
-
-def without_adapters(x: Array, w: Array, adapters: Mapping[str, tuple[int, Any]]) -> Array:
-    """The frozen projection `x @ w` alone, for weights that are only shaped or drawn.
-
-    Raises:
-      ValueError: there are adapters.
-    """
-    if adapters:
-        raise ValueError(f"a model that is made without an adapter must have none, got {', '.join(adapters)}")
-    return project(x, w)
-
-
-class Dense(nn.Module):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dense:
     """Projections of one input, side by side in one frozen matrix, each with an adapter or none.
 
-    columns: of all of them.
-    dtype: of the frozen matrix and of its product.
-    project: of the adapter.
-    """
-
-    columns: int
-    dtype: str
-    project: Project
-
-    @nn.compact
-    def __call__(self, x: Array, adapters: Mapping[str, tuple[int, Any]]) -> Array:
-        """`[B, S, n_in] -> [B, S, columns]`; `adapters`: module name -> first column, effective leaves."""
-        w = self.param("w", nn.initializers.lecun_normal(), (x.shape[-1], self.columns), self.dtype)
-        b = self.param("b", nn.initializers.zeros, (self.columns,))
-        return self.project(x, w, adapters) + b
-
-
-class LayerNorm(nn.Module):
-    """Layer normalisation in float32; what its backward pass keeps is in `dtype`."""
-
-    eps: float
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """`[..., d] -> [..., d]`."""
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        return layer_norm(x, (scale, bias), self.eps, self.dtype)
-
-
-class Block(nn.Module):
-    """One transformer layer: self-attention and a two-layer perceptron, each in a residual branch.
-
-    sites: of the model, which state the columns of each matrix, see `block_sites`.
-    project: of the adapter.
-    num_heads: attention heads; they divide the width.
-    activation: name in ACTIVATIONS.
-    norm_eps: of the layer normalisations.
-    pre_norm: whether a branch normalises its input (ViT) or its sum with the residual stream (BERT).
-    dropout: rate on the output of each branch.
-    dtype: of the frozen matrices, their products, and what the backward pass keeps.
+    sites: of the model. project: of the adapter.
     """
 
     sites: Mapping[str, Site]
     project: Project
+
+    def __call__(self, group: str, weights: Mapping[str, Any], x: Array, adapters: Mapping[str, Any]) -> Array:
+        """`[G, P, n_in] -> [G, P, columns]` by `weights[group]`; `adapters`: effective leaves by site."""
+        own = {
+            name: (site.first, adapters[name])
+            for name, site in self.sites.items()
+            if site.group == group and name in adapters
+        }
+        y = self.project(x, weights[group]["w"], own)
+        return y + weights[group]["b"] if "b" in weights[group] else y
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerBlock:
+    """A Block of self-attention and a two-layer perceptron, each in a residual branch, with layer normalisation.
+
+    dense: its projections `query_key_value`, `output`, `up` and `down`.
+    num_heads: attention heads; they divide the width.
+    activation: name in ACTIVATIONS.
+    norm_eps: of the layer normalisations.
+    pre_norm: whether a branch normalises its input (ViT, GPT-2) or its sum with the residual stream (BERT).
+    causal: whether a position looks at none after it.
+    dropout: rate on the output of each branch.
+    dtype: of the frozen matrices, their products, and what the backward pass keeps.
+    """
+
+    dense: Dense
     num_heads: int
     activation: str
     norm_eps: float
     pre_norm: bool
     dropout: float
     dtype: str
+    causal: bool = False
 
-    @nn.compact
     def __call__(
-        self, x: Array, mask: Array, places: Places | None, adapters: Mapping[str, Any], key: Array | None
+        self, weights: Mapping[str, Any], x: Array, around: Hidden, adapters: Mapping[str, Any], key: Array | None
     ) -> Array:
-        """`[G, P, d] -> [G, P, d]`."""
+        """See Block."""
         keys = (None, None) if key is None else jax.random.split(key)
-        norm_attention = LayerNorm(self.norm_eps, self.dtype, name="norm_attention")
-        norm_mlp = LayerNorm(self.norm_eps, self.dtype, name="norm_mlp")
+        places = around.places
 
-        y = norm_attention(x) if self.pre_norm else x
-        qkv = self._dense("query_key_value", y, adapters)
-        y = attention(qkv, mask, self.num_heads, self.dtype, None if places is None else places.example)
-        y = self._dense("output", y, adapters)
+        y = self._norm(weights["norm_attention"], x) if self.pre_norm else x
+        qkv = self.dense("query_key_value", weights, y, adapters)
+        example = None if places is None else places.example
+        y = attention(qkv, around.mask, self.num_heads, self.dtype, example, causal=self.causal)
+        y = self.dense("output", weights, y, adapters)
         x = x + dropout(y, self.dropout, keys[0], places)
-        x = x if self.pre_norm else norm_attention(x)
+        x = x if self.pre_norm else self._norm(weights["norm_attention"], x)
 
-        y = norm_mlp(x) if self.pre_norm else x
-        y = self._dense("up", y, adapters)
+        y = self._norm(weights["norm_mlp"], x) if self.pre_norm else x
+        y = self.dense("up", weights, y, adapters)
         y = ACTIVATIONS[self.activation](y, self.dtype)
-        y = self._dense("down", y, adapters)
+        y = self.dense("down", weights, y, adapters)
         x = x + dropout(y, self.dropout, keys[1], places)
-        return x if self.pre_norm else norm_mlp(x)
+        return x if self.pre_norm else self._norm(weights["norm_mlp"], x)
 
-    def _dense(self, group: str, x: Array, adapters: Mapping[str, Any]) -> Array:
-        """One frozen matrix with the adapters of its sites."""
-        sites = {name: site for name, site in self.sites.items() if site.group == group}
-        columns = max(site.first + site.n_out for site in sites.values())
-        own = {name: (site.first, adapters[name]) for name, site in sites.items() if name in adapters}
-        return Dense(columns, self.dtype, self.project, name=group)(x, own)
+    def _norm(self, weights: Mapping[str, Array], x: Array) -> Array:
+        return layer_norm(x, (weights["scale"], weights["bias"]), self.norm_eps, self.dtype)
 
 
-def block_sites(d: int, mlp_width: int, sources: Mapping[str, str] | None = None) -> dict[str, Site]:
-    """`Model.sites` of a stack of blocks: query, key, value, output (of attention), up and down (of the perceptron).
-
-    Args:
-      d: model width.
-      mlp_width: width between the perceptron's two layers.
-      sources: `Site.source` by name; None where there is no checkpoint.
-    """
-    table = {
-        "query": Site("query_key_value", 0, d, d),
-        "key": Site("query_key_value", d, d, d),
-        "value": Site("query_key_value", 2 * d, d, d),
-        "output": Site("output", 0, d, d),
-        "up": Site("up", 0, d, mlp_width),
-        "down": Site("down", 0, mlp_width, d),
-    }
-    return {name: site._replace(source=(sources or {}).get(name, "")) for name, site in table.items()}
-
-
-def init_blocks(block: Block, key: Array, num_layers: int, d: int) -> dict:
-    """Random weights of a stack, leaves `[L, ...]`."""
-    x, mask = jnp.zeros((1, 1, d)), jnp.ones((1, 1))
-    keys = jax.random.split(key, num_layers)
-    return jax.vmap(lambda layer_key: dict(block.init(layer_key, x, mask, None, {}, None)["params"]))(keys)
-
-
-def run_blocks(block: Block, layers: Mapping, modules: Mapping[str, Any], hidden: Hidden, key: Array | None) -> Hidden:
-    """The stack applied in order.
+def run_blocks(block: Block, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None, remat: bool) -> Hidden:
+    """The stack applied in order: `Model.layers`.
 
     Args:
       block: one layer.
-      layers: its frozen weights, leaves `[L, ...]`.
-      modules: effective adapters, leaves `[L, ...]`.
+      base: frozen weights, of which `layers` has leaves `[L, ...]`.
+      adapters: effective ones, leaves `[L, ...]`.
       hidden: input.
       key: drives dropout; None turns it off.
+      remat: whether the backward pass computes each layer again, and keeps its input alone.
     """
-    num_layers = jax.tree.leaves(layers)[0].shape[0]
-    keys = None if key is None else jax.random.split(key, num_layers)
+    stacked = base["layers"]
+    num_layers = jax.tree.leaves(stacked)[0].shape[0]
+    keys = None if key is None else jax.random.split(jax.random.fold_in(key, 1), num_layers)
 
     def step(x: Array, layer: tuple) -> tuple[Any, None]:
-        weights, factors, layer_key = layer
-        return block.apply({"params": weights}, x, hidden.mask, hidden.places, factors, layer_key), None
+        weights, leaves, layer_key = layer
+        return block(weights, x, hidden, leaves, layer_key), None
 
-    values, _ = lax.scan(step, hidden.values, (jax.tree.map(pack, layers), modules, keys))
+    step = jax.checkpoint(step) if remat else step
+    values, _ = lax.scan(step, hidden.values, (jax.tree.map(pack, stacked), adapters.modules, keys))
     return hidden._replace(values=values)
 
 
+def places_of(batch: Batch) -> Places | None:
+    """Where the positions of a packed batch lie; None of a batch that is not."""
+    if "example_ids" not in batch:
+        return None
+    return Places(batch["example_ids"], batch["position_ids"], batch["first_places"])
+
+
+def check_length(max_positions: int, max_length: int) -> None:
+    """Raise ValueError for a sequence that is longer than a model's table of positions."""
+    if max_length > max_positions:
+        raise ValueError(f"data.max_length must be at most {max_positions}, the model's positions, got {max_length}")
+
+
 def pool(hidden: Hidden, pooling: str) -> Array:
-    """`[B, d]`: the mean over real positions (`mean`) or the first of them (`cls`)."""
+    """`[B, d]`: the mean over real positions (`mean`), the first (`cls`) or the last of them (`last`)."""
     if hidden.places is not None:
         return _pool_packed(hidden.values, hidden.mask, hidden.places, pooling)
-    if pooling == "cls":
-        first = jnp.argmax(hidden.mask > 0, axis=1)
-        return jnp.take_along_axis(hidden.values, first[:, None, None], axis=1)[:, 0]
-    count = jnp.maximum(hidden.mask.sum(1, keepdims=True), 1)
-    return (hidden.values * hidden.mask[:, :, None]).sum(1) / count
+    real = hidden.mask > 0
+    if pooling == "mean":
+        count = jnp.maximum(hidden.mask.sum(1, keepdims=True), 1)
+        return (hidden.values * hidden.mask[:, :, None]).sum(1) / count
+    place = jnp.argmax(real, axis=1) if pooling == "cls" else real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
+    return jnp.take_along_axis(hidden.values, place[:, None, None], axis=1)[:, 0]
 
 
 def _pool_packed(values: Array, mask: Array, places: Places, pooling: str) -> Array:
@@ -207,6 +180,8 @@ def _pool_packed(values: Array, mask: Array, places: Places, pooling: str) -> Ar
         return values[places.first]
     of_example = jnp.arange(places.first.shape[0])[:, None] == places.example.ravel()
     taken = of_example * mask.ravel()
+    if pooling == "last":
+        return values[places.first + jnp.maximum(taken.sum(1).astype(jnp.int32) - 1, 0)]
     finite = jnp.all(jnp.isfinite(values), -1)
     total = jnp.matmul(taken, jnp.where(finite[:, None], values, 0), precision=lax.Precision.HIGHEST)
     # One example that is not finite would else be so for all, since 0 times NaN is NaN.

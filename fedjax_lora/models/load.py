@@ -6,9 +6,8 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 
 from fedjax_lora.core.errors import reason_of
@@ -16,13 +15,12 @@ from fedjax_lora.core.learning import Model
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Base
-from fedjax_lora.models import bert, safetensors, vit
+from fedjax_lora.models import layers, safetensors, table, vit
+from fedjax_lora.models.families import FAMILIES
+from fedjax_lora.models.family import Dtype, Family, Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Pooling = Literal["mean", "cls"]
-Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,19 +29,22 @@ class ModelConfig(Options):
 
     name: of a small model that starts from random weights; used where `pretrained` is not given.
     pretrained: a Hugging Face folder or hub id.
-    pooling: what the task's head sees: the mean over real positions, or the first position, through the
-      checkpoint's pooler where it has one.
+    pooling: what the task's head sees: the `mean` over real positions; the first position (`cls`), through the
+      checkpoint's pooler where it has one; or the `last` one, whose head then has no bias.
     compute_dtype: of the frozen matrices, of what products multiply and of what a backward pass keeps; sums, softmax,
       norms, the adapters themselves and their optimizer are float32.
     dropout: rate after the embeddings and on the output of each residual branch. It is not traced: 0 is another
       program, which draws no masks.
+    remat: whether the backward pass computes each layer again and keeps its input alone: less memory, a third more
+      time.
     """
 
     name: Literal["vit-tiny"] = "vit-tiny"
     pretrained: str | None = None
-    pooling: Pooling = "mean"
+    pooling: layers.Pooling = "mean"
     compute_dtype: Dtype = "float32"
     dropout: float = 0.0
+    remat: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,15 +70,31 @@ def make(options: ModelConfig, context: Context) -> Model:
     """
     parts = context.made["task"], context.made["adapter"]
     if options.pretrained is not None:
-        if context.image_shape is not None:
-            raise ValueError(f"model.pretrained must be absent for images, got {options.pretrained!r}")
-        model = bert.bert(_shape(options, safetensors.resolve(options.pretrained)), *parts)
-        return model._replace(weights=lambda: read_pretrained(options, str(options.pretrained))[1])
+        found = read_pretrained(options, options.pretrained)
+        _check_inputs(found, options.pretrained, context)
+        return found.family.make(found.shape, *parts)._replace(weights=found.weights)
     if context.image_shape is None:
         raise ValueError("model.pretrained must be a folder or a Hugging Face model id for text, got None")
-    more = {"pooling": options.pooling, "dropout": options.dropout, "compute_dtype": options.compute_dtype}
-    return vit.vit(vit.tiny(context.image_shape, **more), *parts)
+    return vit.vit(vit.tiny(context.image_shape, **_ours(options)), *parts)
 
+
+def _ours(options: ModelConfig) -> dict[str, Any]:
+    """What is asked of a model's computation, whatever its shape."""
+    return {name: getattr(options, name) for name in _OURS}
+
+
+def _check_inputs(found: "Pretrained", pretrained: str, context: Context) -> None:
+    """Raise ValueError for a model of text where there are images, or the other way round."""
+    if found.family.image != (context.image_shape is not None):
+        reads, given = ("images", "text") if found.family.image else ("text", "images")
+        raise ValueError(
+            f"model.pretrained must be a model of {given} here, since the data are {given}, got one of {reads}: "
+            f"{pretrained!r}"
+        )
+
+
+_OURS = ("pooling", "dropout", "compute_dtype", "remat")
+"""Options that decide about a model's computation, whatever its shape."""
 
 METHOD = Method("model", "vit-tiny", ModelConfig, make)
 
@@ -102,25 +119,46 @@ def build_model(
     return model, None if model.weights is None else model.weights()
 
 
-def read_pretrained(config: ModelConfig, pretrained: str) -> tuple[bert.BertConfig, Base]:
-    """The shape and the frozen weights of a Hugging Face folder or hub id, with our own options of `config`.
+class Pretrained(NamedTuple):
+    """A Hugging Face model.
+
+    family, shape: of the model, with our own options. weights: reads its frozen weights.
+    """
+
+    family: Family
+    shape: Shape
+    weights: Callable[[], Base]
+
+
+def read_pretrained(config: ModelConfig, pretrained: str) -> Pretrained:
+    """A Hugging Face folder or hub id, with our own options of `config`; its weights are not read yet.
 
     Raises:
       ValueError: the folder cannot be loaded.
     """
     folder = safetensors.resolve(pretrained)
-    shape = _shape(config, folder)
-    like = jax.eval_shape(lambda: bert.init(shape, jax.random.key(0)))
-    return shape, safetensors.load(folder, bert.weight_map(shape), like, bert.PREFIXES, bert.IGNORED, bert.RENAMED)
+    family = _family(folder)
+    prefixed = {name: {prefix + tensor for prefix in family.prefixes} for name, tensor in family.held.items()}
+    files = safetensors.tensor_files(folder)
+    held = {name: not tensors.isdisjoint(files) for name, tensors in prefixed.items()}
+    shape = _shape(family, folder, **_ours(config), **held)
+    rows = family.weights(shape)
+    like = table.shapes(rows, shape.num_layers, shape.compute_dtype)
+
+    def weights() -> Base:
+        return safetensors.load(folder, rows, like, family.prefixes, family.ignored, family.renamed)
+
+    return Pretrained(family, shape, weights)
 
 
-def read_shape(pretrained: str) -> bert.BertConfig:
-    """The shape of the encoder that a Hugging Face folder or hub id holds, as its `config.json` has it.
+def read_shape(pretrained: str) -> Any:
+    """The shape of the model that a Hugging Face folder or hub id holds, as its `config.json` has it.
 
     Raises:
-      ValueError: there is none, or it is of another model than this encoder.
+      ValueError: there is none, or it is of a model that no family computes.
     """
-    return _read_shape(safetensors.resolve(pretrained))
+    folder = safetensors.resolve(pretrained)
+    return _shape(_family(folder), folder)
 
 
 def model_config_hash(config: ModelConfig) -> str:
@@ -132,10 +170,12 @@ def model_config_hash(config: ModelConfig) -> str:
     if config.pretrained is None:
         return ""
     shape = dataclasses.asdict(read_shape(config.pretrained))
+    for name in _OURS:
+        del shape[name]
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
 
 
-def check_ids(shape: bert.BertConfig, *input_ids: np.ndarray) -> None:
+def check_ids(shape: Any, *input_ids: np.ndarray) -> None:
     """Raise ValueError where a token id, of `[N, S]` each, is beyond the model's table of words."""
     largest = max(int(ids.max()) for ids in input_ids)
     if largest >= shape.vocab_size:
@@ -155,7 +195,7 @@ def load_tokenizer(pretrained: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer  # slow to import: not before it is needed
 
     folder = safetensors.resolve(pretrained)
-    _read_shape(folder)  # transformers would take what is wrong with it for a fault of the tokenizer
+    _shape(_family(folder), folder)  # transformers would take what is wrong with it for a fault of the tokenizer
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         # transformers would make an empty tokenizer and say nothing
         raise ValueError(f"model.pretrained must hold tokenizer.json or vocab.txt, got {folder} without either")
@@ -166,28 +206,28 @@ def load_tokenizer(pretrained: str) -> "PreTrainedTokenizerBase":
         raise ValueError(f"model.pretrained must hold a readable tokenizer, got {folder} ({reason})") from None
 
 
-def _shape(config: ModelConfig, folder: Path) -> bert.BertConfig:
-    """The encoder of a folder with our own options: it has a pooler where the folder has one and it is asked for."""
-    has_pooler = not {prefix + bert.POOLER for prefix in bert.PREFIXES}.isdisjoint(safetensors.tensor_files(folder))
-    return _read_shape(
-        folder,
-        pooling=config.pooling,
-        pooler=has_pooler and config.pooling == "cls",
-        dropout=config.dropout,
-        compute_dtype=config.compute_dtype,
-    )
-
-
-def _read_shape(folder: Path, **ours: Any) -> bert.BertConfig:
-    """The encoder that a folder's `config.json` describes, with our own options.
+def _family(folder: Path) -> Family:
+    """The family that a folder's `config.json` is of.
 
     Raises:
-      ValueError: the file cannot be read, or describes another model than this encoder.
+      ValueError: the file cannot be read, or is of no family that is known.
     """
-    fields = safetensors.read_json(folder / "config.json")
-    if (model_type := fields.get("model_type")) != "bert":
-        raise ValueError(f"model.pretrained must have model_type bert in config.json, got {model_type!r}")
+    model_type = safetensors.read_json(folder / "config.json").get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"model.pretrained must have a model_type among {known} in config.json, got {model_type!r}")
+    return FAMILIES[model_type]
+
+
+def _shape(family: Family, folder: Path, **ours: Any) -> Any:
+    """The shape that a folder's `config.json` describes, with our own options.
+
+    Raises:
+      ValueError: it describes what the family does not compute.
+    """
     try:
-        return bert.read_config(fields, **ours)
+        return family.shape(safetensors.read_json(folder / "config.json"), **ours)
     except ValueError as error:
-        raise ValueError(f"model.pretrained must hold a config.json of BERT, got {folder} where {error}") from None
+        raise ValueError(
+            f"model.pretrained must hold a config.json of {family.title}, got {folder} where {error}"
+        ) from None

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import huggingface_hub
 import jax
@@ -22,22 +22,12 @@ from safetensors.numpy import save_file
 
 from fedjax_lora.core.errors import reason_of
 from fedjax_lora.core.types import Base
+from fedjax_lora.models.table import Row, Table, in_layers
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-class Weight(NamedTuple):
-    """Where a frozen weight lies in a checkpoint.
-
-    names: of the tensors, with `{layer}` where there is one a layer; several are laid side by side.
-    transpose: whether each is stored as `[n_out, n_in]`.
-    """
-
-    names: tuple[str, ...]
-    transpose: bool = False
 
 
 def resolve(pretrained: str) -> Path:
@@ -109,7 +99,7 @@ def _shards(index: Path) -> list[str]:
 
 def load(
     folder: Path,
-    weight_map: Mapping[str, Weight],
+    table: Table,
     shapes: Base,
     prefixes: Sequence[str] = ("",),
     ignored: Sequence[str] = (),
@@ -119,13 +109,12 @@ def load(
 
     Args:
       folder: holds the safetensors.
-      weight_map: path of a leaf in `shapes`, its keys joined by `/` -> Weight.
-      shapes: tree of shapes and dtypes, as `jax.eval_shape(model.init, key)` gives it; a leaf of a name with
-        `{layer}` is stacked to `[L, ...]`.
+      table: of the model.
+      shapes: of `table.shapes`.
       prefixes: what may stand before all names; the one under which most are found is taken.
       ignored: patterns (with `*`) of names that need no place in the model. What lies under none of the prefixes nor
         in a module of the model is of a task head, and needs none either.
-      renamed: how a name may end in older checkpoints -> how it ends in `weight_map`.
+      renamed: how a name may end in older checkpoints -> how it ends in the table.
 
     Raises:
       ValueError: for tensors that are missing, unexpected, of another shape or type or not finite, and for a damaged
@@ -134,7 +123,7 @@ def load(
     files = tensor_files(folder)
     stored = {_current(name, renamed or {}): name for name in files}
     leaves: dict[str, Any] = flatten_dict(shapes, sep="/")
-    wanted = {name for path, weight in weight_map.items() for name in _names(weight, leaves[path].shape)}
+    wanted = {name for path, row in table.items() for name in _names(row, path, leaves[path].shape)}
     prefix = max(prefixes, key=lambda prefix: sum(prefix + name in stored for name in wanted))
     inside = tuple({f"{name.partition('.')[0]}." for name in wanted} | {*prefixes} - {""})
     found = {name for name in stored if name.startswith(inside)}
@@ -146,7 +135,7 @@ def load(
             name = stored[prefix + name]
             return _read(handles[files[name]], files[name], name)
 
-        return unflatten_dict({path: _leaf(weight, leaves[path], read) for path, weight in weight_map.items()}, sep="/")
+        return unflatten_dict({path: _leaf(row, path, leaves[path], read) for path, row in table.items()}, sep="/")
 
 
 def save(path: Path, tree: Base, metadata: Mapping[str, str]) -> None:
@@ -204,10 +193,10 @@ def _current(name: str, renamed: Mapping[str, str]) -> str:
     return name
 
 
-def _names(weight: Weight, shape: tuple[int, ...]) -> list[str]:
+def _names(row: Row, path: str, shape: tuple[int, ...]) -> list[str]:
     """All tensors of a leaf."""
-    layers = range(shape[0]) if "{layer}" in weight.names[0] else (0,)
-    return [name.format(layer=layer) for layer in layers for name in weight.names]
+    layers = range(shape[0]) if in_layers(path) else (0,)
+    return [name.format(layer=layer) for layer in layers for name in row.names]
 
 
 def _check(folder: Path, found: set[str], wanted: set[str], ignored: Sequence[str]) -> None:
@@ -221,21 +210,22 @@ def _check(folder: Path, found: set[str], wanted: set[str], ignored: Sequence[st
             )
 
 
-def _leaf(weight: Weight, shape: jax.ShapeDtypeStruct, read: Callable[[str], np.ndarray]) -> jax.Array:
+def _leaf(row: Row, path: str, shape: jax.ShapeDtypeStruct, read: Callable[[str], np.ndarray]) -> jax.Array:
     """One stacked leaf: a layer's tensors side by side, layers on a leading axis."""
-    stacked = "{layer}" in weight.names[0]
-    want = shape.shape[1:] if stacked else shape.shape
     layers = []
-    for layer in range(shape.shape[0] if stacked else 1):
-        names = [name.format(layer=layer) for name in weight.names]
+    for layer in range(shape.shape[0] if in_layers(path) else 1):
+        names = [name.format(layer=layer) for name in row.names]
         tensors = [read(name) for name in names]
-        parts = [tensor.T if weight.transpose else tensor for tensor in tensors]
-        width = sum(part.shape[-1] for part in parts)
-        if any((*part.shape[:-1], width) != want for part in parts):
-            stored = want[::-1] if weight.transpose else want
-            got = " and ".join(str(tensor.shape) for tensor in tensors)
+        want = [row.stored.write(np.empty(part.shape)).shape for part in _parts(row)]
+        if [tensor.shape for tensor in tensors] != want:
+            shapes = " and ".join(map(str, want)), " and ".join(str(tensor.shape) for tensor in tensors)
             raise ValueError(
-                f"model.pretrained must match the model: {' and '.join(names)} must make up {stored}, got {got}"
+                f"model.pretrained must match the model: {' and '.join(names)} must be of {shapes[0]}, got {shapes[1]}"
             )
-        layers.append(np.concatenate(parts, axis=-1))
-    return jnp.asarray(np.stack(layers) if stacked else layers[0], shape.dtype)
+        layers.append(np.concatenate([row.stored.read(tensor) for tensor in tensors], axis=-1))
+    return jnp.asarray(np.stack(layers) if in_layers(path) else layers[0], shape.dtype)
+
+
+def _parts(row: Row) -> list[jax.ShapeDtypeStruct]:
+    """Shapes of the columns of each tensor."""
+    return [jax.ShapeDtypeStruct((*row.shape[:-1], n), "float32") for n in row.columns or row.shape[-1:]]

@@ -1,33 +1,30 @@
-"""A vision transformer (Dosovitskiy et al., arXiv 2010.11929) for small images; each branch normalises its input.
+"""A vision transformer (Dosovitskiy et al., arXiv 2010.11929); each branch normalises its input.
 
 Adapters may sit on `query`, `key`, `value`, `output` (of attention), `up` and `down` (of the perceptron).
 """
 
 import dataclasses
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.core.learning import Adapter, Hidden, Model, Site, Task
-from fedjax_lora.core.types import Adapters, Base, Batch
-from fedjax_lora.models import layers
+from fedjax_lora.core.learning import Adapter, Features, Hidden, Model, Task
+from fedjax_lora.core.types import Base, Batch
+from fedjax_lora.models import layers, table
+from fedjax_lora.models.family import Shape
+from fedjax_lora.models.table import Part, Row
 from fedjax_lora.ops.primitives import layer_norm, project
-
-NORM_EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VitConfig:
+class VitConfig(Shape):
     """Shape of a vision transformer; the defaults are `vit-tiny` on 8x8 gray digits.
 
     height, width, channels: of an image.
     patch: side of the square patches; it divides height and width.
     hidden: model width d.
-    dropout: rate after the embeddings and on the output of each residual branch.
-    compute_dtype: of the frozen matrices and their products.
     """
 
     height: int = 8
@@ -38,15 +35,20 @@ class VitConfig:
     num_layers: int = 4
     num_heads: int = 4
     mlp_width: int = 256
-    pooling: Literal["mean", "cls"] = "mean"
-    dropout: float = 0.0
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    activation: str = "gelu"
+    norm_eps: float = 1e-6
 
     def __post_init__(self):
+        super().__post_init__()
         if self.height % self.patch or self.width % self.patch:
             raise ValueError(f"image sides must be multiples of {self.patch}, got {self.height} x {self.width}")
         if self.hidden % self.num_heads:
             raise ValueError(f"num_heads must divide hidden = {self.hidden}, got {self.num_heads}")
+
+    @property
+    def positions(self) -> int:
+        """Patches, and the one that `cls` pooling reads."""
+        return (self.height // self.patch) * (self.width // self.patch) + (self.pooling == "cls")
 
 
 def tiny(image_shape: tuple[int, int, int], **options) -> VitConfig:
@@ -55,9 +57,25 @@ def tiny(image_shape: tuple[int, int, int], **options) -> VitConfig:
     return VitConfig(height=height, width=width, channels=channels, **options)
 
 
-def sites(config: VitConfig) -> dict[str, Site]:
-    """Where adapters may sit."""
-    return layers.block_sites(config.hidden, config.mlp_width)
+def weights(config: VitConfig) -> table.Table:
+    """All weights; the names of the layers' are those of Hugging Face's ViTModel."""
+    d, patch_size, layer = config.hidden, config.patch**2 * config.channels, "encoder.layer.{layer}"
+    self_attention = [Part(site, f"{layer}.attention.attention.{site}", d) for site in ("query", "key", "value")]
+    patch = [Part("", "embeddings.patch_embeddings.projection", d)]
+    rows = {
+        **table.dense("embeddings/patch", patch_size, patch, (None, "embed"), init=table.normal(patch_size**-0.5)),
+        "embeddings/position": Row((config.positions, d), ("position", "embed"), table.normal(0.02)),
+        **table.dense("layers/query_key_value", d, self_attention, ("embed", "heads")),
+        **table.dense("layers/output", d, [Part("output", f"{layer}.attention.output.dense", d)], ("heads", "embed")),
+        **table.norm("layers/norm_attention", f"{layer}.layernorm_before", d),
+        **table.dense("layers/up", d, [Part("up", f"{layer}.intermediate.dense", config.mlp_width)], ("embed", "mlp")),
+        **table.dense("layers/down", config.mlp_width, [Part("down", f"{layer}.output.dense", d)], ("mlp", "embed")),
+        **table.norm("layers/norm_mlp", f"{layer}.layernorm_after", d),
+        **table.norm("norm", "layernorm", d),
+    }
+    if config.pooling == "cls":
+        rows["embeddings/cls"] = Row((d,), ("embed",), table.normal(0.02))
+    return rows
 
 
 def vit(config: VitConfig, task: Task, adapter: Adapter) -> Model:
@@ -67,38 +85,34 @@ def vit(config: VitConfig, task: Task, adapter: Adapter) -> Model:
 
     Args:
       config: shape of the transformer.
-      task: what is read of the pooled positions, by the trained head.
+      task: what is read of the positions, by the trained head.
       adapter: what is trained beside the frozen matrices.
     """
-    block = _block(config, adapter.project)
+    sites = table.sites(weights(config))
+    block = layers.TransformerBlock(
+        dense=layers.Dense(sites=sites, project=adapter.project),
+        num_heads=config.num_heads,
+        activation=config.activation,
+        norm_eps=config.norm_eps,
+        pre_norm=True,
+        dropout=config.dropout,
+        dtype=config.compute_dtype,
+    )
     return Model(
         init=partial(init, config),
-        init_head=lambda key: task.head(key, config.hidden),
+        init_head=lambda key: task.head(key, config.hidden, config.pooling != "last"),
         embed=partial(embed, config),
-        layers=partial(encode, block),
-        task=lambda base, adapters, hidden, key: task.read(adapters.head, pooled(config, base, hidden)),
-        sites=sites(config),
+        layers=partial(layers.run_blocks, block, remat=config.remat),
+        task=lambda base, adapters, hidden, key: task.read(adapters.head, features(config, base, hidden)),
+        sites=sites,
         num_layers=config.num_layers,
     )
 
 
 def init(config: VitConfig, key: Array) -> Base:
     """Random weights."""
-    patch_key, position_key, cls_key, layers_key = jax.random.split(key, 4)
-    d, patch_size = config.hidden, config.patch**2 * config.channels
-    num_positions = (config.height // config.patch) * (config.width // config.patch) + (config.pooling == "cls")
-    w = jax.random.normal(patch_key, (patch_size, d)) * patch_size**-0.5
-    base = {
-        "embeddings": {
-            "patch": {"w": w.astype(config.compute_dtype), "b": jnp.zeros(d)},
-            "position": 0.02 * jax.random.normal(position_key, (num_positions, d)),
-        },
-        "layers": layers.init_blocks(_block(config), layers_key, config.num_layers, d),
-        "norm": {"scale": jnp.ones(d), "bias": jnp.zeros(d)},
-    }
-    if config.pooling == "cls":
-        base["embeddings"]["cls"] = 0.02 * jax.random.normal(cls_key, (d,))
-    return base
+    first = [f"embeddings/{name}" for name in ("patch/w", "position", "cls")]
+    return table.init(weights(config), key, config.num_layers, config.compute_dtype, first)
 
 
 def embed(config: VitConfig, base: Base, batch: Batch, key: Array | None) -> Hidden:
@@ -115,17 +129,11 @@ def embed(config: VitConfig, base: Base, batch: Batch, key: Array | None) -> Hid
     return Hidden(values=values, mask=jnp.ones(values.shape[:2]))
 
 
-def encode(block: layers.Block, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:
-    """All blocks."""
-    layers_key = None if key is None else jax.random.fold_in(key, 1)
-    return layers.run_blocks(block, base["layers"], adapters.modules, hidden, layers_key)
-
-
-def pooled(config: VitConfig, base: Base, hidden: Hidden) -> Array:
-    """`[B, d]`: the normalised positions, pooled."""
+def features(config: VitConfig, base: Base, hidden: Hidden) -> Features:
+    """What a task reads: the normalised positions."""
     norm = base["norm"]
-    values = layer_norm(hidden.values, (norm["scale"], norm["bias"]), NORM_EPS)
-    return layers.pool(hidden._replace(values=values), config.pooling)
+    hidden = hidden._replace(values=layer_norm(hidden.values, (norm["scale"], norm["bias"]), config.norm_eps))
+    return Features(hidden, lambda: layers.pool(hidden, config.pooling))
 
 
 def _patches(config: VitConfig, image: Array) -> Array:
@@ -133,16 +141,3 @@ def _patches(config: VitConfig, image: Array) -> Array:
     patch, rows, columns = config.patch, config.height // config.patch, config.width // config.patch
     grid = image.reshape(-1, rows, patch, columns, patch, config.channels)
     return grid.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows * columns, patch * patch * config.channels)
-
-
-def _block(config: VitConfig, project: layers.Project = layers.without_adapters) -> layers.Block:
-    return layers.Block(
-        sites=sites(config),
-        project=project,
-        num_heads=config.num_heads,
-        activation="gelu",
-        norm_eps=NORM_EPS,
-        pre_norm=True,
-        dropout=config.dropout,
-        dtype=config.compute_dtype,
-    )

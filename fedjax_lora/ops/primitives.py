@@ -168,7 +168,15 @@ _layer_norm = jax.custom_vjp(lambda *arguments: _layer_norm_forward(*arguments)[
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-def attention(qkv: Array, mask: Array, num_heads: int, dtype: DTypeLike, example: Array | None = None) -> Array:
+def attention(
+    qkv: Array,
+    mask: Array,
+    num_heads: int,
+    dtype: DTypeLike,
+    example: Array | None = None,
+    *,
+    causal: bool = False,
+) -> Array:
     """Softmax attention in which no position looks at padding, or at another example.
 
     Args:
@@ -177,15 +185,16 @@ def attention(qkv: Array, mask: Array, num_heads: int, dtype: DTypeLike, example
       num_heads: heads; they divide d.
       dtype: in which the products multiply; sums and softmax are float32.
       example: `[G, P]` number of the example that each position is of; None where each row is of one.
+      causal: whether a position looks at none after it.
 
     Returns:
       `[G, P, d]`; the mean of the row's values where a position has none to look at.
     """
-    return _attention(qkv, mask, example, num_heads, dtype)
+    return _attention(qkv, mask, example, num_heads, dtype, causal)
 
 
 def _attention_forward(
-    qkv: Array, mask: Array, example: Array | None, num_heads: int, dtype: DTypeLike
+    qkv: Array, mask: Array, example: Array | None, num_heads: int, dtype: DTypeLike, causal: bool
 ) -> tuple[Array, tuple]:
     batch, length, width = qkv.shape
     heads = qkv.reshape(batch, length, 3, num_heads, width // (3 * num_heads))
@@ -194,6 +203,8 @@ def _attention_forward(
     seen = mask[:, None, None, :] > 0
     if example is not None:
         seen &= (example[:, :, None] == example[:, None, :])[:, None]
+    if causal:
+        seen &= jnp.tri(length, dtype=bool)
     scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
     mixed = _dot(weights, value, "bhqk,bhkd->bhqd")
@@ -201,7 +212,10 @@ def _attention_forward(
     return mixed.transpose(0, 2, 1, 3).reshape(batch, length, width // 3), residuals
 
 
-def _attention_backward(num_heads: int, dtype: DTypeLike, residuals: tuple, g: Array) -> tuple[Array, Array, None]:
+def _attention_backward(
+    num_heads: int, dtype: DTypeLike, causal: bool, residuals: tuple, g: Array
+) -> tuple[Array, Array, None]:
+    del causal  # it is in the weights
     query, key, value, weights, mixed, mask = map(unpack, residuals)
     batch, length, d = g.shape
     g = g.reshape(batch, length, num_heads, d // num_heads).transpose(0, 2, 1, 3).astype(dtype)
@@ -221,5 +235,5 @@ def _summed_over_queries(x: Array, y: Array) -> Array:
     return _dot(lax.optimization_barrier(x.swapaxes(2, 3)), y, "bhdq,bhqk->bhdk")
 
 
-_attention = jax.custom_vjp(lambda *arguments: _attention_forward(*arguments)[0], nondiff_argnums=(3, 4))
+_attention = jax.custom_vjp(lambda *arguments: _attention_forward(*arguments)[0], nondiff_argnums=(3, 4, 5))
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from fedjax_lora.core.learning import Task
+from fedjax_lora.core.learning import Features, Task
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Batch
@@ -37,7 +37,7 @@ def make(options: ClassificationOptions, context: Context) -> Task:
         return label_weights(own["label"], count, pool["label"], num_classes)
 
     return Task(
-        head=lambda key, d: init_head(key, d, num_classes),
+        head=lambda key, d, bias: init_head(key, d, num_classes, bias),
         read=read,
         loss=lambda logits, batch, weight: cross_entropy(logits, batch["label"], weight),
         score=score,
@@ -49,14 +49,21 @@ def make(options: ClassificationOptions, context: Context) -> Task:
 METHOD = Method("task", "classification", ClassificationOptions, make)
 
 
-def init_head(key: Array, d: int, num_classes: int) -> dict[str, Array]:
-    """A fresh `{"w": [d, classes], "b": [classes]}`."""
-    return {"w": 0.02 * jax.random.normal(key, (d, num_classes)), "b": jnp.zeros(num_classes)}
+def init_head(key: Array, d: int, num_classes: int, bias: bool = True) -> dict[str, Array]:
+    """A fresh `{"w": [d, classes], "b": [classes]}`, or `w` alone."""
+    head = {"w": 0.02 * jax.random.normal(key, (d, num_classes))}
+    return {**head, "b": jnp.zeros(num_classes)} if bias else head
 
 
-def read(head: Mapping[str, Array], features: Array) -> Array:
-    """`[B, classes]` logits of features `[B, d]`."""
-    return features @ head["w"] + head["b"]
+def read(head: Mapping[str, Array], features: Features) -> Array:
+    """`[B, classes]` logits of the pooled features."""
+    return linear(head, features.pooled())
+
+
+def linear(head: Mapping[str, Array], x: Array) -> Array:
+    """`[..., d] -> [..., columns]` by a head `w`, and `b` where it has one."""
+    y = x @ head["w"]
+    return y + head["b"] if "b" in head else y
 
 
 def cross_entropy(logits: Array, label: Array, weight: Array) -> Array:

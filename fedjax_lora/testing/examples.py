@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from fedjax_lora.config import catalogue
 from fedjax_lora.core.exchange import Received
-from fedjax_lora.core.learning import Site, Work
+from fedjax_lora.core.learning import Features, Hidden, Site, Work
 from fedjax_lora.core.methods import Context
 from fedjax_lora.core.network import Observation, Radio
 from fedjax_lora.core.types import Adapters, Factors, Scope
@@ -98,6 +98,12 @@ def batch(context: Context) -> dict[str, Array]:
         "attention_mask": real.astype(jnp.int32),
         "label": jax.random.randint(label_key, (BATCH_SIZE,), 0, context.num_classes),
     }
+
+
+def features(d: int) -> Features:
+    """What a task reads of a model of width d on such a batch: random, pooled at the first position."""
+    values = jax.random.normal(jax.random.key(1), (BATCH_SIZE, 5, d))
+    return Features(Hidden(values, jnp.ones((BATCH_SIZE, 5))), lambda: values[:, 0])
 
 
 def tokenizer() -> Any:

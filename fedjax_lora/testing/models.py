@@ -22,8 +22,8 @@ from fedjax_lora.testing.laws import Subject, close, named
 
 def _task_batch(method: Task, context: Context) -> tuple[Any, dict[str, Array]]:
     """Outputs of a fresh head on random features, and the batch that they are of."""
-    batch, features = examples.batch(context), jax.random.normal(jax.random.key(1), (examples.BATCH_SIZE, 5))
-    return method.read(method.head(jax.random.key(0), 5), features), batch
+    batch, features = examples.batch(context), examples.features(5)
+    return method.read(method.head(jax.random.key(0), 5, True), features), batch
 
 
 def exercise_task(method: Task, context: Context) -> Any:

@@ -262,7 +262,7 @@ def test_too_long_a_sequence_is_refused(tiny):
     ("fields", "message"),
     [
         ({"num_attention_heads": 5, "hidden_size": 24}, "num_attention_heads must divide width = 24, got 5"),
-        ({"hidden_act": "swish"}, "hidden_act must be one of gelu, gelu_new, gelu_pytorch_tanh, relu, got 'swish'"),
+        ({"hidden_act": "swish"}, "hidden_act must be one of gelu, gelu_new, .*relu, silu, got 'swish'"),
         ({"position_embedding_type": "relative_key"}, "must be 'absolute', got 'relative_key'"),
         ({"is_decoder": True}, "is_decoder must be false"),
         ({"is_decoder": [1]}, r"is_decoder must be false, got \[1\]"),
@@ -291,4 +291,4 @@ def test_too_long_a_sequence_is_refused(tiny):
 )
 def test_variants_that_it_does_not_compute_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        bert.read_config(fields)
+        bert.shape(fields)

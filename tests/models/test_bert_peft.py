@@ -11,7 +11,7 @@ from fedjax_lora.aggregation import fedit
 from fedjax_lora.core.exchange import Live
 from fedjax_lora.core.learning import Broadcast, Client
 from fedjax_lora.core.types import Adapters, Factors
-from fedjax_lora.models import bert, load
+from fedjax_lora.models import bert, load, table
 from fedjax_lora.sparsifiers import dense, soft
 from fedjax_lora.tasks.classification import cross_entropy
 from fedjax_lora.training import local
@@ -28,7 +28,7 @@ MODULES = ("query", "value", "output", "up", "down")
 
 
 def torch_name(module, layer):
-    return "base_model.model.bert." + bert.SOURCES[module].format(layer=layer)
+    return "base_model.model.bert." + table.sites(bert.weights(bert.BertConfig()))[module].source.format(layer=layer)
 
 
 def random_adapters(model):

@@ -82,7 +82,7 @@ def test_tiny_is_the_documented_model_for_digits():
     model, base = load.build_model(load.ModelConfig(), model_context(10, (8, 8, 1)))
     assert base is None
     assert model.num_layers == 4
-    assert model.sites["query"][2:] == (64, 64, "") and model.sites["down"][2:] == (256, 64, "")
+    assert model.sites["query"][2:4] == (64, 64) and model.sites["down"][2:4] == (256, 64)
     base = jax.eval_shape(model.init, jax.random.key(0))
     assert base["embeddings"]["position"].shape == (4, 64)
 

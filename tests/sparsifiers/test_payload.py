@@ -11,7 +11,7 @@ from fedjax_lora.adapters import lora
 from fedjax_lora.core.count import Count
 from fedjax_lora.core.exchange import Message, Size, Transform
 from fedjax_lora.core.types import Adapters, Factors, Scope
-from fedjax_lora.models import bert
+from fedjax_lora.models import bert, table
 from fedjax_lora.sparsifiers import dense, payload, ranks, soft, soft_rotated, top_k
 from fedjax_lora.sparsifiers.transforms import WireConfig, chain
 from oracles.contexts import context, offered_bits, upload
@@ -233,7 +233,7 @@ def test_modules_of_unequal_rank_are_refused():
 def test_encoder_of_roberta_base_equals_published_count():
     """Closed form: 12 layers x 8 x (4 x (768 + 768) + 2 x (768 + 3072)); and over 30 clients and 50 rounds."""
     encoder = bert.BertConfig(vocab_size=50265, width=768, num_layers=12, num_heads=12, mlp_width=3072)
-    sites = bert.sites(encoder)
+    sites = table.sites(bert.weights(encoder))
     like = jax.eval_shape(lambda key: Adapters(lora.init(key, sites, 12, 8), {}), jax.random.key(0))
     assert sorted(like.modules) == ["down", "key", "output", "query", "up", "value"]
     values = payload.dense_size(like, Scope.whole(jnp.ones(8))).values.exact()

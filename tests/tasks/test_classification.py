@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedjax_lora.core.learning import Features
 from fedjax_lora.core.methods import Context
 from fedjax_lora.tasks import classification
 from fedjax_lora.tasks.classification import ClassificationOptions, label_weights
@@ -36,12 +37,14 @@ def test_loss_and_its_gradient_against_pytorch_over_the_examples_of_weight_one()
 
 
 def test_head_and_read_closed_form():
-    head = make().head(jax.random.key(0), 5)
+    head = make().head(jax.random.key(0), 5, True)
     assert {name: leaf.shape for name, leaf in head.items()} == {"w": (5, 3), "b": (3,)}
     assert not np.any(head["b"]) and 0.01 < np.std(head["w"]) < 0.03
     features = RANDOM.normal(size=(4, 5)).astype(np.float32)
     shifted = {**head, "b": jnp.arange(3.0)}
-    np.testing.assert_allclose(make().read(shifted, features), features @ head["w"] + np.arange(3.0), rtol=1e-5)
+    np.testing.assert_allclose(
+        make().read(shifted, Features(None, lambda: features)), features @ head["w"] + np.arange(3.0), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -1,0 +1,112 @@
+"""What families of models share: the shape that a `config.json` describes, and what the loader knows of a family."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from fedjax_lora.core.learning import Adapter, Model, Task
+from fedjax_lora.models import layers
+from fedjax_lora.models.table import Table
+
+Dtype = Literal["float32", "bfloat16"]
+
+_MOST, _MOST_LAYERS = 2**24, 2**10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Shape of a model, and what is asked of its computation.
+
+    pooling: what a head sees of an example, see `layers.pool`.
+    dropout: rate after the embeddings and on the output of each residual branch.
+    compute_dtype: of the frozen matrices and their products.
+    remat: whether the backward pass computes each layer again, and keeps its input alone.
+    """
+
+    num_layers: int = 12
+    num_heads: int = 12
+    pooling: layers.Pooling = "mean"
+    dropout: float = 0.0
+    compute_dtype: Dtype = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, most = getattr(self, field.name), _MOST_LAYERS if field.name == "num_layers" else _MOST
+            if field.type is int and (type(value) is not int or not 1 <= value <= most):
+                raise ValueError(f"{field.name} must be an integer from 1 to {most}, got {value!r}")
+        for name in ("activation", "norm_eps"):
+            if hasattr(self, name):
+                _CHECKS[name](getattr(self, name))
+
+
+def _check_activation(value: Any) -> None:
+    if not isinstance(value, str) or value not in layers.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(layers.ACTIVATIONS)}, got {value!r}")
+
+
+def _check_norm_eps(value: Any) -> None:
+    if type(value) is not float or not 0 < value < 1:
+        raise ValueError(f"norm_eps must be a number above 0 and below 1, got {value!r}")
+
+
+_CHECKS: dict[str, Callable[[Any], None]] = {"activation": _check_activation, "norm_eps": _check_norm_eps}
+
+S = TypeVar("S", bound=Shape)
+
+
+def read_shape(cls: type[S], fields: Mapping[str, Any], names: Mapping[str, str], **ours: Any) -> S:
+    """A Shape from the fields of a `config.json`; what is missing there is the default of the class.
+
+    Args:
+      cls: to make.
+      fields: of the file.
+      names: our name of a field -> theirs.
+      **ours: our own options.
+
+    Raises:
+      ValueError: for a value that the shape does not allow; names the field as the file does.
+    """
+    try:
+        return cls(**{name: fields[theirs] for name, theirs in names.items() if theirs in fields}, **ours)
+    except ValueError as error:
+        name, _, problem = str(error).partition(" ")
+        raise ValueError(f"{names.get(name, name)} {problem}") from None
+
+
+def refuse(fields: Mapping[str, Any], computed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise ValueError for a field that asks for what is not computed.
+
+    Args:
+      fields: of a `config.json`.
+      computed: name of a field -> the values that are; a field that is missing or null asks for nothing.
+    """
+    for name, values in computed.items():
+        if (value := fields.get(name)) is not None and value not in values:
+            allowed = " or ".join("false" if allowed is False else repr(allowed) for allowed in values)
+            raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+class Family(NamedTuple):
+    """Models of one `model_type`, or of several.
+
+    title: by which error messages call it.
+    shape: `(fields of config.json, **our options) -> Shape`; raises ValueError for what the family does not compute.
+    make: `(Shape, Task, Adapter) -> Model`.
+    weights: `Shape -> Table`.
+    prefixes: what may stand before the names of tensors: "" in a bare encoder, another in a model with a head.
+    ignored: patterns of tensors that a checkpoint may hold and the model does not need.
+    renamed: endings of names in older checkpoints -> today's.
+    held: field of the Shape -> the tensor that a checkpoint holds where that is true.
+    image: whether it reads images.
+    """
+
+    title: str
+    shape: Callable[..., Any]
+    make: Callable[[Any, Task, Adapter], Model]
+    weights: Callable[[Any], Table]
+    prefixes: tuple[str, ...] = ("",)
+    ignored: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = {}
+    held: Mapping[str, str] = {}
+    image: bool = False
