@@ -16,7 +16,7 @@ from jax import Array
 from fedjax_lora.core.learning import Adapter, Features, Hidden, Model, Task
 from fedjax_lora.core.types import Base, Batch
 from fedjax_lora.models import layers, table
-from fedjax_lora.models.family import Family, Shape, read_shape, refuse
+from fedjax_lora.models.family import Family, Shape, read_shape, refuse, sequence_classes, token_class
 from fedjax_lora.models.table import Part
 from fedjax_lora.ops.primitives import layer_norm, project
 
@@ -166,4 +166,6 @@ FAMILY = Family(
     # Of checkpoints that were converted from TensorFlow, bert-base-uncased among them.
     renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
     held={"pooler": "pooler.dense.weight"},
+    classes=sequence_classes("BertForSequenceClassification", "classifier", "bert.", lambda shape: shape.uses_pooler)
+    | token_class("BertForTokenClassification", "classifier", "bert."),
 )

@@ -87,6 +87,36 @@ def refuse(fields: Mapping[str, Any], computed: Mapping[str, tuple[Any, ...]]) -
             raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
+class HeadClass(NamedTuple):
+    """A class of transformers that computes what a family's model does with the head of one task.
+
+    name: of the class.
+    task_type: by which PEFT calls its task; "" for one that PEFT has no name for.
+    head: its linear module that is the head; "" for none.
+    prefix: before the names of the family's tensors in it.
+    problem_type: of its `config.json`; "" for none.
+    fits: `Shape -> bool`: whether it computes what the head sees of a model of that shape.
+    """
+
+    name: str
+    task_type: str
+    head: str
+    prefix: str = ""
+    problem_type: str = ""
+    fits: Callable[[Any], bool] = lambda shape: True
+
+
+def sequence_classes(name: str, head: str, prefix: str, fits: Callable[[Any], bool]) -> dict[str, HeadClass]:
+    """Task -> a class of transformers that labels, or gives one number to, a whole text."""
+    problems = {"classification": "single_label_classification", "regression": "regression"}
+    return {task: HeadClass(name, "SEQ_CLS", head, prefix, problem, fits) for task, problem in problems.items()}
+
+
+def token_class(name: str, head: str, prefix: str) -> dict[str, HeadClass]:
+    """Task -> a class of transformers that labels each token."""
+    return {"token_classification": HeadClass(name, "TOKEN_CLS", head, prefix)}
+
+
 class Family(NamedTuple):
     """Models of one `model_type`, or of several.
 
@@ -99,6 +129,7 @@ class Family(NamedTuple):
     renamed: endings of names in older checkpoints -> today's.
     held: field of the Shape -> the tensor that a checkpoint holds where that is true.
     image: whether it reads images.
+    classes: name of a task -> the class of transformers that computes it, where there is one.
     """
 
     title: str
@@ -110,3 +141,9 @@ class Family(NamedTuple):
     renamed: Mapping[str, str] = {}
     held: Mapping[str, str] = {}
     image: bool = False
+    classes: Mapping[str, HeadClass] = {}
+
+    def head_class(self, task: str, shape: Any) -> HeadClass | None:
+        """The class of transformers for this task on a model of this shape; None where there is none."""
+        found = self.classes.get(task)
+        return found if found and found.fits(shape) else None

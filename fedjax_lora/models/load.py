@@ -122,12 +122,15 @@ def build_model(
 class Pretrained(NamedTuple):
     """A Hugging Face model.
 
-    family, shape: of the model, with our own options. weights: reads its frozen weights.
+    folder: on this machine. family, shape: of the model, with our own options. weights: reads its frozen weights.
+    spare: reads the tensors that the model does not need, see `safetensors.spare`.
     """
 
+    folder: Path
     family: Family
     shape: Shape
     weights: Callable[[], Base]
+    spare: Callable[[], dict[str, np.ndarray]]
 
 
 def read_pretrained(config: ModelConfig, pretrained: str) -> Pretrained:
@@ -145,10 +148,8 @@ def read_pretrained(config: ModelConfig, pretrained: str) -> Pretrained:
     rows = family.weights(shape)
     like = table.shapes(rows, shape.num_layers, shape.compute_dtype)
 
-    def weights() -> Base:
-        return safetensors.load(folder, rows, like, family.prefixes, family.ignored, family.renamed)
-
-    return Pretrained(family, shape, weights)
+    of = folder, rows, like, family.prefixes, family.ignored, family.renamed
+    return Pretrained(folder, family, shape, lambda: safetensors.load(*of), lambda: safetensors.spare(*of))
 
 
 def read_shape(pretrained: str) -> Any:

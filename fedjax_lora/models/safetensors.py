@@ -123,8 +123,8 @@ def load(
     files = tensor_files(folder)
     stored = {_current(name, renamed or {}): name for name in files}
     leaves: dict[str, Any] = flatten_dict(shapes, sep="/")
-    wanted = {name for path, row in table.items() for name in _names(row, path, leaves[path].shape)}
-    prefix = max(prefixes, key=lambda prefix: sum(prefix + name in stored for name in wanted))
+    wanted = _wanted(table, leaves)
+    prefix = _prefix(stored, wanted, prefixes)
     inside = tuple({f"{name.partition('.')[0]}." for name in wanted} | {*prefixes} - {""})
     found = {name for name in stored if name.startswith(inside)}
     _check(folder, found, {prefix + name for name in wanted}, [prefix + pattern for pattern in ignored])
@@ -136,6 +136,41 @@ def load(
             return _read(handles[files[name]], files[name], name)
 
         return unflatten_dict({path: _leaf(row, path, leaves[path], read) for path, row in table.items()}, sep="/")
+
+
+def spare(
+    folder: Path,
+    table: Table,
+    shapes: Base,
+    prefixes: Sequence[str] = ("",),
+    ignored: Sequence[str] = (),
+    renamed: Mapping[str, str] | None = None,
+) -> dict[str, np.ndarray]:
+    """The tensors of floats that `load` ignores, such as a pooler that no head looks through, by today's names.
+
+    Arguments and errors are those of `load`; no name has a prefix.
+    """
+    files = tensor_files(folder)
+    stored = {_current(name, renamed or {}): name for name in files}
+    wanted = _wanted(table, flatten_dict(shapes, sep="/"))
+    prefix, found = _prefix(stored, wanted, prefixes), {}
+    for name in sorted(stored):
+        own, whole = name.removeprefix(prefix), stored[name]
+        if name.startswith(prefix) and any(fnmatch.fnmatch(own, pattern) for pattern in ignored) and own not in wanted:
+            with _open(files[whole]) as handle:
+                if handle.get_slice(whole).get_dtype() in _DTYPES:
+                    found[own] = _read(handle, files[whole], whole)
+    return found
+
+
+def read_all(file: Path, field: str) -> dict[str, np.ndarray]:
+    """All tensors of a file, in float32; `field` names it in messages.
+
+    Raises:
+      ValueError: it cannot be read, or a tensor is of another type or not finite.
+    """
+    with _open(file, field) as handle:
+        return {name: _read(handle, file, name, field) for name in handle.keys()}  # noqa: SIM118
 
 
 def save(path: Path, tree: Base, metadata: Mapping[str, str]) -> None:
@@ -160,28 +195,26 @@ def restore(path: Path) -> tuple[Base, dict[str, str]]:
         return unflatten_dict(tree, sep="/"), handle.metadata() or {}
 
 
-def _open(file: Path) -> Any:
+def _open(file: Path, field: str = "model.pretrained") -> Any:
     try:
         return safe_open(file, framework="np")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"model.pretrained must hold readable files, got {file} ({reason_of(error)})") from None
+        raise ValueError(f"{field} must hold readable files, got {file} ({reason_of(error)})") from None
 
 
-def _read(handle: Any, file: Path, name: str) -> np.ndarray:
+def _read(handle: Any, file: Path, name: str, field: str = "model.pretrained") -> np.ndarray:
     """A tensor in float32, checked."""
     try:
         dtype = handle.get_slice(name).get_dtype()
         if dtype not in _DTYPES:
-            raise ValueError(
-                f"model.pretrained must hold tensors of {', '.join(_DTYPES)}, got {dtype} of {name} in {file}"
-            )
+            raise ValueError(f"{field} must hold tensors of {', '.join(_DTYPES)}, got {dtype} of {name} in {file}")
         tensor = handle.get_tensor(name)
     except SafetensorError as error:
-        raise ValueError(f"model.pretrained must hold readable files, got {file} ({reason_of(error)})") from None
+        raise ValueError(f"{field} must hold readable files, got {file} ({reason_of(error)})") from None
     with np.errstate(over="ignore"):
         tensor = tensor.astype(np.float32, copy=False)
     if not np.isfinite(tensor).all():
-        raise ValueError(f"model.pretrained must hold finite weights, got NaN or infinity in {name} of {file}")
+        raise ValueError(f"{field} must hold finite weights, got NaN or infinity in {name} of {file}")
     return tensor
 
 
@@ -197,6 +230,16 @@ def _names(row: Row, path: str, shape: tuple[int, ...]) -> list[str]:
     """All tensors of a leaf."""
     layers = range(shape[0]) if in_layers(path) else (0,)
     return [name.format(layer=layer) for layer in layers for name in row.names]
+
+
+def _wanted(table: Table, leaves: Mapping[str, Any]) -> set[str]:
+    """All tensors of a table."""
+    return {name for path, row in table.items() for name in _names(row, path, leaves[path].shape)}
+
+
+def _prefix(stored: Mapping[str, str], wanted: set[str], prefixes: Sequence[str]) -> str:
+    """The prefix under which most are found."""
+    return max(prefixes, key=lambda prefix: sum(prefix + name in stored for name in wanted))
 
 
 def _check(folder: Path, found: set[str], wanted: set[str], ignored: Sequence[str]) -> None:

@@ -132,6 +132,11 @@ def sites(table: Table) -> dict[str, Site]:
     return found
 
 
+def input_first(table: Table) -> set[str]:
+    """Names of the sites whose matrix a checkpoint holds as `[n_in, n_out]`, as we do and transformers' Conv1D does."""
+    return {site for row in table.values() for site in row.sites if row.stored is AS_IS}
+
+
 def shapes(table: Table, num_layers: int, dtype: str) -> Base:
     """The base's shapes and dtypes; `dtype` is that of the matrices."""
 
