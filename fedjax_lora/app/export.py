@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lora.adapters import lora
 from fedjax_lora.app.trained import TrainedRun, open_run
+from fedjax_lora.config.beginning import layers_hash
 from fedjax_lora.core.methods import Method
 from fedjax_lora.io import merged, peft
 from fedjax_lora.io.model_card import Card
@@ -65,7 +67,7 @@ def _tensors(found: TrainedRun, card: Card) -> dict[str, np.ndarray]:
     rows = found.found.family.weights(found.found.shape)
     used = lora.effective(found.adapters, lora.rank_mask(found.rank, lora.max_rank(found.adapters)), found.scale)
     base = jax.tree.map(lambda leaf: leaf.astype(np.float32), found.base)
-    base = lora.add_to_base(base, found.merged, table.sites(rows))
+    base = lora.add_to_base(base, jax.tree.map(jnp.asarray, found.merged), table.sites(rows))
     spare = {} if card.head_class else found.found.spare()
     return spare | table.tensors(rows, lora.merge(base, used, table.sites(rows)))
 
@@ -75,7 +77,7 @@ def _card(found: TrainedRun, client: int | None) -> Card:
     assert isinstance(model, load.ModelConfig) and model.pretrained is not None
     return Card(
         base_model=_base_model(model.pretrained),
-        base_hash=found.data["base_hash"],
+        weights_hash=layers_hash(model, found.base),
         labels=found.labels,
         pooling=model.pooling,
         pooler="pooler" in found.base,
@@ -93,7 +95,9 @@ def _base_model(pretrained: str) -> str:
 def _facts(found: TrainedRun, client: int | None) -> dict[str, Any]:
     """What the model card says of the training: settings, and what the log has measured up to the checkpoint."""
     config, lines = found.config, read_metrics(found.folder)[: found.round]
-    methods = {slot: getattr(config, slot).name for slot in ("task", "training", "aggregation", "sparsifier", "control")}
+    methods = {
+        slot: getattr(config, slot).name for slot in ("task", "training", "aggregation", "sparsifier", "control")
+    }
     settings = {
         "rounds": found.round,
         "clients": config.clients.count,

@@ -115,7 +115,7 @@ def _run(
 
 def started_with(facts: Facts) -> dict[str, Any]:
     """What tells a run's data and model from any other: of `data.json`, what stays when a run is continued."""
-    hashes = ("examples_hash", "partition_hash", "base_hash", "model_config_hash", "tokenizer_hash")
+    hashes = ("examples_hash", "partition_hash", "base_hash", "initial_hash", "model_config_hash", "tokenizer_hash")
     return {name: getattr(facts, name) for name in hashes} | {"class_names": list(facts.class_names)}
 
 

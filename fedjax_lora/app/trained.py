@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lora.config.assemble import hash_weights
+from fedjax_lora.config.beginning import hash_weights
 from fedjax_lora.config.experiment import ExperimentConfig, load_config
 from fedjax_lora.core.methods import Method
 from fedjax_lora.core.types import Adapters, Base, ClientState

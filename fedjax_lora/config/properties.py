@@ -44,6 +44,7 @@ PROPERTIES = {
     "trained_apart": "clients that train apart from one another",
     "side_by_side": "clients that send side by side",
     "no_dropout": "no dropout",
+    "zero_start": "adapters that add nothing at the start",
     "free_broadcast": "a broadcast that takes no time",
 }
 """What a method may need of the rest of an experiment, or break: property -> what is needed, in words."""
@@ -67,6 +68,7 @@ _FACTS = (
     _Fact("model.compute_dtype", "float32_base", lambda value, _: value != "float32", "float32"),
     _Fact("model.dropout", "no_dropout", lambda value, _: value > 0, "0"),
     _Fact("lora.client_ranks", "one_rank", lambda value, _: bool(value), "absent"),
+    _Fact("lora.initial", "zero_start", lambda value, _: value is not None, "absent"),
     _Fact("local.optimizer.name", "plain_sgd", lambda value, _: value != "sgd", "sgd"),
     _Fact("local.optimizer.clip_norm", "unclipped", lambda value, _: value is not None, "absent"),
     _Fact("wire.bits", "exact_wire", lambda value, _: value < 32, "32"),

@@ -10,14 +10,13 @@ from safetensors.numpy import save_file
 
 from fedjax_lora.io.files import write_json
 from fedjax_lora.models.family import HeadClass
-
-HEAD, HEAD_FACTS = "head.safetensors", "head.json"
+from fedjax_lora.models.initial import HEAD, HEAD_FACTS
 
 
 class Card(NamedTuple):
     """What tensors alone do not tell.
 
-    base_model: folder or hub id that the adapters were trained on. base_hash: of its weights.
+    base_model: folder or hub id that the adapters were trained on. weights_hash: of its layers, in float32.
     labels: one for each column of the head; () where columns have none.
     pooling: what the head sees, of `ModelConfig`. pooler: whether through the checkpoint's pooler.
     head_class: of transformers, which computes what the head does; None where there is none.
@@ -25,7 +24,7 @@ class Card(NamedTuple):
     """
 
     base_model: str
-    base_hash: str
+    weights_hash: str
     labels: Sequence[str]
     pooling: str
     pooler: bool
@@ -50,7 +49,7 @@ def write_head(folder: Path, head: Mapping[str, np.ndarray], card: Card) -> None
         "label2id": label2id(card.labels),
         "pooling": card.pooling,
         "pooler": card.pooler,
-        "base_hash": card.base_hash,
+        "weights_hash": card.weights_hash,
         "shapes": {name: leaf.shape for name, leaf in head.items()},
     }
     write_json(folder / HEAD_FACTS, facts)

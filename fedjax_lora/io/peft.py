@@ -52,9 +52,7 @@ def absorb(adapters: LowRank, merged: Mapping[str, np.ndarray]) -> LowRank:
     modules = {}
     for name, layers in adapters.modules.items():
         factors = zip(layers, np.asarray(merged[name], np.float64), strict=True)
-        modules[name] = [
-            _factorise(product + adapters.scale * a.astype(np.float64) @ b) for (a, b), product in factors
-        ]
+        modules[name] = [_factorise(product + adapters.scale * a.astype(np.float64) @ b) for (a, b), product in factors]
     return LowRank(modules, 1.0)
 
 
@@ -163,8 +161,8 @@ _AUTO_CLASSES = {
 def _usage(card: Card) -> str:
     """How to load the adapters, in the words of the model card."""
     if card.head_class is None:
-        loads = "`AutoPeftModelForFeatureExtraction.from_pretrained(FOLDER)` of `peft` loads the base model with the adapters."
-        return f"{loads} {model_card.head_usage(card)}"
+        loads = "`AutoPeftModelForFeatureExtraction.from_pretrained(FOLDER)` of `peft` loads the base model with the"
+        return f"{loads} adapters. {model_card.head_usage(card)}"
     labels = f", num_labels={len(card.labels) or 1}" if card.head_class.head else ""
     loads = f"`{_AUTO_CLASSES[card.head_class.task_type]}.from_pretrained(FOLDER{labels})` of `peft` loads"
     if not labels:

@@ -52,8 +52,8 @@ def resolve(pretrained: str) -> Path:
         ) from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Fields of a JSON file.
+def read_json(path: Path, field: str = "model.pretrained") -> dict[str, Any]:
+    """Fields of a JSON file; `field` names its folder in messages.
 
     Raises:
       ValueError: where the file is missing or is not a JSON object.
@@ -62,9 +62,9 @@ def read_json(path: Path) -> dict[str, Any]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = reason_of(error)
-        raise ValueError(f"model.pretrained must hold a readable {path.name}, got {path} ({reason})") from None
+        raise ValueError(f"{field} must hold a readable {path.name}, got {path} ({reason})") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"model.pretrained must hold a JSON object in {path.name}, got {path}")
+        raise ValueError(f"{field} must hold a JSON object in {path.name}, got {path}")
     return fields
 
 

@@ -63,6 +63,7 @@ class Facts(NamedTuple):
     """What a run is of, for its log and for a second start.
 
     base_hash: of the frozen weights, and of the task head where it is not drawn.
+    initial_hash: of the adapters that it starts from, with their head; empty where all are drawn.
     examples_hash: of the examples, those for pre-training and testing included.
     partition_hash: of who holds which examples.
     tokenizer_hash, model_config_hash: of the pretrained model's tokenizer and `config.json`; empty without one.
@@ -77,6 +78,7 @@ class Facts(NamedTuple):
     model_config_hash: str
     class_names: tuple[str, ...]
     truncated: int
+    initial_hash: str = ""
 
 
 class Scores(NamedTuple):
