@@ -285,7 +285,7 @@ def _initial_adapters(
     """From a key to the adapters that the first round starts from; their task head is `head` where there is one."""
     made = records(config, catalogue, context, ("task", "adapter", "model"))
     model, adapter, lora = made["model"], made["adapter"], config.lora
-    sites = targets.choose(lora.targets, model.sites)
+    sites = targets.choose(lora.targets, model.sites, model.num_layers)
 
     def initial_adapters(key: jax.Array) -> Adapters:
         factor_key, head_key = jax.random.split(key)
