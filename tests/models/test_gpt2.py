@@ -17,6 +17,7 @@ from oracles.model_context import model_context
 torch = pytest.importorskip("torch")
 
 RANK, ALPHA = 3, 6.0
+HEAD = "base_model.model.score.modules_to_save.default.weight"
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,16 @@ def test_bfloat16_logits_are_near_float32(folder):
         assert jnp.linalg.norm(low[name] - full[name]) < 0.03 * jnp.linalg.norm(full[name])
 
 
+def by_peft_name(adapters, sites):
+    """Leaves by the name of PEFT's parameter that each is the transpose of."""
+    return {HEAD: adapters.head["w"]} | {
+        f"base_model.model.transformer.{sites[name].source.format(layer=layer)}.lora_{side}.default.weight": leaf[layer]
+        for name, factors in adapters.modules.items()
+        for side, leaf in (("A", factors.a), ("B", factors.b))
+        for layer in range(tiny_models.LAYERS)
+    }
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # raised inside PEFT
 def test_gradients_of_lora_on_all_modules_against_peft(folder):
     peft = pytest.importorskip("peft")
@@ -65,16 +76,10 @@ def test_gradients_of_lora_on_all_modules_against_peft(folder):
     )
     reference = peft.get_peft_model(plain, config).eval()
     parameters = dict(reference.named_parameters())
-    prefix, head = "base_model.model.transformer.", "base_model.model.score.modules_to_save.default.weight"
-    theirs = {head: adapters.head["w"]} | {
-        f"{prefix}{sites[name].source.format(layer=layer)}.lora_{side}.default.weight": leaf[layer]
-        for name, factors in modules.items()
-        for side, leaf in (("A", factors.a), ("B", factors.b))
-        for layer in range(model.num_layers)
-    }
-    assert theirs.keys() == {name for name, parameter in parameters.items() if parameter.requires_grad}
+    start = by_peft_name(adapters, sites)
+    assert start.keys() == {name for name, parameter in parameters.items() if parameter.requires_grad}
     with torch.no_grad():
-        for name, leaf in theirs.items():
+        for name, leaf in start.items():
             parameters[name].copy_(torch.tensor(np.asarray(leaf).T))
     batch, label = tiny_models.text_batch(), np.array([0, 1, 1])
     batch["input_ids"][0, 3] = 5  # PyTorch looks for the last token before padding
@@ -88,11 +93,5 @@ def test_gradients_of_lora_on_all_modules_against_peft(folder):
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(adapters)
     np.testing.assert_allclose(value, expected_loss.item(), rtol=1e-5)
-    ours = {head: gradient.head["w"]} | {
-        f"{prefix}{sites[name].source.format(layer=layer)}.lora_{side}.default.weight": leaf[layer]
-        for name, factors in gradient.modules.items()
-        for side, leaf in (("A", factors.a), ("B", factors.b))
-        for layer in range(model.num_layers)
-    }
-    for name, leaf in ours.items():
+    for name, leaf in by_peft_name(gradient, sites).items():
         np.testing.assert_allclose(leaf.T, parameters[name].grad.numpy(), rtol=1e-4, atol=1e-4)
