@@ -72,7 +72,7 @@ def test_packed_batches_keep_their_law(name, ours):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("roberta", {"position_embedding_type": "relative_key"}, "must be 'absolute', got 'relative_key'"),
+        ("roberta", {"position_embedding_type": "relative_key"}, "position_embedding_type must be 'absolute', got .*"),
         ("roberta", {"is_decoder": True}, "is_decoder must be false, got True"),
         ("roberta", {"add_cross_attention": True}, "add_cross_attention must be false, got True"),
         ("roberta", {"pad_token_id": -1}, "pad_token_id must be an integer of at least 0, got -1"),
@@ -104,7 +104,7 @@ def test_packed_batches_keep_their_law(name, ours):
     ],
 )
 def test_variants_that_are_not_computed_are_refused_by_name(name, fields, message):
-    with pytest.raises(ValueError, match=f"^{message}$" if message[:4] != "must" else message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
         FAMILIES[name].shape(fields)
 
 
