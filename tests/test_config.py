@@ -90,10 +90,6 @@ MISTAKES = {
         "data: {source: tsv, train: a, test: b}",
         ["model.pretrained must be a folder or a Hugging Face model id ", "data.source is tsv", "got None"],
     ),
-    "images with model": (
-        "model: {pretrained: x}",
-        ["model.pretrained must be absent ", "data.source is digits", "got 'x'"],
-    ),
     "scaffold with adamw": (
         "{drift: {name: scaffold}, local: {optimizer: {name: adamw}}}",
         ["local.optimizer.name ", "sgd", "drift.name is scaffold", "'adamw'"],

@@ -30,7 +30,7 @@ class LoraConfig:
     max_rank: components that the factors hold, R; a shape, as are the targets. The other numbers are traced.
     rank: structural rank r, 1 <= r <= R.
     alpha: products are scaled by alpha / r.
-    targets: names of the modules that carry an adapter.
+    targets: names of the modules that carry an adapter: the model's own, or as PEFT's `target_modules` has them.
     init_scale: length of the columns of `a` at the start.
     client_ranks: structural ranks that the clients are dealt in turn; () gives `rank` to all. None is above
       `rank`, by which products are scaled for all.

@@ -282,7 +282,7 @@ def _initial_adapters(
     """From a key to the adapters that the first round starts from, of which what `begin` holds is not drawn."""
     made = records(config, catalogue, context, ("task", "adapter", "model"))
     model, adapter, lora, given = made["model"], made["adapter"], config.lora, begin.given
-    sites = targets.choose(lora.targets, model.sites)
+    sites = targets.choose(lora.targets, model.sites, model.num_layers)
 
     def initial_adapters(key: jax.Array) -> Adapters:
         factor_key, head_key = jax.random.split(key)

@@ -46,7 +46,7 @@ def given_adapters(
     head = jax.eval_shape(model.init_head, jax.random.key(0))
     wanted = initial.Wanted(
         sites=model.sites,
-        targets=tuple(targets.choose(lora.targets, model.sites)),
+        targets=tuple(targets.choose(lora.targets, model.sites, model.num_layers)),
         num_layers=model.num_layers,
         head={name: leaf.shape for name, leaf in head.items()},
         labels=class_names,

@@ -64,7 +64,6 @@ class _Fact(NamedTuple):
 
 _FACTS = (
     _Fact("model.pretrained", "text_model", lambda value, _: value is None, "a folder or a Hugging Face model id"),
-    _Fact("model.pretrained", "image_model", lambda value, _: value is not None, "absent"),
     _Fact("model.compute_dtype", "float32_base", lambda value, _: value != "float32", "float32"),
     _Fact("model.dropout", "no_dropout", lambda value, _: value > 0, "0"),
     _Fact("lora.client_ranks", "one_rank", lambda value, _: bool(value), "absent"),

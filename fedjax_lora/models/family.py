@@ -30,6 +30,11 @@ class Shape:
     compute_dtype: Dtype = "float32"
     remat: bool = False
 
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """Height, width and channels of the images that the model reads; None for a model of text."""
+        return None
+
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, most = getattr(self, field.name), _MOST_LAYERS if field.name == "num_layers" else _MOST
@@ -38,6 +43,30 @@ class Shape:
         for name in ("activation", "norm_eps"):
             if hasattr(self, name):
                 _CHECKS[name](getattr(self, name))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextShape(Shape):
+    """Shape of a transformer of text with a table of positions; the defaults are those of BERT-base.
+
+    width: of the model, d.
+    mlp_width: inside the perceptrons.
+    max_positions: rows of the table of positions.
+    activation: name in `layers.ACTIVATIONS`.
+    norm_eps: added to the variance in the layer normalisations.
+    """
+
+    vocab_size: int = 30522
+    width: int = 768
+    mlp_width: int = 3072
+    max_positions: int = 512
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.width % self.num_heads:
+            raise ValueError(f"num_heads must divide width = {self.width}, got {self.num_heads}")
 
 
 def _check_activation(value: Any) -> None:
@@ -83,7 +112,7 @@ def refuse(fields: Mapping[str, Any], computed: Mapping[str, tuple[Any, ...]]) -
     """
     for name, values in computed.items():
         if (value := fields.get(name)) is not None and value not in values:
-            allowed = " or ".join("false" if allowed is False else repr(allowed) for allowed in values)
+            allowed = " or ".join(str(one).lower() if isinstance(one, bool) else repr(one) for one in values)
             raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
@@ -117,6 +146,17 @@ def token_class(name: str, head: str, prefix: str) -> dict[str, HeadClass]:
     return {"token_classification": HeadClass(name, "TOKEN_CLS", head, prefix)}
 
 
+def next_token_class(name: str, prefix: str) -> dict[str, HeadClass]:
+    """Task -> a class of transformers that gives the logits of the next token by the model's own table."""
+    return {"causal_lm": HeadClass(name, "CAUSAL_LM", "", prefix)}
+
+
+def image_class(name: str, prefix: str) -> dict[str, HeadClass]:
+    """Task -> a class of transformers that labels an image by its first position."""
+    problem = "single_label_classification"
+    return {"classification": HeadClass(name, "", "classifier", prefix, problem, lambda shape: shape.pooling == "cls")}
+
+
 class Family(NamedTuple):
     """Models of one `model_type`, or of several.
 
@@ -126,9 +166,8 @@ class Family(NamedTuple):
     weights: `Shape -> Table`.
     prefixes: what may stand before the names of tensors: "" in a bare encoder, another in a model with a head.
     ignored: patterns of tensors that a checkpoint may hold and the model does not need.
-    renamed: endings of names in older checkpoints -> today's.
+    renamed: parts of names in older checkpoints -> today's, replaced in this order.
     held: field of the Shape -> the tensor that a checkpoint holds where that is true.
-    image: whether it reads images.
     classes: name of a task -> the class of transformers that computes it, where there is one.
     """
 
@@ -140,7 +179,6 @@ class Family(NamedTuple):
     ignored: tuple[str, ...] = ()
     renamed: Mapping[str, str] = {}
     held: Mapping[str, str] = {}
-    image: bool = False
     classes: Mapping[str, HeadClass] = {}
 
     def head_class(self, task: str, shape: Any) -> HeadClass | None:

@@ -114,7 +114,7 @@ def load(
       prefixes: what may stand before all names; the one under which most are found is taken.
       ignored: patterns (with `*`) of names that need no place in the model. What lies under none of the prefixes nor
         in a module of the model is of a task head, and needs none either.
-      renamed: how a name may end in older checkpoints -> how it ends in the table.
+      renamed: parts of names in older checkpoints -> what stands there in the table, replaced in this order.
 
     Raises:
       ValueError: for tensors that are missing, unexpected, of another shape or type or not finite, and for a damaged
@@ -219,10 +219,9 @@ def _read(handle: Any, file: Path, name: str, field: str = "model.pretrained") -
 
 
 def _current(name: str, renamed: Mapping[str, str]) -> str:
-    """The name under today's ending."""
+    """The name with today's parts."""
     for old, new in renamed.items():
-        if name.endswith(old):
-            return name.removesuffix(old) + new
+        name = name.replace(old, new)
     return name
 
 
