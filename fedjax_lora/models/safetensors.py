@@ -123,16 +123,17 @@ def load(
     files = tensor_files(folder)
     stored = {_current(name, renamed or {}): name for name in files}
     leaves: dict[str, Any] = flatten_dict(shapes, sep="/")
-    wanted = {name for path, row in table.items() for name in _names(row, path, leaves[path].shape)}
-    prefix = max(prefixes, key=lambda prefix: sum(prefix + name in stored for name in wanted))
+    wanted = {name: row.prefixed for path, row in table.items() for name in _names(row, path, leaves[path].shape)}
+    full = {prefix: {name: prefix * prefixed + name for name, prefixed in wanted.items()} for prefix in prefixes}
+    prefix = max(prefixes, key=lambda prefix: sum(name in stored for name in full[prefix].values()))
     inside = tuple({f"{name.partition('.')[0]}." for name in wanted} | {*prefixes} - {""})
     found = {name for name in stored if name.startswith(inside)}
-    _check(folder, found, {prefix + name for name in wanted}, [prefix + pattern for pattern in ignored])
+    _check(folder, found, set(full[prefix].values()), [prefix + pattern for pattern in ignored])
     with contextlib.ExitStack() as stack:
         handles = {file: stack.enter_context(_open(file)) for file in set(files.values())}
 
         def read(name: str) -> np.ndarray:
-            name = stored[prefix + name]
+            name = stored[full[prefix][name]]
             return _read(handles[files[name]], files[name], name)
 
         return unflatten_dict({path: _leaf(row, path, leaves[path], read) for path, row in table.items()}, sep="/")
