@@ -17,7 +17,7 @@ from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.data import sources
-from fedjax_lora.models import bert, load
+from fedjax_lora.models import bert, llama, load
 from fedjax_lora.sparsifiers import dense, soft, top_k
 from fedjax_lora.tasks import classification
 from fedjax_lora.testing import examples, laws, slots
@@ -237,13 +237,41 @@ def encoder(options: EncoderConfig, context: Context):
 ENCODER = Method("model", "encoder", EncoderConfig, encoder)
 
 
-def test_an_encoder_of_text_keeps_the_laws():
-    laws.check(ENCODER)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(Options):
+    """A small decoder of text, whose heads share keys and are wider together than the model."""
+
+    name: Literal["decoder"] = "decoder"
+
+
+def decoder(options: DecoderConfig, context: Context):
+    shape = llama.LlamaConfig(
+        vocab_size=10, width=10, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=4, mlp_width=14, max_positions=8,
+        head_norms=True, pooling="last",
+    )  # fmt: skip
+    return llama.decoder(shape, context.made["task"], context.made["adapter"])
+
+
+DECODER = Method("model", "decoder", DecoderConfig, decoder)
+
+
+@pytest.mark.parametrize("method", [ENCODER, DECODER], ids=lambda method: method.name)
+def test_a_model_of_text_keeps_the_laws(method):
+    laws.check(method)
 
 
 def looks_along_its_row(record, options):
     def layers(base, adapters, hidden, key):
         places = hidden.places and hidden.places._replace(example=0 * hidden.places.example)
+        return record.layers(base, adapters, hidden._replace(places=places), key)._replace(places=hidden.places)
+
+    return record._replace(layers=layers)
+
+
+def turns_by_the_place_in_a_row(record, options):
+    def layers(base, adapters, hidden, key):
+        place = jnp.broadcast_to(jnp.arange(hidden.values.shape[1]), hidden.values.shape[:2])
+        places = hidden.places and hidden.places._replace(position=place)
         return record.layers(base, adapters, hidden._replace(places=places), key)._replace(places=hidden.places)
 
     return record._replace(layers=layers)
@@ -285,6 +313,7 @@ WRONG = [
     (merges_without_scale, lora.METHOD, "merged weights compute the same"),
     (normalises_over_the_batch, load.METHOD, "outputs are one for each example"),
     (puts_sites_elsewhere, load.METHOD, "merged weights give the same outputs"),
+    (turns_by_the_place_in_a_row, DECODER, "packed batches give the same outputs"),
     (looks_along_its_row, ENCODER, "packed batches give the same outputs"),
     (trains_what_is_at_rest, local.METHOD, "what is not trained stays"),
     (names_the_wrong_shape, sources.METHODS[0], "images say their shape"),
