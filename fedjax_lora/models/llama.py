@@ -191,7 +191,7 @@ class DecoderBlock:
 
         y = self._norm(weights["norm_mlp"], x)
         y = self.dense("gate_up", weights, y, adapters)
-        y = gated(y, partial(layers.ACTIVATIONS[config.activation], dtype=dtype), dtype)
+        y = gated(y, lambda gate: layers.ACTIVATIONS[config.activation](gate, dtype), dtype)
         y = self.dense("down", weights, y, adapters)
         return x + layers.dropout(y, config.dropout, keys[1], around.places)
 

@@ -57,23 +57,22 @@ def read_rope(fields: Mapping[str, Any]) -> Rope:
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
         raise ValueError(f"rope_parameters must be an object of numbers, the same for all layers, got {given!r}")
     kind = given.get("rope_type") or given.get("type") or "default"
-    every = dict(fields) | dict(given) | {"rope_type": kind}
+    every: dict[str, Any] = dict(fields) | dict(given) | {"rope_type": kind}
     refuse(every, {"rope_type": tuple(NEEDED), "partial_rotary_factor": (1.0,)})
-    theta = {"rope_theta": every["rope_theta"]} if "rope_theta" in every else {}
-    return Rope(rope_type=kind, **theta, **{name: every.get(name) for name in NEEDED[kind]})
+    chosen: dict[str, Any] = {name: every.get(name) for name in NEEDED[kind]}
+    return Rope(rope_type=kind, rope_theta=every.get("rope_theta", Rope.rope_theta), **chosen)
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """`[head_dim / 2]` radians of each pair from one position to the next, float32."""
-    plain = rope.rope_theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    found = rope.rope_theta ** (-np.arange(0, head_dim, 2) / head_dim)
     if rope.rope_type == "linear":
-        return np.float32(plain / rope.factor)
+        found = found / rope.factor
     if rope.rope_type == "llama3":
-        waves = rope.original_max_position_embeddings * plain / (2 * math.pi)
-        short = (waves - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        short = np.clip(short, 0.0, 1.0)
-        return np.float32(plain * (short + (1 - short) / rope.factor))
-    return np.float32(plain)
+        waves = rope.original_max_position_embeddings * found / (2 * math.pi)
+        short = np.clip((waves - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0.0, 1.0)
+        found = found * (short + (1 - short) / rope.factor)
+    return found.astype(np.float32)
 
 
 def rotation(rope: Rope, head_dim: int, position: Array) -> tuple[Array, Array]:

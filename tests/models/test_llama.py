@@ -159,7 +159,7 @@ def random_adapters(model):
     random = np.random.default_rng(1)
 
     def normal(*shape):
-        return jnp.asarray(0.3 * random.normal(size=shape), jnp.float32)
+        return jnp.asarray(0.1 * random.normal(size=shape), jnp.float32)
 
     modules = {
         name: Factors(a=normal(2, site.n_in, RANK), b=normal(2, RANK, site.n_out)) for name, site in model.sites.items()
@@ -251,7 +251,7 @@ def test_bfloat16_is_near_float32(trained):
     assert base["norm"]["scale"].dtype == jnp.float32
     for x, y in zip(jax.tree.leaves(value_and_gradient(low, base, adapters)), jax.tree.leaves(expected), strict=True):
         assert x.dtype == y.dtype == jnp.float32
-        assert 0 < jnp.linalg.norm(x - y) < 0.1 * jnp.linalg.norm(y)
+        assert 0 < jnp.linalg.norm(x - y) < 0.06 * jnp.linalg.norm(y)
 
 
 # ----------------------------------------------------------------------------------------- what a config says

@@ -268,15 +268,6 @@ def looks_along_its_row(record, options):
     return record._replace(layers=layers)
 
 
-def turns_by_the_place_in_a_row(record, options):
-    def layers(base, adapters, hidden, key):
-        place = jnp.broadcast_to(jnp.arange(hidden.values.shape[1]), hidden.values.shape[:2])
-        places = hidden.places and hidden.places._replace(position=place)
-        return record.layers(base, adapters, hidden._replace(places=places), key)._replace(places=hidden.places)
-
-    return record._replace(layers=layers)
-
-
 def trains_what_is_at_rest(record, options):
     def train(given, client):
         return record.train(given._replace(live=given.live._replace(a=jnp.ones(()))), client)
@@ -313,7 +304,6 @@ WRONG = [
     (merges_without_scale, lora.METHOD, "merged weights compute the same"),
     (normalises_over_the_batch, load.METHOD, "outputs are one for each example"),
     (puts_sites_elsewhere, load.METHOD, "merged weights give the same outputs"),
-    (turns_by_the_place_in_a_row, DECODER, "packed batches give the same outputs"),
     (looks_along_its_row, ENCODER, "packed batches give the same outputs"),
     (trains_what_is_at_rest, local.METHOD, "what is not trained stays"),
     (names_the_wrong_shape, sources.METHODS[0], "images say their shape"),
