@@ -63,13 +63,17 @@ def export_run(
 
 
 def _tensors(found: TrainedRun, card: Card) -> dict[str, np.ndarray]:
-    """The whole model's weights, float32, by their names in the base model."""
-    rows = found.found.family.weights(found.found.shape)
+    """The whole model's weights, float32, by their names in the class of the card, or in the bare model."""
+    rows, of = found.found.family.weights(found.found.shape), card.head_class
     used = lora.effective(found.adapters, lora.rank_mask(found.rank, lora.max_rank(found.adapters)), found.scale)
     base = jax.tree.map(lambda leaf: leaf.astype(np.float32), found.base)
     base = lora.add_to_base(base, jax.tree.map(jnp.asarray, found.merged), table.sites(rows))
-    spare = {} if card.head_class else found.found.spare()
-    return spare | table.tensors(rows, lora.merge(base, used, table.sites(rows)))
+    own = table.tensors(rows, lora.merge(base, used, table.sites(rows)))
+    if of is None:
+        return found.found.spare() | own
+    beside = {name for row in rows.values() if not row.prefixed for name in row.names}  # a language model's own head
+    kept = {name: tensor for name, tensor in own.items() if name not in beside or not of.head}
+    return {name if name in beside else f"{of.prefix}{name}": tensor for name, tensor in kept.items()}
 
 
 def _card(found: TrainedRun, client: int | None) -> Card:

@@ -42,7 +42,7 @@ def export(
     Args:
       folder: new or empty.
       base: folder of the base model.
-      tensors: weights by their names in the base model, without a prefix, float32.
+      tensors: weights, float32, by their names in the class that the card names, or in the bare model.
       head: `w: [d, columns]`, and `b` where it has one; `{}` for none.
       card: what else to tell.
 
@@ -51,7 +51,7 @@ def export(
     """
     found = card.head_class
     if found:
-        tensors = {f"{found.prefix}{name}": tensor for name, tensor in tensors.items()} | head_tensors(head, found.head)
+        tensors = {**tensors, **head_tensors(head, found.head)}
     fields = json.loads((base / "config.json").read_text(encoding="utf-8"))
     with atomic_folder(folder) as partial:
         for name in _COPIED:

@@ -38,8 +38,11 @@ class Shape:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, most = getattr(self, field.name), _MOST_LAYERS if field.name == "num_layers" else _MOST
-            if field.type is int and (type(value) is not int or not 1 <= value <= most):
+            counts = field.type is int or (field.type == int | None and value is not None)
+            if counts and (type(value) is not int or not 1 <= value <= most):
                 raise ValueError(f"{field.name} must be an integer from 1 to {most}, got {value!r}")
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"{field.name} must be true or false, got {value!r}")
         for name in ("activation", "norm_eps"):
             if hasattr(self, name):
                 _CHECKS[name](getattr(self, name))
@@ -108,12 +111,12 @@ def refuse(fields: Mapping[str, Any], computed: Mapping[str, tuple[Any, ...]]) -
 
     Args:
       fields: of a `config.json`.
-      computed: name of a field -> the values that are; a field that is missing or null asks for nothing.
+      computed: name of a field -> the values that are, () for none; a field that is missing or null asks for nothing.
     """
     for name, values in computed.items():
         if (value := fields.get(name)) is not None and value not in values:
             allowed = " or ".join(str(one).lower() if isinstance(one, bool) else repr(one) for one in values)
-            raise ValueError(f"{name} must be {allowed}, got {value!r}")
+            raise ValueError(f"{name} must be {allowed or 'null'}, got {value!r}")
 
 
 class HeadClass(NamedTuple):

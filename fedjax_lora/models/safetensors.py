@@ -124,15 +124,15 @@ def load(
     stored = {_current(name, renamed or {}): name for name in files}
     leaves: dict[str, Any] = flatten_dict(shapes, sep="/")
     wanted = _wanted(table, leaves)
-    prefix = _prefix(stored, wanted, prefixes)
+    prefix, names = _placed(stored, wanted, prefixes)
     inside = tuple({f"{name.partition('.')[0]}." for name in wanted} | {*prefixes} - {""})
     found = {name for name in stored if name.startswith(inside)}
-    _check(folder, found, {prefix + name for name in wanted}, [prefix + pattern for pattern in ignored])
+    _check(folder, found, set(names.values()), [prefix + pattern for pattern in ignored])
     with contextlib.ExitStack() as stack:
         handles = {file: stack.enter_context(_open(file)) for file in set(files.values())}
 
         def read(name: str) -> np.ndarray:
-            name = stored[prefix + name]
+            name = stored[names[name]]
             return _read(handles[files[name]], files[name], name)
 
         return unflatten_dict({path: _leaf(row, path, leaves[path], read) for path, row in table.items()}, sep="/")
@@ -153,7 +153,8 @@ def spare(
     files = tensor_files(folder)
     stored = {_current(name, renamed or {}): name for name in files}
     wanted = _wanted(table, flatten_dict(shapes, sep="/"))
-    prefix, found = _prefix(stored, wanted, prefixes), {}
+    prefix, _ = _placed(stored, wanted, prefixes)
+    found = {}
     for name in sorted(stored):
         own, whole = name.removeprefix(prefix), stored[name]
         if name.startswith(prefix) and any(fnmatch.fnmatch(own, pattern) for pattern in ignored) and own not in wanted:
@@ -231,14 +232,18 @@ def _names(row: Row, path: str, shape: tuple[int, ...]) -> list[str]:
     return [name.format(layer=layer) for layer in layers for name in row.names]
 
 
-def _wanted(table: Table, leaves: Mapping[str, Any]) -> set[str]:
-    """All tensors of a table."""
-    return {name for path, row in table.items() for name in _names(row, path, leaves[path].shape)}
+def _wanted(table: Table, leaves: Mapping[str, Any]) -> dict[str, bool]:
+    """All tensors of a table -> whether the prefix stands before its name."""
+    return {name: row.prefixed for path, row in table.items() for name in _names(row, path, leaves[path].shape)}
 
 
-def _prefix(stored: Mapping[str, str], wanted: set[str], prefixes: Sequence[str]) -> str:
-    """The prefix under which most are found."""
-    return max(prefixes, key=lambda prefix: sum(prefix + name in stored for name in wanted))
+def _placed(
+    stored: Mapping[str, str], wanted: Mapping[str, bool], prefixes: Sequence[str]
+) -> tuple[str, dict[str, str]]:
+    """The prefix under which most are found, and each wanted tensor -> its name with it."""
+    full = {prefix: {name: prefix * prefixed + name for name, prefixed in wanted.items()} for prefix in prefixes}
+    prefix = max(prefixes, key=lambda prefix: sum(name in stored for name in full[prefix].values()))
+    return prefix, full[prefix]
 
 
 def _check(folder: Path, found: set[str], wanted: set[str], ignored: Sequence[str]) -> None:

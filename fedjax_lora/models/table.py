@@ -52,6 +52,8 @@ class Row(NamedTuple):
     sites: name of the adapter site that each of the tensors is; () for none.
     columns: of each tensor; () where there is one.
     matrix: whether it is held in the dtype that products multiply in, else in float32.
+    prefixed: whether what stands before the names of a checkpoint stands before these too; it does not before the
+      head of a language model.
     """
 
     shape: tuple[int, ...]
@@ -62,6 +64,7 @@ class Row(NamedTuple):
     sites: tuple[str, ...] = ()
     columns: tuple[int, ...] = ()
     matrix: bool = False
+    prefixed: bool = True
 
 
 Table = Mapping[str, Row]

@@ -17,7 +17,7 @@ from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.data import sources
-from fedjax_lora.models import bert, load
+from fedjax_lora.models import bert, llama, load
 from fedjax_lora.sparsifiers import dense, soft, top_k
 from fedjax_lora.tasks import classification
 from fedjax_lora.testing import examples, laws, slots
@@ -237,8 +237,27 @@ def encoder(options: EncoderConfig, context: Context):
 ENCODER = Method("model", "encoder", EncoderConfig, encoder)
 
 
-def test_an_encoder_of_text_keeps_the_laws():
-    laws.check(ENCODER)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(Options):
+    """A small decoder of text, whose heads share keys and are wider together than the model."""
+
+    name: Literal["decoder"] = "decoder"
+
+
+def decoder(options: DecoderConfig, context: Context):
+    shape = llama.LlamaConfig(
+        vocab_size=10, width=10, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=4, mlp_width=14, max_positions=8,
+        head_norms=True, pooling="last",
+    )  # fmt: skip
+    return llama.decoder(shape, context.made["task"], context.made["adapter"])
+
+
+DECODER = Method("model", "decoder", DecoderConfig, decoder)
+
+
+@pytest.mark.parametrize("method", [ENCODER, DECODER], ids=lambda method: method.name)
+def test_a_model_of_text_keeps_the_laws(method):
+    laws.check(method)
 
 
 def looks_along_its_row(record, options):
