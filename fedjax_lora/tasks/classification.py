@@ -98,8 +98,16 @@ class Counts(NamedTuple):
 
 def count_labels(found: Array, label: Array, weight: Array, num_classes: int) -> Counts:
     """Of found and true labels `[N]`."""
-    both = jnp.bincount(label, weight * (found == label), length=num_classes)
-    return Counts(both, *(jnp.bincount(x, weight, length=num_classes) for x in (found, label)), jnp.sum(weight))
+
+    def count(labels: Array, weight: Array) -> Array:
+        return jnp.bincount(labels, weight, length=num_classes)
+
+    return Counts(
+        both=count(label, weight * (found == label)),
+        found=count(found, weight),
+        true=count(label, weight),
+        all=jnp.sum(weight),
+    )
 
 
 def f1(counts: Counts) -> Array:
