@@ -80,10 +80,10 @@ def test_the_worst_tenth_of_the_clients_numpy_loop(num_clients):
     random = np.random.default_rng(num_clients)
     label = random.integers(0, 3, 60)  # of classes 0 ... 3, of which the last is not in the pool
     right = (random.random(60) < np.array([0.9, 0.5, 0.2])[label]).astype(np.float32)
-    held = np.repeat(random.integers(0, 4, 40), 3)
+    held = np.arange(120) % 4
     index = random.integers(0, 120, (num_clients, 16))
     count = random.integers(0, 17, num_clients)
-    count[0], index[1], count[1] = 0, np.flatnonzero(held == 3)[:16], 5
+    count[0], index[1], count[1] = 0, np.arange(3, 67, 4), 5
     task = model_context(4).made["task"]
     scores = {"loss": right, "correct": right, "found": label, "label": label}
     data = Dataset(
