@@ -19,7 +19,7 @@ from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.data import sources
 from fedjax_lora.models import bert, llama, load
 from fedjax_lora.sparsifiers import dense, soft, top_k
-from fedjax_lora.tasks import classification
+from fedjax_lora.tasks import causal_lm, classification
 from fedjax_lora.testing import examples, laws, slots
 from fedjax_lora.training import corrections, local, optimizers
 from fedjax_lora.wireless import cell
@@ -198,6 +198,18 @@ def counts_padding(record, options):
     return record._replace(loss=lambda outputs, batch, weight: jnp.mean(record.score(outputs, batch)["loss"]))
 
 
+def counts_all_scores(record, options):
+    return record._replace(finish=lambda scores, weight: record.finish(scores, jnp.ones_like(weight)))
+
+
+def credits_the_next(record, options):
+    def score(outputs, batch):
+        ids = {"example_ids": batch["example_ids"] + 1} if "example_ids" in batch else {}
+        return record.score(outputs, {**batch, **ids})
+
+    return record._replace(score=score)
+
+
 def starts_with_noise(record, options):
     def init(*given):
         return {name: dataclasses.replace(f, b=f.b + 0.1) for name, f in record.init(*given).items()}
@@ -300,6 +312,8 @@ WRONG = [
     (pulls_everywhere, corrections.METHODS[0], "without gradients nothing moves"),
     (in_half_precision, corrections.METHODS[0], "states and gradients keep their form"),
     (counts_padding, classification.METHOD, "examples of weight 0 do not count"),
+    (counts_all_scores, classification.METHOD, "scores of weight 0 are passed over"),
+    (credits_the_next, causal_lm.METHOD, "a packed batch is learned alike"),
     (starts_with_noise, lora.METHOD, "adapters at the start add nothing"),
     (merges_without_scale, lora.METHOD, "merged weights compute the same"),
     (normalises_over_the_batch, load.METHOD, "outputs are one for each example"),
