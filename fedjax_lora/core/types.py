@@ -17,7 +17,7 @@ and state are `flax.struct` dataclasses (traced); records of functions and small
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,9 @@ Base = Any
 
 Batch = Mapping[str, Array]
 """Model inputs with a leading axis `B`, and `label: [B]` int32."""
+
+Learns = Literal["label", "number", "token_label", "next_token"]
+"""What a task learns of an example: its class, a number, the class of each word, or each token from those before it."""
 
 
 class Packing(NamedTuple):
