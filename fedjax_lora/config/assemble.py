@@ -20,7 +20,7 @@ from fedjax_lora.core.learning import Model
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Numbers, fill, split
 from fedjax_lora.core.sides import Side, TrainingOptions
-from fedjax_lora.core.types import Adapters, Base
+from fedjax_lora.core.types import Adapters, Base, Learns
 from fedjax_lora.data import sources, tokens
 from fedjax_lora.data.batches import evaluation_batches, federated_dataset
 from fedjax_lora.data.packing import packing_of
@@ -194,7 +194,8 @@ def read_examples(config: ExperimentConfig, catalogue: Catalogue) -> sources.Exa
     """The examples that the configuration names."""
     data: Any = config.data
     source: sources.Source = catalogue.find("data", data.source).make(data, Context(0, 0))
-    pretrained, learns = getattr(config.model, "pretrained", None), getattr(config.task, "learns", "label")
+    pretrained = getattr(config.model, "pretrained", None)
+    learns: Learns = getattr(config.task, "learns", "label")
     if not source.tokenizes or pretrained is None:
         return source.load(None, "", learns)
     shape = load.read_shape(pretrained)

@@ -69,7 +69,8 @@ def encode(
     guessed = ", ".join(f"{role} is {column!r}" for role, column in found.items() if role not in columns.given())
     return gather(
         name,
-        *result.pools,
+        result.pools[0],
+        result.pools[1],
         result.class_names,
         truncated=result.truncated,
         tokenizer_hash=cache.tokenizer_hash,
@@ -142,7 +143,7 @@ def _next_token(train: Table, test: Table, cache: Cache, max_length: int, templa
         pools.append({**own.arrays, "label": label})
         tokens.append(own)
         if empty := int((own.arrays["target"] == IGNORED).all(axis=1).sum()):
-            notes += (f"{table.name}: {empty} prompts fill {max_length} tokens and leave no response to learn",)
+            notes += (f"{table.name}: prompts that fill {max_length} tokens and leave no response to learn: {empty}",)
     return _Encoded(pools, names, _cut(tokens), notes)
 
 

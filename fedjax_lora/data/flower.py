@@ -21,18 +21,18 @@ def owners(
     num_clients: int,
     seed: int,
 ) -> np.ndarray:
-    """`[N]` owner of each example, as a partitioner deals a table with the columns `label` and, if known, `client`.
+    """`[N]` owner of each example, -1 for none, as a partitioner deals a table with the columns `label` and, if known, `client`.
 
     Its options `num_partitions`, `partition_by` and `seed`, where it has them, are the number of clients, "label"
     ("client" of natural ids, where the data have one) and the run's seed, unless `options` says otherwise.
 
     Raises:
       ValueError: the library is not installed or has no such partitioner, its options are wrong, it makes another
-        number of partitions, or it does not give each example to one client.
+        number of partitions, or it gives an example to several clients.
     """
     kind = _kind(partitioner)
     wanted = inspect.signature(kind).parameters
-    by = "client" if partitioner.startswith("NaturalId") and clients is not None else "label"
+    by = "client" if "NaturalId" in partitioner and clients is not None else "label"
     defaults = {"num_partitions": num_clients, "partition_by": by, "seed": seed}
     given = {name: value for name, value in defaults.items() if name in wanted} | _plain(options)
     columns = {"row": np.arange(len(labels)), "label": labels} | ({} if clients is None else {"client": clients})
@@ -45,16 +45,15 @@ def owners(
         raise ValueError(f"{_KEY}.options must be options of {partitioner}, got {given}: {reason_of(error)}") from None
     if count != num_clients:
         raise ValueError(f"clients.count must be {count}, the partitions of {partitioner}, got {num_clients}")
-    owner, dealt = np.empty(len(labels), np.int64), np.zeros(len(labels), int)
+    dealt = np.bincount(np.concatenate(rows), minlength=len(labels))
+    if several := int((dealt > 1).sum()):
+        raise ValueError(
+            f"{_KEY}.partitioner must give an example to one client at most, got {partitioner}, which gives {several} "
+            f"of {len(labels)} to several"
+        )
+    owner = np.full(len(labels), -1, np.int64)
     for client, own in enumerate(rows):
         owner[own] = client
-        np.add.at(dealt, own, 1)
-    if (dealt != 1).any():
-        least, most = (dealt == 0).sum(), (dealt > 1).sum()
-        raise ValueError(
-            f"{_KEY}.partitioner must give each example to one client, got {partitioner}, which gives {least} of "
-            f"{len(labels)} to none and {most} to several"
-        )
     return owner
 
 

@@ -41,11 +41,12 @@ def read(known: Known) -> tuple[Table, Table]:
 def _remote(known: Known, field: str, split: str) -> "Dataset":
     """A split of a data set of the hub."""
     import datasets
+    from datasets.exceptions import DatasetNotFoundError
 
     named = known.path if known.subset is None else f"{known.path} with subset {known.subset}"
     try:
         return datasets.load_dataset(known.path, known.subset, split=split)
-    except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (ConnectionError, DatasetNotFoundError) as error:
         raise ValueError(f"data.dataset must be reachable, got {named}: {reason_of(error)}; {_OFFLINE}") from None
     except Exception as error:  # those of several libraries
         raise ValueError(
@@ -62,7 +63,8 @@ def _folder(path: str) -> dict[str, "Dataset"]:
         found: Any = datasets.load_from_disk(path)
     except Exception as error:  # those of several libraries
         raise ValueError(f"data.dataset must be a folder of save_to_disk, got {path}: {reason_of(error)}") from None
-    return dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+    splits = found if isinstance(found, datasets.DatasetDict) else {"train": found}
+    return {str(name): dataset for name, dataset in splits.items()}
 
 
 def _part(splits: dict[str, "Dataset"], field: str, split: str) -> "Dataset":

@@ -48,7 +48,7 @@ def encode(name: str, parts: Iterable[Table], image_size: int, channels: int, **
             image[row] = _pixels(value, table.at(row), image_size, channels)
         label = np.asarray([ids[word] for word in tables.labels(table)], np.int32)
         pools.append({"image": image, "label": label})
-    return gather(name, *pools, names, image_shape=(image_size, image_size, channels), **more)
+    return gather(name, pools[0], pools[1], names, image_shape=(image_size, image_size, channels), **more)
 
 
 def folder(path: str, field: str) -> Table:

@@ -1,4 +1,4 @@
-"""Who holds what: every training example goes to exactly one client."""
+"""Who holds what: every training example goes to exactly one client, but for what Flower's partitioners leave out."""
 
 import dataclasses
 import hashlib
@@ -93,7 +93,7 @@ class Partition:
 def partition(
     config: PartitionConfig, labels: np.ndarray, num_clients: int, seed: int, clients: np.ndarray | None = None
 ) -> Partition:
-    """Gives every example to exactly one client; the same seed gives the same partition.
+    """Gives every example to one client; the same seed gives the same partition.
 
     `iid`: a random deal; sizes differ by at most one.
     `dirichlet`: for each label, the clients' shares of its examples are drawn from a symmetric Dirichlet of
@@ -101,7 +101,7 @@ def partition(
       draw the other way around, a mixture of labels for each client of a given size; here sizes vary as well.
     `shards`: examples sorted by label are cut into equal shards, dealt at random (McMahan et al., 2017).
     `natural`: as the data say.
-    `flwr`: as a partitioner of Flower Datasets deals them, see `flower.owners`.
+    `flwr`: as a partitioner of Flower Datasets deals them, see `flower.owners`; some leave examples out.
 
     But for `natural`, a client left with fewer than `min_examples` then receives random examples, one by one, from
     whoever holds the most at that time: no redrawing, so it always ends.
@@ -116,6 +116,8 @@ def partition(
     Raises:
       ValueError: there are not enough examples, or the data name other clients or none.
     """
+    if config.kind == "natural":
+        return _tabulate(_natural(clients, num_clients, config.min_examples), num_clients)
     num_examples = len(labels)
     most = num_examples // config.min_examples
     if num_clients > most:
@@ -133,8 +135,6 @@ def partition(
         owner = _deal(generator, num_examples, num_clients)
     elif config.kind == "dirichlet":
         owner = _dirichlet(generator, labels, num_clients, config.alpha)
-    elif config.kind == "natural":
-        owner = _natural(clients, num_clients, config.min_examples)
     elif config.kind == "flwr":
         owner = flower.owners(str(config.partitioner), config.options, labels, clients, num_clients, seed)
     else:
@@ -190,7 +190,7 @@ def _natural(clients: np.ndarray | None, num_clients: int, min_examples: int) ->
 
 def _fill_up(generator: np.random.Generator, owner: np.ndarray, num_clients: int, min_examples: int) -> None:
     """Moves examples, in place, until every client holds `min_examples`."""
-    count = np.bincount(owner, minlength=num_clients)
+    count = np.bincount(owner[owner >= 0], minlength=num_clients)
     for client in np.flatnonzero(count < min_examples):
         while count[client] < min_examples:
             donor = np.argmax(count)
@@ -200,9 +200,9 @@ def _fill_up(generator: np.random.Generator, owner: np.ndarray, num_clients: int
 
 
 def _tabulate(owner: np.ndarray, num_clients: int) -> Partition:
-    """Index table of `[N]` owners, each of whom holds at least one example."""
-    count = np.bincount(owner, minlength=num_clients)
-    rows = np.argsort(owner, kind="stable")
+    """Index table of `[N]` owners, each of whom holds at least one example; -1 is nobody."""
+    count = np.bincount(owner[owner >= 0], minlength=num_clients)
+    rows = np.argsort(owner, kind="stable")[len(owner) - count.sum() :]
     start = np.cumsum(count) - count
     offset = np.arange(count.max())
     index = rows[start[:, None] + np.where(offset < count[:, None], offset, 0)].astype("<i4")

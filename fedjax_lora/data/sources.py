@@ -159,7 +159,7 @@ def load(
     Raises:
       ValueError: a file is missing or malformed, the tokenizer is missing, or it can make nothing of a text.
     """
-    if not _is_text(config):
+    if isinstance(config, ImagesConfig) or not _is_text(config):
         if learns != "label":
             raise ValueError(f"data.source must be one of text for a task that learns {learns}, got {config.source!r}")
         return _load_images(config)

@@ -189,7 +189,7 @@ def class_names(train: Table, test: Table) -> tuple[str, ...]:
     of_train = labels(train)
     names = train.classes.get("label") or ordered(of_train)
     if len(names) < 2:
-        raise ValueError(f"{train.name}: must hold at least 2 labels, got only {names[0]!r}")
+        raise ValueError(f"{train.name}: must hold at least 2 labels, got only {', '.join(map(repr, names))}")
     known = set(names)
     for row, label in enumerate(labels(test)):
         check_known(test, row, [label], known)

@@ -37,30 +37,28 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", kind: Kind, rows: Sequence[Ro
     """Ids and mask of each row, special tokens included.
 
     Padding is on the right whatever the tokenizer prefers, and its positions are masked: a tokenizer without a padding
-    token, as GPT-2's, fills them with the token that ends a text.
-
-    Raises:
-      ValueError: texts are continued, and the tokenizer has no token that ends a text.
+    token, as GPT-2's, fills them with the token that ends a text. Texts that are continued need that token.
     """
     if kind == "continued":
         return _continued(tokenizer, rows, max_length)
-    options: dict[str, Any] = {"is_split_into_words": True} if kind == "words" else {}
+    words = kind == "words"
 
     def encode(chosen: Sequence[Row], **more: Any) -> Any:
-        texts = [list(chosen)] if kind == "words" else [list(part) for part in zip(*chosen, strict=True)]
-        return tokenizer(*texts, **options, **more)
+        first, *second = [list(map(list, chosen))] if words else map(list, zip(*chosen, strict=True))
+        given: Any = {"text": first, "text_pair": second[0] if second else None, "is_split_into_words": words}
+        return tokenizer(**given, **more)
 
-    whole = encode([list(row) for row in rows], verbose=False)
+    whole = encode(rows, verbose=False)
     long = [i for i, ids in enumerate(whole["input_ids"]) if len(ids) > max_length]
     # cut by the tokenizer, which keeps its closing token
-    cut = encode([list(rows[i]) for i in long], truncation=True, max_length=max_length) if long else None
+    cut = encode([rows[i] for i in long], truncation=True, max_length=max_length) if long else None
     found = [(whole, i) for i in range(len(rows))]
     for place, i in enumerate(long):
         found[i] = (cut, place)
     columns = {"input_ids": [encoded["input_ids"][i] for encoded, i in found]}
     if kind == "sentences" and len(rows[0]) == 2 and "token_type_ids" in whole:
         columns["token_type_ids"] = [encoded["token_type_ids"][i] for encoded, i in found]
-    if kind == "words":
+    if words:
         columns["word"] = [_first_of_word(encoded.word_ids(i)) for encoded, i in found]
     return Tokens(_padded(tokenizer, columns, max_length), len(long))
 
@@ -95,8 +93,6 @@ def _first_of_word(word_ids: Sequence[int | None]) -> list[int]:
 def _continued(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row], max_length: int) -> Tokens:
     """The last text of each row is learned, and the token that ends it; what is beyond `max_length` is cut."""
     end = tokenizer.eos_token_id
-    if end is None:
-        raise ValueError("a tokenizer without a token that ends a text")
     *prompts, texts = ([*part] for part in zip(*rows, strict=True))
     before = [_open(tokenizer, part) for part in prompts]
     after = (

@@ -127,6 +127,11 @@ def _tokenize_table(
     tokenizer: "PreTrainedTokenizerBase", kind: Kind, rows: list[Row], table: Table, max_length: int
 ) -> Tokens:
     """`tokenize`, whose mistakes name a line of the file."""
+    if kind == "continued" and tokenizer.eos_token_id is None:
+        raise ValueError(
+            "model.pretrained must have a tokenizer with a token that ends a text (eos_token) for a task that learns "
+            "next_token, got one without"
+        )
     try:
         tokens = tokenize(tokenizer, kind, rows, max_length)
     except Exception as error:  # that of the tokenizer's library, which says neither where nor which class
