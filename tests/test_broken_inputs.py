@@ -119,6 +119,5 @@ def test_a_broken_sentence_file_is_read_or_refused_in_one_line(file, test, train
         assert len(names) == len(set(names)) >= 2
         texts, labels = ([table.columns[role] for table in tables] for role in ("text", "label"))
         assert set(names) == set(labels[0]) >= set(labels[1])
-        assert all(
-            text and label for text, label in zip(itertools.chain(*texts), itertools.chain(*labels), strict=True)
-        )
+        assert list(map(len, texts)) == list(map(len, labels))
+        assert all(word for column in (*texts, *labels) for word in column)

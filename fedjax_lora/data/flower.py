@@ -21,8 +21,9 @@ def owners(
     num_clients: int,
     seed: int,
 ) -> np.ndarray:
-    """`[N]` owner of each example, -1 for none, as a partitioner deals a table with the columns `label` and, if known, `client`.
+    """`[N]` owner of each example, -1 for none, as a partitioner deals a table.
 
+    Its columns are `label` and, where the data say who holds an example, `client`.
     Its options `num_partitions`, `partition_by` and `seed`, where it has them, are the number of clients, "label"
     ("client" of natural ids, where the data have one) and the run's seed, unless `options` says otherwise.
 
