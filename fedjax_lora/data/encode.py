@@ -76,7 +76,12 @@ def encode(
         tokenizer_hash=cache.tokenizer_hash,
         clients=clients,
         client_names=client_names,
-        notes=((f"columns by their names: {guessed}",) if guessed else ()) + cache.notes + result.notes,
+        notes=(
+            *([f"columns by their names: {guessed}"] if guessed else []),
+            *_empty(train, test),
+            *cache.notes,
+            *result.notes,
+        ),
     )
 
 
@@ -150,6 +155,17 @@ def _next_token(train: Table, test: Table, cache: Cache, max_length: int, templa
 def _sentences(table: Table, cache: Cache, max_length: int) -> Tokens:
     parts = [tables.texts(table, role) for role in ("text", "text_pair") if role in table.columns]
     return cache.tokenize("sentences", list(zip(*parts, strict=True)), table, max_length)
+
+
+def _empty(*parts: Table) -> list[str]:
+    """How many texts are empty, where some are."""
+    counts = {
+        (table.name, role): sum(not text.strip() for text in table.columns[role])
+        for table in parts
+        for role in ("text", "text_pair", "prompt", "response")
+        if role in table.columns
+    }
+    return [f"{name}: {role} is empty in {count} examples" for (name, role), count in counts.items() if count]
 
 
 def _continued(table: Table, template: Template) -> list[Row]:

@@ -72,10 +72,10 @@ KNOWN = {
     "dolly": _instructions("databricks/databricks-dolly-15k", "context", "response", "category"),
     "alpaca": _instructions("tatsu-lab/alpaca", "input", "output"),
 }
-"""Name -> data set. Their ids on the hub are known names too."""
+"""Name -> data set. Their ids on the hub, with their subsets, are known too."""
 
 
-def find(name: str) -> Known | None:
-    """The data set of a known name, or the only one of an id on the hub; None for any other."""
-    by_path = [known for known in KNOWN.values() if known.path == name]
-    return KNOWN.get(name) or (by_path[0] if len(by_path) == 1 else None)
+def find(name: str, subset: str | None = None) -> Known | None:
+    """The data set of a known name, or of an id on the hub and a subset; None for any other."""
+    by_path = [known for known in KNOWN.values() if (known.path, known.subset) == (name, subset)]
+    return KNOWN.get(name) or (by_path[0] if by_path else None)

@@ -115,7 +115,8 @@ class HubConfig:
 
     def chosen(self) -> known.Known:
         """Where the data set is and what its columns hold: what is known of the name, and over it what is given."""
-        found = known.find(str(self.dataset)) or known.Known(str(self.dataset), None, HubColumns())
+        name = str(self.dataset)
+        found = known.find(name, self.subset) or known.Known(name, None, HubColumns(), ())
         return found._replace(
             subset=self.subset or found.subset,
             train=self.train_split or found.train,

@@ -168,7 +168,16 @@ def load(
     cache = tokens.Cache(tokenizer, tokenizer_id, cache_dir)
     parts, columns = _tables(config)
     template = "instruction" if isinstance(config, DataConfig) else config.template
-    return encode.encode(config.source, parts, columns, learns, cache, config.max_length, template)
+    examples = encode.encode(config.source, parts, columns, learns, cache, config.max_length, template)
+    return examples._replace(notes=examples.notes + _published(config, learns))
+
+
+def _published(config: AnyConfig, learns: Learns) -> tuple[str, ...]:
+    """What is known of a data set, and not in its columns."""
+    if not isinstance(config, HubConfig) or not (known := config.chosen()).metrics:
+        return ()
+    other = f"; it was made for a task that learns {known.learns}" if learns != known.learns else ""
+    return (f"{config.dataset} is scored by {', '.join(known.metrics)} where it was published{other}",)
 
 
 def _is_text(config: AnyConfig) -> bool:

@@ -122,16 +122,16 @@ def by_role(table: Table, found: Mapping[str, str]) -> Table:
 
 
 def texts(table: Table, role: str, optional: bool = False) -> list[str]:
-    """The text that each example has in a role; an optional one may be absent or empty, and is "" then.
+    """The text that each example has in a role, which may be empty; an optional one may be absent, and is "" then.
 
     Raises:
-      ValueError: a value is no text, or has none; names its line.
+      ValueError: a value is no text; names its line.
     """
     found = []
     for row, value in enumerate(table.columns[role]):
         if value is None and optional:
             value = ""
-        if not isinstance(value, str) or not (optional or value.strip()):
+        if not isinstance(value, str):
             raise ValueError(f"{table.at(row)}: {role} must be text, got {shorten(value)}")
         found.append(value)
     return found

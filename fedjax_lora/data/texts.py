@@ -37,7 +37,8 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", kind: Kind, rows: Sequence[Ro
     """Ids and mask of each row, special tokens included.
 
     Padding is on the right whatever the tokenizer prefers, and its positions are masked: a tokenizer without a padding
-    token, as GPT-2's, fills them with the token that ends a text. Texts that are continued need that token.
+    token, as GPT-2's, fills them with the token that ends a text, which also stands for an empty one. Texts that are
+    continued need that token.
     """
     if kind == "continued":
         return _continued(tokenizer, rows, max_length)
@@ -55,12 +56,17 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", kind: Kind, rows: Sequence[Ro
     found = [(whole, i) for i in range(len(rows))]
     for place, i in enumerate(long):
         found[i] = (cut, place)
-    columns = {"input_ids": [encoded["input_ids"][i] for encoded, i in found]}
+    columns = {"input_ids": [encoded["input_ids"][i] or _of_nothing(tokenizer, rows[i]) for encoded, i in found]}
     if kind == "sentences" and len(rows[0]) == 2 and "token_type_ids" in whole:
         columns["token_type_ids"] = [encoded["token_type_ids"][i] for encoded, i in found]
     if words:
         columns["word"] = [_first_of_word(encoded.word_ids(i)) for encoded, i in found]
     return Tokens(_padded(tokenizer, columns, max_length), len(long))
+
+
+def _of_nothing(tokenizer: "PreTrainedTokenizerBase", row: Row) -> list[int]:
+    """Ids of a row without a token: of an empty text the token that ends one, where there is such."""
+    return [] if "".join(row).strip() or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def prompt_text(template: Template, prompt: str, context: str) -> str:

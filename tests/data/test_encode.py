@@ -181,6 +181,19 @@ def test_prompts_that_leave_no_response_are_counted(reads):
     assert (examples.train["target"][0] == -100).all()
 
 
+@pytest.mark.parametrize(("tokenizer", "ids"), [(bert_like(), [1, 2]), (gpt_like(), [1]), (gpt_like(True), [0, 1])])
+def test_empty_texts_are_special_tokens_alone_and_are_counted(reads, tokenizer, ids):
+    """By hand: what opens and ends a text, or what ends it where the tokenizer adds nothing."""
+    rows = [{"text": "", "label": 0}, {"text": "good", "label": 1}, {"text": " ", "label": 1}]
+    examples = reads("label", rows, rows[:2], tokenizer)
+    assert examples.train["input_ids"][0][examples.train["attention_mask"][0] == 1].tolist() == ids
+    counts = [note.rpartition(": ")[2] for note in examples.notes if "empty" in note]
+    assert counts == ["text is empty in 2 examples", "text is empty in 1 examples"]
+    told = [{"prompt": "a", "response": text} for text in ("", "b")]
+    found = reads("next_token", told, told, gpt_like(), template="plain").train
+    assert found["target"][0][found["target"][0] != -100].tolist() == [1]
+
+
 def test_clients_are_numbered_in_their_order(reads):
     rows = [{"text": "good", "label": i % 2, "client": client} for i, client in enumerate([10, 9, 10, 2])]
     examples = reads("label", rows, [{"text": "good", "label": 1, "client": 77}], bert_like())
@@ -218,7 +231,7 @@ def test_the_cache_tells_what_is_learned_columns_and_templates_apart(reads, tmp_
 @pytest.mark.parametrize(
     ("learns", "train", "message"),
     [
-        ("label", [{"text": "", "label": 1}, {"label": 2}], "data.train .*line 1: text must be text, got ''"),
+        ("label", [{"text": "a", "label": 1}, {"label": 2}], "data.train .*line 2: text must be text, got None"),
         ("label", [{"text": 3, "label": 1}, {"label": 2}], "data.train .*line 1: text must be text, got 3"),
         ("label", [{"text": "a", "label": None}], "line 1: label must be a word or a finite number, got None"),
         ("label", [{"text": "a", "label": [1]}], r"line 1: label must be a word or a finite number, got \[1\]"),

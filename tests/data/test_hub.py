@@ -95,7 +95,12 @@ def test_known_texts_have_their_columns_classes_and_splits(hub, name):
     else:
         assert found.class_names == classes
         np.testing.assert_array_equal(found.train["label"], np.arange(6) % len(classes))
-    assert found.notes == ()  # nothing was guessed
+    scored = f"{name} is scored by {', '.join(entry.metrics)} where it was published"
+    assert found.notes == (scored,)  # no column was guessed
+    if name == "stsb":
+        assert read(name).notes == (f"{scored}; it was made for a task that learns number",)
+    if name in GLUE:
+        assert read(entry.path, entry.learns, subset=name).fingerprint == found.fingerprint
 
 
 def test_the_test_split_of_glue_is_the_one_with_labels_table():
