@@ -69,11 +69,12 @@ def _tensors(found: TrainedRun, card: Card) -> dict[str, np.ndarray]:
     base = jax.tree.map(lambda leaf: leaf.astype(np.float32), found.base)
     base = lora.add_to_base(base, jax.tree.map(jnp.asarray, found.merged), table.sites(rows))
     own = table.tensors(rows, lora.merge(base, used, table.sites(rows)))
+    beside = {name for row in rows.values() if not row.prefixed for name in row.names}  # a language model's own head
+    if of is None or of.head:
+        own = {name: tensor for name, tensor in own.items() if name not in beside}
     if of is None:
         return found.found.spare() | own
-    beside = {name for row in rows.values() if not row.prefixed for name in row.names}  # a language model's own head
-    kept = {name: tensor for name, tensor in own.items() if name not in beside or not of.head}
-    return {name if name in beside else f"{of.prefix}{name}": tensor for name, tensor in kept.items()}
+    return {name if name in beside else f"{of.prefix}{name}": tensor for name, tensor in own.items()}
 
 
 def _card(found: TrainedRun, client: int | None) -> Card:

@@ -186,10 +186,10 @@ def _commit() -> str | None:
 
 def _notes(config: ExperimentConfig, simulation: Simulation) -> list[str]:
     """What a user should know of this run beforehand."""
-    notes = []
+    notes = list(simulation.facts.notes)
     if cut := simulation.facts.truncated:
         longest = getattr(config.data, "max_length", None)
-        notes.append(f"{cut} sentences were cut to data.max_length = {longest} tokens")
+        notes.append(f"{cut} texts were cut to data.max_length = {longest} tokens")
     if simulation.make_parts(simulation.numbers).trainer.exchange is not None:
         first = simulation.init(jax.random.key(config.seed))
         notes += reach_notes(simulation, first, config.control)

@@ -21,7 +21,7 @@ from fedjax_lora.core.learning import Model
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Numbers, fill, split
 from fedjax_lora.core.sides import Side, TrainingOptions
-from fedjax_lora.core.types import Adapters, Base, Factors
+from fedjax_lora.core.types import Adapters, Base, Factors, Learns
 from fedjax_lora.data import sources
 from fedjax_lora.data.batches import evaluation_batches, federated_dataset
 from fedjax_lora.data.packing import packing_of
@@ -74,7 +74,9 @@ def build(config: ExperimentConfig, methods: Sequence[Method] = ()) -> Simulatio
 
 def _build(config: ExperimentConfig, catalogue: Catalogue) -> Simulation:
     examples = read_examples(config, catalogue)
-    split_data = partition(config.clients.partition, examples.train["label"], config.clients.count, config.seed)
+    split_data = partition(
+        config.clients.partition, examples.train["label"], config.clients.count, config.seed, examples.clients
+    )
     asked, config = config.local, dataclasses.replace(config, local=filled(config.local, split_data))
     context = _context(config, examples)
     model = records(config, catalogue, context, ("task", "adapter", "model"))["model"]
@@ -195,11 +197,12 @@ def read_examples(config: ExperimentConfig, catalogue: Catalogue) -> sources.Exa
     data: Any = config.data
     source: sources.Source = catalogue.find("data", data.source).make(data, Context(0, 0))
     pretrained = getattr(config.model, "pretrained", None)
+    learns: Learns = getattr(config.task, "learns", "label")
     if not source.tokenizes or pretrained is None:
-        return source.load(None, "")
+        return source.load(None, "", learns)
     shape = load.read_shape(pretrained)
     layers.check_length(shape.max_positions, data.max_length)
-    examples = source.load(load.load_tokenizer(pretrained), pretrained)
+    examples = source.load(load.load_tokenizer(pretrained), pretrained, learns)
     load.check_ids(shape, examples.train["input_ids"], examples.test["input_ids"])
     return examples
 
@@ -216,6 +219,8 @@ def _facts(
         model_config_hash=load.model_config_hash(config.model) if isinstance(config.model, load.ModelConfig) else "",
         class_names=examples.class_names,
         truncated=examples.truncated,
+        notes=examples.notes,
+        holders=examples.clients,
     )
 
 

@@ -161,7 +161,7 @@ def _claims(config: Any, slot: str, method: Method, what: Literal["needs", "brea
     options, key = getattr(config, slot), f"{slot}.{key_of(slot)}"
     for name in sorted(getattr(method, what)):
         yield name, _Claim(key, method.name)
-    for name, option in (getattr(options, what)() if isinstance(options, Options) else {}).items():
+    for name, option in getattr(options, what, dict)().items():
         if name not in PROPERTIES:
             raise ConfigError(f"{what} of {key} = {method.name} must be of {', '.join(PROPERTIES)}, got {name!r}")
         yield name, _Claim(f"{slot}.{option}", getattr(options, option))

@@ -68,7 +68,9 @@ class Facts(NamedTuple):
     partition_hash: of who holds which examples.
     tokenizer_hash, model_config_hash: of the pretrained model's tokenizer and `config.json`; empty without one.
     class_names: name of each label, in the order of the head's columns.
-    truncated: sentences that were cut to the maximum length.
+    truncated: texts that were cut to the maximum length.
+    notes: what a user should know of how the data were read.
+    holders: `[N]`, who holds each training example, where the data say so.
     """
 
     base_hash: str
@@ -79,6 +81,8 @@ class Facts(NamedTuple):
     class_names: tuple[str, ...]
     truncated: int
     initial_hash: str = ""
+    notes: tuple[str, ...] = ()
+    holders: np.ndarray | None = None
 
 
 class Scores(NamedTuple):
