@@ -31,7 +31,8 @@ def save(folder: Path, tokenizer: Path, shape: dict[str, int]) -> None:
             shutil.copy(tokenizer / name, folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 30522, **shape}))
     config = bert.shape(shape)
-    tensors = table.tensors(bert.weights(config), bert.init(config, jax.random.key(0)))
+    rows = bert.weights(config)
+    tensors = table.tensors(rows, table.init(rows, jax.random.key(0), config.num_layers, config.compute_dtype))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 

@@ -64,6 +64,7 @@ from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.network import Controller, Decision, Delivery, Observation, Outcome, Population, Radio, Wireless
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Factors, Scope
+from fedjax_lora.tasks.common import TaskOptions
 
 __all__ = [
     "PROPERTIES",
@@ -102,6 +103,7 @@ __all__ = [
     "Size",
     "Sparsifier",
     "Task",
+    "TaskOptions",
     "Traffic",
     "Trained",
     "Trainer",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fedjax_lora.config.experiment import ConfigError, ExperimentConfig, dump, load_config, to_dict
 from fedjax_lora.config.presets import PRESETS, preset
 from fedjax_lora.data import tsv
+from fedjax_lora.data.tables import class_names
 
 SAME_EACH_TIME = settings(
     derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -110,15 +111,13 @@ def test_a_broken_sentence_file_is_read_or_refused_in_one_line(file, test, train
         for field, content in (("data.train", train), ("data.test", test)):
             file.write_bytes(content)
             tables.append(tsv.read(str(file), field))
-        names = tsv.class_names(*tables)
+        names = class_names(*tables)
     except ValueError as error:
         assert type(error) is ValueError and len(str(error).splitlines()) == 1
         assert str(error).startswith(("data.train ", "data.test "))
     else:
         assert len(names) == len(set(names)) >= 2
-        assert set(names) == set(tables[0].labels) >= set(tables[1].labels)
-        assert all(
-            sentence and label
-            for table in tables
-            for sentence, label in zip(table.sentences, table.labels, strict=True)
-        )
+        texts, labels = ([table.columns[role] for table in tables] for role in ("text", "label"))
+        assert set(names) == set(labels[0]) >= set(labels[1])
+        assert list(map(len, texts)) == list(map(len, labels))
+        assert all(word for column in (*texts, *labels) for word in column)

@@ -90,10 +90,6 @@ MISTAKES = {
         "data: {source: tsv, train: a, test: b}",
         ["model.pretrained must be a folder or a Hugging Face model id ", "data.source is tsv", "got None"],
     ),
-    "images with model": (
-        "model: {pretrained: x}",
-        ["model.pretrained must be absent ", "data.source is digits", "got 'x'"],
-    ),
     "scaffold with adamw": (
         "{drift: {name: scaffold}, local: {optimizer: {name: adamw}}}",
         ["local.optimizer.name ", "sgd", "drift.name is scaffold", "'adamw'"],
@@ -247,7 +243,38 @@ MISTAKES = {
         ["control.latency_budget is not a known key", "mean control.latency_budget_s, a key of control.name = tsfa,"],
     ),
     "files of no source": ("data: {source: digits, train: x}", ["data.train must be absent ", "digits", "'x'"]),
-    "data from nowhere": ("data: digit", ["data.source must be one of digits, tsv, got 'digit'", "mean digits?"]),
+    "data from nowhere": (
+        "data: digit",
+        ["data.source must be one of digits, tsv, csv, jsonl, parquet, datasets, images, got 'digit'", "mean digits?"],
+    ),
+    "table without a file": (
+        "{data: {source: csv, train: a}, model: {pretrained: x}}",
+        ["data.test must be the path of a file when source is csv, got None"],
+    ),
+    "unknown role": (
+        "data: {source: csv, train: a, test: b, columns: {body: text}}",
+        ["data.columns.body is not a known key", "valid keys are text, text_pair, label"],
+    ),
+    "images of the hub with a model of text": (
+        "{data: {source: datasets, dataset: cifar10}, model: {pretrained: x}}",
+        ["model.pretrained must be absent where data.dataset is cifar10, which needs a model of images, got 'x'"],
+    ),
+    "texts of the hub without one": (
+        "data: {source: datasets, dataset: nobody/texts}",
+        ["model.pretrained must be a folder ", "data.dataset is nobody/texts, which needs a model of text"],
+    ),
+    "partitioner of no kind": (
+        "clients: {partition: {partitioner: IidPartitioner}}",
+        ["clients.partition.partitioner must be absent when kind is dirichlet, got 'IidPartitioner'"],
+    ),
+    "options that are no mapping": (
+        "clients: {partition: {kind: flwr, partitioner: A, options: [1]}}",
+        ["clients.partition.options must be a mapping of keys, got [1]"],
+    ),
+    "options of options": (
+        "clients: {partition: {kind: flwr, partitioner: A, options: {a: {b: 1}}}}",
+        ["clients.partition.options must be a mapping of keys, got {'a': {'b': 1}}"],
+    ),
     "another network": ("wireless: {name: wire}", ["wireless.name must be cell, got 'wire'"]),
     "word for a section of one kind": ("clients: many", ["clients ", "'many'", "a mapping of keys"]),
     "word for no variant": ("sparsifier: dens", ["sparsifier.name ", "'dens'", "one of soft,", "mean dense?"]),

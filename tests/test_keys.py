@@ -20,7 +20,7 @@ def flat(tree, path=""):
     """Dotted key -> value."""
     found = {}
     for name, value in tree.items():
-        found |= flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+        found |= flat(value, f"{path}{name}.") if isinstance(value, dict) and value else {f"{path}{name}": value}
     return found
 
 

@@ -20,7 +20,7 @@ from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Base, Factors
 from fedjax_lora.ops import primitives
-from fedjax_lora.ops.factorise import orthonormal
+from fedjax_lora.ops.factorise import orthonormal, qr
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,10 +30,12 @@ class LoraConfig:
     max_rank: components that the factors hold, R; a shape, as are the targets. The other numbers are traced.
     rank: structural rank r, 1 <= r <= R.
     alpha: products are scaled by alpha / r.
-    targets: names of the modules that carry an adapter.
+    targets: names of the modules that carry an adapter: the model's own, or as PEFT's `target_modules` has them.
     init_scale: length of the columns of `a` at the start.
     client_ranks: structural ranks that the clients are dealt in turn; () gives `rank` to all. None is above
       `rank`, by which products are scaled for all.
+    initial: a folder of adapters to start from, which PEFT wrote or `fedjax-lora export`; their rank is at most `rank`.
+      Their task head is taken too, where it fits.
     """
 
     max_rank: int = 8
@@ -42,6 +44,7 @@ class LoraConfig:
     targets: tuple[str, ...] = ("query", "value")
     init_scale: float = traced(1.0)
     client_ranks: tuple[int, ...] = traced(())
+    initial: str | None = None
 
     def __post_init__(self):
         if self.max_rank < 1:
@@ -58,6 +61,8 @@ class LoraConfig:
             raise ValueError(f"targets must name each module once, got {self.targets}")
         if not 0 < self.init_scale < float("inf"):
             raise ValueError(f"init_scale must be positive and finite, got {self.init_scale}")
+        if self.initial == "":
+            raise ValueError("initial must be a folder, got ''")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +108,33 @@ def init(
         return Factors(a=jnp.asarray(init_scale) * a, b=jnp.zeros((num_layers, max_rank, site.n_out)))
 
     return {name: factors(name, site) for name, site in sites.items()}
+
+
+def start_from(
+    fresh: Mapping[str, Factors], given: Mapping[str, Factors], ranks: Mapping[str, ArrayLike], scale: ArrayLike
+) -> dict[str, Factors]:
+    """Factors that compute what given ones do, with what is left of the R components as new ones, which add nothing.
+
+    The new columns of `a` are orthogonal to the given ones and to one another, as long as those of `fresh`, and their
+    `b` is zero.
+
+    Args:
+      fresh: of `init`.
+      given: module name -> `a: [L, n_in, r]` and `b: [L, r, n_out]` of scale 1, r <= R.
+      ranks: module name -> `[L]`: how many of the r components each layer has.
+      scale: s = alpha / r, by which products will be scaled.
+    """
+
+    def filled(new: Factors, own: Factors, rank: Array) -> Factors:
+        most, used = new.a.shape[-1], own.a.shape[-1]
+        is_own = (jnp.arange(most) < rank[:, None])[:, None]
+        a = jnp.where(is_own, jnp.pad(own.a, ((0, 0), (0, 0), (0, most - used))), new.a)
+        others = jnp.linalg.norm(new.a, axis=1, keepdims=True) * qr(a)[0]
+        return Factors(
+            a=jnp.where(is_own, a, others), b=jnp.pad(own.b, ((0, 0), (0, most - used), (0, 0))) / jnp.asarray(scale)
+        )
+
+    return {name: filled(fresh[name], own, jnp.asarray(ranks[name])) for name, own in given.items()}
 
 
 def max_rank(adapters: Adapters) -> int:

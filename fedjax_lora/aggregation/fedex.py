@@ -35,7 +35,8 @@ class FedExConfig(Options):
     start: Start = "average"
 
     def needs(self) -> dict[str, str]:
-        return dict.fromkeys(("everything_sent", "exact_wire", "one_rank"), "start") if self.start == "keep" else {}
+        needed = ("everything_sent", "exact_wire", "one_rank", "zero_start")
+        return dict.fromkeys(needed, "start") if self.start == "keep" else {}
 
     def breaks(self) -> dict[str, str]:
         broken = {

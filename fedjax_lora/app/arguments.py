@@ -81,10 +81,18 @@ def _report(commands: Any) -> None:
 
 
 def _export(commands: Any) -> None:
-    export = commands.add_parser("export", help="export adapters", description="Export a run's adapters.")
+    export = commands.add_parser(
+        "export", help="export adapters or the model", description="Export a run's adapters, or its whole model."
+    )
     export.add_argument("run", metavar="RUN", help="folder of a run")
     export.add_argument("folder", metavar="DIR", help="new folder to write to")
-    export.add_argument("--format", choices=["peft"], default="peft", help="peft: a folder for PeftModel")
+    export.add_argument(
+        "--format",
+        default="peft",
+        metavar="NAME",
+        help="peft (default), a folder for PeftModel; or merged, the whole model for transformers",
+    )
+    export.add_argument("--client", type=int, metavar="N", help="a client's own adapters, counted from 0")
     _methods_argument(export)
     _output_arguments(export, has_json=False)
 

@@ -216,8 +216,8 @@ def _report(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from fedjax_lora.app.export import export_run
 
-    export_run(options.run, options.folder, methods=_methods(options).methods)
-    _console(options).print(f"adapters: {options.folder}")
+    export_run(options.run, options.folder, _methods(options).methods, options.format, options.client)
+    _console(options).print(f"{options.format}: {options.folder}")
     return 0
 
 

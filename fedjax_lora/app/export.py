@@ -1,97 +1,94 @@
-"""A run's adapters for other tools, from the run's folder and its base model: no data are read, nothing is compiled."""
+"""A run's adapters, or its whole model, for other tools."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lora.config.assemble import hash_weights
-from fedjax_lora.config.experiment import ExperimentConfig, load_config
+from fedjax_lora.adapters import lora
+from fedjax_lora.app.trained import TrainedRun, open_run
+from fedjax_lora.config.beginning import layers_hash
 from fedjax_lora.core.methods import Method
-from fedjax_lora.core.types import Base
-from fedjax_lora.data import tokens
-from fedjax_lora.io import checkpoint, peft
-from fedjax_lora.io.log import RunFolder
-from fedjax_lora.io.run_files import check_config, read_data, read_metrics
+from fedjax_lora.io import merged, peft
+from fedjax_lora.io.model_card import Card
+from fedjax_lora.io.run_files import read_metrics
 from fedjax_lora.models import load, table
-from fedjax_lora.training.personal import deployed
+
+FORMATS = {
+    "peft": "a folder for PeftModel, with the adapters alone",
+    "merged": "a folder for from_pretrained of transformers, with the whole model",
+}
+"""Name -> what it is."""
 
 
-def export_run(run: str | Path, folder: str | Path, methods: Sequence[Method] = ()) -> None:
-    """Write the adapters of a run's last checkpoint, those that its global accuracy is of, as a PEFT folder.
+def export_run(
+    run: str | Path,
+    folder: str | Path,
+    methods: Sequence[Method] = (),
+    form: str = "peft",
+    client: int | None = None,
+) -> None:
+    """Write what a run has trained, as of its last checkpoint: what its global accuracy is of, or a client's own.
 
-    Where the run has merged products into its frozen weights, the adapters hold these too, in the rank that they take.
+    Where the run has merged products into its frozen weights, adapters hold these too, in the rank that they take.
 
     Args:
       run: its folder.
       folder: new or empty.
       methods: a user's own that the run was started with.
+      form: one of FORMATS.
+      client: number of the client whose own adapters are meant; None for the global ones.
 
     Raises:
-      ValueError: the run has no readable checkpoint or does not name its classes, its model is none that PEFT knows or
-        another than it was, what it trained is not finite, or the folder is in use.
+      ValueError: as of `open_run`, or the folder is in use.
     """
-    check_config(run)
-    config, data = load_config(Path(run) / "config.yaml", methods=methods), read_data(run)
-    model = config.model
-    if not isinstance(model, load.ModelConfig) or model.pretrained is None:
-        raise ValueError(f"model.pretrained must name a Hugging Face model to export to peft, got null in {run}")
-    checkpointed = RunFolder(run).last_checkpoint()
-    if checkpointed is None:
-        raise ValueError(f"{run} must hold a checkpoint to export, got none that is whole")
-    trained = checkpoint.restore_trained(checkpointed)
-    adapters = deployed(trained.adapters, trained.clients)
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((adapters, trained.merged))):
-        raise ValueError(
-            f"{run} must have trained finite adapters to export, got NaN or infinity in round {trained.round}"
-        )
-    labels = _labels(data, adapters.head["w"].shape[-1], run)
-    found, base = _unchanged_base(model, data, run)
+    if form not in FORMATS:
+        raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}")
+    found = open_run(run, methods, client)
+    head = {name: np.asarray(leaf) for name, leaf in found.adapters.head.items()}
+    card = _card(found, client)
+    if form == "merged":
+        merged.export(folder, found.found.folder, _tensors(found, card), head, card)
+        return
+    rows = found.found.family.weights(found.found.shape)
+    adapters, facts = peft.plain(found.adapters, found.rank, found.scale), dict(card.facts)
+    if found.merged:
+        adapters = peft.absorb(adapters, found.merged)
+        facts["products that the server merged into the base model"] = "in the adapters, in the rank that they take"
+    turned = not table.input_first(rows).isdisjoint(adapters.modules)
+    peft.export(folder, adapters, head, table.sites(rows), card._replace(facts=facts), turned)
 
-    rank, alpha = config.lora.rank, config.lora.alpha
-    card = peft.Card(
+
+def _tensors(found: TrainedRun, card: Card) -> dict[str, np.ndarray]:
+    """The whole model's weights, float32, by their names in the class of the card, or in the bare model."""
+    rows, of = found.found.family.weights(found.found.shape), card.head_class
+    used = lora.effective(found.adapters, lora.rank_mask(found.rank, lora.max_rank(found.adapters)), found.scale)
+    base = jax.tree.map(lambda leaf: leaf.astype(np.float32), found.base)
+    base = lora.add_to_base(base, jax.tree.map(jnp.asarray, found.merged), table.sites(rows))
+    own = table.tensors(rows, lora.merge(base, used, table.sites(rows)))
+    beside = {name for row in rows.values() if not row.prefixed for name in row.names}  # a language model's own head
+    if of is None or of.head:
+        own = {name: tensor for name, tensor in own.items() if name not in beside}
+    if of is None:
+        return found.found.spare() | own
+    return {name if name in beside else f"{of.prefix}{name}": tensor for name, tensor in own.items()}
+
+
+def _card(found: TrainedRun, client: int | None) -> Card:
+    model, family = found.config.model, found.found.family
+    assert isinstance(model, load.ModelConfig) and model.pretrained is not None
+    return Card(
         base_model=_base_model(model.pretrained),
-        labels=labels,
+        weights_hash=layers_hash(model, found.base),
+        labels=found.labels,
         pooling=model.pooling,
-        pooler="pooler" in base,
-        facts=_facts(config, trained.round, run),
+        pooler="pooler" in found.base,
+        head_class=family.head_class(found.config.task.name, found.found.shape),
+        facts=_facts(found, client),
     )
-    if trained.merged:
-        adapters, rank = peft.absorb(adapters, trained.merged, rank, alpha)
-        alpha = float(rank)  # a scale of 1
-    peft.export(folder, adapters, table.sites(found.family.weights(found.shape)), rank, alpha, card)
-
-
-def _labels(data: dict[str, Any], columns: int, run: str | Path) -> list[str]:
-    """The label of each of the head's columns."""
-    labels = data.get("class_names")
-    if not (isinstance(labels, list) and len(labels) == columns and all(isinstance(label, str) for label in labels)):
-        raise ValueError(
-            f"class_names in data.json of {run} must be a list of {columns} labels, one for each column of the head, "
-            f"got {labels!r}"
-        )
-    return labels
-
-
-def _unchanged_base(model: load.ModelConfig, data: dict[str, Any], run: str | Path) -> tuple[load.Pretrained, Base]:
-    """The base model's shape and weights; refuses a model that is not the one that the adapters were trained on."""
-    assert model.pretrained is not None
-    found = load.read_pretrained(model, model.pretrained)
-    base = found.weights()
-    now = {
-        "model_config_hash": ("config.json", load.model_config_hash(model)),
-        "tokenizer_hash": ("tokenizer", tokens.tokenizer_hash(load.load_tokenizer(model.pretrained))),
-        "base_hash": ("weights", hash_weights(base)),
-    }
-    for key, (what, is_now) in now.items():
-        if data.get(key) != is_now:
-            raise ValueError(
-                f"model.pretrained must hold the {what} that {run} was started with ({key} {data.get(key)}), "
-                f"got others ({is_now}) in {model.pretrained}"
-            )
-    return found, base
 
 
 def _base_model(pretrained: str) -> str:
@@ -100,9 +97,28 @@ def _base_model(pretrained: str) -> str:
     return str(folder.resolve()) if folder.is_dir() else pretrained
 
 
-def _facts(config: ExperimentConfig, rounds: int, run: str | Path) -> dict[str, Any]:
-    """What the model card says of the training."""
-    method = {section: getattr(config, section).name for section in ("aggregation", "sparsifier", "control")}
-    accuracy = read_metrics(run)[rounds - 1]["eval_accuracy"]
-    facts = {**method, "rounds": rounds, "clients": config.clients.count}
-    return facts if accuracy is None else {**facts, "accuracy on the held-out examples": accuracy}
+def _facts(found: TrainedRun, client: int | None) -> dict[str, Any]:
+    """What the model card says of the training: settings, and what the log has measured up to the checkpoint."""
+    config, lines = found.config, read_metrics(found.folder)[: found.round]
+    methods = {
+        slot: getattr(config, slot).name for slot in ("task", "training", "aggregation", "sparsifier", "control")
+    }
+    settings = {
+        "rounds": found.round,
+        "clients": config.clients.count,
+        "clients in a round": config.clients.per_round or config.clients.count,
+        "local steps": config.local.steps,
+        "learning rate": config.local.optimizer.learning_rate,
+        "seed": config.seed,
+    }
+    sums = {
+        "uplink, bits": sum(line["uplink_bits"] for line in lines),
+        "downlink, bits": sum(line["downlink_bits"] for line in lines),
+        "simulated time, s": lines[-1]["cumulative_latency_s"],
+    }
+    own = {} if client is None else {"client whose own adapters these are": client}
+    measured = {
+        "accuracy on the held-out examples": lines[-1]["eval_accuracy"],
+        "accuracy of the clients' own adapters, mean": lines[-1]["personal_accuracy"],
+    }
+    return {**own, **methods, **settings, **sums, **{k: v for k, v in measured.items() if v is not None}}

@@ -22,7 +22,7 @@ from fedjax_lora.config.experiment import ExperimentConfig, dump
 from fedjax_lora.core import trees
 from fedjax_lora.core.errors import RunWarning
 from fedjax_lora.core.methods import Method
-from fedjax_lora.core.progress import Progress, measured
+from fedjax_lora.core.progress import Progress, standing
 from fedjax_lora.core.types import FedState
 from fedjax_lora.io import checkpoint
 from fedjax_lora.io.log import RunFolder
@@ -93,17 +93,17 @@ def _run(
         progress.print(f"note: {note}")
     progress.stage("compiling a round")
     state = simulation.init(jax.random.key(config.seed))
-    _, initial_accuracy = simulation.evaluate(state)
+    initial = simulation.evaluate(state)
     if resume:
         state = checkpoint.restore(begin, state) if begin else state
         folder.reopen(int(state.round), text)
     else:
         RunFolder.create(path, text, data | stamp())
-    progress.print(_setting(config, simulation, initial_accuracy))
+    progress.print(_setting(config, simulation, *initial))
     rounds = config.rounds - int(state.round)
     training_s = _train(config, simulation, state, folder, progress)
     progress.stage("writing the report")
-    told: dict[str, Any] = {"initial_accuracy": initial_accuracy, "wall_s": time.perf_counter() - started}
+    told: dict[str, Any] = {"initial_accuracy": initial[1], "wall_s": time.perf_counter() - started}
     told["compile_s"] = simulation.compile_s
     told["samples_per_s"] = _samples(simulation, rounds) / training_s if rounds else None
     summary = folder.write_summary(told | circumstances(config, simulation.facts) | _planned(plan, folder))
@@ -115,7 +115,7 @@ def _run(
 
 def started_with(facts: Facts) -> dict[str, Any]:
     """What tells a run's data and model from any other: of `data.json`, what stays when a run is continued."""
-    hashes = ("examples_hash", "partition_hash", "base_hash", "model_config_hash", "tokenizer_hash")
+    hashes = ("examples_hash", "partition_hash", "base_hash", "initial_hash", "model_config_hash", "tokenizer_hash")
     return {name: getattr(facts, name) for name in hashes} | {"class_names": list(facts.class_names)}
 
 
@@ -124,14 +124,15 @@ def stamp() -> dict[str, Any]:
     return {"started": _now(), "commit": _commit()}
 
 
-def _setting(config: ExperimentConfig, simulation: Simulation, initial_accuracy: float) -> str:
+def _setting(config: ExperimentConfig, simulation: Simulation, loss: float, accuracy: float) -> str:
     """What a run begins with, in one line."""
     names = simulation.facts.class_names
     listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    classes = f"{len(names)} classes: {listed}; " if names else ""
     return (
-        f"{len(names)} classes: {listed}; {config.clients.count} clients, {simulation.layout.cohort_size} a round, "
+        f"{classes}{config.clients.count} clients, {simulation.layout.cohort_size} a round, "
         f"{simulation.layout.chunk} at once; compiled in {simulation.compile_s:.1f} s; "
-        f"accuracy before: {measured(initial_accuracy)}"
+        f"{standing(loss, accuracy, ' before:')}"
     )
 
 
@@ -185,10 +186,10 @@ def _commit() -> str | None:
 
 def _notes(config: ExperimentConfig, simulation: Simulation) -> list[str]:
     """What a user should know of this run beforehand."""
-    notes = []
+    notes = list(simulation.facts.notes)
     if cut := simulation.facts.truncated:
         longest = getattr(config.data, "max_length", None)
-        notes.append(f"{cut} sentences were cut to data.max_length = {longest} tokens")
+        notes.append(f"{cut} texts were cut to data.max_length = {longest} tokens")
     if simulation.make_parts(simulation.numbers).trainer.exchange is not None:
         first = simulation.init(jax.random.key(config.seed))
         notes += reach_notes(simulation, first, config.control)

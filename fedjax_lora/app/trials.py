@@ -1,5 +1,6 @@
 """Trials played to their end: those of one structure in batches of as many as run side by side."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -9,7 +10,7 @@ from rich.console import Console
 from fedjax_lora.app.halving import Halving, Point
 from fedjax_lora.config.groups import Group
 from fedjax_lora.core import trees
-from fedjax_lora.core.progress import Progress, measured
+from fedjax_lora.core.progress import Progress, standing
 from fedjax_lora.core.types import FedState, Metrics
 from fedjax_lora.sim.trials import Lanes, trials_at_once, unstacked
 
@@ -130,6 +131,13 @@ def _first(group: Group, number: int, begun: Mapping[int, Standing]) -> Entrant:
     return Entrant(group, number, *begun.get(group.places[number], Standing(0, None)))
 
 
+def _best(metrics: Sequence[Metrics]) -> str:
+    """Of the last evaluations of trials: the best accuracy and the least loss, whichever is measured."""
+    last = [(rows.eval_loss[-1], rows.eval_accuracy[-1]) for rows in metrics]
+    losses, accuracies = ([float(x) for x in column if not math.isnan(x)] for column in zip(*last, strict=True))
+    return standing(min(losses, default=math.nan), max(accuracies, default=math.nan))
+
+
 class _Player:
     """Advances trials, and shows how far all are.
 
@@ -185,7 +193,6 @@ class _Player:
             for trial, state, rows in zip(trials, ended, metrics, strict=False):
                 self._keeper.keep(trial.place, state, rows)
             self._done += len(trials) * len(metrics[0].round)
-            best = max((float(rows.eval_accuracy[-1]) for rows in metrics), default=float("nan"))
-            self._progress.count("trial rounds", self._done, self.total, f"best accuracy {measured(best)}")
+            self._progress.count("trial rounds", self._done, self.total, f"best {_best(metrics)}")
         for trial, state in zip(trials, ended, strict=False):
             yield trial._replace(done=until, state=state if until < trial.rounds else None)

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fedjax_lora.adapters import targets
+from fedjax_lora.adapters.lora import start_from
+from fedjax_lora.config.beginning import Begin, given_adapters, hash_weights
 from fedjax_lora.config.catalogue import Catalogue, check, notes
 from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.core import memory as machine
@@ -20,8 +21,8 @@ from fedjax_lora.core.learning import Model
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Numbers, fill, split
 from fedjax_lora.core.sides import Side, TrainingOptions
-from fedjax_lora.core.types import Adapters, Base
-from fedjax_lora.data import sources, tokens
+from fedjax_lora.core.types import Adapters, Base, Factors, Learns
+from fedjax_lora.data import sources
 from fedjax_lora.data.batches import evaluation_batches, federated_dataset
 from fedjax_lora.data.packing import packing_of
 from fedjax_lora.data.partition import Partition, PartitionConfig, partition
@@ -73,29 +74,32 @@ def build(config: ExperimentConfig, methods: Sequence[Method] = ()) -> Simulatio
 
 def _build(config: ExperimentConfig, catalogue: Catalogue) -> Simulation:
     examples = read_examples(config, catalogue)
-    split_data = partition(config.clients.partition, examples.train["label"], config.clients.count, config.seed)
+    split_data = partition(
+        config.clients.partition, examples.train["label"], config.clients.count, config.seed, examples.clients
+    )
     asked, config = config.local, dataclasses.replace(config, local=filled(config.local, split_data))
     context = _context(config, examples)
     model = records(config, catalogue, context, ("task", "adapter", "model"))["model"]
     base, head = _weights(config, catalogue, context, model, examples)
+    begin = Begin(head, given_adapters(config, model, base, examples.class_names))
     world = World(base=base, data=federated_dataset(examples, split_data))
     structure, numbers = split(config)
-    like = jax.eval_shape(lambda key: _initial_adapters(config, catalogue, context, head)(key), jax.random.key(0))
+    like = jax.eval_shape(lambda key: _initial_adapters(config, catalogue, context, begin)(key), jax.random.key(0))
     context = context._replace(like=like)
     layout = _layout(config, catalogue, context)
-    padded = functools.partial(_parts, structure, catalogue, context, head, layout)
+    padded = functools.partial(_parts, structure, catalogue, context, begin, layout)
     activations = _activation_bytes(config, padded, numbers, world, like)
     layout = layout._replace(chunk=chunk_size(config.engine, layout, activations))
     if model.packs and "attention_mask" in examples.train:
         context, layout = _packed(config, context, layout, examples)
-    parts_of = functools.partial(functools.partial, _parts, structure, catalogue, context, head)
+    parts_of = functools.partial(functools.partial, _parts, structure, catalogue, context, begin)
     engine = dataclasses.replace(config.engine, eval_every=min(config.engine.eval_every, config.rounds))
     start = functools.partial(first_state, parts_of(layout), config.clients.count)
     state = jax.eval_shape(start, jax.random.key(0), numbers)
     needs = memory.Needs(world, state, activations, model.num_layers, asked, engine)
     machine.check(memory.run_terms(needs, layout), layout.num_devices)
-    facts = _facts(config, examples, split_data, base, head)
-    of_weights = facts.base_hash if head is not None else facts.model_config_hash
+    facts = _facts(config, examples, split_data, base, begin)
+    of_weights = facts.initial_hash, facts.base_hash if head is not None else facts.model_config_hash
     decisive = split(without_draws(config))[0], engine, catalogue, of_weights, str(context), layout
     return Simulation(
         program=_shared(decisive, lambda: Program(parts_of, layout, engine, config.clients.count)),
@@ -158,7 +162,7 @@ def _parts(
     structure: ExperimentConfig,
     catalogue: Catalogue,
     context: Context,
-    head: dict[str, jax.Array] | None,
+    begin: Begin,
     layout: Layout,
     numbers: Numbers,
 ) -> Parts:
@@ -182,7 +186,7 @@ def _parts(
         rank=rank,
         scale=config.lora.alpha / rank,
         ranks=_client_ranks(config),
-        init_adapters=_initial_adapters(config, catalogue, context, head),
+        init_adapters=_initial_adapters(config, catalogue, context, begin),
         layout=layout,
         side=side_of(config, made),
     )
@@ -193,32 +197,30 @@ def read_examples(config: ExperimentConfig, catalogue: Catalogue) -> sources.Exa
     data: Any = config.data
     source: sources.Source = catalogue.find("data", data.source).make(data, Context(0, 0))
     pretrained = getattr(config.model, "pretrained", None)
+    learns: Learns = getattr(config.task, "learns", "label")
     if not source.tokenizes or pretrained is None:
-        return source.load(None, "")
+        return source.load(None, "", learns)
     shape = load.read_shape(pretrained)
     layers.check_length(shape.max_positions, data.max_length)
-    examples = source.load(load.load_tokenizer(pretrained), pretrained)
+    examples = source.load(load.load_tokenizer(pretrained), pretrained, learns)
     load.check_ids(shape, examples.train["input_ids"], examples.test["input_ids"])
     return examples
 
 
-def hash_weights(base: Base, head: dict | None = None) -> str:
-    """SHA-256 of what a run starts from: the frozen weights, and the task head where there is one."""
-    leaves = jax.tree_util.tree_leaves_with_path((base, head))
-    return tokens.digest({jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
-
-
 def _facts(
-    config: ExperimentConfig, examples: sources.Examples, split_data: Partition, base: Base, head: dict | None
+    config: ExperimentConfig, examples: sources.Examples, split_data: Partition, base: Base, begin: Begin
 ) -> Facts:
     return Facts(
-        base_hash=hash_weights(base, head),
+        base_hash=hash_weights(base, begin.head),
+        initial_hash=begin.hash_given(),
         examples_hash=examples.fingerprint,
         partition_hash=split_data.hash,
         tokenizer_hash=examples.tokenizer_hash,
         model_config_hash=load.model_config_hash(config.model) if isinstance(config.model, load.ModelConfig) else "",
         class_names=examples.class_names,
         truncated=examples.truncated,
+        notes=examples.notes,
+        holders=examples.clients,
     )
 
 
@@ -280,16 +282,21 @@ def _in_float32(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def _initial_adapters(
-    config: ExperimentConfig, catalogue: Catalogue, context: Context, head: dict | None
+    config: ExperimentConfig, catalogue: Catalogue, context: Context, begin: Begin
 ) -> Callable[[jax.Array], Adapters]:
-    """From a key to the adapters that the first round starts from; their task head is `head` where there is one."""
+    """From a key to the adapters that the first round starts from, of which what `begin` holds is not drawn."""
     made = records(config, catalogue, context, ("task", "adapter", "model"))
-    model, adapter, lora = made["model"], made["adapter"], config.lora
-    sites = targets.choose(lora.targets, model.sites)
+    model, adapter, lora, given = made["model"], made["adapter"], config.lora, begin.given
+    sites = targets.choose(lora.targets, model.sites, model.num_layers)
 
     def initial_adapters(key: jax.Array) -> Adapters:
         factor_key, head_key = jax.random.split(key)
         modules = adapter.init(factor_key, sites, model.num_layers, lora.max_rank, lora.init_scale)
+        head = begin.head
+        if given is not None:
+            own = {name: Factors(a=jnp.asarray(a), b=jnp.asarray(given.b[name])) for name, a in given.a.items()}
+            modules = start_from(modules, own, given.ranks, lora.alpha / jnp.asarray(lora.rank, jnp.float32))
+            head = jax.tree.map(jnp.asarray, given.head) or head
         return Adapters(modules=modules, head=model.init_head(head_key) if head is None else head)
 
     return initial_adapters

@@ -26,13 +26,13 @@ from fedjax_lora.core.numbers import Options
 from fedjax_lora.data import sources
 from fedjax_lora.models import load
 from fedjax_lora.sparsifiers import dense, flasc, lora_a2, random_rank, soft, soft_rotated, svd, top_k
-from fedjax_lora.tasks import classification
+from fedjax_lora.tasks import causal_lm, classification, regression, token_classification
 from fedjax_lora.training import card, corrections, local, optimizers, split
 from fedjax_lora.wireless import cell
 
 METHODS: tuple[Method, ...] = (
     *sources.METHODS,
-    classification.METHOD,
+    *(module.METHOD for module in (classification, regression, token_classification, causal_lm)),
     lora.METHOD,
     load.METHOD,
     cell.METHOD,

@@ -21,7 +21,9 @@ from fedjax_lora.core.errors import ConfigError as ConfigError
 from fedjax_lora.core.errors import ConfigWarning as ConfigWarning
 from fedjax_lora.core.methods import Method
 from fedjax_lora.core.numbers import Options
+from fedjax_lora.data.known import find
 from fedjax_lora.data.partition import ClientsConfig
+from fedjax_lora.models.load import ModelConfig
 from fedjax_lora.planning.rank_search import PlanConfig
 from fedjax_lora.sim.options import EngineConfig
 from fedjax_lora.sparsifiers.transforms import WireConfig
@@ -74,6 +76,9 @@ class ExperimentConfig:
         candidates, most = self.plan.candidates, self.lora.max_rank
         if max(candidates, default=1) > most:
             raise ValueError(f"plan.candidates must be at most lora.max_rank = {most}, got {candidates}")
+        pretrained = isinstance(self.model, ModelConfig) and self.model.pretrained is not None
+        if self.lora.initial is not None and not pretrained:
+            raise ValueError(f"lora.initial must be absent without model.pretrained, got {self.lora.initial!r}")
         steps, warmup_steps = self.rounds * self.local.steps, self.local.optimizer.warmup_steps
         if steps >= 2**31:
             raise ValueError(f"rounds * local.steps must be below 2**31, got {self.rounds} * {self.local.steps}")
@@ -131,8 +136,11 @@ def dump(config: ExperimentConfig) -> str:
 
 
 _KEYS = {slot: key_of(slot) for slot in SLOTS}
-_PATHS = {"data": ("train", "test"), "model": ("pretrained",)}
+_PATHS = {"data": ("train", "test", "dataset"), "model": ("pretrained",), "lora": ("initial",)}
 """Section -> options that may name a file or a folder."""
+
+_IDS = ("dataset", "pretrained")
+"""Those of them that may be an id of the Hugging Face hub too: what is no folder is one, and so is a known name."""
 
 
 def _with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
@@ -140,9 +148,9 @@ def _with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     for section, names in _PATHS.items():
         options = getattr(config, section)
         given = {name: path for name in names if isinstance(path := getattr(options, name, None), str)}
+        given = {name: path for name, path in given.items() if name != "dataset" or find(path) is None}
         expanded = {name: os.path.expanduser(path) for name, path in given.items()}
-        # What is no folder is a model's id on the hub.
-        kept = {name: path for name, path in expanded.items() if section == "data" or os.path.isdir(path)}
+        kept = {name: path for name, path in expanded.items() if name not in _IDS or os.path.isdir(path)}
         if kept:
             absolute = {name: os.path.abspath(path) for name, path in kept.items()}
             changed[section] = dataclasses.replace(options, **absolute)

@@ -82,7 +82,8 @@ def _built(
             refused[places[first]] = error
     if simulation is None:
         return [], refused
-    partitions, undrawn = _partitions(configs, np.asarray(simulation.world.data.train["label"]))
+    labels = np.asarray(simulation.world.data.train["label"])
+    partitions, undrawn = _partitions(configs, labels, simulation.facts.holders)
     refused |= {places[i]: error for i, error in undrawn.items()}
     width = max(len(padded_index(drawn)[0]) for drawn in partitions.values())
     groups = []
@@ -106,7 +107,7 @@ def _trial(config: ExperimentConfig, drawn: Partition, width: int) -> Trial:
 
 
 def _partitions(
-    configs: Sequence[ExperimentConfig], labels: np.ndarray
+    configs: Sequence[ExperimentConfig], labels: np.ndarray, holders: np.ndarray | None
 ) -> tuple[dict[int, Partition], dict[int, ValueError]]:
     """Number of a configuration -> its partition, drawn once for those that have the same, or why there is none."""
     drawn: dict[Hashable, Partition | ValueError] = {}
@@ -114,7 +115,8 @@ def _partitions(
         asked = (config.clients.partition, config.seed)
         if asked not in drawn:
             try:
-                drawn[asked] = partition(config.clients.partition, labels, config.clients.count, config.seed)
+                how, count = config.clients.partition, config.clients.count
+                drawn[asked] = partition(how, labels, count, config.seed, holders)
             except ValueError as error:
                 drawn[asked] = error
     found = {i: drawn[config.clients.partition, config.seed] for i, config in enumerate(configs)}

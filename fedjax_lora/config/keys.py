@@ -30,6 +30,7 @@ STATIC = {
     "pretrain": _HOST,
     "lora.max_rank": _SHAPE,
     "lora.targets": _SHAPE,
+    "lora.initial": _HOST,
     "data": _HOST,
     "clients.count": _SHAPE,
     "clients.per_round": _SHAPE,

@@ -44,6 +44,7 @@ PROPERTIES = {
     "trained_apart": "clients that train apart from one another",
     "side_by_side": "clients that send side by side",
     "no_dropout": "no dropout",
+    "zero_start": "adapters that add nothing at the start",
     "free_broadcast": "a broadcast that takes no time",
 }
 """What a method may need of the rest of an experiment, or break: property -> what is needed, in words."""
@@ -63,10 +64,10 @@ class _Fact(NamedTuple):
 
 _FACTS = (
     _Fact("model.pretrained", "text_model", lambda value, _: value is None, "a folder or a Hugging Face model id"),
-    _Fact("model.pretrained", "image_model", lambda value, _: value is not None, "absent"),
     _Fact("model.compute_dtype", "float32_base", lambda value, _: value != "float32", "float32"),
     _Fact("model.dropout", "no_dropout", lambda value, _: value > 0, "0"),
     _Fact("lora.client_ranks", "one_rank", lambda value, _: bool(value), "absent"),
+    _Fact("lora.initial", "zero_start", lambda value, _: value is not None, "absent"),
     _Fact("local.optimizer.name", "plain_sgd", lambda value, _: value != "sgd", "sgd"),
     _Fact("local.optimizer.clip_norm", "unclipped", lambda value, _: value is not None, "absent"),
     _Fact("wire.bits", "exact_wire", lambda value, _: value < 32, "32"),
@@ -160,7 +161,7 @@ def _claims(config: Any, slot: str, method: Method, what: Literal["needs", "brea
     options, key = getattr(config, slot), f"{slot}.{key_of(slot)}"
     for name in sorted(getattr(method, what)):
         yield name, _Claim(key, method.name)
-    for name, option in (getattr(options, what)() if isinstance(options, Options) else {}).items():
+    for name, option in getattr(options, what, dict)().items():
         if name not in PROPERTIES:
             raise ConfigError(f"{what} of {key} = {method.name} must be of {', '.join(PROPERTIES)}, got {name!r}")
         yield name, _Claim(f"{slot}.{option}", getattr(options, option))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedjax_lora.core.errors import ConfigError
+from fedjax_lora.core.mapping import Mapped
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -18,6 +19,7 @@ _WORDS = {
     "float": "a finite number",  # in float32
     "str": "a string",
     "NoneType": "null",
+    "Mapped": "a mapping of keys",
 }
 _LISTS = {str: "a list of strings", int: "a list of integers", float: "a list of numbers"}
 
@@ -30,6 +32,8 @@ def read(value: Any, kind: Any) -> Any:
     """
     options = members(kind)
     typed = tuple(value) if isinstance(value, list) else value
+    if isinstance(value, dict) and Mapped in options:
+        typed = _mapped(value)
     if type(value) is int and float in options and int not in options and abs(value) <= _LARGEST:
         typed = float(value)
     elif isinstance(typed, tuple) and tuple[float, ...] in options:
@@ -38,6 +42,14 @@ def read(value: Any, kind: Any) -> Any:
         return typed
     choices = [option for m in options if typing.get_origin(m) is Literal for option in typing.get_args(m)]
     raise ValueError(f"must be {words(kind)}, got {value!r}{near(value, choices)}")
+
+
+def _mapped(value: dict[Any, Any]) -> Any:
+    """A mapping from words to scalars and tuples of them; as it is where it holds something else."""
+    found = Mapped({key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
+    items = [part for item in found.values() for part in (item if isinstance(item, tuple) else (item,))]
+    flat = all(type(item) in (str, int, float, bool, type(None)) for item in items)
+    return found if flat and all(type(key) is str for key in found) else value
 
 
 def members(kind: Any) -> tuple[Any, ...]:

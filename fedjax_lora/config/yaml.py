@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from fedjax_lora.core.errors import ConfigError, reason_of
+from fedjax_lora.core.mapping import Mapped
 
 
 def _integer(text: str) -> int:
@@ -58,6 +59,9 @@ class _Loader(yaml.SafeLoader):
 
 class _Dumper(yaml.SafeDumper):
     """PyYAML's safe dumper, which also quotes the strings that YAML 1.2 would read as something else."""
+
+
+_Dumper.add_representer(Mapped, yaml.SafeDumper.represent_dict)
 
 
 def _constructor(pattern: re.Pattern[str], value: Callable[[str], Any]) -> Callable[[_Loader, Any], Any]:

@@ -1,7 +1,7 @@
 """Records of what is trained: models and their adapters, tasks, optimizers, and a client's part of a round."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jax import Array
 from jax.typing import ArrayLike
@@ -85,26 +85,38 @@ class Features(NamedTuple):
     logits: Callable[[], Array] | None = None
 
 
+Learned = Literal["label", "number", "token_label", "next_token"]
+"""What a task learns of examples, beside whose `label: [B]` int32 stands the `target` that it asks for.
+
+label: the label itself; no target. number: `[B]` float32. token_label: `[B, S]` int32, the class of each position.
+next_token: `[B, S]` int32, the token that follows each position. IGNORED is where a position does not count.
+"""
+
+
 class Task(NamedTuple):
     """What the model is trained for.
 
     head: `(key, d, bias) -> leaves` of a fresh head on features of width d, with a bias or, as on a language model's
       last position, without; `{}` for none.
     read: `(head, Features) -> outputs`, `[B, ...]` or, of each position, `[G, P, ...]`.
-    loss: `(outputs, batch, weight [B]) -> scalar`: mean loss over the examples of weight 1, nats.
-    score: `(outputs, batch) -> {name: [B]}`: what is summed over a pool; NaN makes the sum "not measured".
-    finish: `({name: mean over the pool}) -> {"eval_loss": ..., "eval_accuracy": ...}`, with NaN for what the task does
-      not measure, and more by other names, which become `task/name` of the metrics.
+    loss: `(outputs, batch, weight [B]) -> scalar`: mean loss over the examples of weight 1, or over their positions
+      that count.
+    score: `(outputs, batch) -> {name: [B]}`: what `finish` needs to know of each example.
+    finish: `({name: [N]} of a pool, weight [N]) -> {"eval_loss": ..., "eval_accuracy": ...}`, with NaN for what the
+      task does not measure, and more by other names, which become `task/name` of the metrics. Examples of weight 0 are
+      passed over; NaN in the score of another makes what it enters NaN, "not measured".
     weigh: `(own [n_max, ...], count, pool [N, ...]) -> [N]`: how much an example of the pool counts for a client whose
       own examples are the first `count`; None where all count alike.
+    learns: what it asks of the examples.
     """
 
     head: Callable[[Array, int, bool], dict[str, Array]]
     read: Callable[[Mapping[str, Array], Features], Array]
     loss: Callable[[Array, Batch, Array], Array]
     score: Callable[[Array, Batch], dict[str, Array]]
-    finish: Callable[[Mapping[str, Array]], dict[str, Array]]
+    finish: Callable[[Mapping[str, Array], Array], dict[str, Array]]
     weigh: Callable[[Batch, Array, Batch], Array] | None = None
+    learns: Learned = "label"
 
 
 class Model(NamedTuple):

@@ -132,9 +132,17 @@ def _status(metrics: Metrics) -> str:
     """The rounds since the last evaluation in a few words: the loss of the last one, and means."""
     uplink_mb = int(metrics.uplink_bits.sum()) / 8e6
     return (
-        f"loss {measured(metrics.train_loss[-1], '.3f')}  accuracy {measured(metrics.eval_accuracy[-1])}  "
+        f"loss {measured(metrics.train_loss[-1], '.3f')}  "
+        f"{standing(metrics.eval_loss[-1], metrics.eval_accuracy[-1])}  "
         f"latency {float(metrics.latency_s.mean()):.2f} s, uplink {uplink_mb / len(metrics.round):.2f} MB a round"
     )
+
+
+def standing(loss: Any, accuracy: Any, which: str = "") -> str:
+    """An evaluation in a word: the accuracy, or the loss of a task that has none; `which` of them, as ` before:`."""
+    if math.isnan(accuracy) and not math.isnan(loss):
+        return f"test loss{which} {measured(loss)}"
+    return f"accuracy{which} {measured(accuracy)}"
 
 
 def measured(value: Any, form: str = ".4f") -> str:

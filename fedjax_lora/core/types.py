@@ -17,7 +17,7 @@ and state are `flax.struct` dataclasses (traced); records of functions and small
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,16 @@ Base = Any
 """Frozen weights of a model: a pytree whose `layers` leaves are stacked to `[L, ...]`."""
 
 Batch = Mapping[str, Array]
-"""Model inputs with a leading axis `B`, and `label: [B]` int32."""
+"""Model inputs with a leading axis `B`, `label: [B]` int32, and what some tasks learn beside it.
+
+`target` is `[B]` float32, a number for each example, or `[B, S]` int32, a class or a token for each position.
+"""
+
+IGNORED = -100
+"""The target of a position that does not count, as in PyTorch."""
+
+Learns = Literal["label", "number", "token_label", "next_token"]
+"""What a task learns of an example: its class, a number, the class of each word, or each token from those before it."""
 
 
 class Packing(NamedTuple):
@@ -160,7 +169,7 @@ class Metrics:
     """What is observed of a round; stacked to `[rounds, ...]` by a run. NaN stands for "not measured".
 
     round: int32, counted from 1.
-    train_loss: mean over the participants of their mean local cross-entropy.
+    train_loss: mean over the participants of their mean local loss of the task.
     eval_loss, eval_accuracy: of the global adapters on the held-out pool, after the round. Where clients keep parts,
       these are the mean over all clients: what one would give to a newcomer, see `sim.kept.deployed`.
     personal_accuracy: of the clients' own adapters where they keep some, see `sim.evaluate.make_evaluate_personal`.
@@ -178,7 +187,9 @@ class Metrics:
     dropped_energy: mean over the participants.
     tail_energy: `[R + 1]`, the importance profile: see `methods.Offer`, mean over the participants.
     orthogonality: largest |cosine| between two rank components of a module, mean over the participants.
-    methods: `slot/name` -> scalar, what else the methods report.
+    methods: `slot/name` -> scalar, what else the methods report. Those of the task are measured with `eval_loss`;
+      `task/worst_tenth_accuracy` is the mean over the tenth of all clients whose accuracy is the least, of their own
+      adapters where they keep some, else of the global ones, each on examples like its own, see `Task.weigh`.
     """
 
     round: Array

@@ -8,6 +8,9 @@ import numpy as np
 Pool = dict[str, np.ndarray]
 
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+IGNORED = -100
+"""Target of a position that nothing is learned of."""
+
 _INT32 = np.iinfo(np.int32)
 
 
@@ -21,12 +24,14 @@ def check_pools(
       class_names: of the labels 0, 1, ...
 
     Raises:
-      ValueError: the names are not two or more different ones, a part lacks an array or has one of another shape than
-        the first part, or an array is not what its name says.
+      ValueError: the names are not two or more different ones (one or more where there is a `target`), a part lacks an
+        array or has one of another shape than the first part, or an array is not what its name says.
     """
     names = (class_names,) if isinstance(class_names, str) else tuple(class_names)
-    if len(names) < 2 or len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"class_names must be two or more different names, got {class_names!r}")
+    least = 1 if any("target" in leaves for leaves in parts.values() if isinstance(leaves, Mapping)) else 2
+    if len(names) < least or len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
+        many = "two" if least == 2 else "one"
+        raise ValueError(f"class_names must be {many} or more different names, got {class_names!r}")
     pools = {part: _pool(part, leaves, len(names)) for part, leaves in parts.items()}
     first, *others = pools
     for part in others:
@@ -40,6 +45,26 @@ def check_pools(
                 )
                 raise ValueError(f"{part}/{name} must be {want}, as in {first}, got {got}")
     return pools, names
+
+
+def holders(train: Mapping[str, Any]) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Who holds each example: `[N]` int32 and the names of the clients in order; None where `client` is not given.
+
+    Raises:
+      ValueError: there is not an integer or a text for each label.
+    """
+    if not isinstance(train, Mapping) or "client" not in train:
+        return None, ()
+    given, count = np.asarray(train["client"]), len(train.get("label", ()))
+    if given.ndim != 1 or given.dtype.kind not in "iuU" or len(given) != count:
+        raise ValueError(f"train/client must be [{count}] integers or texts, got {_shape(given)} of {given.dtype}")
+    names, clients = np.unique(given, return_inverse=True)
+    return clients.astype(np.int32), tuple(map(str, names))
+
+
+def without_holders(leaves: Any) -> Any:
+    """The arrays that a batch holds."""
+    return {name: leaf for name, leaf in leaves.items() if name != "client"} if isinstance(leaves, Mapping) else leaves
 
 
 def _pool(part: str, leaves: Mapping[str, Any], num_classes: int) -> Pool:
@@ -102,6 +127,12 @@ def _check_known(part: str, pool: Pool) -> None:
             raise ValueError(f"{part}/{name} must be [N, S] integers, as input_ids, got {_shape(leaf)} of {leaf.dtype}")
         if leaf.size and leaf.min() < 0:
             raise ValueError(f"{part}/{name} must not be negative, got {leaf.min()}")
+    if (target := pool.get("target")) is not None and target.dtype == np.int32:
+        if target.shape != pool.get("input_ids", target).shape:
+            want = _shape(pool["input_ids"])
+            raise ValueError(f"{part}/target must be {want} integers, as input_ids, got {_shape(target)}")
+        if target.min(initial=0) < 0 and (target[target < 0] != IGNORED).any():
+            raise ValueError(f"{part}/target must be {IGNORED} or not negative, got {target.min()}")
     if "attention_mask" in pool:
         mask = pool["attention_mask"]
         if mask.max(initial=0) > 1 or not mask.any(axis=1).all():

@@ -1,4 +1,4 @@
-"""Who holds what: every training example goes to exactly one client."""
+"""Who holds what: every training example goes to exactly one client, but for what Flower's partitioners leave out."""
 
 import dataclasses
 import hashlib
@@ -7,7 +7,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
-Kind = Literal["iid", "dirichlet", "shards"]
+from fedjax_lora.core.mapping import Mapped
+from fedjax_lora.data import flower
+
+Kind = Literal["iid", "dirichlet", "shards", "natural", "flwr"]
 Weighting = Literal["examples", "equal"]
 
 
@@ -15,16 +18,20 @@ Weighting = Literal["examples", "equal"]
 class PartitionConfig:
     """How labels are spread over clients.
 
-    kind: `iid`, `dirichlet` or `shards`; see `partition`.
+    kind: `iid`, `dirichlet`, `shards`, `natural` or `flwr`; see `partition`.
     alpha: concentration of the Dirichlet: large is near iid, small gives each label to few clients.
     shards_per_client: runs of sorted labels that a client receives.
     min_examples: what every client holds at least.
+    partitioner: class of `flwr_datasets.partitioner`; for `flwr` only.
+    options: what it is made with, beside the number of clients, the label's column and the seed.
     """
 
     kind: Kind = "dirichlet"
     alpha: float = 0.5
     shards_per_client: int = 2
     min_examples: int = 1
+    partitioner: str | None = None
+    options: Mapped = dataclasses.field(default_factory=Mapped)
 
     def __post_init__(self):
         """Raises ValueError on a value that is not allowed."""
@@ -36,6 +43,11 @@ class PartitionConfig:
             raise ValueError(f"shards_per_client must be at least 1, got {self.shards_per_client}")
         if self.min_examples < 1:
             raise ValueError(f"min_examples must be at least 1, got {self.min_examples}")
+        if (self.kind == "flwr") != bool(self.partitioner):
+            allowed = "a class of flwr_datasets.partitioner" if self.kind == "flwr" else "absent"
+            raise ValueError(f"partitioner must be {allowed} when kind is {self.kind}, got {self.partitioner!r}")
+        if self.options and self.kind != "flwr":
+            raise ValueError(f"options must be absent when kind is {self.kind}, got {dict(self.options)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,27 +90,34 @@ class Partition:
     hash: str
 
 
-def partition(config: PartitionConfig, labels: np.ndarray, num_clients: int, seed: int) -> Partition:
-    """Gives every example to exactly one client; the same seed gives the same partition.
+def partition(
+    config: PartitionConfig, labels: np.ndarray, num_clients: int, seed: int, clients: np.ndarray | None = None
+) -> Partition:
+    """Gives every example to one client; the same seed gives the same partition.
 
     `iid`: a random deal; sizes differ by at most one.
     `dirichlet`: for each label, the clients' shares of its examples are drawn from a symmetric Dirichlet of
       concentration alpha, as by Yurochkin et al. (2019) and Li et al. (2022, NIID-Bench). Hsu et al. (2019)
       draw the other way around, a mixture of labels for each client of a given size; here sizes vary as well.
     `shards`: examples sorted by label are cut into equal shards, dealt at random (McMahan et al., 2017).
+    `natural`: as the data say.
+    `flwr`: as a partitioner of Flower Datasets deals them, see `flower.owners`; some leave examples out.
 
-    A client left with fewer than `min_examples` then receives random examples, one by one, from whoever holds the
-    most at that time: no redrawing, so it always ends.
+    But for `natural`, a client left with fewer than `min_examples` then receives random examples, one by one, from
+    whoever holds the most at that time: no redrawing, so it always ends.
 
     Args:
       config: the kind and its numbers.
       labels: `[N]` integers.
       num_clients: K.
       seed: of NumPy's generator.
+      clients: `[N]` integers, who holds each example, where the data say so.
 
     Raises:
-      ValueError: there are not enough examples.
+      ValueError: there are not enough examples, or the data name other clients or none.
     """
+    if config.kind == "natural":
+        return _tabulate(_natural(clients, num_clients, config.min_examples), num_clients)
     num_examples = len(labels)
     most = num_examples // config.min_examples
     if num_clients > most:
@@ -116,6 +135,8 @@ def partition(config: PartitionConfig, labels: np.ndarray, num_clients: int, see
         owner = _deal(generator, num_examples, num_clients)
     elif config.kind == "dirichlet":
         owner = _dirichlet(generator, labels, num_clients, config.alpha)
+    elif config.kind == "flwr":
+        owner = flower.owners(str(config.partitioner), config.options, labels, clients, num_clients, seed)
     else:
         owner = _shards(generator, labels, num_clients, config.shards_per_client)
     _fill_up(generator, owner, num_clients, config.min_examples)
@@ -151,9 +172,25 @@ def _shards(generator: np.random.Generator, labels: np.ndarray, num_clients: int
     return owner
 
 
+def _natural(clients: np.ndarray | None, num_clients: int, min_examples: int) -> np.ndarray:
+    """`[N]` owner of each example, as the data say."""
+    where = "where clients.partition.kind is natural"
+    if clients is None:
+        raise ValueError(f"data must say who holds each example {where}, by a column `client` or data.columns.client")
+    count = np.bincount(clients)
+    if len(count) != num_clients:
+        raise ValueError(f"clients.count must be {len(count)}, the clients of the data, {where}, got {num_clients}")
+    if count.min() < min_examples:
+        raise ValueError(
+            f"clients.partition.min_examples must be at most {count.min()}, the examples of the smallest client, "
+            f"{where}, got {min_examples}"
+        )
+    return clients
+
+
 def _fill_up(generator: np.random.Generator, owner: np.ndarray, num_clients: int, min_examples: int) -> None:
     """Moves examples, in place, until every client holds `min_examples`."""
-    count = np.bincount(owner, minlength=num_clients)
+    count = np.bincount(owner[owner >= 0], minlength=num_clients)
     for client in np.flatnonzero(count < min_examples):
         while count[client] < min_examples:
             donor = np.argmax(count)
@@ -163,9 +200,9 @@ def _fill_up(generator: np.random.Generator, owner: np.ndarray, num_clients: int
 
 
 def _tabulate(owner: np.ndarray, num_clients: int) -> Partition:
-    """Index table of `[N]` owners, each of whom holds at least one example."""
-    count = np.bincount(owner, minlength=num_clients)
-    rows = np.argsort(owner, kind="stable")
+    """Index table of `[N]` owners, each of whom holds at least one example; -1 is nobody."""
+    count = np.bincount(owner[owner >= 0], minlength=num_clients)
+    rows = np.argsort(owner, kind="stable")[len(owner) - count.sum() :]
     start = np.cumsum(count) - count
     offset = np.arange(count.max())
     index = rows[start[:, None] + np.where(offset < count[:, None], offset, 0)].astype("<i4")

@@ -1,4 +1,4 @@
-"""Sentences to token ids, once: the result is kept in a cache on disk."""
+"""Texts to token ids, once: the result is kept in a cache on disk."""
 
 import hashlib
 import importlib.metadata
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
@@ -17,53 +17,25 @@ import safetensors.numpy
 
 from fedjax_lora.core.errors import reason_of
 from fedjax_lora.data.cache import cache_folder
-from fedjax_lora.data.tsv import Table, shorten
+from fedjax_lora.data.tables import Table, shorten
+from fedjax_lora.data.texts import Kind, Row, Tokens, pads_with_end, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 2  # part of the cache's key: raise it when the content of a cache file changes
+_FORMAT = 3  # part of the cache's key: raise it when the content of a cache file changes
 _NOT_RULES = {"name_or_path", "chat_template", "vocab_file", "tokenizer_file"}  # options that decide no tokens
+_PADS_WITH_END = ("the tokenizer has no padding token: texts are filled up with the one that ends them, masked",)
 _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
-class Tokens(NamedTuple):
-    """Tokenised sentences.
-
-    arrays: `input_ids` and `attention_mask`, both `[N, max_length]` int32.
-    truncated: sentences that were longer than `max_length` tokens.
-    """
-
-    arrays: dict[str, np.ndarray]
-    truncated: int
-
-
-def tokenize(tokenizer: "PreTrainedTokenizerBase", sentences: list[str], max_length: int) -> Tokens:
-    """Ids and mask of each sentence, special tokens included.
-
-    Padding is on the right whatever the tokenizer prefers, and needs no padding token of its own: GPT-2 has none.
-    """
-    rows = list(tokenizer(sentences, verbose=False)["input_ids"])
-    long = [i for i, row in enumerate(rows) if len(row) > max_length]
-    if long:  # cut by the tokenizer, which keeps its closing token
-        cut = tokenizer([sentences[i] for i in long], truncation=True, max_length=max_length)["input_ids"]
-        for i, row in zip(long, cut, strict=True):
-            rows[i] = row
-    pad = tokenizer.pad_token_id or 0
-    input_ids = np.full((len(rows), max_length), pad, np.int32)
-    attention_mask = np.zeros((len(rows), max_length), np.int32)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = row
-        attention_mask[i, : len(row)] = 1
-    return Tokens({"input_ids": input_ids, "attention_mask": attention_mask}, len(long))
-
-
 class Cache:
-    """Tokenised files on disk, one safetensors file for each content, tokenizer and length.
+    """Tokenised texts on disk, one safetensors file for each content, tokenizer and length.
 
     A file carries a digest of its arrays; one that is damaged is written anew.
 
     tokenizer_hash: as the function of that name gives it.
+    notes: what a user should know of the tokenizer, each in one line.
     """
 
     def __init__(
@@ -71,24 +43,30 @@ class Cache:
     ):
         """`tokenizer_id` names the tokenizer; when empty, nothing is kept. `folder` as in `sources.load`."""
         self.tokenizer_hash = tokenizer_hash(tokenizer)
+        self.notes = _PADS_WITH_END if pads_with_end(tokenizer) else ()
         self._tokenizer = tokenizer
         self._id = tokenizer_id
         self._folder = Path(folder) if folder else cache_folder()
 
-    def tokenize(self, table: Table, max_length: int) -> Tokens:
-        """Tokens of `table`, from the cache where it holds them.
+    def tokenize(self, kind: Kind, rows: list[Row], table: Table, max_length: int) -> Tokens:
+        """Tokens of texts, see `texts.tokenize`, from the cache where it holds them.
+
+        Args:
+          kind, rows, max_length: see there.
+          table: of which the rows are made, for messages.
 
         Raises:
-          ValueError: the tokenizer can make nothing of a sentence; names its line.
+          ValueError: the tokenizer can make nothing of a text; names its line.
         """
         if not self._id:
-            return _tokenize_table(self._tokenizer, table, max_length)
+            return _tokenize_table(self._tokenizer, kind, rows, table, max_length)
         libraries = [importlib.metadata.version(name) for name in ("tokenizers", "transformers")]
-        key = json.dumps([_FORMAT, table.sha256, self._id, _made_of(self._tokenizer), libraries, max_length])
+        texts = hashlib.sha256(json.dumps([kind, rows]).encode()).hexdigest()
+        key = json.dumps([_FORMAT, texts, self._id, _made_of(self._tokenizer), libraries, max_length])
         path = self._folder / f"tokens-{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
         tokens = _read(path)
         if tokens is None:
-            tokens = _tokenize_table(self._tokenizer, table, max_length)
+            tokens = _tokenize_table(self._tokenizer, kind, rows, table, max_length)
             try:
                 _write(path, tokens)
             except OSError as error:  # a read-only home should cost time, not the run
@@ -145,30 +123,39 @@ def _describe(tokenizer: "PreTrainedTokenizerBase") -> dict:
     }
 
 
-def _tokenize_table(tokenizer: "PreTrainedTokenizerBase", table: Table, max_length: int) -> Tokens:
+def _tokenize_table(
+    tokenizer: "PreTrainedTokenizerBase", kind: Kind, rows: list[Row], table: Table, max_length: int
+) -> Tokens:
     """`tokenize`, whose mistakes name a line of the file."""
+    if kind == "continued" and tokenizer.eos_token_id is None:
+        raise ValueError(
+            "model.pretrained must have a tokenizer with a token that ends a text (eos_token) for a task that learns "
+            "next_token, got one without"
+        )
     try:
-        tokens = tokenize(tokenizer, table.sentences, max_length)
+        tokens = tokenize(tokenizer, kind, rows, max_length)
     except Exception as error:  # that of the tokenizer's library, which says neither where nor which class
-        _check_each(tokenizer, table)
+        _check_each(tokenizer, kind, rows, table, max_length)
         raise ValueError(f"{table.name}: must be text that the tokenizer reads, got {reason_of(error)}") from None
     if (empty := np.flatnonzero(~tokens.arrays["attention_mask"].any(axis=1))).size:
-        raise _unknown(table, int(empty[0]), "no token")
+        raise _unknown(table, rows, int(empty[0]), "no token")
     return tokens
 
 
-def _check_each(tokenizer: "PreTrainedTokenizerBase", table: Table) -> None:
-    """Raise ValueError for the first sentence that the tokenizer refuses."""
-    for row, sentence in enumerate(table.sentences):
+def _check_each(
+    tokenizer: "PreTrainedTokenizerBase", kind: Kind, rows: list[Row], table: Table, max_length: int
+) -> None:
+    """Raise ValueError for the first row that the tokenizer refuses."""
+    for place, row in enumerate(rows):
         try:
-            tokenizer(sentence, verbose=False)
+            tokenize(tokenizer, kind, [row], max_length)
         except Exception as error:  # as above
-            raise _unknown(table, row, reason_of(error)) from None
+            raise _unknown(table, rows, place, reason_of(error)) from None
 
 
-def _unknown(table: Table, row: int, reason: str) -> ValueError:
-    where, got = f"{table.name}, line {table.lines[row]}", shorten(table.sentences[row])
-    return ValueError(f"{where}: must be words that the model's tokenizer knows, got {got}: {reason}")
+def _unknown(table: Table, rows: list[Row], place: int, reason: str) -> ValueError:
+    got = shorten(" ".join(rows[place]))
+    return ValueError(f"{table.at(place)}: must be words that the model's tokenizer knows, got {got}: {reason}")
 
 
 def _read(path: Path) -> Tokens | None:
@@ -176,7 +163,7 @@ def _read(path: Path) -> Tokens | None:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata()
-            arrays = {name: file.get_tensor(name) for name in ("input_ids", "attention_mask")}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
         truncated, expected = metadata["truncated"], metadata["sha256"]
     except (OSError, safetensors.SafetensorError, KeyError, TypeError):
         return None

@@ -1,33 +1,11 @@
 """Files of labelled sentences: `sentence<TAB>label`, UTF-8, one example a line, with or without a known header."""
 
-import hashlib
-from pathlib import Path
-from typing import NamedTuple
+from fedjax_lora.data.readers import read_text
+from fedjax_lora.data.tables import LABEL_NAMES, TEXT_NAMES, Table, shorten
 
-from fedjax_lora.core.errors import reason_of
-
-_TEXT_COLUMNS = {"sentence", "text", "review", "content", "comment", "tweet", "message", "document", "phrase"}
-_TEXT_COLUMNS |= {"headline", "question", "utterance", "query"}
-_LABEL_COLUMNS = {"label", "labels", "class", "target", "sentiment", "category", "polarity"}
-_LABEL_COLUMNS |= {"intent", "score", "rating", "emotion", "topic"}
+_TEXT_COLUMNS, _LABEL_COLUMNS = set(TEXT_NAMES), set(LABEL_NAMES)
 _OTHER_COLUMNS = {"id", "idx", "index", "sentence1", "sentence2", "title"}
 _AROUND = " \r\"'"  # what may stand around a column's name
-
-
-class Table(NamedTuple):
-    """A file's examples, in its order.
-
-    name: field and path of the file, for messages.
-    sentences, labels: text of each example.
-    lines: line number of each example, counted from 1.
-    sha256: of the file's bytes.
-    """
-
-    name: str
-    sentences: list[str]
-    labels: list[str]
-    lines: list[int]
-    sha256: str
 
 
 def read(path: str, field: str) -> Table:
@@ -41,50 +19,21 @@ def read(path: str, field: str) -> Table:
       ValueError: the file is missing, empty or not UTF-8, has a header of other columns or what may be one, or a line
         has no sentence or no label.
     """
-    try:
-        content = Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
-        raise ValueError(f"{field} must be a file that can be read, got {path}: {reason_of(error)}") from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{field} {path}, line {line}: must be UTF-8, got {error.object[error.start]:#04x}") from None
-    table = Table(f"{field} {path}", [], [], [], hashlib.sha256(content).hexdigest())
+    text, name = read_text(path, field), f"{field} {path}"
     # not str.splitlines: it also breaks at characters that a sentence may hold
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if lines and _has_header(lines, table.name):
+    if lines and _has_header(lines, name):
         del lines[0]
+    sentences, labels = [], []
     for number, line in lines:
         sentence, _, label = (part.strip() for part in line.rpartition("\t"))
         if not sentence or not label:
-            raise ValueError(f"{table.name}, line {number}: must be sentence<TAB>label, got {shorten(line)}")
-        table.sentences.append(sentence)
-        table.labels.append(label)
-        table.lines.append(number)
-    if not table.sentences:
+            raise ValueError(f"{name}, line {number}: must be sentence<TAB>label, got {shorten(line)}")
+        sentences.append(sentence)
+        labels.append(label)
+    if not sentences:
         raise ValueError(f"{field} must hold at least one sentence<TAB>label line, got none in {path}")
-    return table
-
-
-def class_names(train: Table, test: Table) -> tuple[str, ...]:
-    """The labels of `train` in order: by value where all are numbers, else by their text.
-
-    Raises:
-      ValueError: there are fewer than two labels, or `test` holds one that `train` does not.
-    """
-    known = set(train.labels)
-    if len(known) < 2:
-        raise ValueError(f"{train.name}: must hold at least 2 labels, got only {train.labels[0]!r}")
-    for label, number in zip(test.labels, test.lines, strict=True):
-        if label not in known:
-            allowed = shorten(", ".join(sorted(known)))
-            raise ValueError(f"{test.name}, line {number}: must be a label of data.train, {allowed}, got {label!r}")
-    by_text = sorted(known)
-    try:
-        return tuple(sorted(by_text, key=float))
-    except ValueError:
-        return tuple(by_text)
+    return Table(name, {"text": sentences, "label": labels}, [number for number, _ in lines])
 
 
 def _has_header(lines: list[tuple[int, str]], name: str) -> bool:
@@ -127,8 +76,3 @@ def _is_integer(label: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def shorten(line: str, width: int = 60) -> str:
-    """`line` in quotes, cut to `width` characters."""
-    return repr(line if len(line) <= width else line[:width] + "...")

@@ -1,148 +1,173 @@
 """Adapters as a PEFT folder: `adapter_config.json` and `adapter_model.safetensors`, the task head and a model card."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from fedjax_lora.core.learning import Site
-from fedjax_lora.core.types import Adapters, Factors
-from fedjax_lora.io.files import atomic_folder
+from fedjax_lora.core.types import Adapters
+from fedjax_lora.io import model_card
+from fedjax_lora.io.files import atomic_folder, write_json
+from fedjax_lora.io.model_card import Card
 
 _NEGLIGIBLE = 1e-6
 """Singular values below this share of a matrix's largest are what float32 has left of its sums."""
 
+Layers = Sequence[tuple[np.ndarray, np.ndarray]]
+"""Factors of each layer of a module, `a: [n_in, r]` and `b: [r, n_out]`, float32; r may differ from layer to layer."""
 
-class Card(NamedTuple):
-    """What adapters alone do not tell.
 
-    base_model: folder or hub id that they were trained on.
-    labels: one for each column of the head.
-    pooling: what the head sees, of `ModelConfig`. pooler: whether through the checkpoint's pooler.
-    facts: lines of the model card, by what they are of.
+class LowRank(NamedTuple):
+    """What adapters add to the weights of a model.
+
+    modules: name -> its factors. scale: of each product a @ b, whatever its rank.
     """
 
-    base_model: str
-    labels: Sequence[str]
-    pooling: str
-    pooler: bool
-    facts: Mapping[str, Any]
+    modules: Mapping[str, Layers]
+    scale: float
 
 
-def absorb(adapters: Adapters, merged: Mapping[str, np.ndarray], rank: int, alpha: float) -> tuple[Adapters, int]:
-    """Adapters, of scale 1, that compute what `adapters` and the products merged into the frozen weights do together.
+def plain(adapters: Adapters, rank: int, scale: float) -> LowRank:
+    """The first `rank` components of adapters."""
+    modules = {}
+    for name, factors in adapters.modules.items():
+        a, b = np.asarray(factors.a)[:, :, :rank], np.asarray(factors.b)[:, :rank]
+        modules[name] = list(zip(a, b, strict=True))
+    return LowRank(modules, scale)
+
+
+def absorb(adapters: LowRank, merged: Mapping[str, np.ndarray]) -> LowRank:
+    """What `adapters` and the products merged into the frozen weights do together, each layer in the least rank.
 
     Args:
-      adapters: components beyond `rank` are left out.
+      adapters: of any scale.
       merged: module name -> `[L, n_in, n_out]`, added to its frozen weights.
-      rank, alpha: structural rank and LoRA's alpha.
 
     Returns:
-      The adapters, float32, and their rank: the least that every layer of every module fits in.
+      Factors of scale 1.
     """
-    split = {}
-    for name, factors in adapters.modules.items():
-        a, b = (np.asarray(factor, np.float64) for factor in (factors.a, factors.b))
-        split[name] = _factorise(merged[name] + alpha / rank * a[:, :, :rank] @ b[:, :rank])
-    most = max(a.shape[-1] for a, _ in split.values())
     modules = {}
-    for name, (a, b) in split.items():
-        zeros = (0, most - a.shape[-1])
-        a, b = np.pad(a, ((0, 0), (0, 0), zeros)), np.pad(b, ((0, 0), zeros, (0, 0)))
-        modules[name] = Factors(a=jnp.asarray(a), b=jnp.asarray(b))
-    return Adapters(modules=modules, head=adapters.head), most
+    for name, layers in adapters.modules.items():
+        factors = zip(layers, np.asarray(merged[name], np.float64), strict=True)
+        modules[name] = [_factorise(product + adapters.scale * a.astype(np.float64) @ b) for (a, b), product in factors]
+    return LowRank(modules, 1.0)
 
 
 def _factorise(product: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`[L, n_in, n_out]` as `[L, n_in, r]` and `[L, r, n_out]` of the largest rank r of its layers, at least 1."""
+    """`[n_in, n_out]` as `[n_in, r]` and `[r, n_out]` of its rank r, at least 1."""
     u, values, v = np.linalg.svd(product, full_matrices=False)
-    rank = max(1, int(np.sum(values > _NEGLIGIBLE * values[:, :1], axis=-1).max()))
-    root = np.sqrt(values[:, :rank])
-    a, b = u[:, :, :rank] * root[:, None], root[:, :, None] * v[:, :rank]
-    return a.astype(np.float32), b.astype(np.float32)
+    rank = max(1, int(np.sum(values > _NEGLIGIBLE * values[0])))
+    root = np.sqrt(values[:rank])
+    return (u[:, :rank] * root).astype(np.float32), (root[:, None] * v[:rank]).astype(np.float32)
 
 
 def export(
-    folder: str | Path, adapters: Adapters, sites: Mapping[str, Site], rank: int, alpha: float, card: Card
+    folder: str | Path,
+    adapters: LowRank,
+    head: Mapping[str, np.ndarray],
+    sites: Mapping[str, Site],
+    card: Card,
+    fan_in_fan_out: bool = False,
 ) -> None:
-    """Write adapters for `peft.PeftModel.from_pretrained` and `peft.AutoPeftModelForFeatureExtraction`.
+    """Write adapters for `peft.PeftModel.from_pretrained` and PEFT's auto classes.
 
-    The task head goes to `head.safetensors`, its labels to `head.json`, and what a reader asks first to `README.md`.
+    Where the card names a class of transformers, the head is among the adapters, as the module that the class has for
+    it; else it goes to `head.safetensors`. What a reader asks first goes to `README.md`.
 
     Args:
       folder: new or empty.
-      adapters: trained ones; components beyond `rank` are left out.
+      adapters: trained ones.
+      head: `w: [d, columns]`, and `b` where it has one; `{}` for none.
       sites: of the model, whose `source` names each in the base model.
-      rank, alpha: structural rank and LoRA's alpha.
       card: what else to tell.
+      fan_in_fan_out: whether the base model holds these modules as `[n_in, n_out]`.
 
     Raises:
       ValueError: the folder is in use, or a module has no name in the base model.
     """
-    tensors, targets = {}, []
-    for module, factors in adapters.modules.items():
+    prefix = card.head_class.prefix if card.head_class else ""
+    tensors, ranks = {}, {}
+    for name, a, b in _named(adapters, sites):
+        # Whole names: PEFT matches endings, and that of `down` is the ending of `output` too.
+        ranks[name] = a.shape[1]
+        tensors[f"base_model.model.{prefix}{name}.lora_A.weight"] = np.ascontiguousarray(a.T)
+        tensors[f"base_model.model.{prefix}{name}.lora_B.weight"] = np.ascontiguousarray(b.T)
+    if card.head_class:
+        tensors |= {f"base_model.model.{name}": leaf for name, leaf in head_tensors(head, card.head_class.head).items()}
+    with atomic_folder(folder) as partial:
+        save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
+        write_json(partial / "adapter_config.json", _config(ranks, adapters.scale, card, fan_in_fan_out))
+        model_card.write_head(partial, head, card)
+        told = {"rank": max(ranks.values()), "alpha": _alpha(max(ranks.values()), adapters.scale)}
+        text = model_card.readme("LoRA adapters", "peft", card, told, _usage(card))
+        (partial / "README.md").write_text(text, encoding="utf-8")
+
+
+def head_tensors(head: Mapping[str, np.ndarray], module: str) -> dict[str, np.ndarray]:
+    """A head as PyTorch's linear layer of this name holds it; nothing of a task without a head."""
+    names = {"w": "weight", "b": "bias"}
+    return {f"{module}.{names[leaf]}": np.ascontiguousarray(value.T) for leaf, value in head.items()}
+
+
+def _named(adapters: LowRank, sites: Mapping[str, Site]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Name in the base model, a and b of each layer of each module."""
+    for module, layers in adapters.modules.items():
         if module not in sites or not sites[module].source:
             raise ValueError(f"adapters must be of modules of the base model to export to peft, got {module!r}")
-        a, b = np.asarray(factors.a)[:, :, :rank], np.asarray(factors.b)[:, :rank]
-        for layer in range(a.shape[0]):
-            # Whole names: PEFT matches endings, and that of `down` is the ending of `output` too.
-            targets.append(sites[module].source.format(layer=layer))
-            prefix = f"base_model.model.{targets[-1]}"
-            tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a[layer].T)
-            tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b[layer].T)
-    config = {
+        for layer, (a, b) in enumerate(layers):
+            yield sites[module].source.format(layer=layer), a, b
+
+
+def _config(ranks: Mapping[str, int], scale: float, card: Card, fan_in_fan_out: bool) -> dict[str, Any]:
+    """`adapter_config.json`, whose patterns name the modules of less than the largest rank."""
+    most, found = max(ranks.values()), card.head_class
+    fewer = {name: rank for name, rank in ranks.items() if rank < most}
+    named = bool(found and not found.task_type)  # a class that PEFT has no auto class for
+    return {
         "peft_type": "LORA",
-        "task_type": "FEATURE_EXTRACTION",
+        "task_type": None if named else found.task_type if found else "FEATURE_EXTRACTION",
+        "auto_mapping": {"base_model_class": found.name, "parent_library": "transformers"} if found and named else None,
         "base_model_name_or_path": card.base_model,
-        "r": rank,
-        "lora_alpha": alpha,
-        "target_modules": targets,
+        "r": most,
+        "lora_alpha": _alpha(most, scale),
+        "rank_pattern": fewer,
+        "alpha_pattern": {name: _alpha(rank, scale) for name, rank in fewer.items()},
+        "target_modules": list(ranks),
+        "modules_to_save": [found.head] if found and found.head else None,
+        "fan_in_fan_out": fan_in_fan_out,
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
-    head = {name: np.asarray(leaf) for name, leaf in adapters.head.items()}
-    with atomic_folder(folder) as partial:
-        save_file(tensors, partial / "adapter_model.safetensors")
-        save_file(head, partial / "head.safetensors")
-        _write_json(partial / "adapter_config.json", config)
-        _write_json(partial / "head.json", _head(head, card))
-        (partial / "README.md").write_text(_readme(rank, alpha, card), encoding="utf-8")
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _alpha(rank: int, scale: float) -> float:
+    """LoRA's alpha of so many components at a scale of alpha / rank."""
+    return float(f"{scale * rank:.12g}")  # 16 / 3 * 3 is 16
 
 
-def _head(head: Mapping[str, np.ndarray], card: Card) -> dict[str, Any]:
-    """What is needed to use the head; labels as a `config.json` of transformers names them."""
-    return {
-        "id2label": {str(column): label for column, label in enumerate(card.labels)},
-        "label2id": {label: column for column, label in enumerate(card.labels)},
-        "pooling": card.pooling,
-        "pooler": card.pooler,
-        "shapes": {name: leaf.shape for name, leaf in head.items()},
-    }
+_AUTO_CLASSES = {
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "": "AutoPeftModel",
+}
+"""PEFT's classes by the type of the task."""
 
 
-def _readme(rank: int, alpha: float, card: Card) -> str:
-    pooled = {"mean": "mean over real positions", "cls": "first position"}[card.pooling]
-    labels = {str(column): label for column, label in enumerate(card.labels)}
-    told = {"base model": card.base_model, "rank": rank, "alpha": alpha, "labels": labels, **card.facts}
-    lines = "\n".join(f"- {what}: {json.dumps(value, ensure_ascii=False)}" for what, value in told.items())
-    on_the_hub = "" if Path(card.base_model).is_absolute() else f"base_model: {card.base_model}\n"
-    return f"""---
-library_name: peft
-{on_the_hub}---
-# LoRA adapters
-
-{lines}
-
-`AutoPeftModelForFeatureExtraction.from_pretrained(FOLDER)` of `peft` loads the base model with the adapters. The task
-head is in `head.safetensors`: logits are `pooled @ w + b`, where `pooled` is the {pooled} of the last hidden
-state{", through the base model's pooler" if card.pooler else ""}; `head.json` names the label of each column.
-"""
+def _usage(card: Card) -> str:
+    """How to load the adapters, in the words of the model card."""
+    if card.head_class is None:
+        loads = "`AutoPeftModelForFeatureExtraction.from_pretrained(FOLDER)` of `peft` loads the base model with the"
+        return f"{loads} adapters. {model_card.head_usage(card)}"
+    labels = f", num_labels={len(card.labels) or 1}" if card.head_class.head else ""
+    loads = f"`{_AUTO_CLASSES[card.head_class.task_type]}.from_pretrained(FOLDER{labels})` of `peft` loads"
+    if not labels:
+        return f"{loads} the base model with the adapters."
+    return (
+        f"{loads} the base model with the adapters and the task head; where the base model has a head of its own, "
+        "`ignore_mismatched_sizes=True` lets that go. `head.json` names the label of each column."
+    )

@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+OF_TASK = "task/"
+"""What the fields begin with that a task measures beside loss and accuracy; a summary has those of the last round."""
+
 _SLACK = 1.01
 """How far above its budget a mean latency still counts as within: whole ranks leave no finer choice."""
 
@@ -24,6 +27,7 @@ def summarize(metrics: list[dict[str, Any]], latency_budget_s: float | None = No
     total_s = metrics[-1]["cumulative_latency_s"] if metrics else None
     mean_s = None if total_s is None else total_s / len(metrics)
     return {
+        "final_loss": metrics[-1]["eval_loss"] if metrics else None,
         "final_accuracy": metrics[-1]["eval_accuracy"] if metrics else None,
         "best_accuracy": max(accuracies, default=None),
         "personal_accuracy": personal[-1] if personal else None,
@@ -36,6 +40,7 @@ def summarize(metrics: list[dict[str, Any]], latency_budget_s: float | None = No
         "rounds": len(metrics),
         "lost_rounds": sum(line["participants"] == 0 for line in metrics),
         "diverged_rounds": sum(line["nonfinite_clients"] > 0 for line in metrics),
+        **{name: value for name, value in (metrics[-1] if metrics else {}).items() if name.startswith(OF_TASK)},
     }
 
 

@@ -6,7 +6,6 @@ Adapters may sit on `query`, `key`, `value`, `output` (attention.output.dense), 
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,31 +15,21 @@ from jax import Array
 from fedjax_lora.core.learning import Adapter, Features, Hidden, Model, Task
 from fedjax_lora.core.types import Base, Batch
 from fedjax_lora.models import layers, table
-from fedjax_lora.models.family import Family, Shape, read_shape, refuse
+from fedjax_lora.models.family import Family, TextShape, read_shape, refuse, sequence_classes, token_class
 from fedjax_lora.models.table import Part
 from fedjax_lora.ops.primitives import layer_norm, project
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BertConfig(Shape):
+class BertConfig(TextShape):
     """Shape of a BERT encoder; the defaults are those of Hugging Face.
 
+    num_types: kinds of token, such as those of the first and of the second sentence.
     pooler: whether the checkpoint has a pretrained tanh layer, through which `cls` pooling passes.
     """
 
-    vocab_size: int = 30522
-    width: int = 768
-    mlp_width: int = 3072
-    max_positions: int = 512
     num_types: int = 2
-    activation: str = "gelu"
-    norm_eps: float = 1e-12
     pooler: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.width % self.num_heads:
-            raise ValueError(f"num_heads must divide width = {self.width}, got {self.num_heads}")
 
     @property
     def uses_pooler(self) -> bool:
@@ -104,43 +93,32 @@ def bert(config: BertConfig, task: Task, adapter: Adapter) -> Model:
       task: what is read of the positions, by the trained head.
       adapter: what is trained beside the frozen matrices.
     """
-    rows = weights(config)
-    sites = table.sites(rows)
-    block = layers.TransformerBlock(
-        dense=layers.Dense(sites=sites, project=adapter.project),
-        num_heads=config.num_heads,
-        activation=config.activation,
-        norm_eps=config.norm_eps,
+    return layers.transformer(
+        config,
+        weights(config),
+        task,
+        adapter,
+        width=config.width,
+        embed=embed,
+        features=features,
         pre_norm=False,
-        dropout=config.dropout,
-        dtype=config.compute_dtype,
-    )
-    return Model(
-        init=partial(init, config),
-        init_head=lambda key: task.head(key, config.width, config.pooling != "last"),
-        embed=partial(embed, config),
-        layers=partial(layers.run_blocks, block, remat=config.remat),
-        task=lambda base, adapters, hidden, key: task.read(adapters.head, features(config, base, hidden)),
-        sites=sites,
-        num_layers=config.num_layers,
         packs=True,
+        first=[f"embeddings/{name}" for name in ("word", "position", "type")],
     )
 
 
-def init(config: BertConfig, key: Array) -> Base:
-    """Random frozen weights."""
-    first = [f"embeddings/{name}" for name in ("word", "position", "type")]
-    return table.init(weights(config), key, config.num_layers, config.compute_dtype, first)
+def embed(config: TextShape, base: Base, batch: Batch, key: Array | None) -> Hidden:
+    """Words, positions and, where the model has them, types, normalised."""
+    return embed_at(config, base, batch, layers.positions(batch, config.max_positions), key)
 
 
-def embed(config: BertConfig, base: Base, batch: Batch, key: Array | None) -> Hidden:
-    """Words, positions and types, normalised."""
+def embed_at(config: TextShape, base: Base, batch: Batch, position: Array, key: Array | None) -> Hidden:
+    """`embed` with the rows of the table of positions, `[P]` or `[G, P]`, that the places take."""
     ids, tables, places = batch["input_ids"], base["embeddings"], layers.places_of(batch)
-    if places is None:
-        layers.check_length(config.max_positions, ids.shape[1])
-    positions = tables["position"][: ids.shape[1]] if places is None else tables["position"][places.position]
-    types = batch["token_type_ids"] if "token_type_ids" in batch else jnp.zeros_like(ids)
-    values = tables["word"][ids] + tables["type"][types] + positions
+    values = tables["word"][ids]
+    if "type" in tables:
+        values += tables["type"][batch.get("token_type_ids", jnp.zeros_like(ids))]
+    values += tables["position"][position]
     values = layer_norm(values, (tables["norm"]["scale"], tables["norm"]["bias"]), config.norm_eps)
     values = layers.dropout(values, config.dropout, None if key is None else jax.random.fold_in(key, 0), places)
     return Hidden(values=values, mask=batch["attention_mask"].astype(jnp.float32), places=places)
@@ -166,4 +144,6 @@ FAMILY = Family(
     # Of checkpoints that were converted from TensorFlow, bert-base-uncased among them.
     renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
     held={"pooler": "pooler.dense.weight"},
+    classes=sequence_classes("BertForSequenceClassification", "classifier", "bert.", lambda shape: shape.uses_pooler)
+    | token_class("BertForTokenClassification", "classifier", "bert."),
 )

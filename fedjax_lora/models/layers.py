@@ -5,15 +5,17 @@ them, so that neither the program nor its compile time grows with depth.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from fedjax_lora.core.learning import Hidden, Places, Site
+from fedjax_lora.core.learning import Adapter, Features, Hidden, Model, Places, Site, Task
 from fedjax_lora.core.types import Adapters, Base, Batch
+from fedjax_lora.models import table
 from fedjax_lora.ops.primitives import attention, gelu, layer_norm, pack
 
 Pooling = Literal["mean", "cls", "last"]
@@ -79,6 +81,8 @@ class Dense:
 class TransformerBlock:
     """A Block of self-attention and a two-layer perceptron, each in a residual branch, with layer normalisation.
 
+    Its weights are `query_key_value`, `output`, `up`, `down`, `norm_attention` and `norm_mlp`.
+
     dense: its projections `query_key_value`, `output`, `up` and `down`.
     num_heads: attention heads; they divide the width.
     activation: name in ACTIVATIONS.
@@ -124,6 +128,57 @@ class TransformerBlock:
         return layer_norm(x, (weights["scale"], weights["bias"]), self.norm_eps, self.dtype)
 
 
+def transformer(
+    config: Any,
+    rows: table.Table,
+    task: Task,
+    adapter: Adapter,
+    *,
+    width: int,
+    embed: Callable[[Any, Base, Batch, Array | None], Hidden],
+    features: Callable[[Any, Base, Hidden], Features],
+    pre_norm: bool,
+    causal: bool = False,
+    packs: bool = False,
+    first: Sequence[str] = (),
+) -> Model:
+    """A stack of TransformerBlocks with the head of a task on top.
+
+    Args:
+      config: Shape, with `activation` and `norm_eps`; both functions are given it first.
+      rows: all frozen weights.
+      task: what is read of the positions, by the trained head.
+      adapter: what is trained beside the frozen matrices.
+      width: of the model, d.
+      embed: what the first layer takes.
+      features: what the task reads after the last one.
+      pre_norm, causal: see TransformerBlock.
+      packs: see Model.
+      first: see `table.init`.
+    """
+    sites = table.sites(rows)
+    block = TransformerBlock(
+        dense=Dense(sites=sites, project=adapter.project),
+        num_heads=config.num_heads,
+        activation=config.activation,
+        norm_eps=config.norm_eps,
+        pre_norm=pre_norm,
+        causal=causal,
+        dropout=config.dropout,
+        dtype=config.compute_dtype,
+    )
+    return Model(
+        init=lambda key: table.init(rows, key, config.num_layers, config.compute_dtype, first),
+        init_head=lambda key: task.head(key, width, config.pooling != "last"),
+        embed=partial(embed, config),
+        layers=partial(run_blocks, block, remat=config.remat),
+        task=lambda base, adapters, hidden, key: task.read(adapters.head, features(config, base, hidden)),
+        sites=sites,
+        num_layers=config.num_layers,
+        packs=packs,
+    )
+
+
 def run_blocks(block: Block, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None, remat: bool) -> Hidden:
     """The stack applied in order: `Model.layers`.
 
@@ -155,10 +210,29 @@ def places_of(batch: Batch) -> Places | None:
     return Places(batch["example_ids"], batch["position_ids"], batch["first_places"])
 
 
+def positions(batch: Batch, max_positions: int) -> Array:
+    """`[P]` or `[G, P]`: which of its example's positions each place holds.
+
+    Raises:
+      ValueError: there are more than `max_positions`.
+    """
+    places = places_of(batch)
+    if places is not None:
+        return places.position
+    length = batch["input_ids"].shape[1]
+    check_length(max_positions, length)
+    return jnp.arange(length)
+
+
 def check_length(max_positions: int, max_length: int) -> None:
     """Raise ValueError for a sequence that is longer than a model's table of positions."""
     if max_length > max_positions:
         raise ValueError(f"data.max_length must be at most {max_positions}, the model's positions, got {max_length}")
+
+
+def normed(hidden: Hidden, weights: Mapping[str, Array], eps: float) -> Hidden:
+    """Hidden after the norm that a model ends in."""
+    return hidden._replace(values=layer_norm(hidden.values, (weights["scale"], weights["bias"]), eps))
 
 
 def pool(hidden: Hidden, pooling: str) -> Array:

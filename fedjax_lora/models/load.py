@@ -84,12 +84,18 @@ def _ours(options: ModelConfig) -> dict[str, Any]:
 
 
 def _check_inputs(found: "Pretrained", pretrained: str, context: Context) -> None:
-    """Raise ValueError for a model of text where there are images, or the other way round."""
-    if found.family.image != (context.image_shape is not None):
-        reads, given = ("images", "text") if found.family.image else ("text", "images")
+    """Raise ValueError for a model of text where there are images or the other way round, or of other images."""
+    takes, given = found.shape.image_shape, context.image_shape
+    if (takes is None) != (given is None):
+        reads, are = ("text", "images") if takes is None else ("images", "text")
         raise ValueError(
-            f"model.pretrained must be a model of {given} here, since the data are {given}, got one of {reads}: "
+            f"model.pretrained must be a model of {are} here, since the data are {are}, got one of {reads}: "
             f"{pretrained!r}"
+        )
+    if takes != given:
+        raise ValueError(
+            f"model.pretrained must read images of {given}, height, width and channels of the data, got {takes} in "
+            f"config.json of {pretrained!r}"
         )
 
 
@@ -122,12 +128,15 @@ def build_model(
 class Pretrained(NamedTuple):
     """A Hugging Face model.
 
-    family, shape: of the model, with our own options. weights: reads its frozen weights.
+    folder: on this machine. family, shape: of the model, with our own options. weights: reads its frozen weights.
+    spare: reads the tensors that the model does not need, see `safetensors.spare`.
     """
 
+    folder: Path
     family: Family
     shape: Shape
     weights: Callable[[], Base]
+    spare: Callable[[], dict[str, np.ndarray]]
 
 
 def read_pretrained(config: ModelConfig, pretrained: str) -> Pretrained:
@@ -145,10 +154,8 @@ def read_pretrained(config: ModelConfig, pretrained: str) -> Pretrained:
     rows = family.weights(shape)
     like = table.shapes(rows, shape.num_layers, shape.compute_dtype)
 
-    def weights() -> Base:
-        return safetensors.load(folder, rows, like, family.prefixes, family.ignored, family.renamed)
-
-    return Pretrained(family, shape, weights)
+    of = folder, rows, like, family.prefixes, family.ignored, family.renamed
+    return Pretrained(folder, family, shape, lambda: safetensors.load(*of), lambda: safetensors.spare(*of))
 
 
 def read_shape(pretrained: str) -> Any:

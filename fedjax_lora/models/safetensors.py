@@ -52,8 +52,8 @@ def resolve(pretrained: str) -> Path:
         ) from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Fields of a JSON file.
+def read_json(path: Path, field: str = "model.pretrained") -> dict[str, Any]:
+    """Fields of a JSON file; `field` names its folder in messages.
 
     Raises:
       ValueError: where the file is missing or is not a JSON object.
@@ -62,9 +62,9 @@ def read_json(path: Path) -> dict[str, Any]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = reason_of(error)
-        raise ValueError(f"model.pretrained must hold a readable {path.name}, got {path} ({reason})") from None
+        raise ValueError(f"{field} must hold a readable {path.name}, got {path} ({reason})") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"model.pretrained must hold a JSON object in {path.name}, got {path}")
+        raise ValueError(f"{field} must hold a JSON object in {path.name}, got {path}")
     return fields
 
 
@@ -114,7 +114,7 @@ def load(
       prefixes: what may stand before all names; the one under which most are found is taken.
       ignored: patterns (with `*`) of names that need no place in the model. What lies under none of the prefixes nor
         in a module of the model is of a task head, and needs none either.
-      renamed: how a name may end in older checkpoints -> how it ends in the table.
+      renamed: parts of names in older checkpoints -> what stands there in the table, replaced in this order.
 
     Raises:
       ValueError: for tensors that are missing, unexpected, of another shape or type or not finite, and for a damaged
@@ -123,19 +123,55 @@ def load(
     files = tensor_files(folder)
     stored = {_current(name, renamed or {}): name for name in files}
     leaves: dict[str, Any] = flatten_dict(shapes, sep="/")
-    wanted = {name for path, row in table.items() for name in _names(row, path, leaves[path].shape)}
-    prefix = max(prefixes, key=lambda prefix: sum(prefix + name in stored for name in wanted))
+    wanted = _wanted(table, leaves)
+    prefix, names = _placed(stored, wanted, prefixes)
     inside = tuple({f"{name.partition('.')[0]}." for name in wanted} | {*prefixes} - {""})
     found = {name for name in stored if name.startswith(inside)}
-    _check(folder, found, {prefix + name for name in wanted}, [prefix + pattern for pattern in ignored])
+    _check(folder, found, set(names.values()), [prefix + pattern for pattern in ignored])
     with contextlib.ExitStack() as stack:
         handles = {file: stack.enter_context(_open(file)) for file in set(files.values())}
 
         def read(name: str) -> np.ndarray:
-            name = stored[prefix + name]
+            name = stored[names[name]]
             return _read(handles[files[name]], files[name], name)
 
         return unflatten_dict({path: _leaf(row, path, leaves[path], read) for path, row in table.items()}, sep="/")
+
+
+def spare(
+    folder: Path,
+    table: Table,
+    shapes: Base,
+    prefixes: Sequence[str] = ("",),
+    ignored: Sequence[str] = (),
+    renamed: Mapping[str, str] | None = None,
+) -> dict[str, np.ndarray]:
+    """The tensors of floats that `load` ignores, such as a pooler that no head looks through, by today's names.
+
+    Arguments and errors are those of `load`; no name has a prefix.
+    """
+    files = tensor_files(folder)
+    stored = {_current(name, renamed or {}): name for name in files}
+    wanted = _wanted(table, flatten_dict(shapes, sep="/"))
+    prefix, _ = _placed(stored, wanted, prefixes)
+    found = {}
+    for name in sorted(stored):
+        own, whole = name.removeprefix(prefix), stored[name]
+        if name.startswith(prefix) and any(fnmatch.fnmatch(own, pattern) for pattern in ignored) and own not in wanted:
+            with _open(files[whole]) as handle:
+                if handle.get_slice(whole).get_dtype() in _DTYPES:
+                    found[own] = _read(handle, files[whole], whole)
+    return found
+
+
+def read_all(file: Path, field: str) -> dict[str, np.ndarray]:
+    """All tensors of a file, in float32; `field` names it in messages.
+
+    Raises:
+      ValueError: it cannot be read, or a tensor is of another type or not finite.
+    """
+    with _open(file, field) as handle:
+        return {name: _read(handle, file, name, field) for name in handle.keys()}  # noqa: SIM118
 
 
 def save(path: Path, tree: Base, metadata: Mapping[str, str]) -> None:
@@ -160,36 +196,33 @@ def restore(path: Path) -> tuple[Base, dict[str, str]]:
         return unflatten_dict(tree, sep="/"), handle.metadata() or {}
 
 
-def _open(file: Path) -> Any:
+def _open(file: Path, field: str = "model.pretrained") -> Any:
     try:
         return safe_open(file, framework="np")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"model.pretrained must hold readable files, got {file} ({reason_of(error)})") from None
+        raise ValueError(f"{field} must hold readable files, got {file} ({reason_of(error)})") from None
 
 
-def _read(handle: Any, file: Path, name: str) -> np.ndarray:
+def _read(handle: Any, file: Path, name: str, field: str = "model.pretrained") -> np.ndarray:
     """A tensor in float32, checked."""
     try:
         dtype = handle.get_slice(name).get_dtype()
         if dtype not in _DTYPES:
-            raise ValueError(
-                f"model.pretrained must hold tensors of {', '.join(_DTYPES)}, got {dtype} of {name} in {file}"
-            )
+            raise ValueError(f"{field} must hold tensors of {', '.join(_DTYPES)}, got {dtype} of {name} in {file}")
         tensor = handle.get_tensor(name)
     except SafetensorError as error:
-        raise ValueError(f"model.pretrained must hold readable files, got {file} ({reason_of(error)})") from None
+        raise ValueError(f"{field} must hold readable files, got {file} ({reason_of(error)})") from None
     with np.errstate(over="ignore"):
         tensor = tensor.astype(np.float32, copy=False)
     if not np.isfinite(tensor).all():
-        raise ValueError(f"model.pretrained must hold finite weights, got NaN or infinity in {name} of {file}")
+        raise ValueError(f"{field} must hold finite weights, got NaN or infinity in {name} of {file}")
     return tensor
 
 
 def _current(name: str, renamed: Mapping[str, str]) -> str:
-    """The name under today's ending."""
+    """The name with today's parts."""
     for old, new in renamed.items():
-        if name.endswith(old):
-            return name.removesuffix(old) + new
+        name = name.replace(old, new)
     return name
 
 
@@ -197,6 +230,20 @@ def _names(row: Row, path: str, shape: tuple[int, ...]) -> list[str]:
     """All tensors of a leaf."""
     layers = range(shape[0]) if in_layers(path) else (0,)
     return [name.format(layer=layer) for layer in layers for name in row.names]
+
+
+def _wanted(table: Table, leaves: Mapping[str, Any]) -> dict[str, bool]:
+    """All tensors of a table -> whether the prefix stands before its name."""
+    return {name: row.prefixed for path, row in table.items() for name in _names(row, path, leaves[path].shape)}
+
+
+def _placed(
+    stored: Mapping[str, str], wanted: Mapping[str, bool], prefixes: Sequence[str]
+) -> tuple[str, dict[str, str]]:
+    """The prefix under which most are found, and each wanted tensor -> its name with it."""
+    full = {prefix: {name: prefix * prefixed + name for name, prefixed in wanted.items()} for prefix in prefixes}
+    prefix = max(prefixes, key=lambda prefix: sum(name in stored for name in full[prefix].values()))
+    return prefix, full[prefix]
 
 
 def _check(folder: Path, found: set[str], wanted: set[str], ignored: Sequence[str]) -> None:

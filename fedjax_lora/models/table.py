@@ -52,6 +52,8 @@ class Row(NamedTuple):
     sites: name of the adapter site that each of the tensors is; () for none.
     columns: of each tensor; () where there is one.
     matrix: whether it is held in the dtype that products multiply in, else in float32.
+    prefixed: whether what stands before the names of a checkpoint stands before these too; it does not before the
+      head of a language model.
     """
 
     shape: tuple[int, ...]
@@ -62,6 +64,7 @@ class Row(NamedTuple):
     sites: tuple[str, ...] = ()
     columns: tuple[int, ...] = ()
     matrix: bool = False
+    prefixed: bool = True
 
 
 Table = Mapping[str, Row]
@@ -130,6 +133,11 @@ def sites(table: Table) -> dict[str, Site]:
             found[site] = Site(group, first, row.shape[0], n_out, name.removesuffix(".weight"))
             first += n_out
     return found
+
+
+def input_first(table: Table) -> set[str]:
+    """Names of the sites whose matrix a checkpoint holds as `[n_in, n_out]`, as we do and transformers' Conv1D does."""
+    return {site for row in table.values() for site in row.sites if row.stored is AS_IS}
 
 
 def shapes(table: Table, num_layers: int, dtype: str) -> Base:

@@ -7,6 +7,7 @@ what is unused.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -168,6 +169,77 @@ _layer_norm = jax.custom_vjp(lambda *arguments: _layer_norm_forward(*arguments)[
 _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
+def rms_norm(x: Array, scale: Array, eps: float, dtype: DTypeLike = jnp.float32) -> Array:
+    """Normalisation by the root of the mean square over the last axis, float32.
+
+    Args:
+      x: `[..., d]`.
+      scale: the last axes of x, `[d]` or more.
+      eps: added to the mean square.
+      dtype: in which the normalised values are kept for the backward pass.
+    """
+    return _rms_norm(x, scale, eps, dtype)
+
+
+def _rms_norm_forward(x: Array, scale: Array, eps: float, dtype: DTypeLike) -> tuple[Array, tuple]:
+    inverse = lax.rsqrt((x * x).mean(-1, keepdims=True) + eps)
+    normed = x * inverse
+    return normed * scale, (_keep(normed, dtype), inverse, scale)
+
+
+def _rms_norm_backward(eps: float, dtype: DTypeLike, residuals: tuple[Array, Array, Array], g: Array):
+    del eps, dtype
+    normed, inverse, scale = residuals
+    normed = _kept(normed)
+    scaled = g * scale
+    dx = scaled - normed * (scaled * normed).mean(-1, keepdims=True)
+    return dx * inverse, (g * normed).sum(tuple(range(g.ndim - scale.ndim)))
+
+
+_rms_norm = jax.custom_vjp(lambda *arguments: _rms_norm_forward(*arguments)[0], nondiff_argnums=(2, 3))
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+def gated(x: Array, activation: Callable[[Array], Array], dtype: DTypeLike = jnp.float32) -> Array:
+    """`activation(gate) * up` (Shazeer, arXiv 2002.05202), which the backward pass computes again.
+
+    Args:
+      x: `[..., 2 * d]` gate and up side by side, float32.
+      activation: of each element.
+      dtype: in which x is kept for the backward pass.
+
+    Returns:
+      `[..., d]`.
+    """
+    return _gated(x, activation, dtype)
+
+
+def _gate_times_up(x: Array, activation: Callable[[Array], Array]) -> Array:
+    gate, up = jnp.split(x, 2, axis=-1)
+    return activation(gate) * up
+
+
+def _gated_backward(activation: Callable[[Array], Array], dtype: DTypeLike, kept: Array, g: Array) -> tuple[Array]:
+    del dtype
+    return jax.vjp(lambda x: _gate_times_up(x, activation), _kept(kept))[1](g)
+
+
+_gated = jax.custom_vjp(lambda x, activation, dtype: _gate_times_up(x, activation), nondiff_argnums=(1, 2))
+_gated.defvjp(lambda x, activation, dtype: (_gate_times_up(x, activation), _keep(x, dtype)), _gated_backward)
+
+
+def rotary(x: Array, rotation: tuple[Array, Array]) -> Array:
+    """Heads turned by their position: the pair of elements i and D / 2 + i by the i-th of the angles.
+
+    Args:
+      x: `[G, P, H, D]`.
+      rotation: cosine and sine of the angles, `[P, D / 2]` or `[G, P, D / 2]` each.
+    """
+    cos, sin = (part[..., None, :] for part in rotation)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
 def attention(
     qkv: Array,
     mask: Array,
@@ -175,63 +247,68 @@ def attention(
     dtype: DTypeLike,
     example: Array | None = None,
     *,
+    num_kv_heads: int | None = None,
     causal: bool = False,
 ) -> Array:
     """Softmax attention in which no position looks at padding, or at another example.
 
     Args:
-      qkv: `[G, P, 3 * d]` queries, keys and values side by side.
+      qkv: `[G, P, (H + 2 * K) * D]` queries of H heads, keys and values of K heads, side by side.
       mask: `[G, P]` 1 for a real position.
-      num_heads: heads; they divide d.
+      num_heads: H.
       dtype: in which the products multiply; sums and softmax are float32.
       example: `[G, P]` number of the example that each position is of; None where each row is of one.
+      num_kv_heads: K, which divides H: H / K heads of queries in turn share one of keys and values; None for H.
       causal: whether a position looks at none after it.
 
     Returns:
-      `[G, P, d]`; the mean of the row's values where a position has none to look at.
+      `[G, P, H * D]`; the mean of the row's values where a position has none to look at.
     """
-    return _attention(qkv, mask, example, num_heads, dtype, causal)
+    return _attention(qkv, mask, example, (num_heads, num_kv_heads or num_heads), dtype, causal)
 
 
 def _attention_forward(
-    qkv: Array, mask: Array, example: Array | None, num_heads: int, dtype: DTypeLike, causal: bool
+    qkv: Array, mask: Array, example: Array | None, heads: tuple[int, int], dtype: DTypeLike, causal: bool
 ) -> tuple[Array, tuple]:
-    batch, length, width = qkv.shape
-    heads = qkv.reshape(batch, length, 3, num_heads, width // (3 * num_heads))
-    query, key, value = heads.transpose(2, 0, 3, 1, 4).astype(dtype)
+    (batch, length, _), (num_heads, num_kv) = qkv.shape, heads
+    parts = jnp.split(qkv.reshape(batch, length, num_heads + 2 * num_kv, -1), (num_heads, num_heads + num_kv), axis=2)
+    query, key, value = (part.transpose(0, 2, 1, 3).astype(dtype) for part in parts)
+    query = query.reshape(batch, num_kv, -1, query.shape[-1])  # the heads that share keys one after another
     scores = _dot(query, key, "bhqd,bhkd->bhqk") * query.shape[-1] ** -0.5
     seen = mask[:, None, None, :] > 0
     if example is not None:
         seen &= (example[:, :, None] == example[:, None, :])[:, None]
     if causal:
         seen &= jnp.tri(length, dtype=bool)
-    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
+    scores = jnp.where(seen, scores.reshape(batch, num_heads, length, length), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(dtype).reshape(batch, num_kv, -1, length)
     mixed = _dot(weights, value, "bhqk,bhkd->bhqd")
     residuals = (*map(pack, (query, key, value, weights, mixed.astype(dtype))), mask)
-    return mixed.transpose(0, 2, 1, 3).reshape(batch, length, width // 3), residuals
+    mixed = mixed.reshape(batch, num_heads, length, -1).transpose(0, 2, 1, 3)
+    return mixed.reshape(batch, length, -1), residuals
 
 
 def _attention_backward(
-    num_heads: int, dtype: DTypeLike, causal: bool, residuals: tuple, g: Array
+    heads: tuple[int, int], dtype: DTypeLike, causal: bool, residuals: tuple, g: Array
 ) -> tuple[Array, Array, None]:
     del causal  # it is in the weights
     query, key, value, weights, mixed, mask = map(unpack, residuals)
-    batch, length, d = g.shape
-    g = g.reshape(batch, length, num_heads, d // num_heads).transpose(0, 2, 1, 3).astype(dtype)
+    batch, length, _ = g.shape
+    by_head = batch, heads[0], length, query.shape[-1]
+    g = g.reshape(batch, length, heads[0], -1).transpose(0, 2, 1, 3).astype(dtype).reshape(query.shape)
     dweights = _dot(g, value, "bhqd,bhkd->bhqk")
-    # The sum of weights * dweights over the keys, from d / heads terms instead of S.
+    # The sum of weights * dweights over the keys, from D terms instead of S.
     along = (g.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(-1, keepdims=True)
     dscores = (weights.astype(jnp.float32) * (dweights - along) * query.shape[-1] ** -0.5).astype(dtype)
-    dquery = _dot(dscores, key, "bhqk,bhkd->bhqd")
+    dquery = _dot(dscores, key, "bhqk,bhkd->bhqd").reshape(by_head)
     dkey, dvalue = _summed_over_queries(query, dscores), _summed_over_queries(g, weights)
     parts = (dquery.transpose(0, 2, 1, 3), dkey.transpose(0, 3, 1, 2), dvalue.transpose(0, 3, 1, 2))
-    dqkv = jnp.stack([part.astype(dtype) for part in parts], axis=2).reshape(batch, length, 3 * d)
+    dqkv = jnp.concatenate([part.astype(dtype) for part in parts], axis=2).reshape(batch, length, -1)
     return dqkv.astype(jnp.float32), jnp.zeros_like(mask), None
 
 
 def _summed_over_queries(x: Array, y: Array) -> Array:
-    """`[B, H, S, d]` with `[B, H, S, S]` -> `[B, H, d, S]`; the large operand is used as it lies in memory."""
+    """`[B, H, Q, d]` with `[B, H, Q, S]` -> `[B, H, d, S]`; the large operand is used as it lies in memory."""
     return _dot(lax.optimization_barrier(x.swapaxes(2, 3)), y, "bhdq,bhqk->bhdk")
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from fedjax_lora.config.sweeps import Setting
@@ -13,8 +13,8 @@ SEED = "seed"
 _NEAR_BEST = 0.95
 """The target is so much of the best accuracy, where none is asked for."""
 
-Measure = Literal["final_accuracy", "personal_accuracy"]
-_OF_LINE = {"final_accuracy": "eval_accuracy", "personal_accuracy": "personal_accuracy"}
+Measure = Literal["final_accuracy", "personal_accuracy", "final_loss"]
+_OF_LINE = {"final_accuracy": "eval_accuracy", "personal_accuracy": "personal_accuracy", "final_loss": "eval_loss"}
 """Field of a summary -> field of a round."""
 
 
@@ -111,8 +111,9 @@ class Results(NamedTuple):
     """A sweep as its report sees it.
 
     trials: as they were set. cells: of them, in their order. keys: that vary between cells. seeds: the most trials of
-    a cell. measure: the accuracy that is told, the clients' own where every run has it. target: an accuracy to reach,
-    None where no accuracy was measured. asked: whether the target was asked for.
+    a cell. measure: the accuracy that is told, the clients' own where every run has it, or the loss of a task that has
+    no accuracy. target: an accuracy to reach, None where no accuracy was measured. asked: whether the target was asked
+    for.
     """
 
     trials: list[Trial]
@@ -142,14 +143,16 @@ def results(found: Sweep, target: float | None = None) -> Results:
       target: accuracy to reach; 0.95 of the best accuracy of all trials by default.
 
     Raises:
-      ValueError: the target is no accuracy; or the log or the summary of a trial was changed or damaged.
+      ValueError: the target is no accuracy, or none was measured; or the log or the summary of a trial was changed or
+        damaged.
     """
     check_target(target)
     trials = _trials(found)
     runs = [trial.run for trial in trials if trial.run]
-    own = bool(runs) and all(run.summary.get("personal_accuracy") is not None for run in runs)
-    measure: Measure = "personal_accuracy" if own else "final_accuracy"
-    reached = [line[_OF_LINE[measure]] for run in runs for line in run.metrics]
+    measure = _measure(runs)
+    if measure == "final_loss" and target is not None:
+        raise ValueError(f"target must not be given where no accuracy is measured, got {target}")
+    reached = [line[_OF_LINE[measure]] for run in runs for line in run.metrics if measure != "final_loss"]
     best = max((value for value in reached if value is not None), default=None)
     cells = _cells(trials)
     return Results(
@@ -161,6 +164,17 @@ def results(found: Sweep, target: float | None = None) -> Results:
         target if target is not None or best is None else _NEAR_BEST * best,
         target is not None,
     )
+
+
+def _measure(runs: Sequence[Run]) -> Measure:
+    """What is told of these runs, see `Results`."""
+
+    def any_has(field: str) -> bool:
+        return any(run.summary.get(field) is not None for run in runs)
+
+    if runs and all(run.summary.get("personal_accuracy") is not None for run in runs):
+        return "personal_accuracy"
+    return "final_loss" if any_has("final_loss") and not any_has("best_accuracy") else "final_accuracy"
 
 
 def check_target(target: float | None) -> None:

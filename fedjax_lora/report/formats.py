@@ -86,6 +86,11 @@ def option_name(key: str) -> str:
     return name.removesuffix(_unit_end(name)).replace("_", " ")
 
 
+def metric_name(name: str) -> str:
+    """What a method measures, in words: `macro f1` of `task/macro_f1`."""
+    return name.rpartition("/")[2].replace("_", " ")
+
+
 def option_value(key: str, value: Any) -> str:
     """The value of an option, with the unit that its name ends in: `20 s`."""
     return f"{setting(value).text}{_UNITS.get(_unit_end(key), '')}"

@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
+from fedjax_lora.io.summary import OF_TASK
 from fedjax_lora.report.drawing import Axis, Line, Plot, Stroke, draw
+from fedjax_lora.report.formats import metric_name
 from fedjax_lora.report.runs import BUDGET, Run, labels
 
 _ROUND = Axis("round", whole=True)
@@ -20,7 +22,7 @@ def all_plots(runs: Sequence[Run]) -> list[Plot]:
         return draw(title, x, y, labels(runs), [lines(run) for run in runs])
 
     takes_time = any(line.get("cumulative_latency_s") for run in runs for line in run.metrics)
-    plots = [
+    accuracies = [
         plot("Accuracy by round", _ROUND, _ACCURACY, lambda run: _accuracy(run, _column(run, "round"))),
         plot(
             "Accuracy by simulated time",
@@ -31,7 +33,16 @@ def all_plots(runs: Sequence[Run]) -> list[Plot]:
         if takes_time
         else Plot("Accuracy by simulated time", "", note="The runs took no simulated time, or an unbounded one."),
         plot("Accuracy by uplink traffic", Axis("uplink so far", "bit"), _ACCURACY, _accuracy_by_uplink),
-        plot("Loss", _ROUND, Axis("cross-entropy"), _fields(eval_loss="test", train_loss="training")),
+    ]
+    of_task = [
+        plot(metric_name(name).capitalize(), _ROUND, Axis(metric_name(name)), _fields(**{name: "test"}))
+        for name in dict.fromkeys(name for run in runs for line in run.metrics for name in line)
+        if name.startswith(OF_TASK)
+    ]
+    plots = [
+        *(accuracies if _accurate(runs) else []),
+        plot("Loss", _ROUND, Axis("loss"), _fields(eval_loss="test", train_loss="training")),
+        *of_task,
         plot("Latency of a round", _ROUND, Axis("seconds"), _latency),
     ]
     if any(_budget_s(run) or any(_column(run, "queue_s")) for run in runs):
@@ -51,6 +62,12 @@ def all_plots(runs: Sequence[Run]) -> list[Plot]:
         plot("Distance from the ideal average", _ROUND, Axis("Frobenius norm"), errors),
         plot("Energy that a client left out", _ROUND, Axis("squared Frobenius norm"), dropped),
     ]
+
+
+def _accurate(runs: Sequence[Run]) -> bool:
+    """Whether any of the tasks has an accuracy, or none has been evaluated yet."""
+    evaluated = [line for run in runs for line in run.metrics if line.get("eval_loss") is not None]
+    return not evaluated or any(line.get("eval_accuracy") is not None for line in evaluated)
 
 
 def _accuracy(run: Run, x: Sequence[float | None]) -> list[Line]:

@@ -132,18 +132,25 @@ def _comparison(found: Results, axes: Sequence[Axis]) -> str:
     if len(axes) == 1:
         plots = [points(of.title.partition(",")[0], of, found, axes[0], axes[0]) for of in measures]
         return f"<h2>By {escape(axes[0].title)}</h2>\n{_plots(plots)}"
-    accuracy = measures[0]
-    plots = [points(f"{accuracy.title} by {key}", accuracy, found, key_axis(key, found), axes[0]) for key in found.keys]
+    learned = measures[0]
+    plots = [points(f"{learned.title} by {key}", learned, found, key_axis(key, found), axes[0]) for key in found.keys]
     return f"<h2>By each key</h2>\n{_plots(plots)}"
 
 
 def _measures(found: Results) -> list[Measured]:
     """What is compared: what was learned, and what it cost."""
-    name = "Clients' own accuracy" if found.measure == "personal_accuracy" else "Final accuracy"
+    accuracy = drawing.Axis("accuracy")
+    learned = {
+        "final_accuracy": Measured("Final accuracy", "final_accuracy", formats.accuracy, accuracy, high_is_good=True),
+        "personal_accuracy": Measured(
+            "Clients' own accuracy", "personal_accuracy", formats.accuracy, accuracy, high_is_good=True
+        ),
+        "final_loss": Measured("Final test loss", "final_loss", formats.number, drawing.Axis("loss")),
+    }
     unit, form = formats.bits_alike(means(found, "total_uplink_bits") or [0.0])
     seconds, uplink = drawing.Axis("seconds"), drawing.Axis("uplink", "bit")
     return [
-        Measured(name, found.measure, formats.accuracy, drawing.Axis("accuracy"), high_is_good=True),
+        learned[found.measure],
         Measured("Latency of a round, s", "mean_latency_s", lambda x: formats.number(float(f"{x:.3g}")), seconds),
         Measured(f"Uplink, {unit}", "total_uplink_bits", form, uplink),
     ]

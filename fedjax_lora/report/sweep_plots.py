@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from fedjax_lora.report import drawing
 from fedjax_lora.report.axes import Axis
-from fedjax_lora.report.cells import Cell, Results, Spread
+from fedjax_lora.report.cells import Cell, Measure, Results, Spread
 from fedjax_lora.report.drawing import INK, Key, Plot, Stroke, painted, run_colors, set_axis
 from fedjax_lora.report.heatmap import Measured
 from fedjax_lora.report.runs import Run
@@ -23,6 +23,13 @@ _STROKES: tuple[Stroke, ...] = ("solid", "dashed", "dotted")
 
 _ROUND = drawing.Axis("round", whole=True)
 _Column = Callable[[Run], Sequence[float | None]]
+
+
+_CALLED: dict[Measure, str] = {
+    "final_accuracy": "test accuracy",
+    "personal_accuracy": "clients' own accuracy",
+    "final_loss": "test loss",
+}
 
 
 class Curve(NamedTuple):
@@ -41,24 +48,27 @@ class Curve(NamedTuple):
 def curves(found: Results, axes: Sequence[Axis]) -> list[Plot]:
     """What was learned and what it cost, round by round; coloured by the first axis, a short second one by strokes."""
     legend, look = _legend(axes), _look(axes)
-    accuracy = drawing.Axis("clients' own accuracy" if found.measure == "personal_accuracy" else "test accuracy")
+    word = "Loss" if found.measure == "final_loss" else "Accuracy"
+    measured = drawing.Axis(_CALLED[found.measure])
 
     def plot(title: str, x: drawing.Axis, y: drawing.Axis, of_x: _Column, of_y: _Column) -> Plot:
         return _plot(title, x, y, [_curve(cell, *look(cell), of_x, of_y) for cell in found.cells], legend)
 
     takes_time = any(line.get("cumulative_latency_s") for run in found.runs for line in run.metrics)
-    learned = _with_start(_field(found.of_line), None if found.measure == "personal_accuracy" else "initial_accuracy")
+    start = "initial_accuracy" if found.measure == "final_accuracy" else None
+    learned = _with_start(_field(found.of_line), start)
     rounds, elapsed = _field("round"), _field("cumulative_latency_s")
     by_time = drawing.Axis("simulated time, s")
     plots = [
-        plot("Accuracy by round", _ROUND, accuracy, _from_zero(rounds), learned),
-        plot(
-            "Accuracy by uplink traffic", drawing.Axis("uplink so far", "bit"), accuracy, _from_zero(_uplink), learned
-        ),
-        plot("Accuracy by simulated time", by_time, accuracy, _from_zero(elapsed), learned)
+        plot(f"{word} by round", _ROUND, measured, _from_zero(rounds), learned),
+        plot(f"{word} by uplink traffic", drawing.Axis("uplink so far", "bit"), measured, _from_zero(_uplink), learned),
+        plot(f"{word} by simulated time", by_time, measured, _from_zero(elapsed), learned)
         if takes_time
-        else Plot("Accuracy by simulated time", "", note="The trials took no simulated time, or an unbounded one."),
-        plot("Test loss", _ROUND, drawing.Axis("cross-entropy"), rounds, _field("eval_loss")),
+        else Plot(f"{word} by simulated time", "", note="The trials took no simulated time, or an unbounded one."),
+    ]
+    if found.measure != "final_loss":
+        plots.append(plot("Test loss", _ROUND, drawing.Axis("loss"), rounds, _field("eval_loss")))
+    plots += [
         plot("Latency of a round, mean so far", _ROUND, drawing.Axis("seconds"), rounds, _mean_latency),
     ]
     if any(line.get("queue_s") for run in found.runs for line in run.metrics):

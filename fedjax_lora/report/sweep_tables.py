@@ -119,7 +119,8 @@ def _fields(found: Results, by: str) -> list[str]:
     """Fields of the summaries that have a column."""
     measured = [field for field in (*_WHERE_MEASURED, "personal_accuracy") if any(c.spread(field) for c in found.cells)]
     own = [field for field in measured if field == "personal_accuracy"]
-    fields = [found.measure, "final_accuracy", *own, *_ALWAYS, *(field for field in measured if field not in own)]
+    accuracies = [] if found.measure == "final_loss" else ["final_accuracy"]
+    fields = [found.measure, *accuracies, *own, *_ALWAYS, *(field for field in measured if field not in own)]
     return list(dict.fromkeys([*fields, *([by] if by in COLUMNS else [])]))
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedjax_lora.io.summary import OF_TASK
 from fedjax_lora.report import formats
 from fedjax_lora.report.formats import MISSING, Shown
 from fedjax_lora.report.runs import Run, differing_keys, load_runs
@@ -24,7 +25,7 @@ def summary_rows(runs: Sequence[Run]) -> list[Row]:
     summaries = [run.summary for run in runs]
     results = [
         (number.label, [number.of(summary) for summary in summaries])
-        for number in _worth_showing([*_HEADLINE, *_DETAILS], summaries)
+        for number in [*_headline(summaries), *_worth_showing(_DETAILS, summaries)]
     ]
     return [*setting_rows(runs, differing_keys(runs)), *results, ("participants a round", list(map(_present, runs)))]
 
@@ -36,7 +37,7 @@ def setting_rows(runs: Sequence[Run], keys: Iterable[str]) -> list[Row]:
 
 def summary_lines(summary: _Summary) -> str:
     """Plain text for a terminal: the headline numbers of one summary, one a line, in full where they are rounded."""
-    cells = {number.label: number.of(summary) for number in _worth_showing(_HEADLINE, [summary])}
+    cells = {number.label: number.of(summary) for number in _headline([summary])}
     width = max(map(len, cells))
     return "\n".join(
         f"{label:<{width}}  {cell.text}" + (f" ({cell.exact})" if cell.exact else "") for label, cell in cells.items()
@@ -54,7 +55,7 @@ def comparison(run_folders: Iterable[str | Path]) -> str:
     runs = load_runs(run_folders)
     summaries = [run.summary for run in runs]
     columns = [("run", [Shown(run.name) for run in runs]), *setting_rows(runs, differing_keys(runs))]
-    for number in _worth_showing(_HEADLINE, summaries):
+    for number in _headline(summaries):
         columns.append((number.label, [number.of(summary) for summary in summaries]))
     lines = [[label, *(cell.text for cell in cells)] for label, cells in columns]
     if len(runs) + 1 >= len(lines):
@@ -104,6 +105,13 @@ class Number(NamedTuple):
         return Shown(MISSING) if value is None else self.form(value)
 
 
+def _headline(summaries: Sequence[_Summary]) -> list[Number]:
+    """The numbers that come first, those of the tasks behind the accuracies."""
+    names = dict.fromkeys(name for summary in summaries for name in summary if name.startswith(OF_TASK))
+    of_task = [Number(formats.metric_name(name), name, formats.number, _has(name)) for name in names]
+    return _worth_showing([*_LEARNED, *of_task, *_SPENT], summaries)
+
+
 def _worth_showing(numbers: Iterable[Number], summaries: Sequence[_Summary]) -> list[Number]:
     return [number for number in numbers if any(map(number.worth, summaries))]
 
@@ -114,11 +122,24 @@ def _present(run: Run) -> Shown:
     return formats.number(sum(counts) / len(counts)) if counts else Shown(MISSING)
 
 
-_HEADLINE = [
-    Number("initial accuracy", "initial_accuracy", formats.accuracy),
-    Number("final accuracy", "final_accuracy", formats.accuracy),
-    Number("best accuracy", "best_accuracy", formats.accuracy),
+def _accurate(summary: _Summary) -> bool:
+    """Whether the task has an accuracy, for all that is known."""
+    return summary.get("best_accuracy") is not None or summary.get("final_loss") is None
+
+
+def _lossy(summary: _Summary) -> bool:
+    return not _accurate(summary)
+
+
+_LEARNED = [
+    Number("initial accuracy", "initial_accuracy", formats.accuracy, _accurate),
+    Number("final accuracy", "final_accuracy", formats.accuracy, _accurate),
+    Number("best accuracy", "best_accuracy", formats.accuracy, _accurate),
+    Number("final test loss", "final_loss", formats.number, _lossy),
     Number("personal accuracy", "personal_accuracy", formats.accuracy, _has("personal_accuracy")),
+]
+
+_SPENT = [
     Number("rounds", "rounds", formats.count),
     Number("lost rounds", "lost_rounds", formats.count, _counts("lost_rounds")),
     Number("diverged rounds", "diverged_rounds", formats.count, _counts("diverged_rounds")),
@@ -143,5 +164,5 @@ _DETAILS = [
     Number("partition", "partition_hash", formats.found),
 ]
 
-NUMBERS = {number.key: number for number in (*_HEADLINE, *_DETAILS)}
+NUMBERS = {number.key: number for number in (*_LEARNED, *_SPENT, *_DETAILS)}
 """Field of a summary -> how it is called and written."""

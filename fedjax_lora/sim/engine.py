@@ -16,7 +16,7 @@ from fedjax_lora.adapters.lora import max_rank, rank_mask
 from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.types import Adapters, ClientState, FedState, Metrics
 from fedjax_lora.sim.cohort import replicated
-from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal
+from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal, of_clients
 from fedjax_lora.sim.full_gradient import FullGradient
 from fedjax_lora.sim.memory import Needs
 from fedjax_lora.sim.merged import current_base, nothing_merged
@@ -63,11 +63,14 @@ class Facts(NamedTuple):
     """What a run is of, for its log and for a second start.
 
     base_hash: of the frozen weights, and of the task head where it is not drawn.
+    initial_hash: of the adapters that it starts from, with their head; empty where all are drawn.
     examples_hash: of the examples, those for pre-training and testing included.
     partition_hash: of who holds which examples.
     tokenizer_hash, model_config_hash: of the pretrained model's tokenizer and `config.json`; empty without one.
     class_names: name of each label, in the order of the head's columns.
-    truncated: sentences that were cut to the maximum length.
+    truncated: texts that were cut to the maximum length.
+    notes: what a user should know of how the data were read.
+    holders: `[N]`, who holds each training example, where the data say so.
     """
 
     base_hash: str
@@ -77,14 +80,21 @@ class Facts(NamedTuple):
     model_config_hash: str
     class_names: tuple[str, ...]
     truncated: int
+    initial_hash: str = ""
+    notes: tuple[str, ...] = ()
+    holders: np.ndarray | None = None
 
 
 class Scores(NamedTuple):
-    """An evaluation: as `eval_loss`, `eval_accuracy` and `personal_accuracy` of `Metrics`."""
+    """An evaluation: as `eval_loss`, `eval_accuracy`, `personal_accuracy` and `task/name` of `Metrics`.
+
+    more: name -> what else the task finds, and `worst_tenth_accuracy` where clients differ in it.
+    """
 
     loss: Array
     accuracy: Array
     personal: Array
+    more: dict[str, Array]
 
 
 def with_scores(rows: Metrics, scores: Scores, number: int) -> Metrics:
@@ -92,6 +102,8 @@ def with_scores(rows: Metrics, scores: Scores, number: int) -> Metrics:
     metrics = jax.tree.map(lambda x: np.array(x[:number]), rows)
     metrics.eval_loss[-1], metrics.eval_accuracy[-1] = scores.loss, scores.accuracy
     metrics.personal_accuracy[-1] = scores.personal
+    for name, value in scores.more.items():
+        metrics.methods[f"task/{name}"] = np.append(np.full(number - 1, np.nan, np.float32), value)
     return metrics
 
 
@@ -123,11 +135,17 @@ def score(parts: Parts, world: World, state: FedState, batch_size: int) -> Score
     """The evaluation of a state on the held-out pool of the world."""
     base, adapters = current_base(parts, world, state), deployed(state.adapters, state.clients)
     of = parts.model, parts.adapter, parts.task, batch_size, parts.layout.mesh, parts.layout.packing
-    loss, accuracy = make_evaluate(*of)(base, world.data.test, adapters, parts.rank, parts.scale)
-    personal = jnp.float32(jnp.nan)
+    scores = make_evaluate(*of)(base, world.data.test, adapters, parts.rank, parts.scale)
+    more = parts.task.finish(scores, jnp.ones(world.data.test["label"].shape))
+    loss, accuracy, personal = more.pop("eval_loss"), more.pop("eval_accuracy"), jnp.float32(jnp.nan)
     if parts.aggregator.personal:
-        personal = make_evaluate_personal(*of)(base, world.data, state.adapters, state.clients, parts.scale)
-    return Scores(loss, accuracy, personal)
+        clients = make_evaluate_personal(*of)(base, world.data, state.adapters, state.clients, parts.scale)
+        personal = clients.mean()
+    else:
+        clients = of_clients(parts.task, world.data, scores)
+    if clients is not None:
+        more["worst_tenth_accuracy"] = clients.worst_tenth()
+    return Scores(loss, accuracy, personal, more)
 
 
 class Program:
@@ -273,7 +291,7 @@ class Simulation:
         return segments[-1][0], metrics
 
     def evaluate(self, state: FedState) -> tuple[float, float]:
-        """Mean cross-entropy (nats) and accuracy on the held-out pool, `eval_loss` and `eval_accuracy` of Metrics."""
+        """The task's loss and accuracy on the held-out pool, `eval_loss` and `eval_accuracy` of Metrics."""
         state = jax.tree.map(jnp.copy, jax.device_put(state, self.program.everywhere))
         self.compile(state)
         scores = self._call(state, 0)[2]

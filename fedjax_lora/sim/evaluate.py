@@ -1,7 +1,7 @@
-"""Accuracy and loss on a held-out pool: of the global adapters, and of the clients' own."""
+"""Scores on a held-out pool: of the global adapters, also as each client would see them, and of the clients' own."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +17,43 @@ from fedjax_lora.data.packing import packed
 from fedjax_lora.sim.cohort import CLIENTS, map_over_devices, padded_size
 from fedjax_lora.training.personal import compose
 
-Evaluate = Callable[[Base, Mapping[str, Array], Adapters, Array, Array], tuple[Array, Array]]
-EvaluatePersonal = Callable[[Base, Dataset, Adapters, ClientState, Array], Array]
+Evaluate = Callable[[Base, Mapping[str, Array], Adapters, Array, Array], dict[str, Array]]
+EvaluatePersonal = Callable[[Base, Dataset, Adapters, ClientState, Array], "ClientAccuracy"]
+
+_AT_ONCE = 64
+"""Clients whose weights of the pool are computed side by side."""
+
+
+class ClientAccuracy(NamedTuple):
+    """`[K]` each: the accuracy on examples like a client's own, and whether the pool has any such example."""
+
+    accuracy: Array
+    counts: Array
+
+    def mean(self) -> Array:
+        """Of the clients that count."""
+        return jnp.sum(jnp.where(self.counts, self.accuracy, 0.0)) / jnp.sum(self.counts)
+
+    def worst_tenth(self) -> Array:
+        """Mean of the least tenth, rounded up, of the clients that count; NaN where one of these is not measured."""
+        number = (jnp.sum(self.counts) + 9) // 10
+        least = jnp.sort(jnp.where(self.counts, self.accuracy, jnp.inf))
+        mean = jnp.sum(jnp.where(jnp.arange(least.shape[0]) < number, least, 0.0)) / number
+        return jnp.where(jnp.any(self.counts & jnp.isnan(self.accuracy)), jnp.nan, mean)
 
 
 def make_evaluate(
     model: Model, adapter: Adapter, task: Task, batch_size: int, mesh: Mesh, packing: Packing | None = None
 ) -> Evaluate:
-    """`(base, pool, adapters, rank, scale) -> (mean loss, accuracy)` over the whole pool.
+    """`(base, pool, adapters, rank, scale) -> {name: [N]}`: the task's scores of the whole pool.
 
-    `rank` is the structural one, and `scale` is s = alpha / r. The devices share the batches. What the task's score
-    marks by NaN makes the mean NaN, "not measured". Batches are packed as `packing` has it.
+    `rank` is the structural one, and `scale` is s = alpha / r. The devices share the batches, which are packed as
+    `packing` has it.
     """
 
     def evaluate(
         base: Base, pool: Mapping[str, Array], adapters: Adapters, rank: Array, scale: Array
-    ) -> tuple[Array, Array]:
+    ) -> dict[str, Array]:
         num_examples = _size(pool)
         batches = evaluation_batches(num_examples, batch_size, mesh.shape[CLIENTS])
         used = _used(adapter, adapters, rank, scale)
@@ -44,39 +65,54 @@ def make_evaluate(
             def scored(batch: Batch) -> dict[str, Array]:
                 return task.score(model.apply(base, used, batch), batch)
 
-            found = packed(packing, gather(pool, rows), weight, scored)
-            return {name: jnp.sum(jnp.where(weight > 0, value, 0.0)) for name, value in found.items()}
+            return packed(packing, gather(pool, rows), weight, scored)
 
-        sums = map_over_devices(score, (base, pool, used), batches, 1, mesh)
-        found = task.finish({name: jnp.sum(value) / num_examples for name, value in sums.items()})
-        return found["eval_loss"], found["eval_accuracy"]
+        found = map_over_devices(score, (base, pool, used), batches, 1, mesh)
+        return {name: value.ravel()[:num_examples] for name, value in found.items()}
 
     return evaluate
+
+
+def of_clients(task: Task, data: Dataset, scores: Mapping[str, Array]) -> ClientAccuracy | None:
+    """The accuracy of one model where each client would use it, from its scores of the held-out pool.
+
+    An example has the weight of `Task.weigh`; None where all clients weigh alike.
+    """
+    weigh = task.weigh
+    if weigh is None:
+        return None
+
+    def of_client(item: tuple[Array, Array]) -> tuple[Array, Array]:
+        rows, count = item
+        weight = weigh(gather(data.train, rows), count, data.test)
+        return task.finish(scores, weight)["eval_accuracy"], jnp.any(weight > 0)
+
+    return ClientAccuracy(*lax.map(of_client, (data.index, data.count), batch_size=_AT_ONCE))
 
 
 def make_evaluate_personal(
     model: Model, adapter: Adapter, task: Task, batch_size: int, mesh: Mesh, packing: Packing | None = None
 ) -> EvaluatePersonal:
-    """`(base, data, adapters, clients, scale) -> mean over the K clients of the accuracy of their own adapters`.
+    """`(base, data, adapters, clients, scale) -> ClientAccuracy` of the clients' own adapters.
 
     A client's own adapters are what is personal within the global ones, in its own ranks, at the scale s = alpha / r of
     all; who has never taken part still has the start. They are scored where the client would use them: an example of
     the held-out pool has the weight of `Task.weigh` (in classification, the ratio of its label's shares of the
     client's training examples and of the pool), and the accuracy is the weighted mean, NaN where the score of an
-    example that counts is. A client for whom the pool has no weight does not enter the mean.
+    example that counts is. A client for whom the pool has no weight does not count.
 
     One client is scored at a time on each device, and each goes through the whole pool: memory is that of one global
     evaluation, time is K of them.
     """
 
-    def evaluate(base: Base, data: Dataset, adapters: Adapters, clients: ClientState, scale: Array) -> Array:
+    def evaluate(base: Base, data: Dataset, adapters: Adapters, clients: ClientState, scale: Array) -> ClientAccuracy:
         num_clients, num_examples = data.count.shape[0], _size(data.test)
         batches = evaluation_batches(num_examples, batch_size)
         size = padded_size(num_clients, 1, mesh.shape[CLIENTS])
         items = clients.rank, clients.personal, data.index, data.count
         items = jax.tree.map(lambda leaf: leaf[np.arange(size) % num_clients], items)
 
-        def score(shared, item: tuple[Array, Any, Array, Array]) -> tuple[dict[str, Array], Array]:
+        def score(shared, item: tuple[Array, Any, Array, Array]) -> ClientAccuracy:
             base, data, adapters, scale = shared
             rank, personal, rows, count = item
             used = _used(adapter, compose(adapters, personal), rank, scale)
@@ -93,15 +129,10 @@ def make_evaluate_personal(
                 weight = jnp.ones(num_examples)
             else:
                 weight = task.weigh(gather(data.train, rows), count, data.test)
-            sums = {name: jnp.sum(jnp.where(weight > 0, value * weight, 0.0)) for name, value in found.items()}
-            return sums, jnp.sum(weight)
+            return ClientAccuracy(task.finish(found, weight)["eval_accuracy"], jnp.any(weight > 0))
 
-        sums, weight = map_over_devices(score, (base, data, adapters, scale), items, 1, mesh)
-        sums, weight = jax.tree.map(lambda leaf: leaf[:num_clients], (sums, weight))
-        scored = weight > 0
-        means = {name: value / jnp.where(scored, weight, 1.0) for name, value in sums.items()}
-        accuracy = jnp.where(scored, jax.vmap(task.finish)(means)["eval_accuracy"], 0.0)
-        return jnp.sum(accuracy) / jnp.sum(scored)
+        found = map_over_devices(score, (base, data, adapters, scale), items, 1, mesh)
+        return jax.tree.map(lambda leaf: leaf[:num_clients], found)
 
     return evaluate
 

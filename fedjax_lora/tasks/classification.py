@@ -1,22 +1,21 @@
-"""Classification: a linear head on the pooled features, cross-entropy, accuracy."""
+"""Classification: a linear head on the pooled features, cross-entropy, accuracy, F1, Matthews' correlation."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
 from fedjax_lora.core.learning import Features, Task
 from fedjax_lora.core.methods import Context, Method
-from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Batch
+from fedjax_lora.tasks.common import TaskOptions, check_classes, hits, init_head, linear, mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClassificationOptions(Options):
+class ClassificationOptions(TaskOptions):
     """One label out of the data's classes for each example."""
 
     name: Literal["classification"] = "classification"
@@ -28,10 +27,8 @@ def make(options: ClassificationOptions, context: Context) -> Task:
     Raises:
       ValueError: there are fewer than two classes.
     """
-    del options
     num_classes = context.num_classes
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    check_classes(num_classes)
 
     def weigh(own: Batch, count: Array, pool: Batch) -> Array:
         return label_weights(own["label"], count, pool["label"], num_classes)
@@ -41,29 +38,18 @@ def make(options: ClassificationOptions, context: Context) -> Task:
         read=read,
         loss=lambda logits, batch, weight: cross_entropy(logits, batch["label"], weight),
         score=score,
-        finish=finish,
+        finish=lambda scores, weight: finish(scores, weight, num_classes),
         weigh=weigh,
+        learns=options.learns,
     )
 
 
 METHOD = Method("task", "classification", ClassificationOptions, make)
 
 
-def init_head(key: Array, d: int, num_classes: int, bias: bool = True) -> dict[str, Array]:
-    """A fresh `{"w": [d, classes], "b": [classes]}`, or `w` alone."""
-    head = {"w": 0.02 * jax.random.normal(key, (d, num_classes))}
-    return {**head, "b": jnp.zeros(num_classes)} if bias else head
-
-
 def read(head: Mapping[str, Array], features: Features) -> Array:
     """`[B, classes]` logits of the pooled features."""
     return linear(head, features.pooled())
-
-
-def linear(head: Mapping[str, Array], x: Array) -> Array:
-    """`[..., d] -> [..., columns]` by a head `w`, and `b` where it has one."""
-    y = x @ head["w"]
-    return y + head["b"] if "b" in head else y
 
 
 def cross_entropy(logits: Array, label: Array, weight: Array) -> Array:
@@ -73,23 +59,75 @@ def cross_entropy(logits: Array, label: Array, weight: Array) -> Array:
 
 
 def score(logits: Array, batch: Batch) -> dict[str, Array]:
-    """`[B]` each: `loss`, cross-entropy in nats; `correct`, see `hits`."""
+    """`[B]` each: `loss`, cross-entropy in nats; `correct`, see `hits`; `found` and `label`, int32."""
     label = batch["label"]
     return {
         "loss": optax.softmax_cross_entropy_with_integer_labels(logits, label),
         "correct": hits(logits, label),
+        "found": jnp.argmax(logits, -1).astype(jnp.int32),
+        "label": label,
     }
 
 
-def finish(means: Mapping[str, Array]) -> dict[str, Array]:
-    """The mean loss and the accuracy of a pool."""
-    return {"eval_loss": means["loss"], "eval_accuracy": means["correct"]}
+def finish(scores: Mapping[str, Array], weight: Array, num_classes: int) -> dict[str, Array]:
+    """What is found of a pool: mean loss, accuracy, `f1` of the second of two classes, `macro_f1` and `matthews`.
+
+    `macro_f1` is the mean over the classes that occur; see `f1` and `matthews`.
+    """
+    accuracy = mean(scores["correct"], weight)
+    counts = count_labels(scores["found"], scores["label"], weight, num_classes)
+    each = f1(counts)
+    occurs = counts.found + counts.true > 0
+    more = {"f1": each[1]} if num_classes == 2 else {}
+    more |= {"macro_f1": jnp.sum(each) / jnp.sum(occurs), "matthews": matthews(counts)}
+    return {
+        "eval_loss": mean(scores["loss"], weight),
+        "eval_accuracy": accuracy,
+        **{name: jnp.where(jnp.isnan(accuracy), jnp.nan, value) for name, value in more.items()},
+    }
 
 
-def hits(logits: Array, label: Array) -> Array:
-    """`[B]`: 1 where the label has the largest of the logits `[B, classes]`, else 0; NaN where one is not finite."""
-    finite = jnp.all(jnp.isfinite(logits), -1)
-    return jnp.where(finite, jnp.argmax(logits, -1) == label, jnp.nan)
+class Counts(NamedTuple):
+    """`[classes]` each, examples by their weight: found and true; as found; as they are. all: `[]`, of them all."""
+
+    both: Array
+    found: Array
+    true: Array
+    all: Array
+
+
+def count_labels(found: Array, label: Array, weight: Array, num_classes: int) -> Counts:
+    """Of found and true labels `[N]`."""
+
+    def count(labels: Array, weight: Array) -> Array:
+        return jnp.bincount(labels, weight, length=num_classes)
+
+    return Counts(
+        both=count(label, weight * (found == label)),
+        found=count(found, weight),
+        true=count(label, weight),
+        all=jnp.sum(weight),
+    )
+
+
+def f1(counts: Counts) -> Array:
+    """`[classes]`: the harmonic mean of precision and recall of each class; 0 of one that does not occur."""
+    either = counts.found + counts.true
+    return jnp.where(either > 0, 2 * counts.both / jnp.where(either > 0, either, 1.0), 0.0)
+
+
+def matthews(counts: Counts) -> Array:
+    """Matthews' correlation of found and true labels, of several classes too; 0 where either are all of one class.
+
+    J. Gorodkin, "Comparing two K-category assignments by a K-category correlation coefficient", 2004. A class's
+    covariance is written by its four cells, since `both * all - found * true` cancels where one class prevails.
+    """
+    both, found, true = (x / counts.all for x in counts[:3])
+    neither = (counts.all - counts.found - counts.true + counts.both) / counts.all
+    covariance = jnp.sum(both * neither - (found - both) * (true - both))
+    spread = [jnp.sum(x * (counts.all - x)) / counts.all**2 for x in (counts.found, counts.true)]
+    size = jnp.sqrt(spread[0] * spread[1])
+    return jnp.where(size > 0, covariance / jnp.where(size > 0, size, 1.0), 0.0)
 
 
 def label_weights(own: Array, count: Array, pool: Array, num_classes: int) -> Array:

@@ -14,10 +14,10 @@ from jax.typing import ArrayLike
 
 from fedjax_lora.config import catalogue
 from fedjax_lora.core.exchange import Received
-from fedjax_lora.core.learning import Features, Hidden, Site, Work
+from fedjax_lora.core.learning import Features, Hidden, Learned, Site, Work
 from fedjax_lora.core.methods import Context
 from fedjax_lora.core.network import Observation, Radio
-from fedjax_lora.core.types import Adapters, Factors, Scope
+from fedjax_lora.core.types import IGNORED, Adapters, Factors, Scope
 
 NUM_CLIENTS, COHORT_SIZE, NUM_LAYERS, MAX_RANK = 6, 4, 2, 4
 
@@ -35,6 +35,9 @@ SITES = {name: Site(name, first, *WIDTHS[name]) for first, name in ((2, "query")
 
 BATCH_SIZE = 6
 """Examples of a batch, B."""
+
+LENGTH, VOCABULARY = 5, 10
+"""Positions of a text, S, and the words that it is of."""
 
 IMAGE_SHAPE = (8, 8, 1)
 """Height, width and channels, where images are asked for."""
@@ -87,23 +90,37 @@ def made(context: Context, slots: Sequence[str]) -> Context:
     return context
 
 
-def batch(context: Context) -> dict[str, Array]:
-    """Examples `[B, ...]` of images or of text, whichever the model reads, with their labels."""
+def batch(context: Context, learns: Learned = "label") -> dict[str, Array]:
+    """Examples `[B, ...]` of images or of text, whichever the model reads, with labels and what a task learns."""
     image_key, token_key, label_key = jax.random.split(jax.random.key(9), 3)
-    image_shape, length = context.image_shape or IMAGE_SHAPE, 5
-    real = jnp.arange(length) < 2 + jnp.arange(BATCH_SIZE)[:, None] % 4
+    image_shape = context.image_shape or IMAGE_SHAPE
+    real = jnp.arange(LENGTH) < 2 + jnp.arange(BATCH_SIZE)[:, None] % 4
     return {
         "image": jax.random.uniform(image_key, (BATCH_SIZE, *image_shape)),
-        "input_ids": jax.random.randint(token_key, (BATCH_SIZE, length), 0, 10) * real,
+        "input_ids": jax.random.randint(token_key, (BATCH_SIZE, LENGTH), 0, VOCABULARY) * real,
         "attention_mask": real.astype(jnp.int32),
         "label": jax.random.randint(label_key, (BATCH_SIZE,), 0, context.num_classes),
+        **_target(context, learns, real),
     }
+
+
+def _target(context: Context, learns: Learned, real: Array) -> dict[str, Array]:
+    """What is learned beside the label; of positions, none counts that is not real, or is the second."""
+    key = jax.random.key(10)
+    if learns == "label":
+        return {}
+    if learns == "number":
+        return {"target": jax.random.normal(key, (BATCH_SIZE,))}
+    target = jax.random.randint(key, real.shape, 0, VOCABULARY if learns == "next_token" else context.num_classes)
+    return {"target": jnp.where(real & (jnp.arange(LENGTH) != 1), target, IGNORED)}
 
 
 def features(d: int) -> Features:
     """What a task reads of a model of width d on such a batch: random, pooled at the first position."""
-    values = jax.random.normal(jax.random.key(1), (BATCH_SIZE, 5, d))
-    return Features(Hidden(values, jnp.ones((BATCH_SIZE, 5))), lambda: values[:, 0])
+    value_key, table_key = jax.random.split(jax.random.key(1))
+    values = jax.random.normal(value_key, (BATCH_SIZE, LENGTH, d))
+    table = jax.random.normal(table_key, (d, VOCABULARY))
+    return Features(Hidden(values, jnp.ones((BATCH_SIZE, LENGTH))), lambda: values[:, 0], lambda: values @ table)
 
 
 def tokenizer() -> Any:

@@ -67,7 +67,7 @@ _COMPILED = {
     *("aggregate", "enter", "next_rank"),
     *("allocate", "update", "schedule"),
     *("step", "observe", "deliver"),
-    *("read", "loss", "score", "weigh", "effective", "merge"),
+    *("loss", "score", "finish", "weigh", "effective", "merge"),
     *("gradient", "next_client", "next_server", "train", "work"),
 }
 """Functions of records that take arrays alone."""

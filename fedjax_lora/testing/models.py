@@ -22,17 +22,17 @@ from fedjax_lora.testing.laws import Subject, close, named
 
 def _task_batch(method: Task, context: Context) -> tuple[Any, dict[str, Array]]:
     """Outputs of a fresh head on random features, and the batch that they are of."""
-    batch, features = examples.batch(context), examples.features(5)
+    batch, features = examples.batch(context, method.learns), examples.features(5)
     return method.read(method.head(jax.random.key(0), 5, True), features), batch
 
 
 def exercise_task(method: Task, context: Context) -> Any:
-    """What a task makes of a batch."""
+    """What a task makes of a batch, but for the accuracy, which it may not measure."""
     outputs, batch = _task_batch(method, context)
-    scores = method.score(outputs, batch)
+    scores, one = method.score(outputs, batch), jnp.ones(examples.BATCH_SIZE)
     weights = method.weigh(batch, jnp.int32(4), batch) if method.weigh else ()
-    means = {name: jnp.mean(score) for name, score in scores.items()}
-    return outputs, method.loss(outputs, batch, jnp.ones(examples.BATCH_SIZE)), scores, method.finish(means), weights
+    found = {name: value for name, value in method.finish(scores, one).items() if name != "eval_accuracy"}
+    return outputs, method.loss(outputs, batch, one), scores, found, weights
 
 
 def examples_of_weight_0_do_not_count(subject: Subject) -> None:
@@ -47,25 +47,64 @@ def examples_of_weight_0_do_not_count(subject: Subject) -> None:
 
 
 def every_example_has_its_scores(subject: Subject) -> None:
-    """Scores are `[B]`, and `finish` makes a loss and an accuracy of their means."""
+    """Scores are `[B]`, and `finish` makes a loss of them and an accuracy, from 0 to 1 or not measured."""
     outputs, batch = _task_batch(subject.record, subject.context)
     scores = subject.record.score(outputs, batch)
     for name, score in scores.items():
         assert score.shape == (examples.BATCH_SIZE,), f"score {name} must be [B], got {score.shape}"
-    found = subject.record.finish({name: jnp.mean(score) for name, score in scores.items()})
+    found = subject.record.finish(scores, jnp.ones(examples.BATCH_SIZE))
     missing = {"eval_loss", "eval_accuracy"} - found.keys()
     assert not missing, f"finish must give {', '.join(sorted(missing))}"
+    for name, value in found.items():
+        assert jnp.shape(value) == (), f"{name} of finish must be a scalar, got {jnp.shape(value)}"
+    accuracy = float(found["eval_accuracy"])
+    assert np.isnan(accuracy) or 0 <= accuracy <= 1, f"eval_accuracy must be from 0 to 1, got {accuracy}"
+
+
+def scores_of_weight_0_are_passed_over(subject: Subject) -> None:
+    """What is found of a pool is that of its examples of weight 1, whatever the others' scores, NaN among them."""
+    method, true = subject.record, examples.BATCH_SIZE - 2
+    scores = method.score(*_task_batch(method, subject.context))
+    weight = (jnp.arange(examples.BATCH_SIZE) < true).astype(jnp.float32)
+    alone = method.finish({name: score[:true] for name, score in scores.items()}, jnp.ones(true))
+    lost = {
+        name: score.at[true:].set(jnp.nan) if jnp.issubdtype(score.dtype, jnp.floating) else score
+        for name, score in scores.items()
+    }
+    close(method.finish(scores, weight), alone)
+    close(method.finish(lost, weight), alone)
+
+
+def a_packed_batch_is_learned_alike(subject: Subject) -> None:
+    """Of a task of each position: loss and scores of examples that share rows are those of rows of their own."""
+    method, rows = subject.record, 2
+    outputs, batch = _task_batch(method, subject.context)
+    if batch.get("target", batch["label"]).ndim == 1:
+        return
+    weight = jnp.ones(examples.BATCH_SIZE).at[0].set(0.0)
+    real = (batch["attention_mask"] > 0) & (weight > 0)[:, None]
+    packed = pack(batch, real, rows, int(jnp.max(deal(real.sum(1), rows)[2])) + 1)
+    shared = outputs.at[packed["example_ids"], packed["position_ids"]].get(mode="fill", fill_value=7.0)
+    close(method.loss(shared, packed, weight), method.loss(outputs, batch, weight))
+    found, alone = method.score(shared, packed), method.score(outputs, batch)
+    close({name: score[1:] for name, score in found.items()}, {name: score[1:] for name, score in alone.items()})
 
 
 def a_pool_weighs_as_it_is(subject: Subject) -> None:
     """For a client that holds the very pool all of its examples weigh 1."""
     if subject.record.weigh is None:
         return
-    batch = examples.batch(subject.context)
+    batch = examples.batch(subject.context, subject.record.learns)
     close(subject.record.weigh(batch, jnp.int32(examples.BATCH_SIZE), batch), jnp.ones(examples.BATCH_SIZE))
 
 
-TASK = named(examples_of_weight_0_do_not_count, every_example_has_its_scores, a_pool_weighs_as_it_is)
+TASK = named(
+    examples_of_weight_0_do_not_count,
+    every_example_has_its_scores,
+    scores_of_weight_0_are_passed_over,
+    a_packed_batch_is_learned_alike,
+    a_pool_weighs_as_it_is,
+)
 
 # -------------------------------------------------------------------------------------------------------- adapters
 
@@ -148,7 +187,7 @@ def _base(method: Model, context: Context) -> tuple[Base, Adapters, dict[str, Ar
     leaves = adapter.init(adapter_key, method.sites, method.num_layers, 2, 1.0)
     modules = adapter.effective(_moved(leaves), jnp.ones(2), examples.SCALE)
     adapters = Adapters(modules=modules, head=method.init_head(head_key))
-    return method.init(base_key), adapters, examples.batch(context)
+    return method.init(base_key), adapters, examples.batch(context, context.made["task"].learns)
 
 
 def exercise_model(method: Model, context: Context) -> Any:

@@ -34,6 +34,7 @@ from fedjax_lora.core.sides import Side, TrainingOptions
 from fedjax_lora.core.types import Base
 from fedjax_lora.data.batches import gather
 from fedjax_lora.training.local import alone, drawn_batches, steps_of, whole_work
+from fedjax_lora.training.split import num_labels
 from fedjax_lora.wireless.latency import transfer_time_s
 from fedjax_lora.wireless.rate import uplink_rate
 
@@ -110,9 +111,9 @@ def _ways(
     """`[L]` what passes with 0 ... L - 1 layers at the device, in the steps `[E, B]`; real positions alone are sent."""
     assert context.like is not None  # the adapters come before training
     hidden = model.embed(base, gather(pool, rows.ravel()), None)
-    positions = jnp.sum(hidden.mask.reshape(*rows.shape, -1), -1) * weight
-    tensor = Count.of(jnp.sum(positions).astype(jnp.uint32)) * hidden.values.shape[-1] * VALUE_BITS
-    labels = Count.of(jnp.sum(weight).astype(jnp.uint32)) * VALUE_BITS
+    positions = jnp.sum(hidden.mask.reshape(*rows.shape, -1), -1)
+    tensor = Count.of(jnp.sum(positions * weight).astype(jnp.uint32)) * hidden.values.shape[-1] * VALUE_BITS
+    labels = num_labels(pool, positions, weight) * VALUE_BITS
     widths = sum(f.a.shape[1] + f.b.shape[2] for f in context.like.modules.values())
     at_device = jnp.arange(model.num_layers)
     adapters = Count.of(rank.astype(jnp.uint32)) * widths * VALUE_BITS * at_device

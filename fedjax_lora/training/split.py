@@ -35,7 +35,7 @@ SCALE_BITS: dict[Precision, int] = {"float32": 0, "bfloat16": 0, "int8": 32}
 """Of each tensor that crosses."""
 
 LABEL_BITS = 32
-"""Of each label, where the task module is at the server."""
+"""Of each label, or target of a position, where the task module is at the server."""
 
 _LEAST = 1e-35  # of which 1/127 is a normal float32; a tensor below it crosses as zeros
 
@@ -259,8 +259,8 @@ def _crossing(
     none where nothing below it is trained: the embedding is frozen.
     """
     hidden = model.embed(base, gather(pool, rows.ravel()), None)
-    mask = jnp.ones_like(hidden.mask) if options.count_padding else hidden.mask
-    positions = jnp.sum(mask.reshape(*rows.shape, -1), -1)
+    real = jnp.sum(hidden.mask.reshape(*rows.shape, -1), -1)
+    positions = jnp.full_like(real, hidden.mask.shape[-1]) if options.count_padding else real
     steps, width = jnp.sum(jnp.any(weight > 0, -1)), hidden.values.shape[-1]
 
     def tensors(sent: Array) -> Count:
@@ -273,8 +273,14 @@ def _crossing(
     if options.task == "device":
         up, down = [*up, every], [*down, every]
     else:
-        up.append(Count.of(jnp.sum(weight).astype(jnp.uint32)) * LABEL_BITS)
+        up.append(num_labels(pool, real, weight) * LABEL_BITS)
     return total(up), total(down)
+
+
+def num_labels(pool: Mapping[str, Array], real: Array, weight: Array) -> Count:
+    """Labels of batches `[E, B]`: one an example, or one a real position, `real [E, B]`, where each has a target."""
+    of_positions = "target" in pool and pool["target"].ndim == 2
+    return Count.of(jnp.sum(real * weight if of_positions else weight).astype(jnp.uint32))
 
 
 def not_held(rows: Array, weight: Array, held: Array) -> Array:

@@ -150,8 +150,9 @@ def test_a_name_is_ones_own_and_the_options_hold_to_it():
 
 def test_the_packages_own_sources_say_whether_they_need_a_tokenizer():
     """Oracle: `load` itself."""
-    digits, tsv = (method.make for method in sources.METHODS)
-    assert [method.name for method in sources.METHODS] == ["digits", "tsv"]
+    names = ["digits", "tsv", "csv", "jsonl", "parquet", "datasets", "images"]
+    assert [method.name for method in sources.METHODS] == names
+    digits, tsv = (method.make for method in sources.METHODS[:2])
     source = digits(sources.DataConfig(), CONTEXT)
     assert not source.tokenizes
     assert source.load(None, "").fingerprint == sources.load(sources.DataConfig()).fingerprint
@@ -159,3 +160,38 @@ def test_the_packages_own_sources_say_whether_they_need_a_tokenizer():
     assert source.tokenizes
     with pytest.raises(ValueError, match=r"^source must be digits for a model without a tokenizer"):
         source.load(None, "")
+
+
+def test_targets_and_clients_are_read_and_a_task_that_needs_targets_says_so():
+    """By hand: texts and integers as clients, and targets of floats and of positions."""
+    train = text(target=np.where(np.eye(4, 5, dtype=int) > 0, 3, -100), client=["b", "a", "b", "c"])
+    method = sources.arrays(
+        "mine", train=train, test=text(2, target=np.zeros((2, 5), int)), class_names=["one", "x", "y"]
+    )
+    source = method.make(method.options(), CONTEXT)
+    examples = source.load(None, "", "next_token")
+    assert examples.client_names == ("a", "b", "c") and examples.clients is not None
+    np.testing.assert_array_equal(examples.clients, [1, 0, 1, 2])
+    np.testing.assert_array_equal(examples.train["target"], train["target"])
+    assert "client" not in examples.train
+    numbers = images(target=[0.5, 1, 2, 3], label=[0] * 4, client=[10, 9, 9, 10])
+    method = sources.arrays("mine", train=numbers, test=numbers, class_names=["all"])
+    examples = method.make(method.options(), CONTEXT).load(None, "", "number")
+    assert examples.client_names == ("9", "10") and examples.train["target"].dtype == np.float32
+    plain = arrays(text())
+    with pytest.raises(ValueError, match=r"^train must hold target for a task that learns number, got input_ids, "):
+        plain.make(plain.options(), CONTEXT).load(None, "", "number")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"client": [1, 2]}, r"^train/client must be \[4\] integers or texts, got \[2\] of int64$"),
+        ({"client": [0.5] * 4}, r"^train/client must be \[4\] integers or texts, got \[4\] of float64$"),
+        ({"target": np.zeros((4, 3), int)}, r"^train/target must be \[4, 5\] integers, as input_ids, got \[4, 3\]$"),
+        ({"target": np.full((4, 5), -1)}, r"^train/target must be -100 or not negative, got -1$"),
+    ],
+)
+def test_targets_and_clients_that_are_wrong_are_one_line(more, message):
+    with pytest.raises(ValueError, match=message):
+        arrays(text(**more))

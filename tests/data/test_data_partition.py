@@ -143,7 +143,10 @@ def test_more_shards_a_client_than_examples_are_refused():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PartitionConfig(kind="even"), r"^kind must be one of iid, dirichlet, shards, got 'even'$"),
+        (
+            lambda: PartitionConfig(kind="even"),
+            r"^kind must be one of iid, dirichlet, shards, natural, flwr, got 'even'$",
+        ),
         (lambda: PartitionConfig(alpha=0.0), r"^alpha must be positive and finite, got 0.0$"),
         (lambda: PartitionConfig(alpha=float("nan")), r"^alpha must be positive and finite, got nan$"),
         (lambda: PartitionConfig(shards_per_client=0), r"^shards_per_client must be at least 1, got 0$"),

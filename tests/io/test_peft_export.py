@@ -9,12 +9,16 @@ from safetensors.numpy import load_file
 from fedjax_lora.adapters import lora
 from fedjax_lora.core.learning import Site
 from fedjax_lora.core.types import Adapters, Factors
-from fedjax_lora.io.peft import Card, export
+from fedjax_lora.io.model_card import Card
+from fedjax_lora.io.peft import LowRank, export, plain
 from fedjax_lora.models import load
 from oracles.model_context import model_context
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
+
+
+ONE = LowRank({"up": [(np.ones((2, 1), np.float32), np.ones((1, 3), np.float32))]}, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def folder(tmp_path_factory):
 
 
 def card(base_model):
-    return Card(base_model=base_model, labels=["a", "b", "c"], pooling="mean", pooler=False, facts={})
+    return Card(base_model, "", ["a", "b", "c"], pooling="mean", pooler=False, head_class=None, facts={})
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # raised inside PEFT
@@ -42,15 +46,16 @@ def test_peft_computes_with_exported_adapters_what_the_model_does(folder, tmp_pa
         name: Factors(a=f.a, b=0.3 * jax.random.normal(jax.random.key(2), f.b.shape)) for name, f in modules.items()
     }
     adapters = Adapters(modules=modules, head=model.init_head(jax.random.key(3)))
-    export(tmp_path / "out", adapters, model.sites, rank, alpha, card(str(folder)))
+    low_rank = plain(adapters, rank, alpha / rank)
+    export(tmp_path / "out", low_rank, jax.device_get(adapters.head), model.sites, card(str(folder)))
 
     ids = np.arange(12).reshape(2, 6) % 40
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     used = lora.effective(adapters, lora.rank_mask(rank, max_rank), alpha / rank)
     ours = model.layers(base, used, model.embed(base, batch, None), None).values
 
-    plain = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False)
-    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "out").eval()
+    encoder = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False)
+    theirs = peft.PeftModel.from_pretrained(encoder, tmp_path / "out").eval()
     with torch.no_grad():
         expected = theirs(**{name: torch.tensor(value) for name, value in batch.items()}).last_hidden_state
     np.testing.assert_allclose(ours, expected.numpy(), atol=2e-5)
@@ -61,12 +66,11 @@ def test_peft_computes_with_exported_adapters_what_the_model_does(folder, tmp_pa
 def test_a_folder_in_use_is_refused_by_name(tmp_path):
     (tmp_path / "kept").write_text("mine")
     with pytest.raises(ValueError, match="must be a new or an empty folder"):
-        export(tmp_path, Adapters(modules={}, head={}), {}, 1, 1.0, card("base"))
+        export(tmp_path, ONE, {}, {"up": Site("up", 0, 2, 3, "up")}, card("base"))
 
 
 def test_a_module_without_a_name_in_the_base_model_is_refused(tmp_path):
-    adapters = Adapters(modules={"up": Factors(a=np.ones((1, 2, 1)), b=np.ones((1, 1, 3)))}, head={})
     for sites in ({}, {"up": Site("up", 0, 2, 3)}):
         with pytest.raises(ValueError, match=r"adapters must be of modules of the base model .*, got 'up'"):
-            export(tmp_path / "out", adapters, sites, 1, 1.0, card("base"))
+            export(tmp_path / "out", ONE, {}, sites, card("base"))
     assert not (tmp_path / "out").exists()

@@ -92,24 +92,56 @@ def test_layer_norm_against_autodiff_of_the_plain_form():
     assert_same_value_and_gradients(lambda x, s: primitives.layer_norm(x, s, 1e-6), plain, *arguments)
 
 
-def plain_attention(qkv, mask, num_heads):
-    width = qkv.shape[-1]
-    query, key, value = jnp.split(qkv, 3, axis=-1)
+@pytest.mark.parametrize("scale_shape", [(9,), (5, 9)])
+def test_rms_norm_against_autodiff_of_the_plain_form(scale_shape):
+    def plain(x, scale):
+        return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+
+    arguments = 3 + 2 * normal(0, 4, 5, 9), normal(1, *scale_shape)
+    assert_same_value_and_gradients(lambda x, s: primitives.rms_norm(x, s, 1e-6), plain, *arguments)
+
+
+def test_gated_against_autodiff_of_the_plain_form():
+    def plain(x):
+        return jax.nn.silu(x[..., :7]) * x[..., 7:]
+
+    assert_same_value_and_gradients(lambda x: primitives.gated(x, jax.nn.silu), plain, 2 * normal(0, 3, 5, 14))
+    low = jax.grad(lambda x: primitives.gated(x, jax.nn.silu, "bfloat16").sum())(normal(0, 3, 5, 14))
+    full = jax.grad(lambda x: plain(x).sum())(normal(0, 3, 5, 14))
+    assert 0 < jnp.abs(low - full).max() < 0.02 * jnp.abs(full).max()
+
+
+@pytest.mark.parametrize("leading", [(5,), (2, 5)])
+def test_rotary_against_complex_numbers(leading):
+    """Oracle: the pairs as complex numbers, times those of the angles."""
+    x, angle = normal(0, 2, 5, 3, 8), np.asarray(normal(1, *leading, 4))
+    pairs = np.asarray(x)[..., :4] + 1j * np.asarray(x)[..., 4:]
+    turned = pairs * np.exp(1j * angle)[..., None, :]
+    found = primitives.rotary(x, (jnp.cos(angle), jnp.sin(angle)))
+    np.testing.assert_allclose(found, np.concatenate([turned.real, turned.imag], -1), rtol=1e-5, atol=1e-5)
+
+
+def plain_attention(qkv, mask, num_heads, num_kv_heads, causal=False):
+    heads = jnp.split(qkv, num_heads + 2 * num_kv_heads, axis=-1)
     per_head = []
-    for part in zip(*(jnp.split(x, num_heads, axis=-1) for x in (query, key, value)), strict=True):
-        q, k, v = part
-        scores = q @ k.swapaxes(1, 2) / np.sqrt(width / (3 * num_heads))
-        scores = jnp.where(mask[:, None, :] > 0, scores, -1e9)
-        per_head.append(jax.nn.softmax(scores) @ v)
+    for head in range(num_heads):
+        shared = num_heads + head * num_kv_heads // num_heads
+        q, k, v = heads[head], heads[shared], heads[shared + num_kv_heads]
+        scores = q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1])
+        seen = (mask[:, None, :] > 0) & (np.tri(mask.shape[1]) > 0 if causal else True)
+        per_head.append(jax.nn.softmax(jnp.where(seen, scores, -1e9)) @ v)
     return jnp.concatenate(per_head, -1)
 
 
-def test_attention_against_autodiff_of_a_loop_over_heads():
-    qkv = normal(0, 2, 5, 3 * 12)
+@pytest.mark.parametrize(("heads", "causal"), [((3, 3), False), ((3, 1), True), ((6, 2), True)])
+def test_attention_against_autodiff_of_a_loop_over_heads(heads, causal):
+    qkv = normal(0, 2, 5, (heads[0] + 2 * heads[1]) * 4)
     mask = jnp.array([[1.0, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
-    assert_same_value_and_gradients(
-        lambda x: primitives.attention(x, mask, 3, "float32"), lambda x: plain_attention(x, mask, 3), qkv
-    )
+
+    def grouped(x):
+        return primitives.attention(x, mask, heads[0], "float32", num_kv_heads=heads[1], causal=causal)
+
+    assert_same_value_and_gradients(grouped, lambda x: plain_attention(x, mask, *heads, causal), qkv)
 
 
 def test_attention_ignores_padding_invariance():

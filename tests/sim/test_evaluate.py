@@ -8,7 +8,7 @@ import pytest
 from fedjax_lora.core.learning import Hidden, Model
 from fedjax_lora.core.types import Adapters, ClientState, Dataset, Factors
 from fedjax_lora.sim.cohort import device_mesh
-from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal
+from fedjax_lora.sim.evaluate import ClientAccuracy, make_evaluate, make_evaluate_personal, of_clients
 from oracles.model_context import model_context
 
 LOGITS = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
@@ -34,7 +34,8 @@ def pool(logits):
 
 def evaluate(logits, batch_size):
     score = jax.jit(make_evaluate(TABLE, PARTS["adapter"], PARTS["task"], batch_size, device_mesh()))
-    return [float(x) for x in score({}, pool(logits), LIKE, RANK, SCALE)]
+    found = PARTS["task"].finish(score({}, pool(logits), LIKE, RANK, SCALE), jnp.ones(7))
+    return float(found["eval_loss"]), float(found["eval_accuracy"])
 
 
 def evaluate_personal(logits, clients):
@@ -42,7 +43,7 @@ def evaluate_personal(logits, clients):
     data = Dataset(train=pool(LOGITS), index=jnp.asarray(clients), count=jnp.full(len(clients), 2), test=pool(logits))
     state = ClientState(rank=jnp.full(len(clients), 2.0), personal={}, methods={})
     score = jax.jit(make_evaluate_personal(TABLE, PARTS["adapter"], PARTS["task"], 4, device_mesh()))
-    return float(score({}, data, LIKE, state, SCALE))
+    return float(score({}, data, LIKE, state, SCALE).mean())
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10**12])
@@ -71,3 +72,42 @@ def test_a_personal_accuracy_is_not_measured_where_a_logit_that_counts_is_not_fi
     expected = np.mean([right[LABEL == 0].mean(), right[LABEL == 1].mean()])
     np.testing.assert_allclose(evaluate_personal(logits, [[0, 1]]), expected, rtol=1e-6)
     assert np.isnan(evaluate_personal(logits, [[0, 1], [1, 2]]))
+
+
+@pytest.mark.parametrize("num_clients", [9, 10, 23, 130])
+def test_the_worst_tenth_of_the_clients_numpy_loop(num_clients):
+    """Each client by its examples' labels; who holds none, or labels alone that the pool has not, does not count."""
+    random = np.random.default_rng(num_clients)
+    label = random.integers(0, 3, 60)  # of classes 0 ... 3, of which the last is not in the pool
+    right = (random.random(60) < np.array([0.9, 0.5, 0.2])[label]).astype(np.float32)
+    held = np.arange(120) % 4
+    index = random.integers(0, 120, (num_clients, 16))
+    count = random.integers(0, 17, num_clients)
+    count[0], index[1], count[1] = 0, np.arange(3, 67, 4), 5
+    task = model_context(4).made["task"]
+    scores = {"loss": right, "correct": right, "found": label, "label": label}
+    data = Dataset(
+        train={"label": jnp.asarray(held)},
+        index=jnp.asarray(index),
+        count=jnp.asarray(count),
+        test={"label": jnp.asarray(label)},
+    )
+    found = jax.jit(lambda: of_clients(task, data, {name: jnp.asarray(score) for name, score in scores.items()}))()
+    accuracies = []
+    for rows, number in zip(index, count, strict=True):
+        own = [y for y in held[rows[:number]] if y < 3]
+        if own:
+            accuracies.append(np.mean([right[label == y].mean() for y in own]))
+    least = np.sort(accuracies)[: -(-len(accuracies) // 10)]
+    assert len(accuracies) <= num_clients - 2
+    np.testing.assert_array_equal(np.asarray(found.counts).sum(), len(accuracies))
+    np.testing.assert_allclose(found.worst_tenth(), least.mean(), rtol=1e-5)
+    np.testing.assert_allclose(found.mean(), np.mean(accuracies), rtol=1e-5)
+
+
+def test_the_worst_tenth_is_not_measured_where_a_client_that_counts_is_not():
+    accuracy, counts = jnp.array([0.5, jnp.nan, 0.9]), jnp.array([True, False, True])
+    assert ClientAccuracy(accuracy, counts).worst_tenth() == 0.5
+    assert np.isnan(ClientAccuracy(accuracy, ~counts).worst_tenth())
+    assert np.isnan(ClientAccuracy(accuracy, jnp.ones(3, bool)).worst_tenth())
+    assert np.isnan(ClientAccuracy(accuracy, jnp.zeros(3, bool)).worst_tenth())

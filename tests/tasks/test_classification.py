@@ -1,4 +1,4 @@
-"""Classification: its loss and gradient against PyTorch, its scores and weights against NumPy."""
+"""Classification: its loss and gradient against PyTorch, its scores against scikit-learn, its weights against NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -48,17 +48,69 @@ def test_head_and_read_closed_form():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_score_and_finish_numpy_loop_and_what_is_not_finite_is_not_measured(value):
+def test_scores_numpy_loop_and_what_is_not_finite_is_not_measured(value):
     logits = LOGITS.copy()
     logits[3, 1] = value
-    found = make().score(jnp.asarray(logits), {"label": LABEL})
+    found = make().score(jnp.asarray(logits), {"label": jnp.asarray(LABEL)})
     for i in np.flatnonzero(np.arange(6) != 3):
         wide = LOGITS[i].astype(np.float64)
         np.testing.assert_allclose(found["loss"][i], np.log(np.exp(wide).sum()) - wide[LABEL[i]], rtol=1e-5)
-        assert found["correct"][i] == (np.argmax(wide) == LABEL[i])
+        assert found["correct"][i] == (np.argmax(wide) == LABEL[i]) == (found["found"][i] == LABEL[i])
     assert np.isnan(found["correct"][3])
-    means = {"loss": jnp.float32(0.5), "correct": jnp.float32(0.25)}
-    assert make().finish(means) == {"eval_loss": means["loss"], "eval_accuracy": means["correct"]}
+    told = make().finish(found, jnp.ones(6))
+    assert all(np.isnan(told[name]) for name in ("eval_accuracy", "macro_f1", "matthews"))
+
+
+CASES = ["random", "rare", "one class found", "all right", "all wrong"]
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "case"), [*((c, case) for c in (2, 5) for case in CASES), (5, "one is missing")]
+)
+def test_what_is_found_of_a_pool_against_scikit_learn(num_classes, case):
+    metrics = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(1)
+    label = random.integers(0, num_classes, 400)
+    if case == "rare":
+        label = (random.random(40_000) < 3e-4).astype(int)  # where 1 - sum of squared shares would cancel
+    if case == "one is missing":
+        label = np.where(label == num_classes - 1, 0, label)
+    told = np.where(random.random(label.size) < 0.3, random.integers(0, num_classes, label.size), label)
+    if case == "rare":
+        told = np.where(random.random(label.size) < 0.3, 0, label)
+    if case == "one class found":
+        told = np.ones_like(label)
+    if case in ("all right", "all wrong"):
+        told = label if case == "all right" else (label + 1) % num_classes
+    if case == "one is missing":
+        told = np.where(told == num_classes - 1, 0, told)
+
+    logits = 3.0 * np.eye(num_classes, dtype=np.float32)[told]
+    found = make(num_classes).finish(
+        make(num_classes).score(logits, {"label": jnp.asarray(label)}), jnp.ones(label.size)
+    )
+    expected = {
+        "eval_accuracy": metrics.accuracy_score(label, told),
+        "macro_f1": metrics.f1_score(label, told, average="macro", zero_division=0),
+        "matthews": metrics.matthews_corrcoef(label, told),
+    }
+    if num_classes == 2:
+        expected["f1"] = metrics.f1_score(label, told, zero_division=0)
+    assert set(found) == {"eval_loss", *expected}
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_weights_of_a_pool_are_as_if_examples_were_there_so_often():
+    """Invariance: weights 0, 1, 2 are examples that are left out, there once and there twice."""
+    random = np.random.default_rng(2)
+    logits, label = random.normal(size=(30, 4)).astype(np.float32), jnp.asarray(random.integers(0, 4, 30))
+    weight = random.integers(0, 3, 30)
+    scores = make(4).score(logits, {"label": label})
+    repeated = {name: np.repeat(np.asarray(score), weight) for name, score in scores.items()}
+    expected = make(4).finish(repeated, jnp.ones(weight.sum()))
+    for name, value in make(4).finish(scores, jnp.asarray(weight, jnp.float32)).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5)
 
 
 def test_weights_are_the_ratio_of_shares_numpy_loop():

@@ -1,12 +1,16 @@
 """The laws that `fedjax_lora.testing` holds methods to: the package's own keep them, wrong ones are named."""
 
 import dataclasses
+import json
 from typing import Literal
 
+import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from fedjax_lora.adapters import lora
 from fedjax_lora.aggregation import fedit
@@ -16,10 +20,10 @@ from fedjax_lora.core.count import Count
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Factors
-from fedjax_lora.data import sources
-from fedjax_lora.models import bert, load
+from fedjax_lora.data import options, sources
+from fedjax_lora.models import bert, llama, load
 from fedjax_lora.sparsifiers import dense, soft, top_k
-from fedjax_lora.tasks import classification
+from fedjax_lora.tasks import causal_lm, classification
 from fedjax_lora.testing import examples, laws, slots
 from fedjax_lora.training import corrections, local, optimizers
 from fedjax_lora.wireless import cell
@@ -34,20 +38,44 @@ MORE = {
 
 
 @pytest.fixture
-def sentences(tmp_path):
-    path = tmp_path / "sentences.tsv"
-    path.write_text("good film\tyes\nbad film\tno\n")
-    return sources.DataConfig(source="tsv", train=str(path), test=str(path), max_length=8)
+def data(tmp_path):
+    """Writes two examples as a source reads them, and gives the options that name them."""
+
+    def write(source):
+        path = tmp_path / source
+        given = {"source": source, "train": str(path), "test": str(path)}
+        rows = [{"text": "good film", "label": "yes"}, {"text": "bad film", "label": "no"}]
+        if source == "tsv":
+            path.write_text("".join("\t".join(row.values()) + "\n" for row in rows))
+            return sources.DataConfig(max_length=8, **given)
+        if source == "images":
+            for row in rows:
+                (path / row["label"]).mkdir(parents=True)
+                Image.new("L", (3, 5), len(row["label"])).save(path / row["label"] / "one.png")
+            return options.ImagesConfig(image_size=4, **given)
+        if source == "datasets":
+            split = datasets.Dataset.from_list(rows)
+            datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(path))
+            return options.HubConfig(dataset=str(path), max_length=8)
+        if source == "parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        elif source == "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            path.write_text("".join(",".join(row) + "\n" for row in (rows[0], *(row.values() for row in rows))))
+        return options.FilesConfig(max_length=8, **given)
+
+    return write
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.slot}-{method.name}")
-def test_every_method_of_the_catalogue_keeps_the_laws(method, sentences):
+def test_every_method_of_the_catalogue_keeps_the_laws(method, data):
     """The oracle is each law; a method that is new in the catalogue is tried here too."""
-    if method.name == "tsv":
-        laws.check(method, sentences)
+    if method.slot == "data" and method.name != "digits":
+        laws.check(method, data(method.name))
         return
-    for options in MORE.get(method.name, [{}]):
-        laws.check(method, method.options(**options))
+    for more in MORE.get(method.name, [{}]):
+        laws.check(method, method.options(**more))
 
 
 def test_every_slot_has_laws():
@@ -198,6 +226,18 @@ def counts_padding(record, options):
     return record._replace(loss=lambda outputs, batch, weight: jnp.mean(record.score(outputs, batch)["loss"]))
 
 
+def counts_all_scores(record, options):
+    return record._replace(finish=lambda scores, weight: record.finish(scores, jnp.ones_like(weight)))
+
+
+def credits_the_next(record, options):
+    def score(outputs, batch):
+        ids = {"example_ids": batch["example_ids"] + 1} if "example_ids" in batch else {}
+        return record.score(outputs, {**batch, **ids})
+
+    return record._replace(score=score)
+
+
 def starts_with_noise(record, options):
     def init(*given):
         return {name: dataclasses.replace(f, b=f.b + 0.1) for name, f in record.init(*given).items()}
@@ -237,8 +277,27 @@ def encoder(options: EncoderConfig, context: Context):
 ENCODER = Method("model", "encoder", EncoderConfig, encoder)
 
 
-def test_an_encoder_of_text_keeps_the_laws():
-    laws.check(ENCODER)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(Options):
+    """A small decoder of text, whose heads share keys and are wider together than the model."""
+
+    name: Literal["decoder"] = "decoder"
+
+
+def decoder(options: DecoderConfig, context: Context):
+    shape = llama.LlamaConfig(
+        vocab_size=10, width=10, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=4, mlp_width=14, max_positions=8,
+        head_norms=True, pooling="last",
+    )  # fmt: skip
+    return llama.decoder(shape, context.made["task"], context.made["adapter"])
+
+
+DECODER = Method("model", "decoder", DecoderConfig, decoder)
+
+
+@pytest.mark.parametrize("method", [ENCODER, DECODER], ids=lambda method: method.name)
+def test_a_model_of_text_keeps_the_laws(method):
+    laws.check(method)
 
 
 def looks_along_its_row(record, options):
@@ -281,6 +340,8 @@ WRONG = [
     (pulls_everywhere, corrections.METHODS[0], "without gradients nothing moves"),
     (in_half_precision, corrections.METHODS[0], "states and gradients keep their form"),
     (counts_padding, classification.METHOD, "examples of weight 0 do not count"),
+    (counts_all_scores, classification.METHOD, "scores of weight 0 are passed over"),
+    (credits_the_next, causal_lm.METHOD, "a packed batch is learned alike"),
     (starts_with_noise, lora.METHOD, "adapters at the start add nothing"),
     (merges_without_scale, lora.METHOD, "merged weights compute the same"),
     (normalises_over_the_batch, load.METHOD, "outputs are one for each example"),
