@@ -17,7 +17,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fedjax-lora", description="Federated LoRA fine-tuning over wireless networks, in JAX.")
     parser.add_argument("--version", action="version", version=f"fedjax-lora {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for add in (_run, _plan, _sweep, _report, _export, _init, _keys, _presets, _cache):
+    for add in (_run, _plan, _sweep, _report, _export, _predict, _init, _keys, _presets, _cache):
         add(commands)
     return parser
 
@@ -95,6 +95,27 @@ def _export(commands: Any) -> None:
     export.add_argument("--client", type=int, metavar="N", help="a client's own adapters, counted from 0")
     _methods_argument(export)
     _output_arguments(export, has_json=False)
+
+
+def _predict(commands: Any) -> None:
+    predict = commands.add_parser(
+        "predict",
+        help="label new texts",
+        description="Label texts by what a run has trained: a line with label and probability for each.",
+    )
+    predict.add_argument("run", metavar="RUN", help="folder of a run")
+    predict.add_argument(
+        "file",
+        nargs="?",
+        default="-",
+        metavar="FILE",
+        help="a text in each line; or .csv, .tsv, .jsonl or .parquet with the columns of the training data; - (the "
+        "default) reads lines from stdin",
+    )
+    predict.add_argument("--out", metavar="FILE", help="new file to write to; stdout by default")
+    predict.add_argument("--client", type=int, metavar="N", help="by a client's own adapters, counted from 0")
+    _methods_argument(predict)
+    predict.add_argument("--json", action="store_true", help="print a JSON object for each text")
 
 
 def _init(commands: Any) -> None:

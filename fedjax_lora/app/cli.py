@@ -221,6 +221,23 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _predict(options: argparse.Namespace) -> int:
+    from fedjax_lora.app.predict import predict_run
+    from fedjax_lora.io.files import write_atomically
+
+    _start()
+    out = Path(options.out) if options.out else None
+    if out and out.exists():
+        raise ValueError(f"--out must be a new file, got {out}, which is there")
+    found = predict_run(options.run, options.file, _methods(options).methods, options.client)
+    text = "".join(f"{line}\n" for line in found.lines(options.json))
+    if out:
+        write_atomically(out, text)
+    else:
+        sys.stdout.write(text)
+    return 0
+
+
 def _init(options: argparse.Namespace) -> int:
     from fedjax_lora.config.catalogue import Catalogue
     from fedjax_lora.config.template import commented
@@ -329,6 +346,7 @@ _COMMANDS = {
     "sweep": _sweep,
     "report": _report,
     "export": _export,
+    "predict": _predict,
     "init": _init,
     "keys": _keys,
     "presets": _presets,

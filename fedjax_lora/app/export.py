@@ -47,7 +47,11 @@ def export_run(
     """
     if form not in FORMATS:
         raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}")
-    found = open_run(run, methods, client)
+    export(open_run(run, methods, client), folder, form, client)
+
+
+def export(found: TrainedRun, folder: str | Path, form: str, client: int | None = None) -> None:
+    """The same of a run that is open; `client` is the one whose adapters it holds."""
     head = {name: np.asarray(leaf) for name, leaf in found.adapters.head.items()}
     card = _card(found, client)
     if form == "merged":

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lora.config.beginning import hash_weights
+from fedjax_lora.config.beginning import column_labels, hash_weights
 from fedjax_lora.config.experiment import ExperimentConfig, load_config
 from fedjax_lora.core.methods import Method
 from fedjax_lora.core.types import Adapters, Base, ClientState
@@ -73,7 +73,7 @@ def open_run(run: str | Path, methods: Sequence[Method] = (), client: int | None
         adapters, rank = _own(trained, client, run)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((adapters, trained.merged))):
         raise ValueError(f"{run} must have trained finite adapters, got NaN or infinity in round {trained.round}")
-    labels = _labels(data, adapters.head, run)
+    labels = _labels(config, data, adapters.head, run)
     found, base = _unchanged_base(model, data, run)
     return TrainedRun(Path(run), config, data, trained.round, labels, found, base, trained.merged, adapters, rank)
 
@@ -90,17 +90,18 @@ def _own(trained: checkpoint.Trained, client: int, run: str | Path) -> tuple[Ada
     return compose(trained.adapters, own), int(clients.rank[client])
 
 
-def _labels(data: dict[str, Any], head: dict[str, Any], run: str | Path) -> tuple[str, ...]:
-    """The label of each of the head's columns; none of a task without a head."""
-    if not head:
-        return ()
-    labels, columns = data.get("class_names"), head["w"].shape[-1]
-    if not (isinstance(labels, list) and len(labels) == columns and all(isinstance(label, str) for label in labels)):
+def _labels(config: ExperimentConfig, data: dict[str, Any], head: dict[str, Any], run: str | Path) -> tuple[str, ...]:
+    """The label of each of the head's columns; () where they have none."""
+    labels = data.get("class_names")
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"class_names in data.json of {run} must be a list of labels, got {labels!r}")
+    labels = column_labels(config, labels)
+    if labels and len(labels) != head["w"].shape[-1]:
         raise ValueError(
-            f"class_names in data.json of {run} must be a list of {columns} labels, one for each column of the head, "
-            f"got {labels!r}"
+            f"class_names in data.json of {run} must be a list of {head['w'].shape[-1]} labels, one for each column of "
+            f"the head, got {list(labels)!r}"
         )
-    return tuple(labels)
+    return labels
 
 
 def _unchanged_base(model: load.ModelConfig, data: dict[str, Any], run: str | Path) -> tuple[load.Pretrained, Base]:

@@ -49,7 +49,7 @@ def given_adapters(
         targets=tuple(targets.choose(lora.targets, model.sites, model.num_layers)),
         num_layers=model.num_layers,
         head={name: leaf.shape for name, leaf in head.items()},
-        labels=class_names,
+        labels=column_labels(config, class_names),
         pooling=of.pooling,
         pooler="pooler" in base,
         head_class=found.family.head_class(config.task.name, found.shape),
@@ -68,6 +68,11 @@ def given_adapters(
     if given.lacks:
         warnings.warn(f"the task head is a new one: of lora.initial, {given.lacks}", ConfigWarning, stacklevel=4)
     return given
+
+
+def column_labels(config: ExperimentConfig, class_names: Sequence[str]) -> tuple[str, ...]:
+    """The label of each column of the task's head; () where columns have none, as one number has."""
+    return tuple(class_names) if getattr(config.task, "learns", "label") in ("label", "token_label") else ()
 
 
 def hash_weights(base: Base, head: dict | None = None) -> str:

@@ -81,6 +81,17 @@ def encode(
     )
 
 
+def inputs(table: Table, learns: Learns, cache: Cache, max_length: int) -> Tokens:
+    """What a model reads of examples whose labels are not known, of columns by their roles: see `texts.Tokens`.
+
+    Raises:
+      ValueError: a value is not what it must be; names its line.
+    """
+    if learns == "token_label":
+        return cache.tokenize("words", _words(table), table, max_length)
+    return _sentences(table, cache, max_length)
+
+
 def _label(train: Table, test: Table, cache: Cache, max_length: int, _: Template) -> _Encoded:
     names = tables.class_names(train, test)
     tokens = [_sentences(table, cache, max_length) for table in (train, test)]

@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fedjax_lora.core.errors import reason_of
 from fedjax_lora.data.tables import Table, shorten, shorten_list
@@ -25,6 +25,34 @@ def read(form: Format, path: str, field: str, delimiter: str = ",") -> Table:
     if form == "csv":
         return _csv(read_text(path, field), path, field, delimiter)
     return _jsonl(read_text(path, field), path, field) if form == "jsonl" else _parquet(path, field)
+
+
+def by_suffix(path: str, field: str) -> Table | None:
+    """Reads a file of columns, whose format is that of its name: CSV, TSV with a header, JSON lines or Parquet.
+
+    None for a name that ends otherwise.
+
+    Raises:
+      ValueError: as of `read`.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".tsv":
+        return _tsv(read_text(path, field), f"{field} {path}")
+    form = suffix.removeprefix(".")
+    return read(form, path, field) if form in get_args(Format) else None  # type: ignore[arg-type]
+
+
+def _tsv(text: str, name: str) -> Table:
+    """A header and rows whose fields tabs part, without quotes; blank lines are skipped."""
+    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if len(lines) < 2:
+        raise ValueError(f"{name}: must hold a header and at least one row, got {len(lines)} lines")
+    header, rows = lines[0][1].split("\t"), [(number, line.split("\t")) for number, line in lines[1:]]
+    for number, row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"{name}, line {number}: must have {len(header)} fields, as line 1 has, got {len(row)}")
+    columns = zip(*(row for _, row in rows), strict=True)
+    return Table(name, dict(zip(header, columns, strict=True)), [number for number, _ in rows])
 
 
 def read_text(path: str, field: str) -> str:

@@ -209,6 +209,13 @@ def _tables(config: AnyConfig) -> tuple[Sequence[Table], Columns]:
     return [tsv.read(path, f"data.{field}") for field, path in _files(config)], Columns(text="text", label="label")
 
 
+def columns_of(config: Any) -> Columns:
+    """What a configuration of a source of text says of the columns."""
+    if isinstance(config, HubConfig):
+        return config.chosen().columns
+    return config.columns if isinstance(config, FilesConfig) else Columns()
+
+
 def _files(config: Any) -> Iterator[tuple[str, str]]:
     """Field and path of the two parts."""
     yield from (("train", config.train), ("test", config.test))

@@ -101,6 +101,21 @@ def find(table: Table, columns: Columns, learns: Learns) -> dict[str, str]:
     return {role: name for role, name in found.items() if name is not None}
 
 
+def find_inputs(table: Table, columns: Columns, learns: Learns) -> dict[str, str]:
+    """Role -> column of `table`, of what a model reads of an example whose label is not known.
+
+    Raises:
+      ValueError: as of `find`.
+    """
+    given = {role: name for role, name in columns.given().items() if role in ("text", "text_pair", "words")}
+    for name in given.values():
+        if name not in table.columns:
+            raise ValueError(f"{table.name}: must have a column {name!r}, as the training data, got {_listed(table)}")
+    if learns == "token_label":
+        return {"words": given.get("words") or given.get("text") or _one(table, "words", WORD_NAMES + TEXT_NAMES)}
+    return {role: name for role, name in _find_texts(table, given).items() if name is not None}
+
+
 def label_of(table: Table) -> str:
     """The column that by its name holds labels."""
     return _one(table, "label", LABEL_NAMES)

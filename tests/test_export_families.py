@@ -1,0 +1,146 @@
+"""Exports of each family and task, read back by PyTorch: a class of transformers where there is one."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+
+from fedjax_lora.adapters import lora
+from fedjax_lora.app.export import export
+from fedjax_lora.app.trained import TrainedRun
+from fedjax_lora.config.assemble import records
+from fedjax_lora.config.catalogue import Catalogue
+from fedjax_lora.config.experiment import load_config
+from fedjax_lora.core.methods import Context
+from fedjax_lora.core.types import Adapters, Factors
+from fedjax_lora.io.run_files import FIELDS
+from fedjax_lora.models import load
+from oracles import tiny_models
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # raised inside PEFT
+
+LABELS = ("a", "b", "c", "d", "e")
+RANK, ALPHA = 3, 4.0
+DECODER = {
+    "vocab_size": tiny_models.VOCABULARY, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "num_key_value_heads": 1, "head_dim": 6, "intermediate_size": 34, "max_position_embeddings": 16, "pad_token_id": 0,
+    "sliding_window": None,
+}  # fmt: skip
+DECODERS = {
+    "llama": transformers.LlamaConfig(**DECODER),
+    "mistral": transformers.MistralConfig(**DECODER),
+    "qwen2": transformers.Qwen2Config(**DECODER),
+    "qwen3": transformers.Qwen3Config(**DECODER, tie_word_embeddings=True),
+    "gemma": transformers.GemmaConfig(**DECODER),
+}
+AUTO = {
+    "SEQ_CLS": ("AutoPeftModelForSequenceClassification", "AutoModelForSequenceClassification"),
+    "TOKEN_CLS": ("AutoPeftModelForTokenClassification", "AutoModelForTokenClassification"),
+    "CAUSAL_LM": ("AutoPeftModelForCausalLM", "AutoModelForCausalLM"),
+    None: ("AutoPeftModel", "AutoModelForImageClassification"),
+}
+CASES = [
+    ("bert", "classification", "cls"),
+    ("bert", "regression", "cls"),
+    *((name, "token_classification", "mean") for name in ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")),
+    ("vit", "classification", "cls"),
+    ("deit", "classification", "cls"),
+    *((name, "classification", "last") for name in ("gpt2", *DECODERS)),
+    ("gpt2", "token_classification", "mean"),
+    ("llama", "token_classification", "mean"),
+    *((name, "causal_lm", "mean") for name in ("gpt2", "llama", "qwen3")),
+]
+
+
+def save(folder, name, task):
+    """A model with random weights, whose language model's head is there where the task needs it."""
+    config = (tiny_models.CONFIGS | DECODERS)[name]
+    auto = transformers.AutoModelForCausalLM if task == "causal_lm" else transformers.AutoModel
+    torch.manual_seed(0)
+    tiny_models.save(folder, auto.from_config(config))
+
+
+def batch_of(shape):
+    if shape.image_shape is None:
+        found = tiny_models.text_batch(padding=1 if hasattr(shape, "first_position") else 0)
+        return found | {
+            "input_ids": np.where(found["attention_mask"], np.maximum(found["input_ids"], 4), found["input_ids"])
+        }
+    return {"image": np.random.default_rng(0).random((2, *shape.image_shape), np.float32)}
+
+
+def trained(folder, name, task, pooling):
+    """A run of such a model, with random adapters on all modules and a random head; the batch; its outputs."""
+    save(folder / "base", name, task)
+    config = load_config(None, [f"model={{pretrained: {folder / 'base'}, pooling: {pooling}}}", f"task={task}"])
+    config = load_config(None, [f"lora={{max_rank: 4, rank: {RANK}, alpha: {ALPHA}}}"], base=config)
+    found = load.read_pretrained(config.model, config.model.pretrained)
+    context = Context(1, 1, num_classes=len(LABELS), image_shape=found.shape.image_shape)
+    model = records(config, Catalogue.of(), context, ("task", "adapter", "model"))["model"]
+    keys = iter(jax.random.split(jax.random.key(1), 50))
+    modules = {
+        name: Factors(a=f.a, b=0.3 * jax.random.normal(next(keys), f.b.shape))
+        for name, f in lora.init(next(keys), model.sites, model.num_layers, 4).items()
+    }
+    head = {name: jax.random.normal(next(keys), leaf.shape) for name, leaf in model.init_head(next(keys)).items()}
+    adapters, base, batch = Adapters(modules=modules, head=head), found.weights(), batch_of(found.shape)
+    used = lora.effective(adapters, lora.rank_mask(RANK, 4), ALPHA / RANK)
+    outputs = jax.jit(model.apply)(base, used, {name: jnp.asarray(leaf) for name, leaf in batch.items()})
+    (folder / "metrics.jsonl").write_text(json.dumps(dict.fromkeys(FIELDS, 0) | {"round": 1, "tail_energy": []}) + "\n")
+    labels = () if task in ("regression", "causal_lm") else LABELS
+    run = TrainedRun(folder, config, {"class_names": list(LABELS)}, 1, labels, found, base, {}, adapters, RANK)
+    return run, batch, outputs
+
+
+def logits_of(model, batch):
+    names = {"image": "pixel_values"}
+    inputs = {names.get(name, name): torch.tensor(leaf) for name, leaf in batch.items()}
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].permute(0, 3, 1, 2)
+    with torch.no_grad():
+        return model.eval()(**inputs).logits.numpy()
+
+
+@pytest.mark.parametrize(("name", "task", "pooling"), CASES, ids="-".join)
+def test_pytorch_computes_the_outputs_of_the_run(tmp_path, name, task, pooling):
+    """Oracle: our own model of the same folder, adapters and head; at real positions where there is one for each."""
+    run, batch, ours = trained(tmp_path, name, task, pooling)
+    for form in ("peft", "merged"):
+        export(run, tmp_path / form, form)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    with_adapters, merged = AUTO[config["task_type"]]
+    labels = {} if task == "causal_lm" else {"num_labels": 1 if task == "regression" else len(LABELS)}
+    loaded = getattr(peft, with_adapters).from_pretrained(tmp_path / "peft", **labels)
+    whole = getattr(transformers, merged).from_pretrained(tmp_path / "merged")
+    assert config["fan_in_fan_out"] == (name == "gpt2")
+    assert whole.config.architectures == [type(whole).__name__]
+    kept = batch["attention_mask"] > 0 if task in ("token_classification", "causal_lm") else slice(None)
+    ours = np.asarray(ours)[kept]
+    for model in (loaded, whole):
+        np.testing.assert_allclose(logits_of(model, batch)[kept].reshape(ours.shape), ours, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["roberta", "distilbert", "gpt2", "qwen2", "vit"])
+def test_a_head_that_no_class_has_lies_beside_the_model(tmp_path, name):
+    """Oracle: our own model; the head is applied to the mean of PyTorch's last hidden state, in NumPy."""
+    run, batch, ours = trained(tmp_path, name, "classification", "mean")
+    for form in ("peft", "merged"):
+        export(run, tmp_path / form, form)
+    loaded = peft.AutoPeftModelForFeatureExtraction.from_pretrained(tmp_path / "peft")
+    whole = transformers.AutoModel.from_pretrained(tmp_path / "merged")
+    names = {"image": "pixel_values"}
+    inputs = {names.get(key, key): torch.tensor(leaf) for key, leaf in batch.items()}
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].permute(0, 3, 1, 2)
+    mask = batch.get("attention_mask", np.ones((2, 7)))[:, :, None]
+    for model in (loaded, whole):
+        with torch.no_grad():
+            hidden = model.eval()(**inputs).last_hidden_state.numpy()
+        head = run.adapters.head
+        np.testing.assert_allclose((hidden * mask).sum(1) / mask.sum(1) @ head["w"] + head["b"], ours, atol=2e-4)
