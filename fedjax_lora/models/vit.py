@@ -116,7 +116,7 @@ def shape(fields: Mapping[str, Any], *, distillation: bool = False, **ours: Any)
       ValueError: for a variant that is not computed; names the field as `config.json` does.
     """
     refuse(fields, {"qkv_bias": (True, False)})
-    fields = _BASE | fields
+    fields = {**_BASE, **fields}
     height, width = _sides(fields, "image_size")
     patch, other = _sides(fields, "patch_size")
     if patch != other:
