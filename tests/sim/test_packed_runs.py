@@ -27,7 +27,7 @@ CASES = {
     "split in int8": ["sparsifier=dense", "training={name: split, exchange: int8, device_layers: 1}"],
     "one server copy": ["sparsifier=dense", "training={name: split, server_adapters: shared}"],
     "bfloat16": ["sparsifier=dense", "model.compute_dtype=bfloat16"],
-    "a decoder": ["lora.targets=[q_proj, down_proj]", "model.pooling=last", "model.dropout=0.2"],
+    "a decoder": ["lora.targets=[q_proj, down_proj]", "model.pooling=last"],
 }
 FAST = ["personal parts"]
 
