@@ -47,6 +47,8 @@ def export_run(run: str | Path, folder: str | Path, methods: Sequence[Method] = 
         raise ValueError(
             f"{run} must have trained finite adapters to export, got NaN or infinity in round {trained.round}"
         )
+    if "w" not in adapters.head:
+        raise ValueError(f"task.name must be of a task that trains a head to export to peft, got {config.task.name!r}")
     labels = _labels(data, adapters.head["w"].shape[-1], run)
     found, base = _unchanged_base(model, data, run)
 
