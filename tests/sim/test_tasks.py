@@ -108,7 +108,6 @@ def test_regression():
     assert simulation.layout.packing is not None
 
 
-@pytest.mark.slow
 def test_token_classification():
     _, state, metrics, outputs, target = outcome("token_classification", "token_label")
     assert state.adapters.head["w"].shape == (12, 3)
@@ -123,7 +122,6 @@ def test_causal_language_modelling_has_no_head():
     near(metrics, eval_loss=loss, eval_accuracy=accuracy, perplexity=np.exp(loss))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("task", "learns"), [("token_classification", "token_label"), ("causal_lm", "next_token")])
 def test_a_run_on_packed_batches_is_that_on_padded_ones(monkeypatch, task, learns):
     simulation, state, metrics, *_ = outcome(task, learns)
