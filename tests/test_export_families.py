@@ -107,7 +107,7 @@ def logits_of(model, batch):
         return model.eval()(**inputs).logits.numpy()
 
 
-@pytest.mark.parametrize(("name", "task", "pooling"), CASES, ids="-".join)
+@pytest.mark.parametrize(("name", "task", "pooling"), CASES, ids=["-".join(case) for case in CASES])
 def test_pytorch_computes_the_outputs_of_the_run(tmp_path, name, task, pooling):
     """Oracle: our own model of the same folder, adapters and head; at real positions where there is one for each."""
     run, batch, ours = trained(tmp_path, name, task, pooling)

@@ -57,20 +57,21 @@ def export(
         for name in _COPIED:
             if (base / name).is_file():
                 shutil.copyfile(base / name, partial / name)
-        write_json(partial / "config.json", _config(fields, card))
+        write_json(partial / "config.json", _config(fields, head, card))
         _save(partial, tensors)
         model_card.write_head(partial, head, card)
         text = model_card.readme("Fine-tuned model", "transformers", card, {}, _usage(card))
         (partial / "README.md").write_text(text, encoding="utf-8")
 
 
-def _config(fields: Mapping[str, Any], card: Card) -> dict[str, Any]:
+def _config(fields: Mapping[str, Any], head: Mapping[str, np.ndarray], card: Card) -> dict[str, Any]:
     """The base model's `config.json` with the task's labels, and with the class that computes it."""
     dropped = ("architectures", "transformers_weights", "torch_dtype", "problem_type")
     config = {name: value for name, value in fields.items() if name not in dropped} | {"dtype": "float32"}
     found = card.head_class
-    if card.labels:
-        config |= {"id2label": id2label(card.labels), "label2id": label2id(card.labels)}
+    if head:  # by which transformers counts the columns, also of one that has no label
+        labels = card.labels or [f"LABEL_{column}" for column in range(head["w"].shape[-1])]
+        config |= {"id2label": id2label(labels), "label2id": label2id(labels)}
     if found:
         config |= {"architectures": [found.name]} | ({"problem_type": found.problem_type} if found.problem_type else {})
     if found and _padded_at_the_end(found, card) and config.get("pad_token_id") is None:
