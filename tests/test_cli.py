@@ -158,6 +158,25 @@ def test_a_damaged_text_file_is_one_line(capsys, tmp_path, files, expected):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "review,stars\ngood,1\n",
+            ["train.csv: must have a column of label", "data.columns.label", "got review, stars"],
+        ),
+        ("text,label\ngood\n", ["data.train ", "train.csv, line 2: must have 2 fields", "got 1"]),
+    ],
+)
+def test_a_damaged_table_is_one_line(capsys, tmp_path, text, expected):
+    path, out = tmp_path / "train.csv", tmp_path / "run"
+    path.write_text(text)
+    settings = ["data.source=csv", f"data.train={path}", f"data.test={path}", f"model.pretrained={minilm()}"]
+    line = one_line(capsys, ["run", "--out", str(out), "--set", *settings])
+    assert all(part in line for part in expected), line
+    assert not out.exists()
+
+
 def test_a_missing_model_folder_is_one_line(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     settings = text_files(tmp_path / "data")

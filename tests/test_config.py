@@ -255,10 +255,6 @@ MISTAKES = {
         "data: {source: csv, train: a, test: b, columns: {body: text}}",
         ["data.columns.body is not a known key", "valid keys are text, text_pair, label"],
     ),
-    "images of the hub with a model of text": (
-        "{data: {source: datasets, dataset: cifar10}, model: {pretrained: x}}",
-        ["model.pretrained must be absent where data.dataset is cifar10, which needs a model of images, got 'x'"],
-    ),
     "texts of the hub without one": (
         "data: {source: datasets, dataset: nobody/texts}",
         ["model.pretrained must be a folder ", "data.dataset is nobody/texts, which needs a model of text"],

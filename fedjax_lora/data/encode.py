@@ -58,13 +58,9 @@ def encode(
       ValueError: a column is missing, or a value is not what it must be; names its line.
     """
     found = tables.find(parts[0], columns, learns)
-    train, test = (tables.by_role(table, found) for table in parts)
-    if learns == "next_token":
-        result = _next_token(train, test, cache, max_length, template)
-    else:
-        result = {"label": _label, "number": _number, "token_label": _token_label}[learns](
-            train, test, cache, max_length
-        )
+    train = tables.by_role(parts[0], found)
+    test = tables.by_role(parts[1], {role: column for role, column in found.items() if role != "client"})
+    result = _ENCODERS[learns](train, test, cache, max_length, template)
     clients, client_names = _clients(train)
     guessed = ", ".join(f"{role} is {column!r}" for role, column in found.items() if role not in columns.given())
     return gather(
@@ -96,7 +92,7 @@ def inputs(table: Table, learns: Learns, cache: Cache, max_length: int) -> Token
     return _sentences(table, cache, max_length)
 
 
-def _label(train: Table, test: Table, cache: Cache, max_length: int) -> _Encoded:
+def _label(train: Table, test: Table, cache: Cache, max_length: int, _: Template) -> _Encoded:
     names = tables.class_names(train, test)
     tokens = [_sentences(table, cache, max_length) for table in (train, test)]
     pools = [
@@ -106,7 +102,7 @@ def _label(train: Table, test: Table, cache: Cache, max_length: int) -> _Encoded
     return _Encoded(pools, names, _cut(tokens))
 
 
-def _number(train: Table, test: Table, cache: Cache, max_length: int) -> _Encoded:
+def _number(train: Table, test: Table, cache: Cache, max_length: int, _: Template) -> _Encoded:
     targets = [np.asarray(tables.numbers(table), np.float32) for table in (train, test)]
     edges = _tenths(targets[0])
     if not edges.size:
@@ -128,7 +124,7 @@ def _tenths(target: np.ndarray) -> np.ndarray:
     return edges if edges.size else np.unique(above)[:1]
 
 
-def _token_label(train: Table, test: Table, cache: Cache, max_length: int) -> _Encoded:
+def _token_label(train: Table, test: Table, cache: Cache, max_length: int, _: Template) -> _Encoded:
     words = [_words(table) for table in (train, test)]
     tags = [_tags(table, own) for table, own in zip((train, test), words, strict=True)]
     names = train.classes.get("label") or _tag_names(train, test, tags)
@@ -161,6 +157,9 @@ def _next_token(train: Table, test: Table, cache: Cache, max_length: int, templa
         if empty := int((own.arrays["target"] == IGNORED).all(axis=1).sum()):
             notes += (f"{table.name}: prompts that fill {max_length} tokens and leave no response to learn: {empty}",)
     return _Encoded(pools, names, _cut(tokens), notes)
+
+
+_ENCODERS = {"label": _label, "number": _number, "token_label": _token_label, "next_token": _next_token}
 
 
 def _sentences(table: Table, cache: Cache, max_length: int) -> Tokens:

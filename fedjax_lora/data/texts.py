@@ -66,7 +66,8 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", kind: Kind, rows: Sequence[Ro
 
 def _of_nothing(tokenizer: "PreTrainedTokenizerBase", row: Row) -> list[int]:
     """Ids of a row without a token: of an empty text the token that ends one, where there is such."""
-    return [] if "".join(row).strip() or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end: Any = tokenizer.eos_token_id
+    return [] if "".join(row).strip() or end is None else [end]
 
 
 def prompt_text(template: Template, prompt: str, context: str) -> str:

@@ -15,7 +15,7 @@ from fedjax_lora.io.log import RunFolder
 RESULTS, FOUND = "results.csv", "sweep.json"
 
 COLUMNS = (
-    *("final_loss", "final_accuracy", "best_accuracy", "personal_accuracy", "total_uplink_bits", "total_downlink_bits"),
+    *("final_accuracy", "best_accuracy", "personal_accuracy", "final_loss", "total_uplink_bits", "total_downlink_bits"),
     *("total_latency_s", "mean_latency_s", "latency_over_budget", "final_queue_s", "rounds", "lost_rounds"),
     *("diverged_rounds", "initial_accuracy", "wall_s", "compile_s"),
 )

@@ -269,8 +269,9 @@ def _leaf(row: Row, path: str, shape: jax.ShapeDtypeStruct, read: Callable[[str]
             raise ValueError(
                 f"model.pretrained must match the model: {' and '.join(names)} must be of {shapes[0]}, got {shapes[1]}"
             )
-        layers.append(np.concatenate([row.stored.read(tensor) for tensor in tensors], axis=-1))
-    return jnp.asarray(np.stack(layers) if in_layers(path) else layers[0], shape.dtype)
+        # Of half the size in bfloat16 before all layers are held.
+        layers.append(np.concatenate([row.stored.read(tensor) for tensor in tensors], axis=-1).astype(shape.dtype))
+    return jnp.asarray(np.stack(layers) if in_layers(path) else layers[0])
 
 
 def _parts(row: Row) -> list[jax.ShapeDtypeStruct]:

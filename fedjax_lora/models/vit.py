@@ -15,7 +15,7 @@ from jax import Array
 from fedjax_lora.core.learning import Adapter, Features, Hidden, Model, Task
 from fedjax_lora.core.types import Base, Batch
 from fedjax_lora.models import layers, table
-from fedjax_lora.models.family import Family, Shape, image_class, read_shape, refuse
+from fedjax_lora.models.family import Family, Shape, read_shape, refuse
 from fedjax_lora.models.table import Part, Row, Stored
 from fedjax_lora.ops.primitives import project
 
@@ -116,7 +116,7 @@ def shape(fields: Mapping[str, Any], *, distillation: bool = False, **ours: Any)
       ValueError: for a variant that is not computed; names the field as `config.json` does.
     """
     refuse(fields, {"qkv_bias": (True, False)})
-    fields = _BASE | fields
+    fields = {**_BASE, **fields}
     height, width = _sides(fields, "image_size")
     patch, other = _sides(fields, "patch_size")
     if patch != other:
@@ -241,13 +241,7 @@ FAMILY = Family(
         "intermediate.dense": "mlp.fc1",
         "output.dense": "mlp.fc2",
     },
-    classes=image_class("ViTForImageClassification", "vit."),
 )
 """Checkpoints have the older names; today's are those of PyTorch's modules, by which PEFT knows them."""
 
-DEIT = FAMILY._replace(
-    title="DeiT",
-    shape=partial(shape, distillation=True),
-    prefixes=("", "deit."),
-    classes=image_class("DeiTForImageClassification", "deit."),
-)
+DEIT = FAMILY._replace(title="DeiT", shape=partial(shape, distillation=True), prefixes=("", "deit."))

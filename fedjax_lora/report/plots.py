@@ -22,25 +22,13 @@ def all_plots(runs: Sequence[Run]) -> list[Plot]:
         return draw(title, x, y, labels(runs), [lines(run) for run in runs])
 
     takes_time = any(line.get("cumulative_latency_s") for run in runs for line in run.metrics)
-    accuracies = [
-        plot("Accuracy by round", _ROUND, _ACCURACY, lambda run: _accuracy(run, _column(run, "round"))),
-        plot(
-            "Accuracy by simulated time",
-            Axis("simulated time, s"),
-            _ACCURACY,
-            lambda run: _accuracy(run, _column(run, "cumulative_latency_s")),
-        )
-        if takes_time
-        else Plot("Accuracy by simulated time", "", note="The runs took no simulated time, or an unbounded one."),
-        plot("Accuracy by uplink traffic", Axis("uplink so far", "bit"), _ACCURACY, _accuracy_by_uplink),
-    ]
     of_task = [
         plot(metric_name(name).capitalize(), _ROUND, Axis(metric_name(name)), _fields(**{name: "test"}))
         for name in dict.fromkeys(name for run in runs for line in run.metrics for name in line)
         if name.startswith(OF_TASK)
     ]
     plots = [
-        *(accuracies if _accurate(runs) else []),
+        *(_accuracy_plots(plot, takes_time) if _accurate(runs) else []),
         plot("Loss", _ROUND, Axis("loss"), _fields(eval_loss="test", train_loss="training")),
         *of_task,
         plot("Latency of a round", _ROUND, Axis("seconds"), _latency),
@@ -61,6 +49,22 @@ def all_plots(runs: Sequence[Run]) -> list[Plot]:
         *plots,
         plot("Distance from the ideal average", _ROUND, Axis("Frobenius norm"), errors),
         plot("Energy that a client left out", _ROUND, Axis("squared Frobenius norm"), dropped),
+    ]
+
+
+def _accuracy_plots(plot: Callable[..., Plot], takes_time: bool) -> list[Plot]:
+    """Accuracy against all that is spent."""
+    return [
+        plot("Accuracy by round", _ROUND, _ACCURACY, lambda run: _accuracy(run, _column(run, "round"))),
+        plot(
+            "Accuracy by simulated time",
+            Axis("simulated time, s"),
+            _ACCURACY,
+            lambda run: _accuracy(run, _column(run, "cumulative_latency_s")),
+        )
+        if takes_time
+        else Plot("Accuracy by simulated time", "", note="The runs took no simulated time, or an unbounded one."),
+        plot("Accuracy by uplink traffic", Axis("uplink so far", "bit"), _ACCURACY, _accuracy_by_uplink),
     ]
 
 

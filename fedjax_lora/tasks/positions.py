@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from fedjax_lora.core.types import IGNORED, Batch
@@ -67,28 +68,8 @@ def by_example(batch: Batch, values: Array) -> Array:
     return jax.ops.segment_sum(values.ravel(), batch["example_ids"].ravel(), number)
 
 
-@jax.custom_vjp
 def cross_entropy(logits: Array, target: Array) -> Array:
-    """`[..., classes]`, `[...]` -> `[...]` in nats, 0 where the target is IGNORED.
-
-    The backward pass keeps the logits and one number a position: with a large vocabulary all else is small beside them.
-    """
-    return _forward(logits, target)[0]
-
-
-def _forward(logits: Array, target: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    normaliser = jax.nn.logsumexp(logits, -1)
+    """`[..., classes]`, `[...]` -> `[...]` in nats, 0 where the target is IGNORED."""
     counts = target != IGNORED
-    own = jnp.take_along_axis(logits, jnp.where(counts, target, 0)[..., None], -1)[..., 0]
-    return jnp.where(counts, normaliser - own, 0.0), (logits, normaliser, target)
-
-
-def _backward(residuals: tuple[Array, Array, Array], g: Array) -> tuple[Array, None]:
-    logits, normaliser, target = residuals
-    g = jnp.where(target != IGNORED, g, 0.0)
-    share = jnp.exp(logits - normaliser[..., None])
-    own = jnp.arange(logits.shape[-1]) == target[..., None]
-    return (share - own) * g[..., None], None
-
-
-cross_entropy.defvjp(_forward, _backward)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counts, target, 0))
+    return jnp.where(counts, each, 0.0)

@@ -196,10 +196,11 @@ def test_empty_texts_are_special_tokens_alone_and_are_counted(reads, tokenizer, 
 
 def test_clients_are_numbered_in_their_order(reads):
     rows = [{"text": "good", "label": i % 2, "client": client} for i, client in enumerate([10, 9, 10, 2])]
-    examples = reads("label", rows, [{"text": "good", "label": 1, "client": 77}], bert_like())
+    examples = reads("label", rows, [{"text": "good", "label": 1}], bert_like())  # nobody holds what tests
     assert examples.client_names == ("2", "9", "10") and examples.clients is not None
     np.testing.assert_array_equal(examples.clients, [2, 1, 2, 0])
-    assert reads("label", [{"text": "a", "label": 0}, {"text": "a", "label": 1}], rows, bert_like()).clients is None
+    without = [{"text": row["text"], "label": row["label"]} for row in rows]
+    assert reads("label", without, rows, bert_like()).clients is None
 
 
 def test_the_cache_tells_what_is_learned_columns_and_templates_apart(reads, tmp_path):

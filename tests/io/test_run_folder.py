@@ -348,6 +348,7 @@ def test_summary_adds_up_the_log_oracle_python_loop(run):
     assert missed.startswith("the latency budget was missed: a round took 0.775 s on average, 1.55 times")
     assert summary == {
         "initial_accuracy": 0.1,
+        "final_loss": 3.1,
         "final_accuracy": 0.75,
         "best_accuracy": 0.9,
         "personal_accuracy": 0.25,

@@ -4,12 +4,15 @@ import dataclasses
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
 
 from fedjax_lora.core.methods import Method
 from fedjax_lora.core.numbers import Options
+from fedjax_lora.core.types import Adapters
+from fedjax_lora.data import packing
 from fedjax_lora.models import load
 from fedjax_lora.models.families import FAMILIES
 from fedjax_lora.testing import laws, models
@@ -36,10 +39,7 @@ def test_roberta_with_a_pooler_against_pytorch(tmp_path):
     """From a model with a head, whose names have a prefix."""
     torch = pytest.importorskip("torch")
     config = tiny_models.CONFIGS["camembert"]
-    plain = transformers.CamembertForMaskedLM(config)
-    plain.roberta = transformers.CamembertModel(config)
-    plain.config.tie_word_embeddings = False
-    reference = tiny_models.save(tmp_path, plain).roberta
+    reference = tiny_models.save(tmp_path, transformers.CamembertForMultipleChoice(config)).roberta
     batch = tiny_models.text_batch(config.pad_token_id)
     with torch.no_grad():
         expected = reference(**{name: torch.tensor(leaf) for name, leaf in batch.items()}).pooler_output.numpy()
@@ -52,6 +52,27 @@ class TinyOptions(Options):
     """A small model of text."""
 
     name: Literal["tiny"] = "tiny"
+
+
+@pytest.mark.parametrize("name", ["roberta", "gpt2"])
+def test_packed_hidden_states_are_those_of_rows_of_their_own(name):
+    """Invariance, with a token of padding in the middle of a sentence, which RoBERTa does not count."""
+    family, made = FAMILIES[name], model_context(2).made
+    config = tiny_models.CONFIGS[name]
+    model = family.make(family.shape(config.to_dict()), tiny_models.everything(), made["adapter"])
+    batch = {key: jnp.asarray(leaf) for key, leaf in tiny_models.text_batch(config.pad_token_id).items()}
+
+    @jax.jit
+    def both():
+        base, none = model.init(jax.random.key(0)), Adapters(modules={}, head={})
+        packed = packing.pack(batch, batch["attention_mask"] > 0, 2, 12)
+        return packed, [model.apply(base, none, given)["hidden"] for given in (packed, batch)]
+
+    packed, (values, apart) = jax.tree.map(np.asarray, both())
+    places = np.nonzero(packed["attention_mask"])
+    example, position = packed["example_ids"][places], packed["position_ids"][places]
+    assert sorted(zip(example, position, strict=True)) == list(zip(*np.nonzero(batch["attention_mask"]), strict=True))
+    np.testing.assert_allclose(values[places], apart[example, position], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A small BERT with a tokenizer of whole words, as a Hugging Face folder."""
+"""A small BERT or Llama with a tokenizer of whole words, as a Hugging Face folder."""
 
 from pathlib import Path
 
@@ -23,6 +23,27 @@ def save_toy_bert(folder: Path) -> Path:
         max_position_embeddings=64,
     )
     transformers.BertModel(config).save_pretrained(folder)
+    return _with_tokenizer(folder)
+
+
+def save_toy_llama(folder: Path) -> Path:
+    """The same of a Llama, whose three heads share keys."""
+    pytest.importorskip("torch")
+    config = transformers.LlamaConfig(
+        vocab_size=len(SPECIAL + WORDS),
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        intermediate_size=MLP,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return _with_tokenizer(folder)
+
+
+def _with_tokenizer(folder: Path) -> Path:
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(

@@ -6,7 +6,7 @@ import pytest
 
 import fedjax_lora as fl
 from fedjax_lora.config import assemble
-from oracles.toy_bert import WORDS, save_toy_bert
+from oracles.toy_bert import WORDS, save_toy_bert, save_toy_llama
 
 SETTINGS = [
     "rounds=2",
@@ -27,20 +27,22 @@ CASES = {
     "split in int8": ["sparsifier=dense", "training={name: split, exchange: int8, device_layers: 1}"],
     "one server copy": ["sparsifier=dense", "training={name: split, server_adapters: shared}"],
     "bfloat16": ["sparsifier=dense", "model.compute_dtype=bfloat16"],
+    "a decoder": ["lora.targets=[q_proj, down_proj]", "model.pooling=last"],
 }
 FAST = ["personal parts"]
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """A small BERT and sentences of 1 to 20 words, as overrides."""
+    """A small BERT, a Llama and sentences of 1 to 20 words, as overrides by family."""
     folder, random = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
     for name, count in (("train", 60), ("test", 13)):
         lengths = np.minimum(random.geometric(0.2, count), 20)
         lines = (f"{' '.join(random.choice(WORDS, length))}\t{random.integers(2)}\n" for length in lengths)
         (folder / f"{name}.tsv").write_text("".join(lines))
-    model = save_toy_bert(folder / "model")
-    return [f"model.pretrained={model}", *(f"data.{name}={folder / name}.tsv" for name in ("train", "test"))]
+    models = {"bert": save_toy_bert(folder / "bert"), "llama": save_toy_llama(folder / "llama")}
+    data = [f"data.{name}={folder / name}.tsv" for name in ("train", "test")]
+    return {family: [f"model.pretrained={model}", *data] for family, model in models.items()}
 
 
 def outcome(settings):
@@ -58,7 +60,7 @@ def conditionals(simulation):
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in FAST else pytest.mark.slow) for c in CASES])
 def test_a_run_on_packed_batches_is_that_on_padded_ones(given, monkeypatch, case):
-    settings = [*given, *SETTINGS, *CASES[case]]
+    settings = [*given["llama" if case == "a decoder" else "bert"], *SETTINGS, *CASES[case]]
     simulation, state, metrics = outcome(settings)
     branches = conditionals(simulation)
     packing = simulation.layout.packing

@@ -189,6 +189,17 @@ def test_padding_is_not_sent_and_labels_are_where_the_task_is_at_the_server():
     assert crossing["padded"] == (3 * 3 * 4 * 32 + 3 * 32, 0)
 
 
+@pytest.mark.parametrize(("target", "labels"), [((2,), 3), ((2, 3), 3 + 1 + 1)])
+def test_a_target_of_each_position_is_sent_for_real_positions_whatever_padding_is(target, labels):
+    """By hand, in the batches above."""
+    pool = {"x": jnp.zeros((2, 3, 4)), "mask": jnp.array([[1.0, 1, 1], [1, 0, 0]]), "target": jnp.zeros(target)}
+    rows, weight = jnp.array([[0, 1], [1, 0]]), jnp.array([[1.0, 1], [1, 0]])
+    for padding, values in ((False, 5), (True, 9)):
+        options = SplitOptions(task="server", count_padding=padding)
+        up, _ = split._crossing(options, chain(3), {}, pool, rows, weight, ())
+        assert up.exact() == values * 4 * 32 + labels * 32
+
+
 def test_shares_of_the_work_are_those_of_the_layers():
     """By hand, of four layers; frozen first layers save `1 - l / (2 L)`."""
     for options, device, server in (

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
 from fedjax_lora.core.learning import Features, Hidden
 from fedjax_lora.core.methods import Context
@@ -139,11 +138,9 @@ def test_a_logit_that_is_not_finite_is_not_measured_where_it_counts():
         assert np.isfinite(NEXT.finish(scores, jnp.ones(5).at[0].set(0.0))["eval_accuracy"])
 
 
-def test_the_gradient_of_cross_entropy_is_that_of_finite_differences_and_is_zero_where_ignored():
-    logits, target = jnp.asarray(LOGITS[0]), jnp.asarray(TARGET[0])
-    check_grads(lambda x: positions.cross_entropy(x, target), (logits,), 1, ("rev",), eps=1e-2)
-    gradient = jax.grad(lambda x: positions.cross_entropy(x, target).sum())(logits)
-    np.testing.assert_array_equal(np.any(gradient != 0, -1), TARGET[0] != IGNORED)
+def test_no_gradient_comes_of_a_position_that_does_not_count():
+    gradient = jax.grad(lambda x: positions.cross_entropy(x, jnp.asarray(TARGET)).sum())(jnp.asarray(LOGITS))
+    np.testing.assert_array_equal(np.any(gradient != 0, -1), TARGET != IGNORED)
 
 
 def test_without_a_position_that_counts_the_loss_is_zero_and_nothing_is_measured():
