@@ -15,6 +15,7 @@ from fedjax_lora.core.methods import Method
 from fedjax_lora.io import merged, peft
 from fedjax_lora.io.model_card import Card
 from fedjax_lora.io.run_files import read_metrics
+from fedjax_lora.io.summary import OF_TASK
 from fedjax_lora.models import load, table
 
 FORMATS = {
@@ -125,4 +126,5 @@ def _facts(found: TrainedRun, client: int | None) -> dict[str, Any]:
         "accuracy on the held-out examples": lines[-1]["eval_accuracy"],
         "accuracy of the clients' own adapters, mean": lines[-1]["personal_accuracy"],
     }
+    measured |= {name: value for name, value in lines[-1].items() if name.startswith(OF_TASK)}
     return {**own, **methods, **settings, **sums, **{k: v for k, v in measured.items() if v is not None}}
