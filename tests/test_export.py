@@ -300,7 +300,7 @@ def truncate_checkpoint(run):
         (scale_weights, ["model.pretrained", "weights", "base_hash", "bert"]),
         (change_activation, ["model.pretrained", "config.json", "model_config_hash"]),
         (cut_on_the_left, ["model.pretrained", "tokenizer", "tokenizer_hash"]),
-        (put(class_names=None), ["class_names", "data.json", "3 labels", "None"]),
+        (put(class_names=None), ["class_names", "data.json", "a list of labels", "None"]),
         (put(class_names=["yes", "no"]), ["class_names", "3 labels", "['yes', 'no']"]),
         (lambda run: (run / "data.json").write_text("[1]"), ["data.json", "changed or damaged"]),
         (lambda run: (run / "data.json").unlink(), ["data.json", "folder of a run"]),

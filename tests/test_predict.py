@@ -40,6 +40,7 @@ TEXTS = [line.partition("\t")[0] for line in TEST]
 def folder(tmp_path_factory):
     """A BERT and a data set of two labels."""
     path = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(0)
     save_toy_bert(path / "bert")
     for name, lines in (("train", TRAIN), ("test", TEST)):
         (path / f"{name}.tsv").write_text("".join(f"{line}\n" for line in lines))
@@ -55,7 +56,7 @@ def finished(folder, out, *overrides):
             f"model={{pretrained: {folder / 'bert'}, pooling: cls}}",
             f"data={{source: tsv, train: {folder / 'train.tsv'}, test: {folder / 'test.tsv'}, max_length: 8}}",
             "clients={count: 3, partition: {kind: iid}}",
-            "local={steps: 2, batch_size: 2, optimizer: {learning_rate: 0.05}}",
+            "local={steps: 2, batch_size: 2, optimizer: {learning_rate: 0.02}}",
             "lora={max_rank: 3, rank: 2, alpha: 6.0, targets: [query, up]}",
             "sparsifier=dense",
             "control={name: ideal}",
@@ -82,22 +83,31 @@ def torch_probabilities(folder, out):
     return torch.softmax(logits, -1).numpy()
 
 
-AGGREGATIONS = [f"{{name: {name}}}" for name in Catalogue.of().names("aggregation")]
+AGGREGATIONS = [f"{{name: {name}}}" for name in Catalogue.of().names("aggregation")][1:]  # `ended` is of the first
 AGGREGATIONS += ["{name: fedex, start: keep}", "{name: fedex, start: reinit}"]
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_the_accuracy_of_a_run_is_that_of_pytorch_and_peft(folder, tmp_path, aggregation):
-    """Oracle: PyTorch with PEFT on the exported folder; the labels are in the file."""
-    out = finished(folder, tmp_path / "run", f"aggregation={aggregation}")
+def check_against_pytorch(folder, out, tmp_path):
     export_run(out, tmp_path / "out")
     theirs = torch_probabilities(folder, tmp_path / "out")
-    right = [["no", "yes"][row.argmax()] == line.partition("\t")[2] for row, line in zip(theirs, TEST, strict=True)]
+    labels = [["no", "yes"][row.argmax()] for row in theirs]
+    right = [label == line.partition("\t")[2] for label, line in zip(labels, TEST, strict=True)]
     assert json.loads((out / "summary.json").read_text())["final_accuracy"] == pytest.approx(np.mean(right))
     predicted = predict_lines(out, tmp_path)
-    assert predicted.labels == [["no", "yes"][row.argmax()] for row in theirs]
-    np.testing.assert_allclose(predicted.probabilities, theirs.max(-1), atol=1e-5)
-    assert len(set(predicted.probabilities)) == len(TEXTS)
+    assert predicted.labels == labels
+    np.testing.assert_allclose(predicted.probabilities, theirs.max(-1), atol=1e-4)
+    assert np.ptp(predicted.probabilities) > 1e-3
+
+
+def test_the_accuracy_of_a_run_is_that_of_pytorch_and_peft(folder, ended, tmp_path):
+    """Oracle: PyTorch with PEFT on the exported folder; the labels are in the file."""
+    check_against_pytorch(folder, ended, tmp_path)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_the_accuracy_of_each_aggregation_is_that_of_pytorch_and_peft(folder, tmp_path, aggregation):
+    """Oracle: the same, of runs whose base changes, whose factors are drawn anew, or whose clients keep parts."""
+    check_against_pytorch(folder, finished(folder, tmp_path / "run", f"aggregation={aggregation}"), tmp_path)
 
 
 def predict_lines(out, tmp_path, **options):
