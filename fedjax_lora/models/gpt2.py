@@ -119,7 +119,7 @@ def embed(config: Gpt2Config, base: Base, batch: Batch, key: Array | None) -> Hi
     """Words and positions."""
     tables, places = base["embeddings"], layers.places_of(batch)
     position = tables["position"][layers.positions(batch, config.max_positions)]
-    values = tables["word"][batch["input_ids"]].astype(jnp.float32) + position
+    values = layers.words(tables["word"], batch) + position
     values = layers.dropout(values, config.dropout, None if key is None else jax.random.fold_in(key, 0), places)
     return Hidden(values=values, mask=batch["attention_mask"].astype(jnp.float32), places=places)
 

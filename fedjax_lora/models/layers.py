@@ -16,7 +16,7 @@ from jax import Array, lax
 from fedjax_lora.core.learning import Adapter, Features, Hidden, Model, Places, Site, Task
 from fedjax_lora.core.types import Adapters, Base, Batch
 from fedjax_lora.models import table
-from fedjax_lora.ops.primitives import attention, gelu, layer_norm, pack
+from fedjax_lora.ops.primitives import attention, gelu, layer_norm, pack, unpack
 
 Pooling = Literal["mean", "cls", "last"]
 """What a head sees of an example: the mean of its real positions, the first or the last of them."""
@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Array, str], Array]] = {
     "relu": lambda x, dtype: jax.nn.relu(x),
     "silu": lambda x, dtype: jax.nn.silu(x),
 }
-"""Activations by the name that Hugging Face gives them: `(x, dtype of what the backward pass keeps)`."""
+"""Activations by the name that Hugging Face gives them: `(x, dtype of what the backward pass of gelu keeps)`."""
 
 Project = Callable[[Array, Array, Mapping[str, tuple[int, Any]]], Array]
 """`Adapter.project`."""
@@ -201,6 +201,11 @@ def run_blocks(block: Block, base: Base, adapters: Adapters, hidden: Hidden, key
     step = jax.checkpoint(step) if remat else step
     values, _ = lax.scan(step, hidden.values, (jax.tree.map(pack, stacked), adapters.modules, keys))
     return hidden._replace(values=values)
+
+
+def words(table: Array, batch: Batch) -> Array:
+    """`[G, P, d]` float32 of the tokens, by a table that may be in bfloat16: what is gathered alone is converted."""
+    return unpack(pack(table)[batch["input_ids"]]).astype(jnp.float32)
 
 
 def places_of(batch: Batch) -> Places | None:

@@ -29,7 +29,7 @@ from fedjax_lora.models.family import (
 )
 from fedjax_lora.models.rope import Rope, read_rope, rotation
 from fedjax_lora.models.table import AS_IS, Part, Row, Stored
-from fedjax_lora.ops.primitives import attention, gated, pack, project, rms_norm, rotary, unpack
+from fedjax_lora.ops.primitives import attention, gated, project, rms_norm, rotary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,7 +252,7 @@ def embed(config: LlamaConfig, base: Base, batch: Batch, key: Array | None) -> H
     ids, places = batch["input_ids"], layers.places_of(batch)
     if places is None:
         layers.check_length(config.max_positions, ids.shape[1])
-    values = unpack(pack(base["embeddings"]["word"])[ids]).astype(jnp.float32)
+    values = layers.words(base["embeddings"]["word"], batch)
     values = values * math.sqrt(config.width) if config.scaled_words else values
     values = layers.dropout(values, config.dropout, None if key is None else jax.random.fold_in(key, 0), places)
     return Hidden(values=values, mask=batch["attention_mask"].astype(jnp.float32), places=places)

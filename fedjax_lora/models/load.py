@@ -102,6 +102,9 @@ def _check_inputs(found: "Pretrained", pretrained: str, context: Context) -> Non
 _OURS = ("pooling", "dropout", "compute_dtype", "remat")
 """Options that decide about a model's computation, whatever its shape."""
 
+_TOKENIZERS = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))
+"""Files of which a tokenizer is read: those of one line."""
+
 METHOD = Method("model", "vit-tiny", ModelConfig, make)
 
 
@@ -203,9 +206,10 @@ def load_tokenizer(pretrained: str) -> "PreTrainedTokenizerBase":
 
     folder = safetensors.resolve(pretrained)
     _shape(_family(folder), folder)  # transformers would take what is wrong with it for a fault of the tokenizer
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
         # transformers would make an empty tokenizer and say nothing
-        raise ValueError(f"model.pretrained must hold tokenizer.json or vocab.txt, got {folder} without either")
+        allowed = " or ".join(" with ".join(names) for names in _TOKENIZERS)
+        raise ValueError(f"model.pretrained must hold {allowed}, got {folder} without")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
     except Exception as error:  # it raises errors of several libraries
@@ -219,7 +223,12 @@ def _family(folder: Path) -> Family:
     Raises:
       ValueError: the file cannot be read, or is of no family that is known.
     """
-    model_type = safetensors.read_json(folder / "config.json").get("model_type")
+    fields = safetensors.read_json(folder / "config.json")
+    model_type = fields.get("model_type")
+    if any(str(name).startswith("AutoModel") for name in fields.get("auto_map") or ()):
+        raise ValueError(
+            f"model.pretrained must be a model without code of its own (trust_remote_code), got auto_map in {folder}"
+        )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ValueError(f"model.pretrained must have a model_type among {known} in config.json, got {model_type!r}")
@@ -243,4 +252,4 @@ def _shape(family: Family, folder: Path, **ours: Any) -> Any:
 def _fields(folder: Path) -> dict[str, Any]:
     """What a folder's `config.json` says, and of what an image passes through before, if it says so."""
     fields, images = safetensors.read_json(folder / "config.json"), folder / "preprocessor_config.json"
-    return {**safetensors.read_json(images), **fields} if images.is_file() else fields
+    return {"do_normalize": True, **safetensors.read_json(images), **fields} if images.is_file() else fields

@@ -125,12 +125,17 @@ def _problem(fields: Mapping[str, Any]) -> str | None:
 
 def _matching(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first key that PEFT finds a name to match."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next((value for key, value in pattern.items() if re.match(_ending(key), module)), default)
+
+
+def _ending(key: str) -> str:
+    """What a name must match of which a pattern speaks, as PEFT has it."""
+    return rf"(.*\.)?({key})$"
 
 
 def _is_expression(key: str) -> bool:
     try:
-        re.compile(key)
+        re.compile(_ending(key))
     except re.error:
         return False
     return True

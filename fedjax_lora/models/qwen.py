@@ -41,7 +41,8 @@ def qwen3_shape(fields: Mapping[str, Any], **ours: Any) -> LlamaConfig:
 
 def _refuse_windows(fields: Mapping[str, Any]) -> None:
     refuse(fields, {"use_sliding_window": (False,)})
-    for kind in fields.get("layer_types") or ():
+    kinds = fields.get("layer_types") or []
+    for kind in kinds if isinstance(kinds, list) else (kinds,):
         refuse({"layer_types": kind}, {"layer_types": ("full_attention",)})
 
 

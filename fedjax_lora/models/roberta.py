@@ -79,12 +79,22 @@ def _positions(padding: int, ids: Array, places: Places | None) -> Array:
     return padding + real * (count.reshape(ids.shape) - before.at[places.example].get(mode="clip"))
 
 
-def family(title: str, tokens: str) -> Family:
-    """RoBERTa under another name, whose class of transformers for the labels of tokens is `tokens`."""
+def family(title: str, tokens: str, vocab_size: int = RobertaConfig.vocab_size) -> Family:
+    """RoBERTa under another name.
+
+    Args:
+      title: its name.
+      tokens: its class of transformers for the labels of tokens.
+      vocab_size: where `config.json` says nothing.
+    """
+
+    def own_shape(fields: Mapping[str, Any], **ours: Any) -> RobertaConfig:
+        return shape({"vocab_size": vocab_size, **fields}, **ours)
+
     classes = token_class(tokens, "classifier", "roberta.")
-    return bert.FAMILY._replace(title=title, shape=shape, make=roberta, prefixes=("", "roberta."), classes=classes)
+    return bert.FAMILY._replace(title=title, shape=own_shape, make=roberta, prefixes=("", "roberta."), classes=classes)
 
 
 FAMILY = family("RoBERTa", "RobertaForTokenClassification")
-XLM = family("XLM-RoBERTa", "XLMRobertaForTokenClassification")
-CAMEMBERT = family("CamemBERT", "CamembertForTokenClassification")
+XLM = family("XLM-RoBERTa", "XLMRobertaForTokenClassification", vocab_size=30522)
+CAMEMBERT = family("CamemBERT", "CamembertForTokenClassification", vocab_size=30522)

@@ -27,6 +27,9 @@ from fedjax_lora.models.table import Row, Table, in_layers
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = ("F64", "F32", "F16", "BF16")
+_READ, _NOT_READ = ["*.json", "*.safetensors", "*.txt"], ["*/*", "consolidated*"]
+"""Files of a hub's model that are read, and among them those that are of other programs."""
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -44,11 +47,12 @@ def resolve(pretrained: str) -> Path:
             f"model.pretrained must be a folder that exists or a Hugging Face model id, got {pretrained!r}"
         )
     try:
-        return Path(huggingface_hub.snapshot_download(pretrained, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        return Path(huggingface_hub.snapshot_download(pretrained, allow_patterns=_READ, ignore_patterns=_NOT_READ))
     except Exception as error:  # the hub client raises errors of several libraries
         raise ValueError(
             "model.pretrained must be an existing folder or a model that the Hugging Face hub has, "
-            f"got {pretrained!r} ({reason_of(error)})"
+            f"got {pretrained!r} ({reason_of(error)}); without a network it must be a folder, or in the hub's cache "
+            "already (HF_HOME), then with HF_HUB_OFFLINE=1"
         ) from None
 
 

@@ -4,6 +4,7 @@ Adapters may sit on `query`, `key`, `value`, `output` (of attention), `up` and `
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -56,9 +57,14 @@ class VitConfig(Shape):
             raise ValueError(f"image sides must be multiples of {self.patch}, got {self.height} x {self.width}")
         if self.hidden % self.num_heads:
             raise ValueError(f"num_heads must divide hidden = {self.hidden}, got {self.num_heads}")
-        for name in ("mean", "std"):
-            if len(getattr(self, name)) not in (0, self.channels):
-                raise ValueError(f"{name} must be of {self.channels} channels, got {getattr(self, name)}")
+        for name, least in (("mean", -math.inf), ("std", 0)):
+            values = getattr(self, name)
+            if len(values) not in (0, self.channels):
+                raise ValueError(f"{name} must be of {self.channels} channels, got {values}")
+            if not all(type(x) in (int, float) and least < x < math.inf for x in values):
+                raise ValueError(f"{name} must be finite numbers{' above 0' * (name == 'std')}, got {values}")
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"std must be of as many channels as image_mean, {len(self.mean)}, got {self.std}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -130,8 +136,7 @@ def shape(fields: Mapping[str, Any], *, distillation: bool = False, **ours: Any)
     if patch != other:
         raise ValueError(f"patch_size must be of squares, got {fields['patch_size']}")
     rest = {name: value for name, value in fields.items() if name not in ("image_size", "patch_size")}
-    for name in ("image_mean", "image_std"):
-        rest[name] = tuple(fields.get(name) or ()) if fields.get("do_normalize") else ()
+    rest |= {name: _of_channels(fields, name) for name in ("image_mean", "image_std")}
     sides = {"height": height, "width": width, "patch": patch}
     return read_shape(VitConfig, rest, NAMES, **sides, always_cls=True, distillation=distillation, **ours)
 
@@ -144,6 +149,14 @@ def _sides(fields: Mapping[str, Any], name: str) -> tuple[Any, Any]:
     if len(value) != 2:
         raise ValueError(f"{name} must be a number or a height and a width, got {value!r}")
     return value[0], value[1]
+
+
+def _of_channels(fields: Mapping[str, Any], name: str) -> tuple[Any, ...]:
+    """A number for each channel, where images are normalised: one alone is of all, and 0.5 stands for none."""
+    if not fields.get("do_normalize", "image_mean" in fields or "image_std" in fields):
+        return ()
+    value = fields.get(name, 0.5)
+    return tuple(value) if isinstance(value, list) else (value,) * fields["num_channels"]
 
 
 def weights(config: VitConfig) -> table.Table:

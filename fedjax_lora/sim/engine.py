@@ -12,11 +12,10 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from fedjax_lora.adapters.lora import max_rank, rank_mask
 from fedjax_lora.core.numbers import Numbers
-from fedjax_lora.core.types import Adapters, ClientState, FedState, Metrics
+from fedjax_lora.core.types import ClientState, FedState, Metrics
 from fedjax_lora.sim.cohort import replicated
-from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal, of_clients
+from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal, of_clients, used_adapters
 from fedjax_lora.sim.full_gradient import FullGradient
 from fedjax_lora.sim.memory import Needs
 from fedjax_lora.sim.merged import current_base, nothing_merged
@@ -187,9 +186,9 @@ class Program:
 
 def predict(make_parts: MakeParts, world: World, state: FedState, inputs: Mapping[str, Array]) -> Array:
     """`[B, ...]` outputs of the task, by the adapters that a newcomer would be given."""
-    parts, adapters = make_parts(state.numbers), deployed(state.adapters, state.clients)
-    modules = parts.adapter.effective(adapters.modules, rank_mask(parts.rank, max_rank(adapters)), parts.scale)
-    return parts.model.apply(current_base(parts, world, state), Adapters(modules=modules, head=adapters.head), inputs)
+    parts = make_parts(state.numbers)
+    used = used_adapters(parts.adapter, deployed(state.adapters, state.clients), parts.rank, parts.scale)
+    return parts.model.apply(current_base(parts, world, state), used, inputs)
 
 
 class Simulation:

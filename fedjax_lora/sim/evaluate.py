@@ -56,7 +56,7 @@ def make_evaluate(
     ) -> dict[str, Array]:
         num_examples = _size(pool)
         batches = evaluation_batches(num_examples, batch_size, mesh.shape[CLIENTS])
-        used = _used(adapter, adapters, rank, scale)
+        used = used_adapters(adapter, adapters, rank, scale)
 
         def score(shared, rows_and_weight: tuple[Array, Array]) -> dict[str, Array]:
             base, pool, used = shared
@@ -115,7 +115,7 @@ def make_evaluate_personal(
         def score(shared, item: tuple[Array, Any, Array, Array]) -> ClientAccuracy:
             base, data, adapters, scale = shared
             rank, personal, rows, count = item
-            used = _used(adapter, compose(adapters, personal), rank, scale)
+            used = used_adapters(adapter, compose(adapters, personal), rank, scale)
 
             def scored(batch: Batch) -> dict[str, Array]:
                 return task.score(model.apply(base, used, batch), batch)
@@ -137,7 +137,7 @@ def make_evaluate_personal(
     return evaluate
 
 
-def _used(adapter: Adapter, adapters: Adapters, rank: Array, scale: Array) -> Adapters:
+def used_adapters(adapter: Adapter, adapters: Adapters, rank: Array, scale: Array) -> Adapters:
     """Effective adapters of this rank."""
     mask = rank_mask(rank, max_rank(adapters))
     return Adapters(modules=adapter.effective(adapters.modules, mask, scale), head=adapters.head)

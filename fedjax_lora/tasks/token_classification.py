@@ -28,7 +28,7 @@ def make(options: TokenClassificationOptions, context: Context) -> Task:
     """
     check_classes(context.num_classes)
     return Task(
-        head=lambda key, d, bias: init_head(key, d, context.num_classes, bias),
+        head=lambda key, d, bias: init_head(key, d, context.num_classes),  # whatever the pooling: none is pooled
         read=read,
         loss=positions.loss,
         score=positions.score,

@@ -277,14 +277,16 @@ def test_frequencies_of_older_and_newer_settings_against_transformers(name):
 
 def test_shapes_without_a_field_are_those_of_transformers():
     """Oracle: the defaults of its configurations."""
-    for name in ("llama", "qwen2", "qwen3", "gemma"):
+    for name in ("llama", "mistral", "qwen2", "qwen3", "gemma"):
         config = transformers.AutoConfig.for_model(name)
-        shape = FAMILIES[name].shape({})
+        shape = FAMILIES[name].shape({"sliding_window": None} if name == "mistral" else {})
         for ours, theirs in llama.NAMES.items():
             if (expected := getattr(config, theirs, None)) is not None and ours not in ("head_dim", "num_kv_heads"):
                 assert getattr(shape, ours) == expected, (name, ours)
         assert shape.kv_heads == config.num_key_value_heads
-        assert shape.head_width == getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        expected = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        assert shape.head_width == expected
+        assert shape.rope.rope_theta == config.rope_parameters["rope_theta"]
 
 
 def rope_of(**fields):

@@ -326,7 +326,7 @@ def test_model_that_the_hub_does_not_give_is_refused_in_one_line(monkeypatch):
         raise OSError("no network\nand a second line")
 
     monkeypatch.setattr(safetensors.huggingface_hub, "snapshot_download", offline)
-    message = r"or a model that the Hugging Face hub has, got 'someone/some-model' \(no network\)"
+    message = r"the Hugging Face hub has, got 'someone/some-model' \(no network\); without a network .*HF_HUB_OFFLINE=1"
     with pytest.raises(ValueError, match=message) as error:
         build("someone/some-model")
     assert "\n" not in str(error.value)
@@ -341,7 +341,11 @@ def test_hub_id_is_downloaded_without_pickles(folder, monkeypatch):
 
     monkeypatch.setattr(safetensors.huggingface_hub, "snapshot_download", download)
     build("someone/some-model")
-    assert asked == {"name": "someone/some-model", "allow_patterns": ["*.json", "*.safetensors", "*.txt"]}
+    assert asked == {
+        "name": "someone/some-model",
+        "allow_patterns": ["*.json", "*.safetensors", "*.txt"],
+        "ignore_patterns": ["*/*", "consolidated*"],
+    }
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"model": 3}'])
@@ -353,7 +357,9 @@ def test_damaged_tokenizer_is_refused_in_one_line(folder, content):
 
 
 def test_folder_without_tokenizer_is_refused_in_one_line(folder):
-    with pytest.raises(ValueError, match=r"model.pretrained must hold tokenizer.json or vocab.txt") as error:
+    with pytest.raises(
+        ValueError, match=r"model.pretrained must hold tokenizer.json or vocab.txt or vocab.json with merges.txt"
+    ) as error:
         load.load_tokenizer(str(folder))
     assert "\n" not in str(error.value)
 
@@ -461,3 +467,10 @@ def test_every_frozen_weight_has_its_place_in_a_checkpoint_and_sites_lie_in_thei
 def test_rounded_matrices_are_a_property_that_the_options_break():
     assert load.ModelConfig(compute_dtype="bfloat16").breaks() == {"float32_base": "compute_dtype"}
     assert load.ModelConfig().breaks() == {}
+
+
+def test_a_model_with_code_of_its_own_is_refused(folder):
+    fields = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoModel": "modeling_x.XModel"}}
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"without code of its own \(trust_remote_code\), got auto_map in"):
+        build(folder)

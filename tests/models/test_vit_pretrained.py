@@ -1,5 +1,7 @@
 """ViT and DeiT of Hugging Face folders against PyTorch, and what they refuse."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,10 +109,17 @@ def test_images_are_normalised_as_the_folder_says(tmp_path):
     np.testing.assert_allclose(got["hidden"], expected, atol=1e-4, rtol=0)
 
 
-def test_a_mean_of_other_channels_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"image_mean": [0.5], "image_std": [1.0]}, r"image_mean must be of 3 channels, got \(0.5,\)"),
+        ({"image_std": 0}, "image_std must be finite numbers above 0, got"),
+        ({"image_mean": ["a", 0, 0]}, "image_mean must be finite numbers, got"),
+        ({"image_mean": []}, "image_std must be of as many channels as image_mean, 0, got"),
+    ],
+)
+def test_what_cannot_be_a_mean_or_a_deviation_is_refused(told, message, tmp_path):
     tiny_models.save(tmp_path, transformers.ViTModel(tiny_models.CONFIGS["vit"]))
-    (tmp_path / "preprocessor_config.json").write_text(
-        '{"do_normalize": true, "image_mean": [0.5], "image_std": [1.0]}'
-    )
-    with pytest.raises(ValueError, match=r"image_mean must be of 3 channels, got \(0.5,\)"):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=message):
         load.read_shape(str(tmp_path))

@@ -51,7 +51,10 @@ def test_token_classification_against_a_transformers_model():
     np.testing.assert_allclose(value, told.loss.item(), rtol=1e-5)
     np.testing.assert_allclose(gradient["w"], of_head.weight.grad.numpy().T, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(gradient["b"], of_head.bias.grad.numpy(), rtol=1e-4, atol=1e-6)
-    assert {name: leaf.shape for name, leaf in TOKENS.head(jax.random.key(0), 5, False).items()} == {"w": (5, 4)}
+    assert {name: leaf.shape for name, leaf in TOKENS.head(jax.random.key(0), 5, False).items()} == {
+        "w": (5, 4),
+        "b": (4,),
+    }
 
 
 def test_causal_language_modelling_against_a_transformers_model():
