@@ -16,6 +16,7 @@ from fedjax_lora.app.predict import predict_run
 from fedjax_lora.app.runner import run
 from fedjax_lora.config.catalogue import Catalogue
 from fedjax_lora.config.experiment import load_config
+from oracles import tiny_models
 from oracles.toy_bert import save_toy_bert
 
 peft = pytest.importorskip("peft")
@@ -41,7 +42,7 @@ def folder(tmp_path_factory):
     """A BERT and a data set of two labels."""
     path = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
-    save_toy_bert(path / "bert")
+    tiny_models.save(path / "bert", transformers.BertModel.from_pretrained(save_toy_bert(path / "bert")))
     for name, lines in (("train", TRAIN), ("test", TEST)):
         (path / f"{name}.tsv").write_text("".join(f"{line}\n" for line in lines))
     return path
