@@ -233,8 +233,14 @@ def _shape(family: Family, folder: Path, **ours: Any) -> Any:
       ValueError: it describes what the family does not compute.
     """
     try:
-        return family.shape(safetensors.read_json(folder / "config.json"), **ours)
+        return family.shape(_fields(folder), **ours)
     except ValueError as error:
         raise ValueError(
             f"model.pretrained must hold a config.json of {family.title}, got {folder} where {error}"
         ) from None
+
+
+def _fields(folder: Path) -> dict[str, Any]:
+    """What a folder's `config.json` says, and of what an image passes through before, if it says so."""
+    fields, images = safetensors.read_json(folder / "config.json"), folder / "preprocessor_config.json"
+    return {**safetensors.read_json(images), **fields} if images.is_file() else fields

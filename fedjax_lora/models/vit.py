@@ -15,7 +15,7 @@ from jax import Array
 from fedjax_lora.core.learning import Adapter, Features, Hidden, Model, Task
 from fedjax_lora.core.types import Base, Batch
 from fedjax_lora.models import layers, table
-from fedjax_lora.models.family import Family, Shape, read_shape, refuse
+from fedjax_lora.models.family import Family, Shape, image_class, read_shape, refuse
 from fedjax_lora.models.table import Part, Row, Stored
 from fedjax_lora.ops.primitives import project
 
@@ -31,6 +31,7 @@ class VitConfig(Shape):
     always_cls: whether a learned position lies before the patches whatever the pooling; else with `cls` alone, which
       reads it.
     distillation: whether one more lies after it, as in DeiT.
+    mean, std: of each channel, by which images are normalised; () for images that are taken as they are.
     """
 
     height: int = 8
@@ -46,6 +47,8 @@ class VitConfig(Shape):
     qkv_bias: bool = True
     always_cls: bool = False
     distillation: bool = False
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,6 +56,9 @@ class VitConfig(Shape):
             raise ValueError(f"image sides must be multiples of {self.patch}, got {self.height} x {self.width}")
         if self.hidden % self.num_heads:
             raise ValueError(f"num_heads must divide hidden = {self.hidden}, got {self.num_heads}")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (0, self.channels):
+                raise ValueError(f"{name} must be of {self.channels} channels, got {getattr(self, name)}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -88,8 +94,10 @@ NAMES = {
     "activation": "hidden_act",
     "norm_eps": "layer_norm_eps",
     "qkv_bias": "qkv_bias",
+    "mean": "image_mean",
+    "std": "image_std",
 }
-"""Field of the shape -> its name in `config.json`."""
+"""Field of the shape -> its name in `config.json` or, of the last two, in `preprocessor_config.json`."""
 
 _BASE = {
     "image_size": 224,
@@ -116,12 +124,14 @@ def shape(fields: Mapping[str, Any], *, distillation: bool = False, **ours: Any)
       ValueError: for a variant that is not computed; names the field as `config.json` does.
     """
     refuse(fields, {"qkv_bias": (True, False)})
-    fields = {**_BASE, **fields}
+    fields = _BASE | dict(fields)
     height, width = _sides(fields, "image_size")
     patch, other = _sides(fields, "patch_size")
     if patch != other:
         raise ValueError(f"patch_size must be of squares, got {fields['patch_size']}")
     rest = {name: value for name, value in fields.items() if name not in ("image_size", "patch_size")}
+    for name in ("image_mean", "image_std"):
+        rest[name] = tuple(fields.get(name) or ()) if fields.get("do_normalize") else ()
     sides = {"height": height, "width": width, "patch": patch}
     return read_shape(VitConfig, rest, NAMES, **sides, always_cls=True, distillation=distillation, **ours)
 
@@ -179,7 +189,7 @@ def _convolution(config: VitConfig) -> Stored:
 def vit(config: VitConfig, task: Task, adapter: Adapter) -> Model:
     """A vision transformer with the head of a task on top.
 
-    A batch holds `image: [B, height, width, channels]` float32.
+    A batch holds `image: [B, height, width, channels]` float32, in [0, 1] for a model that normalises images.
 
     Args:
       config: shape of the transformer.
@@ -204,6 +214,8 @@ def embed(config: VitConfig, base: Base, batch: Batch, key: Array | None) -> Hid
     image, weights = batch["image"], base["embeddings"]
     if image.shape[1:] != config.image_shape:
         raise ValueError(f"image must be [B, {config.height}, {config.width}, {config.channels}], got {image.shape}")
+    if config.mean:
+        image = (image - jnp.array(config.mean)) / jnp.array(config.std)
     values = project(_patches(config, image), weights["patch"]["w"]) + weights["patch"]["b"]
     learned = [jnp.broadcast_to(weights[name], (len(image), 1, config.hidden)) for name in config.learned]
     values = jnp.concatenate([*learned, values], axis=1)
@@ -241,7 +253,13 @@ FAMILY = Family(
         "intermediate.dense": "mlp.fc1",
         "output.dense": "mlp.fc2",
     },
+    classes=image_class("ViTForImageClassification", "vit."),
 )
 """Checkpoints have the older names; today's are those of PyTorch's modules, by which PEFT knows them."""
 
-DEIT = FAMILY._replace(title="DeiT", shape=partial(shape, distillation=True), prefixes=("", "deit."))
+DEIT = FAMILY._replace(
+    title="DeiT",
+    shape=partial(shape, distillation=True),
+    prefixes=("", "deit."),
+    classes=image_class("DeiTForImageClassification", "deit."),
+)

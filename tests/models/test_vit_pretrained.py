@@ -91,3 +91,26 @@ def test_images_of_another_shape_are_refused(setting):
         load.build_model(config, model_context(2, (6, 4, 3)))
     with pytest.raises(ValueError, match=rf"must be a model of text .*, since the data are text, .*: '{folder}'"):
         load.build_model(config, model_context(2))
+
+
+def test_images_are_normalised_as_the_folder_says(tmp_path):
+    """Oracle: the image processor of transformers, on images in [0, 1]."""
+    config = tiny_models.CONFIGS["vit"]
+    reference = tiny_models.save(tmp_path, transformers.ViTModel(config, add_pooling_layer=False))
+    settings = {"do_resize": False, "do_rescale": False, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    image, processor = np.abs(images()), transformers.ViTImageProcessor(**settings)
+    processor.save_pretrained(tmp_path)
+    pixels = processor(list(image), return_tensors="pt", input_data_format="channels_last").pixel_values
+    with torch.no_grad():
+        expected = reference(pixels).last_hidden_state.numpy()
+    got = tiny_models.outputs(tmp_path, {"image": image}, IMAGE_SHAPE)
+    np.testing.assert_allclose(got["hidden"], expected, atol=1e-4, rtol=0)
+
+
+def test_a_mean_of_other_channels_is_refused(tmp_path):
+    tiny_models.save(tmp_path, transformers.ViTModel(tiny_models.CONFIGS["vit"]))
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"do_normalize": true, "image_mean": [0.5], "image_std": [1.0]}'
+    )
+    with pytest.raises(ValueError, match=r"image_mean must be of 3 channels, got \(0.5,\)"):
+        load.read_shape(str(tmp_path))
