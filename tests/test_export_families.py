@@ -2,23 +2,13 @@
 
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
 
-from fedjax_lora.adapters import lora
 from fedjax_lora.app.export import export
-from fedjax_lora.app.trained import TrainedRun
-from fedjax_lora.config.assemble import records
-from fedjax_lora.config.catalogue import Catalogue
-from fedjax_lora.config.experiment import load_config
-from fedjax_lora.core.methods import Context
-from fedjax_lora.core.types import Adapters, Factors
-from fedjax_lora.io.run_files import FIELDS
-from fedjax_lora.models import load
 from oracles import tiny_models
+from oracles.trained_run import outputs_of, trained_run
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -26,7 +16,6 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # raised inside PEFT
 
 LABELS = ("a", "b", "c", "d", "e")
-RANK, ALPHA = 3, 4.0
 DECODER = {
     "vocab_size": tiny_models.VOCABULARY, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
     "num_key_value_heads": 1, "head_dim": 6, "intermediate_size": 34, "max_position_embeddings": 16, "pad_token_id": 0,
@@ -76,26 +65,11 @@ def batch_of(shape):
 
 
 def trained(folder, name, task, pooling):
-    """A run of such a model, with random adapters on all modules and a random head; the batch; its outputs."""
+    """A run of such a model, a batch and its outputs."""
     save(folder / "base", name, task)
-    config = load_config(None, [f"model={{pretrained: {folder / 'base'}, pooling: {pooling}}}", f"task={task}"])
-    config = load_config(None, [f"lora={{max_rank: 4, rank: {RANK}, alpha: {ALPHA}}}"], base=config)
-    found = load.read_pretrained(config.model, config.model.pretrained)
-    context = Context(1, 1, num_classes=len(LABELS), image_shape=found.shape.image_shape)
-    model = records(config, Catalogue.of(), context, ("task", "adapter", "model"))["model"]
-    keys = iter(jax.random.split(jax.random.key(1), 50))
-    modules = {
-        name: Factors(a=f.a, b=0.3 * jax.random.normal(next(keys), f.b.shape))
-        for name, f in lora.init(next(keys), model.sites, model.num_layers, 4).items()
-    }
-    head = {name: jax.random.normal(next(keys), leaf.shape) for name, leaf in model.init_head(next(keys)).items()}
-    adapters, base, batch = Adapters(modules=modules, head=head), found.weights(), batch_of(found.shape)
-    used = lora.effective(adapters, lora.rank_mask(RANK, 4), ALPHA / RANK)
-    outputs = jax.jit(model.apply)(base, used, {name: jnp.asarray(leaf) for name, leaf in batch.items()})
-    (folder / "metrics.jsonl").write_text(json.dumps(dict.fromkeys(FIELDS, 0) | {"round": 1, "tail_energy": []}) + "\n")
-    labels = () if task in ("regression", "causal_lm") else LABELS
-    run = TrainedRun(folder, config, {"class_names": list(LABELS)}, 1, labels, found, base, {}, adapters, RANK)
-    return run, batch, outputs
+    run, model = trained_run(folder, task, pooling, LABELS)
+    batch = batch_of(run.found.shape)
+    return run, batch, outputs_of(run, model, batch)
 
 
 def logits_of(model, batch):

@@ -10,13 +10,15 @@ import transformers
 from rich.console import Console
 
 from fedjax_lora.app import cli
-from fedjax_lora.app.export import export_run
+from fedjax_lora.app.export import export, export_run
 from fedjax_lora.app.load_run import load_run
-from fedjax_lora.app.predict import predict_run
+from fedjax_lora.app.predict import predict, predict_run
 from fedjax_lora.app.runner import run
 from fedjax_lora.config.catalogue import Catalogue
 from fedjax_lora.config.experiment import load_config
+from oracles import tiny_models
 from oracles.toy_bert import save_toy_bert
+from oracles.trained_run import trained_run
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -41,7 +43,7 @@ def folder(tmp_path_factory):
     """A BERT and a data set of two labels."""
     path = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
-    save_toy_bert(path / "bert")
+    tiny_models.save(path / "bert", transformers.BertModel.from_pretrained(save_toy_bert(path / "bert")))
     for name, lines in (("train", TRAIN), ("test", TEST)):
         (path / f"{name}.tsv").write_text("".join(f"{line}\n" for line in lines))
     return path
@@ -150,6 +152,43 @@ def test_the_command_prints_a_line_for_each_text(ended, tmp_path, capsys, monkey
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == TEXTS
     assert [(line["label"], line["probability"]) for line in lines] == pairs
+
+
+def as_pytorch(folder, tmp_path, task, auto):
+    """An open run of this task, the tokens of two texts, and what the merged export computes of them."""
+    (tmp_path / "base").symlink_to(folder / "bert")
+    opened, _ = trained_run(tmp_path, task, "cls", ("first", "second", "third"))
+    export(opened, tmp_path / "out", "merged")
+    (tmp_path / "texts.txt").write_text("so good film\ndull\n")
+    words = [["so", "good", "film"], ["dull"]]
+    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(
+        words, is_split_into_words=True, padding=True, return_tensors="pt"
+    )
+    inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        return opened, tokens, auto.from_pretrained(tmp_path / "out").eval()(**inputs).logits
+
+
+def test_each_word_has_a_label(folder, tmp_path):
+    """Oracle: PyTorch's probabilities at the first token of each word."""
+    auto = transformers.AutoModelForTokenClassification
+    opened, tokens, logits = as_pytorch(folder, tmp_path, "token_classification", auto)
+    found = predict(opened, str(tmp_path / "texts.txt"))
+    for row, count in ((0, 3), (1, 1)):
+        places = [tokens.word_ids(row).index(word) for word in range(count)]
+        theirs = torch.softmax(logits[row, places], -1)
+        assert found.labels[row] == [opened.labels[i] for i in theirs.argmax(-1)]
+        np.testing.assert_allclose(found.probabilities[row], theirs.max(-1).values, atol=1e-5)
+    assert next(found.lines()).count(" ") == 4
+
+
+def test_a_number_is_predicted_as_it_is(folder, tmp_path):
+    """Oracle: PyTorch's one output."""
+    auto = transformers.AutoModelForSequenceClassification
+    opened, _, logits = as_pytorch(folder, tmp_path, "regression", auto)
+    found = predict(opened, str(tmp_path / "texts.txt"))
+    np.testing.assert_allclose(found.probabilities, logits[:, 0], atol=1e-5)
+    assert [set(json.loads(line)) for line in found.lines(as_json=True)] == 2 * [{"text", "value"}]
 
 
 @pytest.mark.parametrize(

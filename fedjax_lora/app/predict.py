@@ -67,11 +67,15 @@ def predict_run(run: str | Path, path: str, methods: Sequence[Method] = (), clie
     Raises:
       ValueError: as of `open_run`, or the file cannot be read or holds no text.
     """
-    found = open_run(run, methods, client)
+    return predict(open_run(run, methods, client), path, methods)
+
+
+def predict(found: TrainedRun, path: str, methods: Sequence[Method] = ()) -> Predictions:
+    """The same of a run that is open."""
     learns: Learns = getattr(found.config.task, "learns", "label")
     data: Any = found.config.data
     if found.found.shape.image_shape is not None:
-        raise ValueError(f"{run} must be of a model of text to predict, got one of images")
+        raise ValueError(f"{found.folder} must be of a model of text to predict, got one of images")
     if learns == "next_token":
         raise ValueError(f"task.name must be one with labels or numbers to predict, got {found.config.task.name!r}")
     whole = _read(path)
@@ -83,10 +87,9 @@ def predict_run(run: str | Path, path: str, methods: Sequence[Method] = (), clie
     outputs = _outputs(found, arrays, Catalogue.of(methods))
     if learns == "number":
         return Predictions(texts, None, [float(value) for value in outputs])
-    if word is None:
-        best, likely = _likeliest(outputs)
-        return Predictions(texts, [found.labels[i] for i in best], likely.tolist())
     best, likely = _likeliest(outputs)
+    if word is None:
+        return Predictions(texts, [found.labels[i] for i in best], likely.tolist())
     begins = word[:, : outputs.shape[1]] >= 0
     labels = [[found.labels[i] for i in row[own]] for row, own in zip(best, begins, strict=True)]
     return Predictions(texts, labels, [row[own].tolist() for row, own in zip(likely, begins, strict=True)])
