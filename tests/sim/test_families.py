@@ -1,6 +1,8 @@
 """Runs on a small model of each family: over the cell, cut in two, and as a sweep."""
 
-import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -9,9 +11,11 @@ import transformers
 from safetensors.numpy import load_file
 
 import fedjax_lora as fl
+from fedjax_lora.core.methods import Method
 from fedjax_lora.core.types import IGNORED
 from fedjax_lora.data import packing
 from fedjax_lora.data.sources import arrays
+from fedjax_lora.models import load, table
 from fedjax_lora.models.families import FAMILIES
 from oracles import tiny_models
 
@@ -21,8 +25,8 @@ CLIENTS, STEPS, CLASSES, LENGTH, RANK, MAX_RANK = 4, 2, 3, 12, 3, 4
 SETTINGS = [
     "rounds=2",
     "data.source=mine",
-    f"clients.count={CLIENTS}",
-    f"lora={{targets: [all-linear], max_rank: {MAX_RANK}, rank: {RANK}, alpha: 6}}",
+    f"clients={{count: {CLIENTS}, partition: {{kind: iid}}}}",
+    f"lora={{max_rank: {MAX_RANK}, rank: {RANK}, alpha: 6}}",
     f"local={{steps: {STEPS}, batch_size: 30, optimizer: {{name: sgd, learning_rate: 0.05}}}}",
     "engine={eval_every: 2, eval_batch_size: 5, client_chunk: 2}",
 ]
@@ -49,17 +53,37 @@ def pool(name, size, seed):
     return {**texts(size, seed, padding), "label": label}
 
 
+class Given(NamedTuple):
+    """A family's runs: its folder, its data, the settings, and the modules with adapters by names of the checkpoint."""
+
+    name: str
+    folder: Path
+    source: Method
+    settings: list[str]
+    modules: Sequence[str]
+
+    @property
+    def causal(self) -> bool:
+        return "task=causal_lm" in self.settings
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory):
-    """Name, folder and data source of a family, and the settings of its runs: of the next token where it tells it."""
+    """Next tokens where the family tells them, else classes; adapters on the first and on the last of its modules."""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     causal = "causal_lm" in FAMILIES[name].classes
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     tiny_models.save(folder, auto.from_config(tiny_models.CONFIGS[name]))
     names = [f"class {number}" for number in range(CLASSES)]
     source = arrays("mine", train=pool(name, 60, 0), test=pool(name, 13, 1), class_names=names)
-    task = "causal_lm" if causal else "classification"
-    return name, folder, source, [*SETTINGS, f"model.pretrained={folder}", f"task={task}"]
+    sites = table.sites(FAMILIES[name].weights(load.read_shape(str(folder))))
+    targets = [next(iter(sites)), list(sites)[-1]]
+    settings = [
+        f"model.pretrained={folder}",
+        f"task={'causal_lm' if causal else 'classification'}",
+        f"lora.targets={targets}",
+    ]
+    return Given(name, folder, source, [*SETTINGS, *settings], [sites[target].source for target in targets])
 
 
 @pytest.fixture(autouse=True)
@@ -69,35 +93,33 @@ def few_widths(monkeypatch):
 
 
 def configuration(family, *overrides):
-    _, _, source, settings = family
-    return fl.load_config(None, [*settings, *overrides], methods=[source])
+    return fl.load_config(None, [*family.settings, *overrides], methods=[family.source])
 
 
-def run(family, *overrides, seed=0):
-    simulation = fl.build(configuration(family, *overrides, f"seed={seed}"), methods=[family[2]])
+def run(family, *overrides, seed=0) -> Any:
+    simulation = fl.build(configuration(family, *overrides, f"seed={seed}"), methods=[family.source])
     return simulation, *simulation.run(simulation.init(jax.random.key(seed)), 2)
 
 
-def widths(folder):
-    """`[L, modules]`: rows and columns of each linear module of a layer, of the tensors of the checkpoint alone."""
-    found = {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        layer = re.search(r"\.(\d+)\.", f".{name}")
-        if layer and tensor.ndim == 2:
-            found.setdefault(int(layer[1]), []).append(sum(tensor.shape))
-    assert sorted(found) == list(range(tiny_models.LAYERS))
-    return np.array([found[layer] for layer in sorted(found)])
+def widths(family):
+    """`[L, modules]`: rows and columns of each module, of the tensors of the checkpoint."""
+    tensors = {name: leaf.shape for name, leaf in load_file(family.folder / "model.safetensors").items()}
+
+    def of(module):
+        (shape,) = [shape for name, shape in tensors.items() if f".{name}".endswith(f".{module}.weight")]
+        return sum(shape)
+
+    return np.array([[of(m.format(layer=layer)) for m in family.modules] for layer in range(tiny_models.LAYERS)])
 
 
 def head_bits(family):
-    """A matrix, and a bias but where the last position is read."""
-    return 0 if "task=causal_lm" in family[3] else 32 * (tiny_models.WIDTH * CLASSES + CLASSES)
+    return 0 if family.causal else 32 * (tiny_models.WIDTH * CLASSES + CLASSES)
 
 
 def test_soft_and_tsfa_over_the_cell(family):
     """Oracle: bits of each number of components, by the shapes in the checkpoint; a kept one is named in 2 bits."""
     _, _, metrics = run(family, *CELL)
-    of_module = widths(family[1])
+    of_module = widths(family)
     bits = [
         int(np.sum(32 * kept * of_module + min(2 * kept, MAX_RANK))) + head_bits(family) for kept in range(RANK + 1)
     ]
@@ -115,7 +137,6 @@ def test_soft_and_tsfa_over_the_cell(family):
 
 def test_a_run_cut_in_two(family):
     """Oracles: the uncut run; and a value for each real position and feature that crosses, with labels beside them."""
-    name, folder, _, _ = family
     settings = "sparsifier=dense", "control=fixed"
     simulation, state, metrics = run(family, *settings, SPLIT)
     _, expected_state, expected = run(family, *settings)
@@ -127,20 +148,20 @@ def test_a_run_cut_in_two(family):
     data = simulation.world.data  # a batch is all that a client has
     held = [np.asarray(rows[:count]) for rows, count in zip(data.index, data.count, strict=True)]
     if "image" in data.train:
-        patches = np.prod(np.array(tiny_models.CONFIGS[name].image_size) // 2)
-        positions = [len(rows) * (patches + (2 if name == "deit" else 1)) for rows in held]
+        patches = np.prod(np.array(tiny_models.CONFIGS[family.name].image_size) // 2)
+        positions = [len(rows) * (patches + (2 if family.name == "deit" else 1)) for rows in held]
     else:
         positions = [np.asarray(data.train["attention_mask"])[rows].sum() for rows in held]
     labels = [len(rows) for rows in held] if "image" in data.train else positions
     crossing = 32 * STEPS * tiny_models.WIDTH * np.array(positions)
-    first_layer = 32 * RANK * int(widths(folder)[0].sum())
+    first_layer = 32 * RANK * int(widths(family)[0].sum())
     targets = 32 * STEPS * np.array(labels)
     np.testing.assert_array_equal(metrics.client_uplink_bits, [crossing + targets + first_layer] * 2)
     np.testing.assert_array_equal(metrics.client_downlink_bits, [crossing + first_layer] * 2)
 
 
 def test_a_sweep_of_two_seeds_is_its_single_runs(family):
-    trials = fl.sweep(configuration(family, *CELL), over={"seed": [0, 1]}, methods=[family[2]])
+    trials = fl.sweep(configuration(family, *CELL), over={"seed": [0, 1]}, methods=[family.source])
     singles = [run(family, *CELL, seed=seed)[2] for seed in (0, 1)]
     assert trials.status == ["ended", "ended"]
     for name in ("client_uplink_bits", "client_downlink_bits", "participants", "kept_ranks_mean"):
