@@ -16,18 +16,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # raised inside PEFT
 
 LABELS = ("a", "b", "c", "d", "e")
-DECODER = {
-    "vocab_size": tiny_models.VOCABULARY, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
-    "num_key_value_heads": 1, "head_dim": 6, "intermediate_size": 34, "max_position_embeddings": 16, "pad_token_id": 0,
-    "sliding_window": None,
-}  # fmt: skip
-DECODERS = {
-    "llama": transformers.LlamaConfig(**DECODER),
-    "mistral": transformers.MistralConfig(**DECODER),
-    "qwen2": transformers.Qwen2Config(**DECODER),
-    "qwen3": transformers.Qwen3Config(**DECODER, tie_word_embeddings=True),
-    "gemma": transformers.GemmaConfig(**DECODER),
-}
+DECODERS = "llama", "mistral", "qwen2", "qwen3", "gemma"
 AUTO = {
     "SEQ_CLS": ("AutoPeftModelForSequenceClassification", "AutoModelForSequenceClassification"),
     "TOKEN_CLS": ("AutoPeftModelForTokenClassification", "AutoModelForTokenClassification"),
@@ -49,7 +38,7 @@ CASES = [
 
 def save(folder, name, task):
     """A model with random weights, whose language model's head is there where the task needs it."""
-    config = (tiny_models.CONFIGS | DECODERS)[name]
+    config = tiny_models.CONFIGS[name]
     auto = transformers.AutoModelForCausalLM if task == "causal_lm" else transformers.AutoModel
     torch.manual_seed(0)
     tiny_models.save(folder, auto.from_config(config))

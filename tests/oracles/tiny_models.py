@@ -23,6 +23,18 @@ _ENCODER = {
     "num_attention_heads": HEADS,
     "max_position_embeddings": POSITIONS,
 }
+_DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 1,
+    "head_dim": 6,
+    "intermediate_size": 34,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": 0,
+    "sliding_window": None,
+}
 _IMAGES = {
     "hidden_size": WIDTH,
     "intermediate_size": MLP,
@@ -48,6 +60,11 @@ CONFIGS: Mapping[str, Any] = {
     ),
     "vit": transformers.ViTConfig(**_IMAGES, num_labels=5),
     "deit": transformers.DeiTConfig(**_IMAGES, qkv_bias=False, hidden_act="gelu_new", num_labels=5),
+    "llama": transformers.LlamaConfig(**_DECODER),
+    "mistral": transformers.MistralConfig(**_DECODER),
+    "qwen2": transformers.Qwen2Config(**_DECODER),
+    "qwen3": transformers.Qwen3Config(**_DECODER, tie_word_embeddings=True),
+    "gemma": transformers.GemmaConfig(**_DECODER),
 }  # fmt: skip
 """By `model_type`."""
 

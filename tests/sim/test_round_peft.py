@@ -1,0 +1,185 @@
+"""A round of dense FedIT without a network, against a loop over clients in PyTorch with PEFT, on the same batches."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+
+import fedjax_lora as fl
+from fedjax_lora.core.keys import client_keys, round_keys
+from fedjax_lora.core.types import IGNORED, Adapters, Factors
+from fedjax_lora.data.batches import local_batches
+from fedjax_lora.data.sources import arrays
+from fedjax_lora.models import load, table
+from fedjax_lora.models.families import FAMILIES
+from oracles import tiny_models
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # raised inside PEFT
+
+CLIENTS, STEPS, BATCH, LENGTH, RANK, ALPHA, RATE = 3, 2, 4, 10, 3, 6, 0.2
+
+
+class Case(NamedTuple):
+    """Task, targets by our names, the class of transformers, its head, and whether it holds matrices as ours."""
+
+    task: str
+    targets: list[str]
+    cls: type
+    head: str = ""
+    turned: bool = False
+
+
+CASES = {
+    "bert": Case(
+        "classification", ["query", "output", "down"], transformers.BertForSequenceClassification, "classifier"
+    ),
+    "gpt2": Case("causal_lm", ["c_attn", "attn.c_proj", "c_fc"], transformers.GPT2LMHeadModel, turned=True),
+    "llama": Case("causal_lm", ["q_proj", "v_proj", "o_proj", "down_proj"], transformers.LlamaForCausalLM),
+}
+
+
+def pool(size, seed):
+    """Of several lengths; the labels are unequal, so that clients hold unequal numbers."""
+    random = np.random.default_rng(seed)
+    real = np.arange(LENGTH) < random.integers(2, LENGTH + 1, size)[:, None]
+    ids = np.where(real, random.integers(1, tiny_models.VOCABULARY, (size, LENGTH)), 0)
+    follows = np.pad(np.where(real[:, 1:], ids[:, 1:], IGNORED), ((0, 0), (0, 1)), constant_values=IGNORED)
+    label = (random.random(size) < 0.3).astype(int)
+    return {"input_ids": ids, "attention_mask": real.astype(int), "target": follows, "label": label}
+
+
+class Peer:
+    """A model of transformers with PEFT's adapters, whose values are set and read by our names."""
+
+    def __init__(self, folder, name):
+        self._case = case = CASES[name]
+        sites = table.sites(FAMILIES[name].weights(load.read_shape(str(folder))))
+        self._sources = {target: sites[target].source for target in case.targets}
+        prefix = FAMILIES[name].classes[case.task].prefix
+        self._prefix = f"base_model.model.{prefix}"
+        whole = [prefix + source.format(layer=i) for source in self._sources.values() for i in range(2)]
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM" if case.task == "causal_lm" else "SEQ_CLS",
+            r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=whole, fan_in_fan_out=case.turned,
+        )  # fmt: skip
+        model = case.cls.from_pretrained(folder, **({} if not case.head else {"num_labels": 2}))
+        self._model = peft.get_peft_model(model, config).eval()  # no dropout
+        self._trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+
+    def _leaves(self, adapters):
+        """Parameter and our values of it."""
+        for target, factors in adapters.modules.items():
+            for layer in range(2):
+                name = self._prefix + self._sources[target].format(layer=layer)
+                for side, leaf in (("A", factors.a), ("B", factors.b)):
+                    yield self._trained[f"{name}.lora_{side}.default.weight"], np.asarray(leaf[layer]).T
+        if self._case.head:
+            module = f"base_model.model.{self._case.head}.modules_to_save.default"
+            yield self._trained[f"{module}.weight"], np.asarray(adapters.head["w"]).T
+            yield self._trained[f"{module}.bias"], np.asarray(adapters.head["b"])
+
+    def set(self, adapters):
+        """Start from these; all that is trained is among them."""
+        with torch.no_grad():
+            pairs = list(self._leaves(adapters))
+            assert len(pairs) == len(self._trained)
+            for parameter, leaf in pairs:
+                parameter.copy_(torch.tensor(leaf))
+
+    def beside(self, adapters):
+        """Pairs of its own values and of ours."""
+        return [(p.detach().numpy().copy(), leaf) for p, leaf in self._leaves(adapters)]
+
+    def loss(self, batch):
+        """As transformers has it: of a language model, it is given the tokens themselves, and finds what follows."""
+        ids, mask, label = (torch.tensor(batch[name]).long() for name in ("input_ids", "attention_mask", "label"))
+        labels = torch.where(mask > 0, ids, -100) if self._case.task == "causal_lm" else label
+        return self._model(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+    def train(self, batches):
+        """Mean loss of steps of SGD."""
+        optimizer, losses = torch.optim.SGD(self._trained.values(), lr=RATE), []
+        for batch in batches:
+            loss = self.loss(batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return np.mean(losses)
+
+
+def simulation(folder, name):
+    case, names = CASES[name], ("no", "yes")
+    source = arrays("mine", train=pool(50, 0), test=pool(9, 1), class_names=names)
+    settings = [
+        "rounds=1",
+        "data.source=mine",
+        f"task={case.task}",
+        f"model={{pretrained: {folder}, pooling: cls}}",
+        f"lora={{targets: [{', '.join(case.targets)}], max_rank: {RANK}, rank: {RANK}, alpha: {ALPHA}}}",
+        f"clients={{count: {CLIENTS}, partition: {{alpha: 0.5}}}}",
+        f"local={{steps: {STEPS}, batch_size: {BATCH}, optimizer: {{name: sgd, learning_rate: {RATE}}}}}",
+        "sparsifier=dense",
+        "control=ideal",
+        "engine={eval_every: 1, eval_batch_size: 9, client_chunk: 1}",
+    ]
+    return fl.build(fl.load_config(None, settings, methods=[source]), methods=[source])
+
+
+def with_random_factors(state):
+    """The state with a second factor that is not 0, so that both are trained from the first step."""
+    keys = iter(jax.random.split(jax.random.key(5), 10))
+    modules = {
+        name: Factors(a=f.a, b=0.3 * jax.random.normal(next(keys), f.b.shape))
+        for name, f in state.adapters.modules.items()
+    }
+    return dataclasses.replace(state, adapters=Adapters(modules=modules, head=state.adapters.head))
+
+
+def batches_of_clients(sim, state):
+    """The batches that the next round reads, of each client, without the places that are left over."""
+    data = sim.world.data
+    keys = client_keys(round_keys(state.key, state.round).local, jnp.arange(CLIENTS))
+    for number, key in enumerate(keys):
+        order_key, _ = jax.random.split(key)
+        rows, weight = local_batches(order_key, data.index[number], data.count[number], STEPS, BATCH)
+        yield [
+            {n: np.asarray(leaf)[r[w > 0]] for n, leaf in data.train.items()} for r, w in zip(rows, weight, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_round_is_that_of_peft(name, tmp_path):
+    """Averaged factors, head, and losses of training and of the held-out pool."""
+    case = CASES[name]
+    torch.manual_seed(0)
+    tiny_models.save(tmp_path, case.cls(tiny_models.CONFIGS[name]))
+    sim, peer = simulation(tmp_path, name), Peer(tmp_path, name)
+    state = with_random_factors(sim.init(jax.random.key(5)))
+    after, metrics = sim.run(state, 1)
+
+    count = np.asarray(sim.world.data.count)
+    assert len(set(count.tolist())) > 1
+    average, losses = None, []
+    for number, batches in enumerate(batches_of_clients(sim, state)):
+        peer.set(state.adapters)
+        losses.append(peer.train(batches))
+        share = [count[number] / count.sum() * own for own, _ in peer.beside(state.adapters)]
+        average = share if average is None else [x + y for x, y in zip(average, share, strict=True)]
+    assert average is not None
+    for expected, (_, leaf), (_, first) in zip(
+        average, peer.beside(after.adapters), peer.beside(state.adapters), strict=True
+    ):
+        np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-4)
+        assert np.abs(leaf - first).max() > 1e-3  # it has moved by more than that
+    np.testing.assert_allclose(metrics.train_loss[0], np.mean(losses), rtol=1e-4)
+    peer.set(after.adapters)
+    held_out = peer.loss(jax.tree.map(np.asarray, sim.world.data.test)).item()
+    np.testing.assert_allclose(metrics.eval_loss[0], held_out, rtol=1e-4)
