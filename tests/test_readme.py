@@ -52,6 +52,9 @@ def stand_ins(tmp_path, monkeypatch):
         "HuggingFaceTB/SmolLM2-135M": save_toy_llama(tmp_path / "llama"),
         "google/vit-base-patch16-224-in21k": tmp_path / "vit",
     }
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "llama", eos_token="[SEP]").save_pretrained(
+        tmp_path / "llama"
+    )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(models[name]))
 
     import PIL.Image
@@ -77,21 +80,22 @@ def run(command, monkeypatch):
     program, *arguments = shlex.split(command)
     assert program == "fedjax-lora"
     if "--set" in arguments:
-        place = arguments.index("--set") + 1
+        place = arguments.index("--out")  # after all that is printed
         arguments = [*arguments[:place], *SMALL, *arguments[place:]]
     assert main(arguments) == 0
     return arguments
 
 
 @pytest.mark.filterwarnings("ignore::fedjax_lora.core.errors.ConfigWarning")
-@pytest.mark.parametrize("comment", EXAMPLES)
+@pytest.mark.parametrize("comment", EXAMPLES, ids=["table", "pairs", "images"])
 def test_an_example_runs_as_it_is_printed(comment, stand_ins, monkeypatch, capsys):
     written = [run(command, monkeypatch) for command in EXAMPLES[comment]]
+    out = capsys.readouterr().out.splitlines()
     for arguments in written:
         if "--out" in arguments:
             assert json.loads((Path(arguments[-1]) / "summary.json").read_text())["rounds"] == 2
         if arguments[0] == "export":
             assert list(Path(arguments[2]).glob("*model*.safetensors"))
         if arguments[0] == "predict":
-            label, probability = capsys.readouterr().out.splitlines()[-1].split("\t")
+            label, probability = next(line for line in out if "\t" in line).split("\t")
             assert label in ("good", "bad") and 0 <= float(probability) <= 1

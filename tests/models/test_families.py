@@ -129,7 +129,10 @@ def test_variants_that_are_not_computed_are_refused_by_name(name, fields, messag
         FAMILIES[name].shape(fields)
 
 
-@pytest.mark.parametrize("name", list(tiny_models.CONFIGS))
+ENCODERS = "bert", "roberta", "xlm-roberta", "camembert", "distilbert", "gpt2", "vit", "deit"
+
+
+@pytest.mark.parametrize("name", ENCODERS)
 def test_what_the_configuration_leaves_out_is_that_of_hugging_face(name):
     """Oracle: the defaults that its own class writes out."""
     family = FAMILIES[name]
