@@ -1,7 +1,7 @@
 """Federated LoRA of small random language models on real text, and the perplexity of what it exports; prints JSON.
 
-Each sentence as it is (`plain`), and as a pair of an instruction and its response (`instruction`). Exported adapters and
-exported models are read by PyTorch and PEFT, to which the held-out texts are given anew.
+Each sentence as it is (`plain`), and as a pair of an instruction and its response (`instruction`). Exported adapters
+and exported models are read by PyTorch and PEFT, to which the held-out texts are given anew.
 """
 
 import argparse
