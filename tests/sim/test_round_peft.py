@@ -12,6 +12,7 @@ import transformers
 import fedjax_lora as fl
 from fedjax_lora.core.keys import client_keys, round_keys
 from fedjax_lora.core.types import IGNORED, Adapters, Factors
+from fedjax_lora.data import packing
 from fedjax_lora.data.batches import local_batches
 from fedjax_lora.data.sources import arrays
 from fedjax_lora.models import load, table
@@ -153,6 +154,12 @@ def batches_of_clients(sim, state):
         yield [
             {n: np.asarray(leaf)[r[w > 0]] for n, leaf in data.train.items()} for r, w in zip(rows, weight, strict=True)
         ]
+
+
+@pytest.fixture(autouse=True)
+def few_widths(monkeypatch):
+    """Each is a program more to compile."""
+    monkeypatch.setattr(packing, "WIDTHS", 1)
 
 
 @pytest.mark.parametrize("name", CASES)
