@@ -230,6 +230,8 @@ def _predict(options: argparse.Namespace) -> int:
     if out and out.exists():
         raise ValueError(f"--out must be a new file, got {out}, which is there")
     found = predict_run(options.run, options.file, _methods(options).methods, options.client)
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
     text = "".join(f"{line}\n" for line in found.lines(options.json))
     if out:
         write_atomically(out, text)

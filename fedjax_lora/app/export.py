@@ -1,6 +1,6 @@
 """A run's adapters, or its whole model, for other tools."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +122,15 @@ def _facts(found: TrainedRun, client: int | None) -> dict[str, Any]:
         "simulated time, s": lines[-1]["cumulative_latency_s"],
     }
     own = {} if client is None else {"client whose own adapters these are": client}
-    measured = {
-        "accuracy on the held-out examples": lines[-1]["eval_accuracy"],
-        "accuracy of the clients' own adapters, mean": lines[-1]["personal_accuracy"],
+    measured = _measured(lines[-1]) if client is None else {}  # of the global adapters, not of one client's own
+    return {**own, **methods, **settings, **sums, **measured}
+
+
+def _measured(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What the last evaluation has found."""
+    found = {
+        "accuracy on the held-out examples": line["eval_accuracy"],
+        "accuracy of the clients' own adapters, mean": line["personal_accuracy"],
+        **{name: value for name, value in line.items() if name.startswith(OF_TASK)},
     }
-    measured |= {name: value for name, value in lines[-1].items() if name.startswith(OF_TASK)}
-    return {**own, **methods, **settings, **sums, **{k: v for k, v in measured.items() if v is not None}}
+    return {name: value for name, value in found.items() if value is not None}

@@ -98,7 +98,7 @@ def _run(
         state = checkpoint.restore(begin, state) if begin else state
         folder.reopen(int(state.round), text)
     else:
-        RunFolder.create(path, text, data | stamp())
+        RunFolder.create(path, text, data | stamp(simulation.facts))
     progress.print(_setting(config, simulation, *initial))
     rounds = config.rounds - int(state.round)
     training_s = _train(config, simulation, state, folder, progress)
@@ -119,9 +119,9 @@ def started_with(facts: Facts) -> dict[str, Any]:
     return {name: getattr(facts, name) for name in hashes} | {"class_names": list(facts.class_names)}
 
 
-def stamp() -> dict[str, Any]:
-    """When a run was started, and from which commit: of `data.json`."""
-    return {"started": _now(), "commit": _commit()}
+def stamp(facts: Facts) -> dict[str, Any]:
+    """When a run was started, from which commit, and on which columns: of `data.json`, what is not compared."""
+    return {"started": _now(), "commit": _commit(), "columns": dict(facts.columns)}
 
 
 def _setting(config: ExperimentConfig, simulation: Simulation, loss: float, accuracy: float) -> str:

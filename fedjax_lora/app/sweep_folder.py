@@ -139,7 +139,8 @@ class _Folders:
         self._compile_s.setdefault(place, {})[begun.at_once] = begun.compile_s
         folder, text = self._folders[place], dump(self._config(place))
         if not is_run(folder.path):
-            started = stamp() | {"initial_accuracy": begun.initial_accuracy}
+            group, number = self._of[place]
+            started = stamp(group.facts[number]) | {"initial_accuracy": begun.initial_accuracy}
             RunFolder.create(folder.path, text, self._data(place) | started)
             return
         last = folder.last_checkpoint()

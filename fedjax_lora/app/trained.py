@@ -111,7 +111,7 @@ def _unchanged_base(model: load.ModelConfig, data: dict[str, Any], run: str | Pa
     base = found.weights()
     now = {
         "model_config_hash": ("config.json", load.model_config_hash(model)),
-        "tokenizer_hash": ("tokenizer", _tokenizer_hash(model.pretrained) if found.shape.image_shape is None else ""),
+        "tokenizer_hash": ("tokenizer", _tokenizer_hash(model.pretrained) if data.get("tokenizer_hash") else ""),
         "base_hash": ("weights", hash_weights(base)),
     }
     for key, (what, is_now) in now.items():

@@ -17,11 +17,11 @@ from fedjax_lora.config.catalogue import Catalogue, check, notes
 from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.core import memory as machine
 from fedjax_lora.core.errors import ConfigError, ConfigWarning
-from fedjax_lora.core.learning import Model
+from fedjax_lora.core.learning import Learned, Model
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Numbers, fill, split
 from fedjax_lora.core.sides import Side, TrainingOptions
-from fedjax_lora.core.types import Adapters, Base, Factors, Learns
+from fedjax_lora.core.types import Adapters, Base, Factors
 from fedjax_lora.data import sources
 from fedjax_lora.data.batches import evaluation_batches, federated_dataset
 from fedjax_lora.data.packing import packing_of
@@ -197,13 +197,18 @@ def read_examples(config: ExperimentConfig, catalogue: Catalogue) -> sources.Exa
     data: Any = config.data
     source: sources.Source = catalogue.find("data", data.source).make(data, Context(0, 0))
     pretrained = getattr(config.model, "pretrained", None)
-    learns: Learns = getattr(config.task, "learns", "label")
-    if not source.tokenizes or pretrained is None:
+    learns: Learned = getattr(config.task, "learns", "label")
+    if pretrained is None:
         return source.load(None, "", learns)
     shape = load.read_shape(pretrained)
-    layers.check_length(shape.max_positions, data.max_length)
-    examples = source.load(load.load_tokenizer(pretrained), pretrained, learns)
-    load.check_ids(shape, examples.train["input_ids"], examples.test["input_ids"])
+    if source.tokenizes:
+        layers.check_length(shape.max_positions, data.max_length)
+        examples = source.load(load.load_tokenizer(pretrained), pretrained, learns)
+    else:
+        examples = source.load(None, "", learns)
+    if "input_ids" in examples.train and shape.image_shape is None:
+        ids = ("input_ids", "target") if learns == "next_token" else ("input_ids",)
+        load.check_ids(shape, *(pool[name] for pool in (examples.train, examples.test) for name in ids))
     return examples
 
 
@@ -221,6 +226,7 @@ def _facts(
         truncated=examples.truncated,
         notes=examples.notes,
         holders=examples.clients,
+        columns=examples.columns,
     )
 
 

@@ -17,7 +17,7 @@ and state are `flax.struct` dataclasses (traced); records of functions and small
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,6 @@ Batch = Mapping[str, Array]
 
 IGNORED = -100
 """The target of a position that does not count, as in PyTorch."""
-
-Learns = Literal["label", "number", "token_label", "next_token"]
-"""What a task learns of an example: its class, a number, the class of each word, or each token from those before it."""
 
 
 class Packing(NamedTuple):

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from fedjax_lora.core.learning import Learned
+from fedjax_lora.core.types import IGNORED
+
 Pool = dict[str, np.ndarray]
 
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
-IGNORED = -100
-"""Target of a position that nothing is learned of."""
-
 _INT32 = np.iinfo(np.int32)
 
 
@@ -45,6 +45,27 @@ def check_pools(
                 )
                 raise ValueError(f"{part}/{name} must be {want}, as in {first}, got {got}")
     return pools, names
+
+
+def check_target(parts: Mapping[str, Pool | None], learns: Learned, num_classes: int) -> None:
+    """Raise ValueError where a part holds no `target` of the form that is learned; parts that are None are none."""
+    for part, pool in parts.items():
+        if learns == "label" or pool is None:
+            continue
+        if "target" not in pool:
+            raise ValueError(f"{part} must hold target for a task that learns {learns}, got {', '.join(pool)}")
+        target, axes = pool["target"], 1 if learns == "number" else 2
+        wanted = ("[N] floats", np.float32) if learns == "number" else ("[N, S] integers", np.int32)
+        if target.ndim != axes or target.dtype != wanted[1]:
+            raise ValueError(
+                f"{part}/target must be {wanted[0]} for a task that learns {learns}, got {_shape(target)} of "
+                f"{target.dtype}"
+            )
+        if learns == "token_label" and target.max(initial=0) >= num_classes:
+            raise ValueError(
+                f"{part}/target must be {IGNORED} or from 0 to {num_classes - 1}, one for each of class_names, got "
+                f"{target.max()}"
+            )
 
 
 def holders(train: Mapping[str, Any]) -> tuple[np.ndarray | None, tuple[str, ...]]:

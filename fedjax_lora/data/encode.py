@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedjax_lora.core.types import Learns
+from fedjax_lora.core.learning import Learned
+from fedjax_lora.core.types import IGNORED
 from fedjax_lora.data import tables
-from fedjax_lora.data.arrays import IGNORED, Pool
+from fedjax_lora.data.arrays import Pool
 from fedjax_lora.data.examples import Examples, gather
 from fedjax_lora.data.tables import Columns, Table
 from fedjax_lora.data.texts import Row, Template, Tokens, prompt_text
@@ -30,7 +31,7 @@ def encode(
     name: str,
     parts: Sequence[Table],
     columns: Columns,
-    learns: Learns,
+    learns: Learned,
     cache: Cache,
     max_length: int,
     template: Template = "instruction",
@@ -72,6 +73,7 @@ def encode(
         tokenizer_hash=cache.tokenizer_hash,
         clients=clients,
         client_names=client_names,
+        columns=found,
         notes=(
             *([f"columns by their names: {guessed}"] if guessed else []),
             *_empty(train, test),
@@ -81,14 +83,14 @@ def encode(
     )
 
 
-def inputs(table: Table, learns: Learns, cache: Cache, max_length: int) -> Tokens:
+def inputs(table: Table, learns: Learned, cache: Cache, max_length: int) -> Tokens:
     """What a model reads of examples whose labels are not known, of columns by their roles: see `texts.Tokens`.
 
     Raises:
       ValueError: a value is not what it must be; names its line.
     """
     if learns == "token_label":
-        return cache.tokenize("words", _words(table), table, max_length)
+        return cache.tokenize("words", words_of(table), table, max_length)
     return _sentences(table, cache, max_length)
 
 
@@ -125,9 +127,9 @@ def _tenths(target: np.ndarray) -> np.ndarray:
 
 
 def _token_label(train: Table, test: Table, cache: Cache, max_length: int, _: Template) -> _Encoded:
-    words = [_words(table) for table in (train, test)]
+    words = [words_of(table) for table in (train, test)]
     tags = [_tags(table, own) for table, own in zip((train, test), words, strict=True)]
-    names = train.classes.get("label") or _tag_names(train, test, tags)
+    names = _tag_names(train, test, tags)
     commonest = np.bincount(_ids([tag for row in tags[0] for tag in row], names)).argmax()
     pools, tokens = [], []
     for table, own, rows in zip((train, test), words, tags, strict=True):
@@ -188,8 +190,12 @@ def _continued(table: Table, template: Template) -> list[Row]:
     return list(zip(asked, responses, strict=True))
 
 
-def _words(table: Table) -> list[Row]:
-    """The words of each example: a list, or a text that is split at spaces."""
+def words_of(table: Table) -> list[Row]:
+    """The words of each example: a list, or a text that is split at spaces.
+
+    Raises:
+      ValueError: a value is neither; names its line.
+    """
     found: list[Row] = []
     for row, value in enumerate(table.columns["words"]):
         words = value.split() if isinstance(value, str) else value
@@ -212,12 +218,14 @@ def _tags(table: Table, words: list[Row]) -> list[list[str]]:
 
 
 def _tag_names(train: Table, test: Table, tags: list[list[list[str]]]) -> tuple[str, ...]:
-    known = {tag for row in tags[0] for tag in row}
-    if len(known) < 2:
-        raise ValueError(f"{train.name}: must hold at least 2 labels, got only {min(known)!r}")
+    """The labels of words, as `tables.class_names` has those of texts."""
+    names = train.classes.get("label") or tables.ordered(tag for row in tags[0] for tag in row)
+    if len(names) < 2:
+        raise ValueError(f"{train.name}: must hold at least 2 labels, got only {', '.join(map(repr, names))}")
+    known = set(names)
     for place, row in enumerate(tags[1]):
         tables.check_known(test, place, row, known)
-    return tables.ordered(known)
+    return names
 
 
 def _clients(train: Table) -> tuple[np.ndarray | None, tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """A data set on the host, as NumPy arrays: what every source gives."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ class Examples(NamedTuple):
     tokenizer_hash: SHA-256 of what decides tokens, as `tokens.tokenizer_hash`; empty for images.
     clients: `[N]` int32, who holds each example of train, where the data say so. client_names: name of each of them.
     notes: what a user should know of how the data were read, each in one line.
+    columns: role -> column of the tables that were read; empty where these name no columns.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Examples(NamedTuple):
     clients: np.ndarray | None = None
     client_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    columns: Mapping[str, str] = {}
 
 
 def gather(name: str, train: Pool, test: Pool, class_names: tuple[str, ...], **more) -> Examples:

@@ -11,6 +11,7 @@ from fedjax_lora.core.errors import reason_of
 
 _MODULE = "flwr_datasets.partitioner"
 _KEY = "clients.partition"
+_OF_NATURAL_IDS = ("NaturalIdPartitioner", "GroupedNaturalIdPartitioner")
 
 
 def owners(
@@ -33,7 +34,7 @@ def owners(
     """
     kind = _kind(partitioner)
     wanted = inspect.signature(kind).parameters
-    by = "client" if "NaturalId" in partitioner and clients is not None else "label"
+    by = "client" if partitioner in _OF_NATURAL_IDS and clients is not None else "label"
     defaults = {"num_partitions": num_clients, "partition_by": by, "seed": seed}
     given = {name: value for name, value in defaults.items() if name in wanted} | _plain(options)
     columns = {"row": np.arange(len(labels)), "label": labels} | ({} if clients is None else {"client": clients})

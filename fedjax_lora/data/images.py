@@ -91,6 +91,7 @@ def _pixels(value: Any, where: str, image_size: int, channels: int) -> np.ndarra
     """`[image_size, image_size, channels]` float32 in [0, 1] of a path or an image of Pillow."""
     try:
         import PIL.Image as pillow  # of an extra, and slow to import
+        import PIL.ImageOps as operations
     except ImportError:
         raise missing_library("images", "Pillow") from None
     if isinstance(value, str):
@@ -99,7 +100,8 @@ def _pixels(value: Any, where: str, image_size: int, channels: int) -> np.ndarra
         with warnings.catch_warnings():
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
             image = pillow.open(value) if isinstance(value, str) else value
-            return _scaled(image, image_size, channels)
+            image.load()
+            return _scaled(operations.exif_transpose(image), image_size, channels)
     except _NotEightBits as error:
         raise ValueError(f"{where}: must be an image of 8 bits a channel, got mode {error}") from None
     except Exception as error:  # Pillow raises errors of many kinds on a damaged file
@@ -111,7 +113,6 @@ class _NotEightBits(ValueError):
 
 
 def _scaled(image: "Image", image_size: int, channels: int) -> np.ndarray:
-    image.load()
     if image.mode not in _EIGHT_BITS:
         raise _NotEightBits(image.mode)
     if "transparency" in image.info:

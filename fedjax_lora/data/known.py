@@ -3,7 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
-from fedjax_lora.core.types import Learns
+from fedjax_lora.core.learning import Learned
 from fedjax_lora.data.tables import Columns
 
 
@@ -33,7 +33,7 @@ class Known(NamedTuple):
     metrics: tuple[str, ...] = ("accuracy",)
     train: str = "train"
     test: str = "test"
-    learns: Learns = "label"
+    learns: Learned = "label"
 
 
 def _glue(
@@ -42,7 +42,7 @@ def _glue(
     text_pair: str | None = None,
     *metrics: str,
     test: str = "validation",
-    learns: Learns = "label",
+    learns: Learned = "label",
 ) -> Known:
     columns = HubColumns(text=text, text_pair=text_pair, label="label")
     return Known("nyu-mll/glue", subset, columns, metrics or ("accuracy",), test=test, learns=learns)

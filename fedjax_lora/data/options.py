@@ -117,11 +117,14 @@ class HubConfig:
         """Where the data set is and what its columns hold: what is known of the name, and over it what is given."""
         name = str(self.dataset)
         found = known.find(name, self.subset) or known.Known(name, None, HubColumns(), ())
+        given = self.columns.given()
+        instead = ("prompt", "context", "response") if "text" in given else ()
+        own = {role: column for role, column in found.columns.given().items() if role not in instead}
         return found._replace(
             subset=self.subset or found.subset,
             train=self.train_split or found.train,
             test=self.test_split or found.test,
-            columns=HubColumns(**{**found.columns.given(), **self.columns.given()}),
+            columns=HubColumns(**{**own, **given}),
         )
 
     def needs(self) -> dict[str, str]:

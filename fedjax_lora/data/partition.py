@@ -119,12 +119,7 @@ def partition(
     if config.kind == "natural":
         return _tabulate(_natural(clients, num_clients, config.min_examples), num_clients)
     num_examples = len(labels)
-    most = num_examples // config.min_examples
-    if num_clients > most:
-        raise ValueError(
-            f"clients.count must be at most {most} ({num_examples} examples, at least "
-            f"{config.min_examples} for each client), got {num_clients}"
-        )
+    _check_count(config, num_clients, num_examples, "examples")
     if config.kind == "shards" and config.shards_per_client > num_examples:
         raise ValueError(
             f"clients.partition.shards_per_client must be at most {num_examples}, the examples, "
@@ -137,10 +132,21 @@ def partition(
         owner = _dirichlet(generator, labels, num_clients, config.alpha)
     elif config.kind == "flwr":
         owner = flower.owners(str(config.partitioner), config.options, labels, clients, num_clients, seed)
+        _check_count(config, num_clients, int((owner >= 0).sum()), f"examples that {config.partitioner} deals")
     else:
         owner = _shards(generator, labels, num_clients, config.shards_per_client)
     _fill_up(generator, owner, num_clients, config.min_examples)
     return _tabulate(owner, num_clients)
+
+
+def _check_count(config: PartitionConfig, num_clients: int, num_examples: int, which: str) -> None:
+    """Raise ValueError where so many examples are too few for the clients."""
+    most = num_examples // config.min_examples
+    if num_clients > most:
+        raise ValueError(
+            f"clients.count must be at most {most} ({num_examples} {which}, at least "
+            f"{config.min_examples} for each client), got {num_clients}"
+        )
 
 
 def _deal(generator: np.random.Generator, num_examples: int, num_clients: int) -> np.ndarray:

@@ -27,19 +27,21 @@ def read(form: Format, path: str, field: str, delimiter: str = ",") -> Table:
     return _jsonl(read_text(path, field), path, field) if form == "jsonl" else _parquet(path, field)
 
 
-def by_suffix(path: str, field: str) -> Table | None:
+def by_suffix(path: str, field: str, delimiter: str = ",") -> Table | None:
     """Reads a file of columns, whose format is that of its name: CSV, TSV with a header, JSON lines or Parquet.
 
-    None for a name that ends otherwise.
+    None for a name that ends otherwise. `delimiter` parts the fields of CSV; where it is a tab, a TSV file is CSV too.
 
     Raises:
       ValueError: as of `read`.
     """
     suffix = Path(path).suffix.lower()
+    if suffix == ".tsv" and delimiter == "\t":
+        return read("csv", path, field, delimiter)
     if suffix == ".tsv":
         return _tsv(read_text(path, field), f"{field} {path}")
     form = suffix.removeprefix(".")
-    return read(form, path, field) if form in get_args(Format) else None  # type: ignore[arg-type]
+    return read(form, path, field, delimiter) if form in get_args(Format) else None  # type: ignore[arg-type]
 
 
 def _tsv(text: str, name: str) -> Table:

@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, get_args
 
+from fedjax_lora.core.learning import Learned
 from fedjax_lora.core.methods import Context, Method
-from fedjax_lora.core.types import Learns
 from fedjax_lora.data import digits, encode, hub, images, readers, tokens, tsv
-from fedjax_lora.data.arrays import Pool, check_pools, holders, without_holders
+from fedjax_lora.data.arrays import Pool, check_pools, check_target, holders, without_holders
 from fedjax_lora.data.examples import Examples as Examples
 from fedjax_lora.data.examples import gather
 from fedjax_lora.data.options import DataConfig as DataConfig
@@ -25,7 +26,9 @@ AnyConfig = DataConfig | FilesConfig | HubConfig | ImagesConfig
 class Load(Protocol):
     """How examples are read."""
 
-    def __call__(self, tokenizer: "PreTrainedTokenizerBase | None", name: str, learns: Learns = "label", /) -> Examples:
+    def __call__(
+        self, tokenizer: "PreTrainedTokenizerBase | None", name: str, learns: Learned = "label", /
+    ) -> Examples:
         """The examples of which `learns` is learned; `name` is the tokenizer's in the cache of tokens.
 
         None and "" stand where there is no tokenizer.
@@ -48,7 +51,7 @@ def make(options: AnyConfig, context: Context) -> Source:
     """The source of one of the package's own data sets."""
     del context
 
-    def read(tokenizer: "PreTrainedTokenizerBase | None", name: str, learns: Learns = "label", /) -> Examples:
+    def read(tokenizer: "PreTrainedTokenizerBase | None", name: str, learns: Learned = "label", /) -> Examples:
         return load(options, tokenizer, name, learns=learns)
 
     return Source(read, tokenizes=_is_text(options))
@@ -108,10 +111,10 @@ def arrays(
         client_names=client_names,
     )
 
-    def read(tokenizer: "PreTrainedTokenizerBase | None", cached: str, learns: Learns = "label", /) -> Examples:
+    def read(tokenizer: "PreTrainedTokenizerBase | None", cached: str, learns: Learned = "label", /) -> Examples:
         del tokenizer, cached
-        if learns != "label" and "target" not in examples.train:
-            raise ValueError(f"train must hold target for a task that learns {learns}, got {', '.join(examples.train)}")
+        held = {"train": examples.train, "test": examples.test, "public": examples.public}
+        check_target(held, learns, len(names))
         return examples
 
     return Method("data", name, _options_of(name), lambda options, context: Source(read))
@@ -141,7 +144,7 @@ def load(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     tokenizer_id: str = "",
     cache_dir: str | PathLike[str] | None = None,
-    learns: Learns = "label",
+    learns: Learned = "label",
 ) -> Examples:
     """Reads the examples that `config` names.
 
@@ -164,15 +167,16 @@ def load(
             raise ValueError(f"data.source must be one of text for a task that learns {learns}, got {config.source!r}")
         return _load_images(config)
     if tokenizer is None:
-        raise ValueError(f"source must be digits for a model without a tokenizer, got {config.source!r}")
+        raise ValueError(f"data.source must be one of images for a model without a tokenizer, got {config.source!r}")
     cache = tokens.Cache(tokenizer, tokenizer_id, cache_dir)
     parts, columns = _tables(config)
     template = "instruction" if isinstance(config, DataConfig) else config.template
     examples = encode.encode(config.source, parts, columns, learns, cache, config.max_length, template)
-    return examples._replace(notes=examples.notes + _published(config, learns))
+    named = {} if isinstance(config, DataConfig) else examples.columns  # a tsv file has no names of its own
+    return examples._replace(notes=examples.notes + _published(config, learns), columns=named)
 
 
-def _published(config: AnyConfig, learns: Learns) -> tuple[str, ...]:
+def _published(config: AnyConfig, learns: Learned) -> tuple[str, ...]:
     """What is known of a data set, and not in its columns."""
     if not isinstance(config, HubConfig) or not (known := config.chosen()).metrics:
         return ()
@@ -214,6 +218,21 @@ def columns_of(config: Any) -> Columns:
     if isinstance(config, HubConfig):
         return config.chosen().columns
     return config.columns if isinstance(config, FilesConfig) else Columns()
+
+
+def inputs(config: Any, path: str, field: str) -> Table | None:
+    """Columns of a file of new texts, which is written as the training data were; None for a file of lines.
+
+    Args:
+      config: of the source of the training data.
+      path: of the file, whose name says its format. field: names it in messages.
+
+    Raises:
+      ValueError: as of `readers.by_suffix`.
+    """
+    if config.source == "tsv" and Path(path).suffix.lower() == ".tsv" and not tsv.names_columns(path, field):
+        return tsv.read(path, field)
+    return readers.by_suffix(path, field, getattr(config, "delimiter", ","))
 
 
 def _files(config: Any) -> Iterator[tuple[str, str]]:

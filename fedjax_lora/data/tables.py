@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjax_lora.core.types import Learns
+from fedjax_lora.core.learning import Learned
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -76,11 +76,11 @@ class Columns:
         return {role: name for role, name in vars(self).items() if name is not None}
 
 
-def find(table: Table, columns: Columns, learns: Learns) -> dict[str, str]:
+def find(table: Table, columns: Columns, learns: Learned) -> dict[str, str]:
     """Role -> column of `table`, of the roles from which this is learned: as `columns` says, or by the common names.
 
     Where several columns have common names, the first of the list is taken; a pair of texts goes before one text, and
-    a prompt with its response before a text alone.
+    a prompt with its response before a text alone. Of texts that are continued the label is never guessed.
 
     Raises:
       ValueError: a column that is named is not there, or none has a common name.
@@ -101,13 +101,18 @@ def find(table: Table, columns: Columns, learns: Learns) -> dict[str, str]:
     return {role: name for role, name in found.items() if name is not None}
 
 
-def find_inputs(table: Table, columns: Columns, learns: Learns) -> dict[str, str]:
+def find_inputs(table: Table, named: Mapping[str, str], learns: Learned) -> dict[str, str]:
     """Role -> column of `table`, of what a model reads of an example whose label is not known.
 
+    Args:
+      table: of the examples.
+      named: role -> column of the training data, as far as it is known; others go by the common names.
+      learns: what the model has learned.
+
     Raises:
-      ValueError: as of `find`.
+      ValueError: the table lacks a column that the training data had, or none has a common name.
     """
-    given = {role: name for role, name in columns.given().items() if role in ("text", "text_pair", "words")}
+    given = {role: name for role, name in named.items() if role in ("text", "text_pair", "words")}
     for name in given.values():
         if name not in table.columns:
             raise ValueError(f"{table.name}: must have a column {name!r}, as the training data, got {_listed(table)}")
@@ -244,7 +249,7 @@ def _find_continued(table: Table, given: Mapping[str, str]) -> dict[str, str | N
         )
     prompt = given.get("prompt") or _first(table, PROMPT_NAMES)
     response = given.get("response") or _first(table, RESPONSE_NAMES)
-    label = given.get("label") or _first(table, LABEL_NAMES)
+    label = given.get("label")
     if "text" not in given and (asked or (prompt and response)):
         prompt = prompt or _one(table, "prompt", PROMPT_NAMES)
         response = response or _one(table, "response", RESPONSE_NAMES)

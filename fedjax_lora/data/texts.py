@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from fedjax_lora.data.arrays import IGNORED
+from fedjax_lora.core.types import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -36,6 +36,17 @@ def read(path: str, field: str) -> Table:
     return Table(name, {"text": sentences, "label": labels}, [number for number, _ in lines])
 
 
+def names_columns(path: str, field: str) -> bool:
+    """Whether the first line of a file names the column of its texts, and not a sentence and its label.
+
+    Raises:
+      ValueError: the file is missing or not UTF-8.
+    """
+    lines = [line for line in read_text(path, field).split("\n") if line.strip()]
+    first, *others = [[_column(part) for part in line.split("\t")] for line in lines] or [[""]]
+    return not _TEXT_COLUMNS.isdisjoint(first) and first[-1] not in {fields[-1] for fields in others}
+
+
 def _has_header(lines: list[tuple[int, str]], name: str) -> bool:
     """Whether the first line names the two columns.
 

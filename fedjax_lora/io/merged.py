@@ -26,6 +26,8 @@ _COPIED = (
     "merges.txt",
     "generation_config.json",
     "preprocessor_config.json",
+    "tokenizer.model",
+    "chat_template.jinja",
 )
 """Files of a base model that go with any weights of its shape."""
 

@@ -153,7 +153,8 @@ def read_data(folder: str | Path) -> dict[str, Any]:
 
     `examples_hash`, `partition_hash`, `base_hash`, `model_config_hash`, `tokenizer_hash`: of the data and of the model.
     `class_names`: of the columns of the task head. `started`: when, ISO 8601. `commit`: of the Git repository that the
-    run was started in, or null. `config_sha256`: of each `config.yaml` that the run has had. `methods`: file or module
+    run was started in, or null. `columns`: role -> column of the data; of runs before it was noted there is none.
+    `config_sha256`: of each `config.yaml` that the run has had. `methods`: file or module
     of a user's own methods -> SHA-256 of its text.
 
     Raises:

@@ -23,6 +23,7 @@ _READ = {
 _WITHOUT_EFFECT = {
     "alora_invocation_tokens",
     "auto_mapping",
+    "eva_config",
     "exclude_modules",
     "fan_in_fan_out",
     "inference_mode",

@@ -27,8 +27,9 @@ from fedjax_lora.models.table import Row, Table, in_layers
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = ("F64", "F32", "F16", "BF16")
-_READ, _NOT_READ = ["*.json", "*.safetensors", "*.txt"], ["*/*", "consolidated*"]
-"""Files of a hub's model that are read, and among them those that are of other programs."""
+_READ = ["*.json", "*.safetensors", "*.txt", "tokenizer.model", "chat_template.jinja"]
+_NOT_READ = ["*/*", "consolidated*"]
+"""Files of a hub's model that are read or go with its weights, and among them those of other programs."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

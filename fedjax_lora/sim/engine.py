@@ -70,6 +70,7 @@ class Facts(NamedTuple):
     truncated: texts that were cut to the maximum length.
     notes: what a user should know of how the data were read.
     holders: `[N]`, who holds each training example, where the data say so.
+    columns: role -> column of the tables that were read; empty where these name no columns.
     """
 
     base_hash: str
@@ -82,6 +83,7 @@ class Facts(NamedTuple):
     initial_hash: str = ""
     notes: tuple[str, ...] = ()
     holders: np.ndarray | None = None
+    columns: Mapping[str, str] = {}
 
 
 class Scores(NamedTuple):

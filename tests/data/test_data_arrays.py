@@ -158,7 +158,7 @@ def test_the_packages_own_sources_say_whether_they_need_a_tokenizer():
     assert source.load(None, "").fingerprint == sources.load(sources.DataConfig()).fingerprint
     source = tsv(sources.DataConfig(source="tsv", train="a", test="b"), CONTEXT)
     assert source.tokenizes
-    with pytest.raises(ValueError, match=r"^source must be digits for a model without a tokenizer"):
+    with pytest.raises(ValueError, match=r"^data\.source must be one of images for a model without a tokenizer"):
         source.load(None, "")
 
 

@@ -262,7 +262,9 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_tsv_without_a_tokenizer_is_refused(files):
-    with pytest.raises(ValueError, match=r"^source must be digits for a model without a tokenizer, got 'tsv'$"):
+    with pytest.raises(
+        ValueError, match=r"^data\.source must be one of images for a model without a tokenizer, got 'tsv'$"
+    ):
         load(files())
 
 

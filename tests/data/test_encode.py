@@ -138,7 +138,8 @@ def test_a_response_is_learned_and_its_prompt_is_not_loop(reads, begins, templat
         {"instruction": "Greet.", "input": "", "output": "Hello", "category": "talk"},
     ]
     tokenizer = gpt_like(begins)
-    examples = reads("next_token", rows, rows[:1], tokenizer, max_length=80, template=template)
+    options = {"max_length": 80, "template": template, "columns": Columns(label="category")}
+    examples = reads("next_token", rows, rows[:1], tokenizer, **options)
     prompts = {
         "instruction": [
             "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n",

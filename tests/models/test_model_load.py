@@ -343,7 +343,7 @@ def test_hub_id_is_downloaded_without_pickles(folder, monkeypatch):
     build("someone/some-model")
     assert asked == {
         "name": "someone/some-model",
-        "allow_patterns": ["*.json", "*.safetensors", "*.txt"],
+        "allow_patterns": ["*.json", "*.safetensors", "*.txt", "tokenizer.model", "chat_template.jinja"],
         "ignore_patterns": ["*/*", "consolidated*"],
     }
 
