@@ -88,7 +88,7 @@ def save_model(family: str, folder: Path, sentences: Sequence[str], layers: int,
     transformers.AutoModelForCausalLM.from_config(shape(family, layers, width, ids)).save_pretrained(folder)
 
 
-def shape(family: str, layers: int, width: int, ids: dict[str, int]) -> Any:
+def shape(family: str, layers: int, width: int, ids: dict[str, Any]) -> Any:
     """The configuration of a model; Llama's heads of keys and values are half as many as those of queries."""
     if family == "gpt2":
         return transformers.GPT2Config(
