@@ -75,7 +75,16 @@ def batch_of(shape):
     return {"image": np.random.default_rng(0).random((2, *shape.image_shape), np.float32)}
 
 
-def trained(folder, name, task, pooling):
+def products(modules):
+    """What a server may have merged: nothing in the first layer, and a product of rank 2 in the second."""
+    draw = np.random.default_rng(2)
+    found = {name: np.zeros((2, f.a.shape[1], f.b.shape[2]), np.float32) for name, f in modules.items()}
+    for product in found.values():
+        product[1] = 0.2 * draw.normal(size=(product.shape[1], 2)) @ draw.normal(size=(2, product.shape[2]))
+    return found
+
+
+def trained(folder, name, task, pooling, merges=False):
     """A run of such a model, with random adapters on all modules and a random head; the batch; its outputs."""
     save(folder / "base", name, task)
     config = load_config(None, [f"model={{pretrained: {folder / 'base'}, pooling: {pooling}}}", f"task={task}"])
@@ -91,10 +100,12 @@ def trained(folder, name, task, pooling):
     head = {name: jax.random.normal(next(keys), leaf.shape) for name, leaf in model.init_head(next(keys)).items()}
     adapters, base, batch = Adapters(modules=modules, head=head), found.weights(), batch_of(found.shape)
     used = lora.effective(adapters, lora.rank_mask(RANK, 4), ALPHA / RANK)
-    outputs = jax.jit(model.apply)(base, used, {name: jnp.asarray(leaf) for name, leaf in batch.items()})
+    merged = products(modules) if merges else {}
+    whole = lora.add_to_base(base, jax.tree.map(jnp.asarray, merged), model.sites)
+    outputs = jax.jit(model.apply)(whole, used, {name: jnp.asarray(leaf) for name, leaf in batch.items()})
     (folder / "metrics.jsonl").write_text(json.dumps(dict.fromkeys(FIELDS, 0) | {"round": 1, "tail_energy": []}) + "\n")
     labels = () if task in ("regression", "causal_lm") else LABELS
-    run = TrainedRun(folder, config, {"class_names": list(LABELS)}, 1, labels, found, base, {}, adapters, RANK)
+    run = TrainedRun(folder, config, {"class_names": list(LABELS)}, 1, labels, found, base, merged, adapters, RANK)
     return run, batch, outputs
 
 
@@ -124,6 +135,22 @@ def test_pytorch_computes_the_outputs_of_the_run(tmp_path, name, task, pooling):
     ours = np.asarray(ours)[kept]
     for model in (loaded, whole):
         np.testing.assert_allclose(logits_of(model, batch)[kept].reshape(ours.shape), ours, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_layers_of_different_ranks_are_those_of_the_run(tmp_path, name):
+    """Oracle: our own model, whose server has merged products into the second layer; PEFT has a rank for each."""
+    run, batch, ours = trained(tmp_path, name, "classification", "last", merges=True)
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ messages }}")
+    for form in ("peft", "merged"):
+        export(run, tmp_path / form, form)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["r"] == RANK + 2 and set(config["rank_pattern"].values()) == {RANK}
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "{{ messages }}"
+    loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "peft", num_labels=len(LABELS))
+    whole = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    for model in (loaded, whole):
+        np.testing.assert_allclose(logits_of(model, batch), ours, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", ["roberta", "distilbert", "gpt2", "qwen2", "vit"])

@@ -27,7 +27,7 @@ from fedjax_lora.models.table import Row, Table, in_layers
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = ("F64", "F32", "F16", "BF16")
-_FILES = ("*.json", "*.safetensors", "*.txt", "tokenizer.model", "chat_template.jinja")
+FILES = ("*.json", "*.safetensors", "*.txt", "tokenizer.model", "chat_template.jinja")
 """What is downloaded of a model: weights, and what goes with them; no pickle and no code."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -47,7 +47,7 @@ def resolve(pretrained: str) -> Path:
             f"model.pretrained must be a folder that exists or a Hugging Face model id, got {pretrained!r}"
         )
     try:
-        return Path(huggingface_hub.snapshot_download(pretrained, allow_patterns=list(_FILES)))
+        return Path(huggingface_hub.snapshot_download(pretrained, allow_patterns=list(FILES)))
     except Exception as error:  # the hub client raises errors of several libraries
         raise ValueError(
             "model.pretrained must be an existing folder or a model that the Hugging Face hub has, "

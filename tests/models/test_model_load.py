@@ -1,6 +1,7 @@
 """Loading of Hugging Face folders: names, shards, prefixes, and one clear line for each thing that is wrong."""
 
 import dataclasses
+import fnmatch
 import json
 from typing import Literal
 
@@ -341,7 +342,11 @@ def test_hub_id_is_downloaded_without_pickles(folder, monkeypatch):
 
     monkeypatch.setattr(safetensors.huggingface_hub, "snapshot_download", download)
     build("someone/some-model")
-    assert asked == {"name": "someone/some-model", "allow_patterns": ["*.json", "*.safetensors", "*.txt"]}
+    assert asked == {"name": "someone/some-model", "allow_patterns": list(safetensors.FILES)}
+    kept = [f"a.{suffix}" for suffix in ("json", "safetensors", "txt")] + ["tokenizer.model", "chat_template.jinja"]
+    left = ["pytorch_model.bin", "modeling.py", "a.pt", "original/tokenizer.model.bak"]
+    allowed = [any(fnmatch.fnmatch(name, pattern) for pattern in safetensors.FILES) for name in (*kept, *left)]
+    assert allowed == [True] * len(kept) + [False] * len(left)
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"model": 3}'])
