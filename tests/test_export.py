@@ -199,6 +199,7 @@ def test_a_client_s_own_adapters_are_exported_in_its_rank(write_run):
     np.testing.assert_allclose(torch_logits(run.parent / "out"), ours, atol=1e-4)
     config = json.loads((run.parent / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (1, ALPHA / RANK)
+    assert "0.8125" not in (run.parent / "out" / "README.md").read_text()  # the accuracy of the global ones
     for number in (-1, 2):
         with pytest.raises(ValueError, match=rf"--client must be from 0 to 1, the clients of .*, got {number}"):
             export_run(run, run.parent / "other", client=number)

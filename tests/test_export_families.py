@@ -2,13 +2,16 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
 
+from fedjax_lora.adapters import lora
 from fedjax_lora.app.export import export
 from oracles import tiny_models
-from oracles.trained_run import outputs_of, trained_run
+from oracles.trained_run import RANK, outputs_of, trained_run
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -53,12 +56,23 @@ def batch_of(shape):
     return {"image": np.random.default_rng(0).random((2, *shape.image_shape), np.float32)}
 
 
-def trained(folder, name, task, pooling):
-    """A run of such a model, a batch and its outputs."""
+def products(modules):
+    """What a server may have merged: nothing in the first layer, and a product of rank 2 in the second."""
+    draw = np.random.default_rng(2)
+    found = {name: np.zeros((2, f.a.shape[1], f.b.shape[2]), np.float32) for name, f in modules.items()}
+    for product in found.values():
+        product[1] = 0.2 * draw.normal(size=(product.shape[1], 2)) @ draw.normal(size=(2, product.shape[2]))
+    return found
+
+
+def trained(folder, name, task, pooling, merges=False):
+    """A run of such a model, whose server has merged something or nothing; a batch and its outputs."""
     save(folder / "base", name, task)
     run, model = trained_run(folder, task, pooling, LABELS)
+    merged = products(run.adapters.modules) if merges else {}
+    whole = lora.add_to_base(run.base, jax.tree.map(jnp.asarray, merged), model.sites)
     batch = batch_of(run.found.shape)
-    return run, batch, outputs_of(run, model, batch)
+    return run._replace(merged=merged), batch, outputs_of(run._replace(base=whole), model, batch)
 
 
 def logits_of(model, batch):
@@ -87,6 +101,22 @@ def test_pytorch_computes_the_outputs_of_the_run(tmp_path, name, task, pooling):
     ours = np.asarray(ours)[kept]
     for model in (loaded, whole):
         np.testing.assert_allclose(logits_of(model, batch)[kept].reshape(ours.shape), ours, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_layers_of_different_ranks_are_those_of_the_run(tmp_path, name):
+    """Oracle: our own model, whose server has merged products into the second layer; PEFT has a rank for each."""
+    run, batch, ours = trained(tmp_path, name, "classification", "last", merges=True)
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ messages }}")
+    for form in ("peft", "merged"):
+        export(run, tmp_path / form, form)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["r"] == RANK + 2 and set(config["rank_pattern"].values()) == {RANK}
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "{{ messages }}"
+    loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "peft", num_labels=len(LABELS))
+    whole = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    for model in (loaded, whole):
+        np.testing.assert_allclose(logits_of(model, batch), ours, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", ["roberta", "distilbert", "gpt2", "qwen2", "vit"])

@@ -17,8 +17,9 @@ from fedjax_lora.config.experiment import dump, load_config
 from fedjax_lora.core.errors import ConfigError, ConfigWarning
 from fedjax_lora.io.log import RunFolder
 from fedjax_lora.io.run_files import FIELDS
+from fedjax_lora.models import peft_config
 from fedjax_lora.sim.engine import predict
-from oracles.toy_bert import save_toy_bert
+from oracles.toy_bert import save_toy_bert, save_toy_gpt2, save_toy_llama
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -108,6 +109,44 @@ def test_an_adapter_of_peft_gives_its_logits_before_round_1(folder, tmp_path, op
         np.testing.assert_allclose(
             gram[:, rank:, rank:], 4 * np.broadcast_to(np.eye(6 - rank), (2, 6 - rank, 6 - rank)), atol=1e-5
         )
+
+
+def test_how_eva_began_has_no_effect(changed):
+    """Oracle: the same adapter without a word of it."""
+    plain = peft_config.read(changed, "lora.initial")
+    put(init_lora_weights="eva", eva_config={"rho": 2.0, "tau": 0.99})(changed)
+    assert peft_config.read(changed, "lora.initial") == plain
+
+
+SAVERS = {"gpt2": (save_toy_gpt2, ["c_attn", "c_fc"]), "llama": (save_toy_llama, ["q_proj", "down_proj"])}
+
+
+@pytest.mark.parametrize("name", SAVERS)
+def test_an_adapter_of_a_decoder_gives_the_logits_of_peft(folder, tmp_path, name):
+    """Oracle: PEFT; GPT-2 holds its modules as `[n_in, n_out]`, and two of three are not square."""
+    save, targets = SAVERS[name]
+    save(tmp_path / "base")
+    torch.manual_seed(3)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", pad_token_id=0)
+    options = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="SEQ_CLS")
+    options.fan_in_fan_out = name == "gpt2"
+    model = peft.get_peft_model(model, options).eval()
+    ids = np.where(BATCH["attention_mask"], BATCH["input_ids"] % 10 + 1, 0)
+    batch = {"input_ids": ids, "attention_mask": BATCH["attention_mask"]}
+    with torch.no_grad():
+        for parameter in (p for n, p in model.named_parameters() if "lora_" in n or "modules_to_save" in n):
+            parameter.copy_(0.5 * torch.randn(parameter.shape))
+        theirs = model(**{key: torch.tensor(value) for key, value in batch.items()}).logits.numpy()
+    model.save_pretrained(tmp_path / "adapter")
+    overrides = [
+        f"model={{pretrained: {tmp_path / 'base'}, pooling: last}}",
+        f"lora.targets=[{', '.join(targets)}]",
+        f"lora.initial={tmp_path / 'adapter'}",
+    ]
+    simulation = build(configuration(folder, *overrides))
+    state = simulation.program.start(jax.random.key(0), simulation.numbers)
+    ours = predict(simulation.make_parts, simulation.world, state, jax.tree.map(jnp.asarray, batch))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])

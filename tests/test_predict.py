@@ -129,6 +129,7 @@ def test_predictions_are_those_of_the_loaded_run(ended, tmp_path):
 FILES = {
     "texts.tsv": "id\tsentence\n" + "".join(f"{i}\t{text}\n" for i, text in enumerate(TEXTS)),
     "texts.csv": "text,id\n" + "".join(f'"{text}",{i}\n' for i, text in enumerate(TEXTS)),
+    "labelled.tsv": "".join(f"{line}\n" for line in TEST),
     "texts.jsonl": "".join(json.dumps({"sentence": text}) + "\n" for text in TEXTS),
 }
 

@@ -195,3 +195,38 @@ def test_targets_and_clients_are_read_and_a_task_that_needs_targets_says_so():
 def test_targets_and_clients_that_are_wrong_are_one_line(more, message):
     with pytest.raises(ValueError, match=message):
         arrays(text(**more))
+
+
+@pytest.mark.parametrize(
+    ("learns", "target", "message"),
+    [
+        ("number", np.arange(4), "target must be [N] floats for a task that learns number, got [4] of int32"),
+        ("number", np.ones((4, 1)), "target must be [N] floats for a task that learns number, got [4, 1] of float32"),
+        (
+            "token_label",
+            np.ones((4, 6)),
+            "target must be [N, S] integers for a task that learns token_label, got [4, 6] of float32",
+        ),
+        (
+            "next_token",
+            np.arange(4),
+            "target must be [N, S] integers for a task that learns next_token, got [4] of int32",
+        ),
+        (
+            "token_label",
+            np.full((4, 6), 3),
+            "target must be -100 or from 0 to 2, one for each of class_names, got 3",
+        ),
+    ],
+)
+def test_a_target_is_of_the_form_that_is_learned(learns, target, message):
+    """The message names the array; a class needs no target, so that any is passed over."""
+    good = np.zeros((4, 6), int) if target.ndim == 2 and target.dtype.kind == "i" else target
+    for part in ("train", "test"):
+        parts = {"train": images(target=good), "test": images(target=good)} | {part: images(target=target)}
+        method = arrays(parts["train"], parts["test"])
+        source = method.make(method.options(), CONTEXT)
+        source.load(None, "", "label")
+        with pytest.raises(ValueError) as caught:
+            source.load(None, "", learns)
+        assert str(caught.value).endswith(message) and "\n" not in str(caught.value)

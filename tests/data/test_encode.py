@@ -7,9 +7,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from fedjax_lora.data.encode import encode
 from fedjax_lora.data.options import FilesConfig
 from fedjax_lora.data.sources import load
-from fedjax_lora.data.tables import Columns
+from fedjax_lora.data.tables import Columns, Table
+from fedjax_lora.data.tokens import Cache
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "good", "bad", "film", "so", "long", "and", "a"]
 
@@ -172,6 +174,23 @@ def test_of_a_text_alone_each_next_token_is_learned(reads, begins):
     expected = np.where(mask[:, 1:] == 1, ids[:, 1:], -100)
     np.testing.assert_array_equal(target, np.pad(expected, ((0, 0), (0, 1)), constant_values=-100))
     assert examples.class_names == ("all",) and not examples.train["label"].any()
+
+
+def test_the_label_of_continued_texts_is_never_guessed(reads):
+    """By hand: `score` is a label's common name, but constant in training, and another in testing."""
+    rows = [{"prompt": "a", "response": "b", "score": 1}, {"prompt": "c", "response": "d", "score": 1}]
+    examples = reads("next_token", rows, [{**rows[0], "score": 2}], gpt_like(), template="plain")
+    assert examples.class_names == ("all",) and not examples.train["label"].any()
+    assert examples.columns == {"prompt": "prompt", "response": "response"}
+
+
+def test_names_of_classes_and_words_that_none_is_called_are_one_line():
+    """Words of a test table that has no names, beside a training table that has them."""
+    words = {"words": ["a b"]}
+    train = Table("data.train a", {**words, "label": [[0, 1]]}, [1], classes={"label": ("O", "B")})
+    test = Table("data.test b", {**words, "label": ["O Z"]}, [1])
+    with pytest.raises(ValueError, match=r"^data.test b, line 1: must be a label of data.train, 'B, O', got 'Z'$"):
+        encode("mine", (train, test), Columns(), "token_label", Cache(gpt_like(), ""), 8)
 
 
 def test_prompts_that_leave_no_response_are_counted(reads):

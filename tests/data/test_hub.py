@@ -144,6 +144,12 @@ def test_known_instructions_are_split_and_written_with_their_context(hub, name, 
     assert found.class_names == (("brainstorming", "open_qa") if "category" in features else ("all",))
 
 
+def test_a_text_that_is_named_takes_the_place_of_what_is_known():
+    """By hand: Alpaca has its prompt and response as one text too."""
+    config = HubConfig(dataset="alpaca", columns=known.HubColumns(text="text"))
+    assert config.chosen().columns.given() == {"text": "text"}
+
+
 def pictures(rows, size=(32, 32)):
     """Images of one colour each, which a file of PNG keeps as they are."""
     from PIL import Image

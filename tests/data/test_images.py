@@ -65,6 +65,16 @@ def test_sizes_and_channels_are_those_asked_for_pillow(folders, channels):
         np.testing.assert_array_equal(found, np.asarray(scaled, np.float32).reshape(4, 4, channels) / np.float32(255))
 
 
+def test_a_photo_is_turned_as_its_exif_says_closed_form(folders):
+    """Orientation 6 of Exif: a quarter turn clockwise."""
+    image, exif = noise(0), Image.Exif()
+    exif[0x0112] = 6
+    config = folders({"train/a/1.png": image, "train/b/2.png": noise(1), "test/a/3.png": image})
+    image.save(str(config.test) + "/a/3.png", exif=exif)
+    examples = load(config)
+    np.testing.assert_array_equal(examples.test["image"][0], np.rot90(examples.train["image"][0], -1))
+
+
 def test_what_is_wrong_is_one_line_that_names_it(folders, tmp_path):
     good = {"train/a/1.png": noise(0), "train/b/2.png": noise(1), "test/a/3.png": noise(2)}
     deep = Image.fromarray(np.zeros((4, 4), np.uint16))

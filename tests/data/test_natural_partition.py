@@ -108,8 +108,8 @@ def flower(monkeypatch):
     monkeypatch.setitem(sys.modules, "flwr_datasets.partitioner", module)
 
 
-def flwr(partitioner="LabelPartitioner", **options):
-    return PartitionConfig(kind="flwr", partitioner=partitioner, options=Mapped(options))
+def flwr(partitioner="LabelPartitioner", min_examples=1, **options):
+    return PartitionConfig(kind="flwr", partitioner=partitioner, options=Mapped(options), min_examples=min_examples)
 
 
 def test_a_partitioner_deals_the_rows_and_is_given_number_label_and_seed_loop(flower):
@@ -147,6 +147,11 @@ def test_examples_that_a_partitioner_leaves_out_are_nobodys_loop(flower):
         (flwr(keep=3), r"options must be options of LabelPartitioner, got .*'keep': 3}: keep must be a list$"),
         (flwr(colour=1), r"options must be options of LabelPartitioner, got .* unexpected keyword argument 'colour'$"),
         (flwr(twice=True), r"give an example to one client at most, got .* which gives 30 of 30 to several$"),
+        (
+            flwr(keep=[0], min_examples=4),
+            r"^clients\.count must be at most 2 \(10 examples that LabelPartitioner deals, ",
+        ),
+        (flwr(keep=[]), r"^clients\.count must be at most 0 \(0 .* LabelPartitioner deals, at least 1 .*\), got 3$"),
         (flwr(num_partitions=4), r"^clients\.count must be 4, the partitions of LabelPartitioner, got 3$"),
     ],
 )

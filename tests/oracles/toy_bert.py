@@ -1,4 +1,4 @@
-"""A small BERT or Llama with a tokenizer of whole words, as a Hugging Face folder."""
+"""A small BERT, GPT-2 or Llama with a tokenizer of whole words, as a Hugging Face folder."""
 
 from pathlib import Path
 
@@ -40,6 +40,24 @@ def save_toy_llama(folder: Path) -> Path:
         initializer_range=0.1,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return _with_tokenizer(folder)
+
+
+def save_toy_gpt2(folder: Path) -> Path:
+    """The same of a GPT-2."""
+    pytest.importorskip("torch")
+    config = transformers.GPT2Config(
+        vocab_size=len(SPECIAL + WORDS),
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=3,
+        n_inner=MLP,
+        n_positions=64,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     return _with_tokenizer(folder)
 
 
