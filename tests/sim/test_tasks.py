@@ -41,17 +41,22 @@ class ReaderConfig(Options):
     name: Literal["reader"] = "reader"
 
 
+SHAPE = bert.BertConfig(vocab_size=WORDS, width=12, num_layers=1, num_heads=3, mlp_width=20, max_positions=LONGEST)
+
+
+def encoder(options: ReaderConfig, context: Context):
+    return bert.bert(SHAPE, context.made["task"], context.made["adapter"])
+
+
 def reader(options: ReaderConfig, context: Context):
-    shape = bert.BertConfig(vocab_size=WORDS, width=12, num_layers=1, num_heads=3, mlp_width=20, max_positions=LONGEST)
-    task, adapter = context.made["task"], context.made["adapter"]
-    model = bert.bert(shape, task, adapter)
+    task = context.made["task"]
 
     def read(base, adapters, hidden, key):
-        features = bert.features(shape, base, hidden)
+        features = bert.features(SHAPE, base, hidden)
         own = Features(hidden, features.pooled, lambda: hidden.values @ base["embeddings"]["word"].T)
         return task.read(adapters.head, own)
 
-    return model._replace(task=read)
+    return encoder(options, context)._replace(task=read)
 
 
 READER = Method("model", "reader", ReaderConfig, reader)
@@ -77,9 +82,9 @@ def pool(learns, size, seed):
     return {"input_ids": ids, "attention_mask": real.astype(int), "label": label, "target": targets[learns]}
 
 
-def outcome(task, learns):
+def outcome(task, learns, silent=False):
     lines = arrays("lines", train=pool(learns, 60, 0), test=pool(learns, 13, 1), class_names=("a", "b", "c"))
-    methods = [READER, lines]
+    methods = [READER._replace(make=encoder if silent else reader), lines]
     simulation = fl.build(fl.load_config(None, [*SETTINGS, f"task={task}"], methods=methods), methods=methods)
     state, metrics = simulation.run(simulation.init(jax.random.key(1)), 2)
     outputs = simulation.predict(state, {name: leaf for name, leaf in pool(learns, 13, 1).items() if name != "target"})
@@ -157,4 +162,4 @@ def test_classification_and_the_worst_tenth_of_the_clients():
 
 def test_a_model_without_logits_is_refused_in_one_line():
     with pytest.raises(fl.ConfigError, match=r"^task.name must not be causal_lm where the model has no logits of the"):
-        fl.build(fl.load_config(None, ["task=causal_lm", "clients.count=3"]))
+        outcome("causal_lm", "next_token", silent=True)
