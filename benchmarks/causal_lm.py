@@ -78,7 +78,7 @@ def save_model(family: str, folder: Path, sentences: Sequence[str], layers: int,
     core.train_from_iterator(
         sentences, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet)
     )
-    named = {"eos_token": END}
+    named: dict[str, Any] = {"eos_token": END}
     if family == "llama":
         core.post_processor = processors.TemplateProcessing(single=f"{START} $A", special_tokens=[(START, 1)])
         named |= {"bos_token": START, "pad_token": END}
@@ -88,7 +88,7 @@ def save_model(family: str, folder: Path, sentences: Sequence[str], layers: int,
     transformers.AutoModelForCausalLM.from_config(shape(family, layers, width, ids)).save_pretrained(folder)
 
 
-def shape(family: str, layers: int, width: int, ids: dict[str, int]) -> Any:
+def shape(family: str, layers: int, width: int, ids: dict[str, Any]) -> Any:
     """The configuration of a model; Llama's heads of keys and values are half as many as those of queries."""
     if family == "gpt2":
         return transformers.GPT2Config(
