@@ -78,7 +78,7 @@ def save_model(family: str, folder: Path, sentences: Sequence[str], layers: int,
     core.train_from_iterator(
         sentences, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet)
     )
-    named = {"eos_token": END}
+    named: dict[str, Any] = {"eos_token": END}
     if family == "llama":
         core.post_processor = processors.TemplateProcessing(single=f"{START} $A", special_tokens=[(START, 1)])
         named |= {"bos_token": START, "pad_token": END}

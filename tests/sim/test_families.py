@@ -1,14 +1,11 @@
 """Runs on a small model of each family: over the cell, cut in two, and as a sweep."""
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
 import transformers
-from safetensors.numpy import load_file
 
 import fedjax_lora as fl
 from fedjax_lora.core.methods import Method
@@ -34,33 +31,35 @@ CELL = ["sparsifier=soft", "control={name: tsfa, latency_budget_s: 0.001, queue_
 SPLIT = "training={name: split, device_layers: 1, task: server}"
 
 
-def texts(size, seed, padding):
-    """Of several lengths, with the token that follows each position."""
+def texts(size, seed, padding, causal):
+    """Of several lengths, with the token that follows each position where that is learned."""
     random = np.random.default_rng(seed)
     real = np.arange(LENGTH) < random.integers(2, LENGTH + 1, size)[:, None]
     ids = np.where(real, random.integers(4, tiny_models.VOCABULARY, (size, LENGTH)), padding)
     follows = np.pad(np.where(real[:, 1:], ids[:, 1:], IGNORED), ((0, 0), (0, 1)), constant_values=IGNORED)
-    return {"input_ids": ids, "attention_mask": real.astype(int), "target": follows}
+    return {"input_ids": ids, "attention_mask": real.astype(int), **({"target": follows} if causal else {})}
 
 
-def pool(name, size, seed):
+def pool(name, size, seed, causal):
     config = tiny_models.CONFIGS[name]
     label = np.random.default_rng(seed).integers(0, CLASSES, size)
     if hasattr(config, "image_size"):
         image = np.random.default_rng(seed).random((size, *config.image_size, config.num_channels), np.float32)
         return {"image": image, "label": label}
     padding = 1 if config.pad_token_id is None else config.pad_token_id
-    return {**texts(size, seed, padding), "label": label}
+    return {**texts(size, seed, padding, causal), "label": label}
 
 
 class Given(NamedTuple):
-    """A family's runs: its folder, its data, the settings, and the modules with adapters by names of the checkpoint."""
+    """A family's runs: its data, the settings, and the widths of the modules with adapters.
+
+    widths: `[L, modules]`, rows and columns of each, by PyTorch's own model.
+    """
 
     name: str
-    folder: Path
     source: Method
     settings: list[str]
-    modules: Sequence[str]
+    widths: np.ndarray
 
     @property
     def causal(self) -> bool:
@@ -73,9 +72,9 @@ def family(request, tmp_path_factory):
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     causal = "causal_lm" in FAMILIES[name].classes
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    tiny_models.save(folder, auto.from_config(tiny_models.CONFIGS[name]))
+    model = tiny_models.save(folder, auto.from_config(tiny_models.CONFIGS[name]))
     names = [f"class {number}" for number in range(CLASSES)]
-    source = arrays("mine", train=pool(name, 60, 0), test=pool(name, 13, 1), class_names=names)
+    source = arrays("mine", train=pool(name, 60, 0, causal), test=pool(name, 13, 1, causal), class_names=names)
     sites = table.sites(FAMILIES[name].weights(load.read_shape(str(folder))))
     targets = [next(iter(sites)), list(sites)[-1]]
     settings = [
@@ -83,7 +82,10 @@ def family(request, tmp_path_factory):
         f"task={'causal_lm' if causal else 'classification'}",
         f"lora.targets={targets}",
     ]
-    return Given(name, folder, source, [*SETTINGS, *settings], [sites[target].source for target in targets])
+    sources = [[sites[target].source.format(layer=layer) for target in targets] for layer in range(tiny_models.LAYERS)]
+    bare = model.base_model
+    widths = np.array([[sum(bare.get_submodule(one).weight.shape) for one in of_layer] for of_layer in sources])
+    return Given(name, source, [*SETTINGS, *settings], widths)
 
 
 @pytest.fixture(autouse=True)
@@ -101,33 +103,21 @@ def run(family, *overrides, seed=0) -> Any:
     return simulation, *simulation.run(simulation.init(jax.random.key(seed)), 2)
 
 
-def widths(family):
-    """`[L, modules]`: rows and columns of each module, of the tensors of the checkpoint."""
-    tensors = {name: leaf.shape for name, leaf in load_file(family.folder / "model.safetensors").items()}
-
-    def of(module):
-        (shape,) = [shape for name, shape in tensors.items() if f".{name}".endswith(f".{module}.weight")]
-        return sum(shape)
-
-    return np.array([[of(m.format(layer=layer)) for m in family.modules] for layer in range(tiny_models.LAYERS)])
-
-
 def head_bits(family):
     return 0 if family.causal else 32 * (tiny_models.WIDTH * CLASSES + CLASSES)
 
 
 def test_soft_and_tsfa_over_the_cell(family):
-    """Oracle: bits of each number of components, by the shapes in the checkpoint; a kept one is named in 2 bits."""
+    """Oracle: bits of each number of components, by the shapes of PyTorch; a kept one is named in 2 bits."""
     _, _, metrics = run(family, *CELL)
-    of_module = widths(family)
     bits = [
-        int(np.sum(32 * kept * of_module + min(2 * kept, MAX_RANK))) + head_bits(family) for kept in range(RANK + 1)
+        int(np.sum(32 * kept * family.widths + min(2 * kept, MAX_RANK))) + head_bits(family) for kept in range(RANK + 1)
     ]
     kept = np.searchsorted(bits, metrics.client_uplink_bits)
     np.testing.assert_array_equal(np.take(bits, kept, mode="clip"), metrics.client_uplink_bits)
     np.testing.assert_allclose(metrics.kept_ranks_mean, kept.mean(1), rtol=1e-6)
     assert 0 < kept.min() < kept.max()
-    dense = 32 * RANK * int(of_module.sum()) + head_bits(family)
+    dense = 32 * RANK * int(family.widths.sum()) + head_bits(family)
     np.testing.assert_array_equal(metrics.client_downlink_bits, dense)
     assert metrics.nonfinite_clients.tolist() == [0, 0] and metrics.participants.tolist() == [CLIENTS] * 2
     for name in ("train_loss", "latency_s", "energy_j", "queue_s", "dropped_energy", "sparsification_error"):
@@ -152,9 +142,9 @@ def test_a_run_cut_in_two(family):
         positions = [len(rows) * (patches + (2 if family.name == "deit" else 1)) for rows in held]
     else:
         positions = [np.asarray(data.train["attention_mask"])[rows].sum() for rows in held]
-    labels = [len(rows) for rows in held] if "image" in data.train else positions
+    labels = positions if family.causal else [len(rows) for rows in held]
     crossing = 32 * STEPS * tiny_models.WIDTH * np.array(positions)
-    first_layer = 32 * RANK * int(widths(family)[0].sum())
+    first_layer = 32 * RANK * int(family.widths[0].sum())
     targets = 32 * STEPS * np.array(labels)
     np.testing.assert_array_equal(metrics.client_uplink_bits, [crossing + targets + first_layer] * 2)
     np.testing.assert_array_equal(metrics.client_downlink_bits, [crossing + first_layer] * 2)
