@@ -10,8 +10,8 @@ from fedjax_lora.core.learning import Site
 def choose(names: Sequence[str], sites: Mapping[str, Site], num_layers: int) -> dict[str, Site]:
     """The entries of `sites` that are named, in the order of the names and, under one name, of the model.
 
-    A name is that of a site, or else what PEFT takes for `target_modules`: the end of a module's path in the
-    checkpoint, from a dot on; `all-linear`; or a regular expression that matches the whole path.
+    A name is that of a site or of its role, or else what PEFT takes for `target_modules`: the end of a module's path in
+    the checkpoint, from a dot on; `all-linear`; or a regular expression that matches the whole path.
 
     Args:
       names: of the modules that shall carry an adapter.
@@ -24,7 +24,8 @@ def choose(names: Sequence[str], sites: Mapping[str, Site], num_layers: int) -> 
     """
     found: dict[str, Site] = {}
     for name in names:
-        chosen = [name] if name in sites else _by_path(name, sites, num_layers)
+        chosen = [name] if name in sites else [key for key, site in sites.items() if name in site.roles]
+        chosen = chosen or _by_path(name, sites, num_layers)
         if not chosen:
             nearest = difflib.get_close_matches(name, sites, n=1, cutoff=0.0)[0]
             valid = ", ".join(sites)

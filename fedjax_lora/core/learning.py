@@ -44,6 +44,7 @@ class Site(NamedTuple):
     first: its first column there.
     n_in, n_out: widths.
     source: name of the module in a Hugging Face checkpoint, with `{layer}`; "" where there is none.
+    roles: `query`, `key`, `value`, `output`, `up`, `down`: names that hold for every family, where its own is another.
     """
 
     group: str
@@ -51,6 +52,7 @@ class Site(NamedTuple):
     n_in: int
     n_out: int
     source: str = ""
+    roles: tuple[str, ...] = ()
 
 
 class Adapter(NamedTuple):

@@ -76,7 +76,8 @@ def weights(config: Gpt2Config) -> table.Table:
     d, layer = config.width, "h.{layer}"
 
     def matrix(path: str, n_in: int, site: str, source: str, n_out: int, axes: tuple[str, str]) -> dict[str, Row]:
-        return table.dense(f"layers/{path}", n_in, [Part(site, f"{layer}.{source}", n_out)], axes, stored=AS_IS)
+        roles = ("query", "key", "value") if site == "c_attn" else (path,)
+        return table.dense(f"layers/{path}", n_in, [Part(site, f"{layer}.{source}", n_out, roles)], axes, stored=AS_IS)
 
     return {
         "embeddings/word": table.embedding("wte", config.vocab_size, d, "vocab", matrix=True),

@@ -137,10 +137,17 @@ def weights(config: LlamaConfig) -> table.Table:
     d, layer = config.width, "layers.{layer}"
     queries, keys = config.num_heads * config.head_width, config.kv_heads * config.head_width
     widths = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-    qkv = [Part(site, f"{layer}.self_attn.{site}", n_out) for site, n_out in widths.items()]
-    output = [Part("o_proj", f"{layer}.self_attn.o_proj", d)]
-    gate_up = [Part(site, f"{layer}.mlp.{site}", config.mlp_width) for site in ("gate_proj", "up_proj")]
-    down = [Part("down_proj", f"{layer}.mlp.down_proj", d)]
+    roles = ("query",), ("key",), ("value",)
+    qkv = [
+        Part(site, f"{layer}.self_attn.{site}", n_out, role)
+        for (site, n_out), role in zip(widths.items(), roles, strict=True)
+    ]
+    output = [Part("o_proj", f"{layer}.self_attn.o_proj", d, ("output",))]
+    gate_up = [
+        Part(site, f"{layer}.mlp.{site}", config.mlp_width, role)
+        for site, role in (("gate_proj", ()), ("up_proj", ("up",)))
+    ]
+    down = [Part("down_proj", f"{layer}.mlp.down_proj", d, ("down",))]
     words = table.embedding("embed_tokens", config.vocab_size, d, "vocab", matrix=True)
 
     def norm(source: str, n: int = d, axis: str | None = "embed") -> Row:

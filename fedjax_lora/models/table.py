@@ -51,6 +51,7 @@ class Row(NamedTuple):
     stored: how each of them is stored.
     sites: name of the adapter site that each of the tensors is; () for none.
     columns: of each tensor; () where there is one.
+    roles: of each site, see `Site.roles`.
     matrix: whether it is held in the dtype that products multiply in, else in float32.
     prefixed: whether what stands before the names of a checkpoint stands before these too; it does not before the
       head of a language model.
@@ -63,6 +64,7 @@ class Row(NamedTuple):
     stored: Stored = AS_IS
     sites: tuple[str, ...] = ()
     columns: tuple[int, ...] = ()
+    roles: tuple[tuple[str, ...], ...] = ()
     matrix: bool = False
     prefixed: bool = True
 
@@ -83,12 +85,13 @@ ones: Init = jax.nn.initializers.ones
 class Part(NamedTuple):
     """One of the projections that lie side by side in a matrix.
 
-    site: name of the adapter site. source: module of the checkpoint. n_out: its columns.
+    site: name of the adapter site. source: module of the checkpoint. n_out: its columns. roles: see `Site.roles`.
     """
 
     site: str
     source: str
     n_out: int
+    roles: tuple[str, ...] = ()
 
 
 def dense(
@@ -105,7 +108,8 @@ def dense(
     columns = tuple(part.n_out for part in parts)
     names, sites = [part.source for part in parts], tuple(part.site for part in parts if part.site)
     weight = tuple(f"{name}.weight" for name in names)
-    rows = {f"{path}/w": Row((n_in, sum(columns)), axes, init, weight, stored, sites, columns, matrix=True)}
+    roles = tuple(part.roles for part in parts)
+    rows = {f"{path}/w": Row((n_in, sum(columns)), axes, init, weight, stored, sites, columns, roles, matrix=True)}
     if bias:
         tensors = tuple(f"{name}.bias" for name in names)
         rows[f"{path}/b"] = Row((sum(columns),), axes[1:], zeros, tensors, columns=columns)
@@ -128,9 +132,9 @@ def sites(table: Table) -> dict[str, Site]:
     found = {}
     for path, row in table.items():
         first = 0
-        for name, site, n_out in zip(row.names, row.sites, row.columns, strict=False):
+        for name, site, n_out, roles in zip(row.names, row.sites, row.columns, row.roles, strict=False):
             group = path.split("/")[1]
-            found[site] = Site(group, first, row.shape[0], n_out, name.removesuffix(".weight"))
+            found[site] = Site(group, first, row.shape[0], n_out, name.removesuffix(".weight"), roles)
             first += n_out
     return found
 

@@ -22,6 +22,21 @@ def test_choose_keeps_the_named_entries_in_order():
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gpt2", ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]),
+        ("llama", ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]),
+        ("distilbert", ["query", "value", "output", "up", "down"]),
+    ],
+)
+def test_common_names_are_valid_for_every_family(name, expected):
+    """By hand: what each of them is in the model's own words."""
+    family = FAMILIES[name]
+    sites = table.sites(family.weights(family.shape({})))
+    assert list(targets.choose(("query", "value", "output", "up", "down"), sites, 2)) == expected
+
+
 def test_choose_names_the_nearest_and_the_valid_ones():
     message = r"lora.targets must be among query, value, up, got 'values' \(did you mean 'value'\?\)"
     with pytest.raises(ValueError, match=message):
