@@ -40,8 +40,8 @@ def by_suffix(path: str, field: str, delimiter: str = ",") -> Table | None:
         return read("csv", path, field, delimiter)
     if suffix == ".tsv":
         return _tsv(read_text(path, field), f"{field} {path}")
-    form = suffix.removeprefix(".")
-    return read(form, path, field, delimiter) if form in get_args(Format) else None  # type: ignore[arg-type]
+    form: Format | None = next((known for known in get_args(Format) if suffix == f".{known}"), None)
+    return None if form is None else read(form, path, field, delimiter)
 
 
 def _tsv(text: str, name: str) -> Table:
