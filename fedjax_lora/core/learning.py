@@ -120,6 +120,11 @@ class Task(NamedTuple):
     weigh: Callable[[Batch, Array, Batch], Array] | None = None
     learns: Learned = "label"
 
+    @property
+    def by_position(self) -> bool:
+        """Whether there is a label of each position, not one of each example."""
+        return self.learns in ("token_label", "next_token")
+
 
 class Model(NamedTuple):
     """A model as pure functions of its frozen weights; `apply` composes three parts that can be cut apart.

@@ -113,7 +113,7 @@ def _ways(
     hidden = model.embed(base, gather(pool, rows.ravel()), None)
     positions = jnp.sum(hidden.mask.reshape(*rows.shape, -1), -1)
     tensor = Count.of(jnp.sum(positions * weight).astype(jnp.uint32)) * hidden.values.shape[-1] * VALUE_BITS
-    labels = num_labels(pool, positions, weight) * VALUE_BITS
+    labels = num_labels(context.made["task"], positions, weight) * VALUE_BITS
     widths = sum(f.a.shape[1] + f.b.shape[2] for f in context.like.modules.values())
     at_device = jnp.arange(model.num_layers)
     adapters = Count.of(rank.astype(jnp.uint32)) * widths * VALUE_BITS * at_device

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fedjax_lora.core.count import Count, total
-from fedjax_lora.core.learning import Client, Exchange, Hidden, Model, Trainer
+from fedjax_lora.core.learning import Client, Exchange, Hidden, Model, Task, Trainer
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.sides import Side, TrainingOptions
 from fedjax_lora.core.types import Adapters, Base
@@ -139,7 +139,7 @@ def make(options: SplitOptions, context: Context) -> Trainer:
         return drawn_batches(jax.random.split(client.key)[0], client, context.local)
 
     def exchange(base: Base, pool: Mapping[str, Array], client: Client, held: Any) -> Exchange:
-        up, down = _crossing(options, model, base, pool, *drawn(client), held)
+        up, down = _crossing(options, context, base, pool, *drawn(client), held)
         return Exchange(up, down, *_shares(options, model.num_layers))
 
     def hold(held: Any, clients: Client, heard: Array) -> Any:
@@ -246,7 +246,7 @@ def _moving(options: SplitOptions, num_layers: int, adapters: Adapters) -> Adapt
 
 def _crossing(
     options: SplitOptions,
-    model: Model,
+    context: Context,
     base: Base,
     pool: Mapping[str, Array],
     rows: Array,
@@ -258,7 +258,7 @@ def _crossing(
     Activations go up at the first cut, and down again at the second; gradients the other way. At the first cut there is
     none where nothing below it is trained: the embedding is frozen.
     """
-    hidden = model.embed(base, gather(pool, rows.ravel()), None)
+    hidden = context.made["model"].embed(base, gather(pool, rows.ravel()), None)
     real = jnp.sum(hidden.mask.reshape(*rows.shape, -1), -1)
     positions = jnp.full_like(real, hidden.mask.shape[-1]) if options.count_padding else real
     steps, width = jnp.sum(jnp.any(weight > 0, -1)), hidden.values.shape[-1]
@@ -273,14 +273,13 @@ def _crossing(
     if options.task == "device":
         up, down = [*up, every], [*down, every]
     else:
-        up.append(num_labels(pool, real, weight) * LABEL_BITS)
+        up.append(num_labels(context.made["task"], real, weight) * LABEL_BITS)
     return total(up), total(down)
 
 
-def num_labels(pool: Mapping[str, Array], real: Array, weight: Array) -> Count:
-    """Labels of batches `[E, B]`: one an example, or one a real position, `real [E, B]`, where each has a target."""
-    of_positions = "target" in pool and pool["target"].ndim == 2
-    return Count.of(jnp.sum(real * weight if of_positions else weight).astype(jnp.uint32))
+def num_labels(task: Task, real: Array, weight: Array) -> Count:
+    """Labels of batches `[E, B]`: one an example or, as the task learns, one a real position, `real [E, B]`."""
+    return Count.of(jnp.sum(real * weight if task.by_position else weight).astype(jnp.uint32))
 
 
 def not_held(rows: Array, weight: Array, held: Array) -> Array:

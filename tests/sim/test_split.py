@@ -14,6 +14,7 @@ from fedjax_lora.app.sweep import sweep_network
 from fedjax_lora.config.catalogue import Catalogue, check_needs
 from fedjax_lora.config.experiment import ConfigError, dump
 from fedjax_lora.core.learning import Hidden, Model
+from fedjax_lora.core.methods import Context
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.io import checkpoint
 from fedjax_lora.io.log import RunFolder
@@ -99,6 +100,12 @@ def test_where_first_layers_are_frozen_no_gradient_comes_back(family):
 # ------------------------------------------------------------------------------------------- what crosses
 
 
+def of(model, learns="label"):
+    """A context of the model and a task."""
+    task = PARTS["task"]._replace(learns=learns)
+    return Context(num_clients=1, cohort_size=1, made={"model": model, "task": task})
+
+
 def chain(num_layers, width=4):
     """A model of products alone: `x @ (w_l + a_l b_l)` in each layer, the head's product of the mean."""
 
@@ -163,7 +170,7 @@ def test_a_step_of_a_large_model_sends_as_many_bits_as_by_hand(tokens, width, ba
     """ViT-B/16 and GPT-2 small, one way: values of a batch times 32."""
     pool = {"x": jnp.zeros((1, tokens, width)), "mask": jnp.ones((1, tokens))}
     rows, weight = jnp.zeros((1, batch), jnp.int32), jnp.ones((1, batch))
-    up, down = jax.jit(lambda: split._crossing(SplitOptions(), chain(2), {}, pool, rows, weight, ()))()
+    up, down = jax.jit(lambda: split._crossing(SplitOptions(), of(chain(2)), {}, pool, rows, weight, ()))()
     assert up.exact() == 2 * batch * tokens * width * 32 and down.exact() * 2 == up.exact()
     assert abs(down.exact() / 1e6 - megabits) < 0.05
 
@@ -180,7 +187,7 @@ def test_padding_is_not_sent_and_labels_are_where_the_task_is_at_the_server():
         "frozen": SplitOptions(device_layers=1, device_adapters="frozen", task="server"),
         "padded": SplitOptions(task="server", count_padding=True),
     }.items():
-        found = split._crossing(options, chain(3), {}, pool, rows, weight, ())
+        found = split._crossing(options, of(chain(3)), {}, pool, rows, weight, ())
         crossing[name] = tuple(int(count.exact()) for count in found)
     assert crossing["whole"] == (2 * tokens * 4 * 32, 2 * tokens * 4 * 32)
     assert crossing["int8"] == (2 * (tokens * 4 * 8 + 2 * 32), tokens * 4 * 8 + 2 * 32)
@@ -189,14 +196,16 @@ def test_padding_is_not_sent_and_labels_are_where_the_task_is_at_the_server():
     assert crossing["padded"] == (3 * 3 * 4 * 32 + 3 * 32, 0)
 
 
-@pytest.mark.parametrize(("target", "labels"), [((2,), 3), ((2, 3), 3 + 1 + 1)])
-def test_a_target_of_each_position_is_sent_for_real_positions_whatever_padding_is(target, labels):
-    """By hand, in the batches above."""
-    pool = {"x": jnp.zeros((2, 3, 4)), "mask": jnp.array([[1.0, 1, 1], [1, 0, 0]]), "target": jnp.zeros(target)}
+@pytest.mark.parametrize(
+    ("learns", "labels"), [("label", 3), ("number", 3), ("token_label", 3 + 1 + 1), ("next_token", 3 + 1 + 1)]
+)
+def test_a_label_of_each_position_is_sent_for_real_positions_whatever_padding_is(learns, labels):
+    """By hand, in the batches above; the task decides, not what else the pool holds."""
+    pool = {"x": jnp.zeros((2, 3, 4)), "mask": jnp.array([[1.0, 1, 1], [1, 0, 0]]), "target": jnp.zeros((2, 3))}
     rows, weight = jnp.array([[0, 1], [1, 0]]), jnp.array([[1.0, 1], [1, 0]])
     for padding, values in ((False, 5), (True, 9)):
         options = SplitOptions(task="server", count_padding=padding)
-        up, _ = split._crossing(options, chain(3), {}, pool, rows, weight, ())
+        up, _ = split._crossing(options, of(chain(3), learns), {}, pool, rows, weight, ())
         assert up.exact() == values * 4 * 32 + labels * 32
 
 
