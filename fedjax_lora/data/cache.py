@@ -65,4 +65,5 @@ def keep_programs() -> None:
         warnings.warn(f"compiled programs are not kept, {folder}: {error.strerror}", stacklevel=2)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # JAX would keep none below a second
+    shortest_s = min(0.1, jax.config.jax_persistent_cache_min_compile_time_secs)  # JAX would keep none below a second
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest_s)
