@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _PROGRAMS = "programs"
+_SHORTEST = "jax_persistent_cache_min_compile_time_secs"
 _KEPT = {
     "programs": (_PROGRAMS, r"\w+-[0-9a-f]{64}-(cache|atime)"),
     "kernels tuned by XLA": (f"{_PROGRAMS}/xla_gpu_per_fusion_autotune_cache_dir", r".+"),
@@ -65,5 +66,5 @@ def keep_programs() -> None:
         warnings.warn(f"compiled programs are not kept, {folder}: {error.strerror}", stacklevel=2)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    shortest_s = min(0.1, jax.config.jax_persistent_cache_min_compile_time_secs)  # JAX would keep none below a second
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest_s)
+    shortest_s = min(0.1, jax.config.values[_SHORTEST])  # JAX would keep none below a second
+    jax.config.update(_SHORTEST, shortest_s)
