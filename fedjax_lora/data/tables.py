@@ -274,9 +274,15 @@ def _one(table: Table, role: str, names: Sequence[str]) -> str:
     if found is None:
         raise ValueError(
             f"{table.name}: must have a column of {role} that is called {', '.join(names)}, or that "
-            f"data.columns.{role} names, got {_listed(table)}"
+            f"data.columns.{role} names, got {_listed(table)}{_continues(table)}"
         )
     return found
+
+
+def _continues(table: Table) -> str:
+    """What to do with a table of prompts and responses, for messages."""
+    asked = [_first(table, names) for names in (PROMPT_NAMES, RESPONSE_NAMES)]
+    return f"; task=causal_lm learns {asked[1]!r} after {asked[0]!r}" if all(asked) else ""
 
 
 def _first(table: Table, names: Sequence[str]) -> str | None:

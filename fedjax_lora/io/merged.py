@@ -14,6 +14,7 @@ from fedjax_lora.io import model_card
 from fedjax_lora.io.files import atomic_folder, write_json
 from fedjax_lora.io.model_card import Card, id2label, label2id
 from fedjax_lora.io.peft import head_tensors
+from fedjax_lora.models import families
 from fedjax_lora.models.family import HeadClass
 
 _COPIED = (
@@ -71,6 +72,8 @@ def _config(fields: Mapping[str, Any], head: Mapping[str, np.ndarray], card: Car
     dropped = ("architectures", "transformers_weights", "torch_dtype", "problem_type")
     config = {name: value for name, value in fields.items() if name not in dropped} | {"dtype": "float32"}
     found = card.head_class
+    if not config.get("model_type"):
+        config["model_type"] = families.model_type(fields.get("architectures"))
     if head:  # by which transformers counts the columns, also of one that has no label
         labels = card.labels or [f"LABEL_{column}" for column in range(head["w"].shape[-1])]
         config |= {"id2label": id2label(labels), "label2id": label2id(labels)}

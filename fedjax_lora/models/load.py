@@ -15,7 +15,7 @@ from fedjax_lora.core.learning import Model
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Base
-from fedjax_lora.models import layers, safetensors, table, vit
+from fedjax_lora.models import families, layers, safetensors, table, vit
 from fedjax_lora.models.families import FAMILIES
 from fedjax_lora.models.family import Dtype, Family, Shape
 
@@ -224,14 +224,17 @@ def _family(folder: Path) -> Family:
       ValueError: the file cannot be read, or is of no family that is known.
     """
     fields = safetensors.read_json(folder / "config.json")
-    model_type = fields.get("model_type")
+    architectures = fields.get("architectures")
+    model_type = fields.get("model_type") or families.model_type(architectures)
     if any(str(name).startswith("AutoModel") for name in fields.get("auto_map") or ()):
         raise ValueError(
             f"model.pretrained must be a model without code of its own (trust_remote_code), got auto_map in {folder}"
         )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"model.pretrained must have a model_type among {known} in config.json, got {model_type!r}")
+        known, of = ", ".join(FAMILIES), f" and architectures {architectures!r}" if model_type is None else ""
+        raise ValueError(
+            f"model.pretrained must have a model_type among {known} in config.json, got {model_type!r}{of} in {folder}"
+        )
     return FAMILIES[model_type]
 
 
