@@ -147,6 +147,17 @@ def test_peft_alone_computes_the_logits_of_the_run(write_run, tmp_path, merged, 
     assert ("merged into the base" in (out / "README.md").read_text()) == bool(merged)
 
 
+@pytest.mark.parametrize("form", ["peft", "merged"])
+def test_an_export_holds_the_tokenizer_of_the_base_model(write_run, tmp_path, form):
+    """Oracle: the ids that the base model's own tokenizer gives."""
+    write_run(pooling="cls")
+    (tmp_path / "bert" / "chat_template.jinja").write_text("{{ messages }}")
+    export_run("../run", "out", form=form)
+    ours, theirs = (transformers.AutoTokenizer.from_pretrained(folder) for folder in ("out", tmp_path / "bert"))
+    assert ours("so good film")["input_ids"] == theirs("so good film")["input_ids"]
+    assert ours.chat_template == theirs.chat_template == "{{ messages }}"
+
+
 @pytest.mark.parametrize("merged", [None, low_rank], ids=["plain", "merged"])
 def test_a_merged_folder_is_a_classifier_of_transformers(write_run, tmp_path, merged):
     """Oracle: the run's own model; the tokenizer and the labels by what the run had."""

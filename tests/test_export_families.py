@@ -135,5 +135,5 @@ def test_a_head_that_no_class_has_lies_beside_the_model(tmp_path, name):
     for model in (loaded, whole):
         with torch.no_grad():
             hidden = model.eval()(**inputs).last_hidden_state.numpy()
-        head = run.adapters.head
-        np.testing.assert_allclose((hidden * mask).sum(1) / mask.sum(1) @ head["w"] + head["b"], ours, rtol=0, atol=1e-4)
+        pooled, head = (hidden * mask).sum(1) / mask.sum(1), run.adapters.head
+        np.testing.assert_allclose(pooled @ head["w"] + head["b"], ours, rtol=0, atol=1e-4)

@@ -110,6 +110,7 @@ class Task(NamedTuple):
     weigh: `(own [n_max, ...], count, pool [N, ...]) -> [N]`: how much an example of the pool counts for a client whose
       own examples are the first `count`; None where all count alike.
     learns: what it asks of the examples.
+    judged_by: what a run shows of an evaluation: `accuracy`, or another name that `finish` finds.
     """
 
     head: Callable[[Array, int, bool], dict[str, Array]]
@@ -119,6 +120,7 @@ class Task(NamedTuple):
     finish: Callable[[Mapping[str, Array], Array], dict[str, Array]]
     weigh: Callable[[Batch, Array, Batch], Array] | None = None
     learns: Learned = "label"
+    judged_by: str = "accuracy"
 
 
 class Model(NamedTuple):

@@ -84,7 +84,7 @@ def encode(
     )
 
 
-def inputs(table: Table, learns: Learned, cache: Cache, max_length: int) -> Tokens:
+def inputs(table: Table, learns: Learned, cache: Cache, max_length: int, template: Template = "instruction") -> Tokens:
     """What a model reads of examples whose labels are not known, of columns by their roles: see `texts.Tokens`.
 
     Raises:
@@ -92,6 +92,8 @@ def inputs(table: Table, learns: Learned, cache: Cache, max_length: int) -> Toke
     """
     if learns == "token_label":
         return cache.tokenize("words", words_of(table), table, max_length)
+    if learns == "next_token":
+        return cache.tokenize("continued", _continued(table, template), table, max_length)
     return _sentences(table, cache, max_length)
 
 

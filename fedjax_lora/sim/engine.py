@@ -97,6 +97,10 @@ class Scores(NamedTuple):
     personal: Array
     more: dict[str, Array]
 
+    def named(self, name: str) -> Array:
+        """`accuracy`, or what else the task finds by this name."""
+        return self.accuracy if name == "accuracy" else self.more[name]
+
 
 def with_scores(rows: Metrics, scores: Scores, number: int) -> Metrics:
     """The first `number` rows, on the host, the last of them with the evaluation after it."""
@@ -293,10 +297,19 @@ class Simulation:
 
     def evaluate(self, state: FedState) -> tuple[float, float]:
         """The task's loss and accuracy on the held-out pool, `eval_loss` and `eval_accuracy` of Metrics."""
+        scores = self.scores(state)
+        return float(scores.loss), float(scores.accuracy)
+
+    def scores(self, state: FedState) -> Scores:
+        """All that is found on the held-out pool."""
         state = jax.tree.map(jnp.copy, jax.device_put(state, self.program.everywhere))
         self.compile(state)
-        scores = self._call(state, 0)[2]
-        return float(scores.loss), float(scores.accuracy)
+        return self._call(state, 0)[2]
+
+    @property
+    def judged_by(self) -> str:
+        """What the task is judged by, see `Task`."""
+        return self.make_parts(self.numbers).task.judged_by
 
     def _shown(self, state: FedState, rounds: int) -> Iterator[tuple[FedState, Metrics]]:
         """`segments`, with their progress on stdout."""
@@ -308,7 +321,7 @@ class Simulation:
         with Progress(Console(highlight=False)) as shown:
             shown.stage("compiling a round")
             self.compile(jax.device_put(state, self.program.everywhere))
-            yield from shown.rounds(self.segments(state, rounds), done, done + rounds)
+            yield from shown.rounds(self.segments(state, rounds), done, done + rounds, self.judged_by)
 
     def _run_segment(self, state: FedState, number: int) -> tuple[FedState, Metrics]:
         state, rows, scores = self._call(state, number)

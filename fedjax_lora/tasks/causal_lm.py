@@ -31,6 +31,7 @@ def make(options: CausalLmOptions, context: Context) -> Task:
         score=positions.score,
         finish=finish,
         learns=options.learns,
+        judged_by="perplexity",
     )
 
 
