@@ -179,9 +179,8 @@ def test_images_have_the_labels_that_pytorch_gives(tmp_path):
     config = transformers.ViTConfig(**{**tiny_models.CONFIGS["vit"].to_dict(), "image_size": 4})
     tiny_models.save(tmp_path / "base", transformers.ViTModel(config))
     opened, _ = trained_run(tmp_path, "classification", "cls", ("a", "b", "c"))
-    opened = opened._replace(
-        config=dataclasses.replace(opened.config, data=ImagesConfig(train="a", test="b", image_size=4))
-    )
+    data = ImagesConfig(train="a", test="b", image_size=4)
+    opened = opened._replace(config=dataclasses.replace(opened.config, data=data))
     export(opened, tmp_path / "merged", "merged")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), np.uint8)
     (tmp_path / "images").mkdir()
@@ -195,15 +194,13 @@ def test_images_have_the_labels_that_pytorch_gives(tmp_path):
     found = predict_open(opened, str(tmp_path / "images"))
     assert found.labels == ["abc"[i] for i in likely.indices]
     np.testing.assert_allclose(found.values, likely.values, atol=1e-5)
-    one = predict_open(opened, str(tmp_path / "images" / "y.png"))
-    assert [*one.lines()][0].split("\t") == [found.labels[1], str(one.values[0]), str(tmp_path / "images" / "y.png")]
+    path = str(tmp_path / "images" / "y.png")
+    one = predict_open(opened, path)
     assert one.values[0] == pytest.approx(found.values[1], abs=1e-5)
-    for path, message in (
-        (tmp_path / "absent", "which is neither"),
-        (tmp_path / "merged", "must be a folder that holds"),
-    ):
+    assert [*one.lines()] == [f"{found.labels[1]}\t{one.values[0]}\t{path}"]
+    for name, message in (("absent", "which is neither"), ("merged", "must be a folder that holds images")):
         with pytest.raises(ValueError, match=message):
-            predict_open(opened, str(path))
+            predict_open(opened, str(tmp_path / name))
 
 
 def test_a_run_on_arrays_is_exported_and_reads_no_texts(bert, tmp_path):
