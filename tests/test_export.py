@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedjax_lora.adapters import lora
 from fedjax_lora.app.export import export_run
-from fedjax_lora.config.assemble import hash_weights
+from fedjax_lora.config.beginning import hash_weights
 from fedjax_lora.config.experiment import dump, load_config
 from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState
 from fedjax_lora.data import tokens

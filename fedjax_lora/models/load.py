@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from fedjax_lora.core.errors import reason_of
-from fedjax_lora.core.learning import Model
+from fedjax_lora.core.learning import Learned, Model
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Base
@@ -70,7 +70,7 @@ def make(options: ModelConfig, context: Context) -> Model:
     """
     parts = context.made["task"], context.made["adapter"]
     if options.pretrained is not None:
-        found = read_pretrained(options, options.pretrained)
+        found = read_pretrained(options, options.pretrained, parts[0].learns)
         _check_inputs(found, options.pretrained, context)
         return found.family.make(found.shape, *parts)._replace(weights=found.weights)
     if context.image_shape is None:
@@ -142,8 +142,10 @@ class Pretrained(NamedTuple):
     spare: Callable[[], dict[str, np.ndarray]]
 
 
-def read_pretrained(config: ModelConfig, pretrained: str) -> Pretrained:
+def read_pretrained(config: ModelConfig, pretrained: str, learns: Learned = "label") -> Pretrained:
     """A Hugging Face folder or hub id, with our own options of `config`; its weights are not read yet.
+
+    What gives the logits alone is left out, but for a task that learns the next token.
 
     Raises:
       ValueError: the folder cannot be loaded.
@@ -152,7 +154,8 @@ def read_pretrained(config: ModelConfig, pretrained: str) -> Pretrained:
     family = _family(folder)
     prefixed = {name: {prefix + tensor for prefix in family.prefixes} for name, tensor in family.held.items()}
     files = safetensors.tensor_files(folder)
-    held = {name: not tensors.isdisjoint(files) for name, tensors in prefixed.items()}
+    unused = () if learns == "next_token" else family.logits
+    held = {name: name not in unused and not tensors.isdisjoint(files) for name, tensors in prefixed.items()}
     shape = _shape(family, folder, **_ours(config), **held)
     rows = family.weights(shape)
     like = table.shapes(rows, shape.num_layers, shape.compute_dtype)
