@@ -25,7 +25,6 @@ from fedjax_lora.models.family import (
     token_class,
 )
 from fedjax_lora.models.table import AS_IS, Part, Row
-from fedjax_lora.ops.primitives import project
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +132,7 @@ def features(config: Gpt2Config, base: Base, hidden: Hidden) -> Features:
     return Features(
         hidden,
         pooled=lambda: layers.pool(hidden, config.pooling),
-        logits=lambda: project(hidden.values, base["embeddings"]["word"].T),
+        logits=layers.logits(hidden, base["embeddings"]["word"]),
     )
 
 

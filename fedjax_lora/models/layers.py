@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from fedjax_lora.core.learning import Adapter, Features, Hidden, Model, Places, Site, Task
+from fedjax_lora.core.learning import Adapter, Features, Hidden, Logits, Model, Places, Site, Task
 from fedjax_lora.core.types import Adapters, Base, Batch
 from fedjax_lora.models import table
-from fedjax_lora.ops.primitives import attention, gelu, layer_norm, pack, unpack
+from fedjax_lora.ops.primitives import attention, gelu, layer_norm, pack, project, unpack
 
 Pooling = Literal["mean", "cls", "last"]
 """What a head sees of an example: the mean of its real positions, the first or the last of them."""
@@ -243,6 +243,15 @@ def positions(batch: Batch, max_positions: int) -> Array:
     length = batch["input_ids"].shape[1]
     check_length(max_positions, length)
     return jnp.arange(length)
+
+
+def logits(hidden: Hidden, words: Array) -> Logits:
+    """Logits of the next token by a table of words, `[V, d]`."""
+    return Logits(hidden.values, words, _by_words)
+
+
+def _by_words(values: Array, words: Array) -> Array:
+    return project(values, words.T)
 
 
 def check_length(max_positions: int, max_length: int) -> None:

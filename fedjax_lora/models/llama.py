@@ -29,7 +29,7 @@ from fedjax_lora.models.family import (
 )
 from fedjax_lora.models.rope import Rope, read_rope, rotation
 from fedjax_lora.models.table import AS_IS, Part, Row, Stored
-from fedjax_lora.ops.primitives import attention, gated, project, rms_norm, rotary
+from fedjax_lora.ops.primitives import attention, gated, rms_norm, rotary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -265,7 +265,7 @@ def features(config: LlamaConfig, base: Base, hidden: Hidden) -> Features:
     """What a task reads: the normalised positions, and logits where the model has a table for them."""
     hidden = hidden._replace(values=rms_norm(hidden.values, base["norm"]["scale"], config.norm_eps))
     words = base["embeddings"]["word"] if config.tied else base.get("lm_head")
-    logits = None if words is None else lambda: project(hidden.values, words.T)
+    logits = None if words is None else layers.logits(hidden, words)
     return Features(hidden, lambda: layers.pool(hidden, config.pooling), logits)
 
 

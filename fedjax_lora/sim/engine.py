@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from fedjax_lora.core.learning import Logits
 from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.types import ClientState, FedState, Metrics
 from fedjax_lora.sim.cohort import replicated
@@ -194,7 +195,8 @@ def predict(make_parts: MakeParts, world: World, state: FedState, inputs: Mappin
     """`[B, ...]` outputs of the task, by the adapters that a newcomer would be given."""
     parts = make_parts(state.numbers)
     used = used_adapters(parts.adapter, deployed(state.adapters, state.clients), parts.rank, parts.scale)
-    return parts.model.apply(current_base(parts, world, state), used, inputs)
+    outputs = parts.model.apply(current_base(parts, world, state), used, inputs)
+    return outputs() if isinstance(outputs, Logits) else outputs
 
 
 class Simulation:
