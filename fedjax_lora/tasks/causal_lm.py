@@ -45,10 +45,10 @@ def read(head: Mapping[str, Array], features: Features) -> Array | Logits:
       ValueError: the model has none.
     """
     del head
-    if features.logits is None:
+    logits = features.logits
+    if logits is None:
         raise ValueError("task.name must not be causal_lm where the model has no logits of the next token")
-    of_words = isinstance(features.logits, Logits)
-    return features.logits if of_words and features.logits.size > positions.HELD else features.logits()
+    return logits if isinstance(logits, Logits) and logits.size > positions.HELD else logits()
 
 
 def finish(scores: Mapping[str, Array], weight: Array) -> dict[str, Array]:

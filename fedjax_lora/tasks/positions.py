@@ -87,7 +87,7 @@ def _each(measure: Callable[[Array, Array], Any], logits: Array | Logits, target
 
     def of_part(part: tuple[Array, Array]) -> Any:
         values, target = part
-        return measure(logits.replace(values=values)(), target)
+        return measure(logits.product(values, logits.words), target)
 
     values = logits.values.reshape(number, -1)
     padded = jax.tree.map(
