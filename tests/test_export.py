@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedjax_lora.adapters import lora
 from fedjax_lora.app.export import export_run
-from fedjax_lora.config.assemble import hash_weights
+from fedjax_lora.config.beginning import hash_weights
 from fedjax_lora.config.experiment import dump, load_config
 from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState
 from fedjax_lora.data import tokens
@@ -145,6 +145,17 @@ def test_peft_alone_computes_the_logits_of_the_run(write_run, tmp_path, merged, 
     assert all(".1." in name for name in config["rank_pattern"])
     assert config["base_model_name_or_path"] == str(tmp_path / "bert")
     assert ("merged into the base" in (out / "README.md").read_text()) == bool(merged)
+
+
+@pytest.mark.parametrize("form", ["peft", "merged"])
+def test_an_export_holds_the_tokenizer_of_the_base_model(write_run, tmp_path, form):
+    """Oracle: the ids that the base model's own tokenizer gives."""
+    write_run(pooling="cls")
+    (tmp_path / "bert" / "chat_template.jinja").write_text("{{ messages }}")
+    export_run("../run", "out", form=form)
+    ours, theirs = (transformers.AutoTokenizer.from_pretrained(folder) for folder in ("out", tmp_path / "bert"))
+    assert ours("so good film")["input_ids"] == theirs("so good film")["input_ids"]
+    assert ours.chat_template == theirs.chat_template == "{{ messages }}"
 
 
 @pytest.mark.parametrize("merged", [None, low_rank], ids=["plain", "merged"])

@@ -97,8 +97,8 @@ def check_against_pytorch(folder, out, tmp_path):
     assert json.loads((out / "summary.json").read_text())["final_accuracy"] == pytest.approx(np.mean(right))
     predicted = predict_lines(out, tmp_path)
     assert predicted.labels == labels
-    np.testing.assert_allclose(predicted.probabilities, theirs.max(-1), atol=1e-4)
-    assert np.ptp(predicted.probabilities) > 1e-3
+    np.testing.assert_allclose(predicted.values, theirs.max(-1), atol=1e-4)
+    assert np.ptp(predicted.values) > 1e-3
 
 
 def test_the_accuracy_of_a_run_is_that_of_pytorch_and_peft(folder, ended, tmp_path):
@@ -123,7 +123,7 @@ def test_predictions_are_those_of_the_loaded_run(ended, tmp_path):
     test = loaded.simulation.world.data.test
     inputs = {name: test[name] for name in ("input_ids", "attention_mask")}
     ours = jax.nn.softmax(loaded.simulation.predict(loaded.state, inputs))
-    np.testing.assert_allclose(predict_lines(ended, tmp_path).probabilities, ours.max(-1), atol=1e-5)
+    np.testing.assert_allclose(predict_lines(ended, tmp_path).values, ours.max(-1), atol=1e-5)
 
 
 FILES = {
@@ -139,13 +139,13 @@ def test_columns_are_read_as_lines_are(ended, tmp_path, name):
     """Oracle: the same texts, one a line."""
     (tmp_path / name).write_text(FILES[name])
     found, expected = predict_run(ended, str(tmp_path / name)), predict_lines(ended, tmp_path)
-    assert (found.labels, found.probabilities) == (expected.labels, expected.probabilities)
+    assert (found.labels, found.values) == (expected.labels, expected.values)
 
 
 def test_the_command_prints_a_line_for_each_text(ended, tmp_path, capsys, monkeypatch):
     """Oracle: the predictions themselves."""
     expected = predict_lines(ended, tmp_path)
-    pairs = list(zip(expected.labels, expected.probabilities, strict=True))
+    pairs = list(zip(expected.labels, expected.values, strict=True))
     assert cli.main(["predict", str(ended), str(tmp_path / "texts.txt")]) == 0
     assert capsys.readouterr().out == "".join(f"{label}\t{probability}\n" for label, probability in pairs)
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(TEXTS)))
@@ -179,7 +179,7 @@ def test_each_word_has_a_label(folder, tmp_path):
         places = [tokens.word_ids(row).index(word) for word in range(count)]
         theirs = torch.softmax(logits[row, places], -1)
         assert found.labels[row] == [opened.labels[i] for i in theirs.argmax(-1)]
-        np.testing.assert_allclose(found.probabilities[row], theirs.max(-1).values, atol=1e-5)
+        np.testing.assert_allclose(found.values[row], theirs.max(-1).values, atol=1e-5)
     assert next(found.lines()).count(" ") == 4
 
 
@@ -188,7 +188,7 @@ def test_a_number_is_predicted_as_it_is(folder, tmp_path):
     auto = transformers.AutoModelForSequenceClassification
     opened, _, logits = as_pytorch(folder, tmp_path, "regression", auto)
     found = predict(opened, str(tmp_path / "texts.txt"))
-    np.testing.assert_allclose(found.probabilities, logits[:, 0], atol=1e-5)
+    np.testing.assert_allclose(found.values, logits[:, 0], atol=1e-5)
     assert [set(json.loads(line)) for line in found.lines(as_json=True)] == 2 * [{"text", "value"}]
 
 

@@ -1,5 +1,6 @@
 """What is printed outside a terminal. The oracle is the clock: waiting longer than the interval brings a line."""
 
+import dataclasses
 import io
 import threading
 import time
@@ -68,6 +69,15 @@ def test_where_lines_come_often_none_is_added():
         progress.begin("pilot: 8 rounds")
         list(progress.rounds(iter([(None, segment(2)), (None, segment(4))]), 0, 4))
     assert [line.split("  ")[0] for line in lines_of(file)] == ["pilot: 8 rounds", "round 2/4", "round 4/4"]
+
+
+def test_a_line_shows_what_the_task_is_judged_by():
+    """By hand: of two rounds the last is evaluated."""
+    file = io.StringIO()
+    metrics = dataclasses.replace(segment(2), methods={"task/perplexity": np.array([np.nan, 12.5])})
+    with Progress(Console(file=file)) as progress:
+        list(progress.rounds(iter([(None, metrics)]), 0, 2, "perplexity"))
+    assert lines_of(file)[0].startswith("round 2/2  loss 0.000  perplexity 12.5000  latency")
 
 
 def test_a_quiet_console_stays_quiet_and_an_error_ends_the_thread():

@@ -100,8 +100,9 @@ def _export(commands: Any) -> None:
 def _predict(commands: Any) -> None:
     predict = commands.add_parser(
         "predict",
-        help="label new texts",
-        description="Label texts by what a run has trained: a line with label and probability for each.",
+        help="label new texts or images",
+        description="Apply what a run has trained to new texts or images: a line for each, with label and probability, "
+        "with a number, or with the perplexity of a text or of a response.",
     )
     predict.add_argument("run", metavar="RUN", help="folder of a run")
     predict.add_argument(
@@ -110,12 +111,12 @@ def _predict(commands: Any) -> None:
         default="-",
         metavar="FILE",
         help="a text in each line; or .csv, .tsv, .jsonl or .parquet with the columns of the training data; - (the "
-        "default) reads lines from stdin",
+        "default) reads lines from stdin; of a run on images, an image or a folder of images",
     )
     predict.add_argument("--out", metavar="FILE", help="new file to write to; stdout by default")
     predict.add_argument("--client", type=int, metavar="N", help="by a client's own adapters, counted from 0")
     _methods_argument(predict)
-    predict.add_argument("--json", action="store_true", help="print a JSON object for each text")
+    predict.add_argument("--json", action="store_true", help="print a JSON object for each")
 
 
 def _init(commands: Any) -> None:

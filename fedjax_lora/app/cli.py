@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import sys
@@ -12,12 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedjax_lora.app.arguments import make_parser, take_files
+from fedjax_lora.app.common import (
+    again,
+    console_of,
+    folder_of,
+    load_configuration,
+    methods_of,
+    named,
+    preset_of,
+    print_document,
+    start,
+)
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from fedjax_lora.config.experiment import ExperimentConfig
-    from fedjax_lora.config.user_methods import UserMethods
 
 _OUT_OF_MEMORY = (
     "fedjax-lora: error: out of memory; lower engine.client_chunk, engine.eval_batch_size, local.batch_size "
@@ -89,11 +96,11 @@ def _run(options: argparse.Namespace) -> int:
     from fedjax_lora.report.plan import binding, choice
     from fedjax_lora.report.tables import summary_lines
 
-    _start()
-    console = _console(options)
-    options.preset = _preset(options, "digits", console)
-    methods = _methods(options)
-    config, path = _load(options, methods), _folder(options, "runs/{}")
+    start()
+    console = console_of(options)
+    options.preset = preset_of(options, "digits", console)
+    methods = methods_of(options)
+    config, path = load_configuration(options, methods), folder_of(options, "runs/{}")
     plan = read_plan(options.plan) if options.plan else None
     if plan:
         config = apply_plan(plan, config, options.plan)
@@ -103,7 +110,7 @@ def _run(options: argparse.Namespace) -> int:
     if plan:
         console.print(binding(effects_of_run(plan, read_metrics(path))))
     console.print(f"report: {path / 'report.html'}")
-    _document(options, {**summary, "folder": str(path), "report": str(path / "report.html")})
+    print_document(options, {**summary, "folder": str(path), "report": str(path / "report.html")})
     return 0
 
 
@@ -114,11 +121,11 @@ def _plan(options: argparse.Namespace) -> int:
     from fedjax_lora.io.run_files import is_run
     from fedjax_lora.report.plan import binding, choice, plan_table, plot_plan
 
-    _start()
-    console = _console(options)
-    options.preset = _preset(options, "digits-tsfa", console)
-    methods = _methods(options)
-    config, folder = _load(options, methods), _folder(options, "plans/{}")
+    start()
+    console = console_of(options)
+    options.preset = preset_of(options, "digits-tsfa", console)
+    methods = methods_of(options)
+    config, folder = load_configuration(options, methods), folder_of(options, "plans/{}")
     check_can_hold_files(folder)
     if is_run(folder):
         raise ValueError(f"--out {folder} must be a folder for a plan, got that of a run")
@@ -133,21 +140,10 @@ def _plan(options: argparse.Namespace) -> int:
         console.print(
             f"note: rank {found.rank} takes {over:.3g} of control.latency_budget_s, near the least of all ranks"
         )
-    command = shlex.join(["fedjax-lora", "run", *_again(options), "--plan", str(folder / plans.NAME)])
+    command = shlex.join(["fedjax-lora", "run", *again(options), "--plan", str(folder / plans.NAME)])
     console.print(f"{choice(found)}: take it with {command}")
-    _document(options, {**found._asdict(), "folder": str(folder)})
+    print_document(options, {**found._asdict(), "folder": str(folder)})
     return 0
-
-
-def _again(options: argparse.Namespace) -> list[str]:
-    """The arguments that describe the same experiment."""
-    start = [*([options.config] if options.config else []), *(["--preset", options.preset] if options.preset else [])]
-    return [*start, *_named(options), *(["--set", *options.overrides] if options.overrides else [])]
-
-
-def _named(options: argparse.Namespace) -> list[str]:
-    """The arguments that name the same methods."""
-    return [word for name in options.methods for word in ("--methods", name)]
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -156,10 +152,10 @@ def _sweep(options: argparse.Namespace) -> int:
     from fedjax_lora.config.sweeps import grid, overrides, parse_over, product, read_sweep
     from fedjax_lora.report.sweep import check_asked, sweep_table, write_sweep_report
 
-    _start()
-    console = _console(options)
-    options.preset = _preset(options, "digits", console)
-    methods, path = _methods(options), _folder(options, "runs/{}-sweep")
+    start()
+    console = console_of(options)
+    options.preset = preset_of(options, "digits", console)
+    methods, path = methods_of(options), folder_of(options, "runs/{}-sweep")
     halving = Halving.parse(options.halving) if options.halving else None
     if not options.sweep and not options.over:
         raise ValueError("sweep must be over something: give --over key=[v1,v2] or --sweep SWEEP.yaml, got neither")
@@ -167,7 +163,7 @@ def _sweep(options: argparse.Namespace) -> int:
     check_asked(options.sort, options.target, settings)
 
     def load(setting: dict[str, Any]) -> "ExperimentConfig":
-        return _load(options, methods, overrides(setting))
+        return load_configuration(options, methods, overrides(setting))
 
     found = sweep_into(path, settings, load, console, methods, halving)
     console.print(sweep_table(found, options.sort, options.target))
@@ -183,7 +179,7 @@ def _report(options: argparse.Namespace) -> int:
     from fedjax_lora.report.sweep import sweep_table, write_sweep_report
     from fedjax_lora.report.tables import comparison
 
-    console = _console(options)
+    console = console_of(options)
     check_replaceable(Path(options.out))
     sweep = read_found(options.runs[0]) if len(options.runs) == 1 else None
     if sweep:
@@ -198,7 +194,7 @@ def _report(options: argparse.Namespace) -> int:
     console.print(f"report: {options.out}")
     runs = load_runs(options.runs)
     keys = differing_keys(runs)
-    _document(
+    print_document(
         options,
         [
             {
@@ -216,8 +212,8 @@ def _report(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from fedjax_lora.app.export import export_run
 
-    export_run(options.run, options.folder, _methods(options).methods, options.format, options.client)
-    _console(options).print(f"{options.format}: {options.folder}")
+    export_run(options.run, options.folder, methods_of(options).methods, options.format, options.client)
+    console_of(options).print(f"{options.format}: {options.folder}")
     return 0
 
 
@@ -225,11 +221,11 @@ def _predict(options: argparse.Namespace) -> int:
     from fedjax_lora.app.predict import predict_run
     from fedjax_lora.io.files import write_atomically
 
-    _start()
+    start()
     out = Path(options.out) if options.out else None
     if out and out.exists():
         raise ValueError(f"--out must be a new file, got {out}, which is there")
-    found = predict_run(options.run, options.file, _methods(options).methods, options.client)
+    found = predict_run(options.run, options.file, methods_of(options).methods, options.client)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     text = "".join(f"{line}\n" for line in found.lines(options.json))
@@ -244,15 +240,15 @@ def _init(options: argparse.Namespace) -> int:
     from fedjax_lora.config.catalogue import Catalogue
     from fedjax_lora.config.template import commented
 
-    path, methods = Path(options.out), _methods(options)
-    options.preset = _preset(options, "digits", None)
-    text = commented(_load(options, methods), Catalogue.of(methods.methods))
+    path, methods = Path(options.out), methods_of(options)
+    options.preset = preset_of(options, "digits", None)
+    text = commented(load_configuration(options, methods), Catalogue.of(methods.methods))
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
         raise ValueError(f"--out must be a new file, got {path}, which is there") from None
-    print(f"configuration: {path}; run it with {shlex.join(['fedjax-lora', 'run', str(path), *_named(options)])}")
+    print(f"configuration: {path}; run it with {shlex.join(['fedjax-lora', 'run', str(path), *named(options)])}")
     return 0
 
 
@@ -261,9 +257,9 @@ def _keys(options: argparse.Namespace) -> int:
     from fedjax_lora.config.catalogue import Catalogue
     from fedjax_lora.config.keys import keys
 
-    found = select(keys(Catalogue.of(_methods(options).methods)), options.pattern)
+    found = select(keys(Catalogue.of(methods_of(options).methods)), options.pattern)
     if options.json:
-        _document(options, document(found))
+        print_document(options, document(found))
     else:
         print(listing(found))
     return 0
@@ -288,58 +284,6 @@ def _cache(options: argparse.Namespace) -> int:
         size = f"{len(kept.files)} files, {kept.num_bytes / 1e6:.1f} MB"
         print(f"{kept.what:<{width}}  {size:<22}  {kept.folder}{' cleared' if options.clear else ''}")
     return 0
-
-
-def _start() -> None:
-    """What goes before JAX is first used."""
-    from fedjax_lora.data.cache import keep_programs
-    from fedjax_lora.sim.cohort import use_cpu_cores
-
-    use_cpu_cores()
-    keep_programs()
-
-
-def _console(options: argparse.Namespace) -> "Console":
-    """Where a command speaks: to stdout, to stderr where that is for a document, or not at all."""
-    from rich.console import Console
-
-    # Lines and tables as they are: a terminal or a pager cuts them better.
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=options.quiet, stderr=options.json)
-
-
-def _document(options: argparse.Namespace, document: Any) -> None:
-    if options.json:
-        print(json.dumps(document, indent=2, allow_nan=False))
-
-
-def _preset(options: argparse.Namespace, default: str, console: "Console | None") -> str | None:
-    """The preset to start from: the one that is asked for, or `default` where nothing is; the console is told so."""
-    if options.preset or options.config:
-        return options.preset
-    if console:
-        console.print(f"preset {default}, as neither a file nor --preset is given")
-    return default
-
-
-def _methods(options: argparse.Namespace) -> "UserMethods":
-    """The methods that --methods names."""
-    from fedjax_lora.config.user_methods import load
-
-    return load(options.methods)
-
-
-def _load(options: argparse.Namespace, methods: "UserMethods", values: Sequence[str] = ()) -> "ExperimentConfig":
-    """The configuration that the arguments describe, with `values` over them."""
-    from fedjax_lora.config.experiment import load_config
-    from fedjax_lora.config.presets import preset
-
-    base = preset(options.preset) if options.preset else None
-    return load_config(options.config, [*options.overrides, *values], base=base, methods=methods.methods)
-
-
-def _folder(options: argparse.Namespace, default: str) -> Path:
-    """--out, or `default` with the name of the preset or the file."""
-    return Path(options.out or default.format(options.preset or Path(options.config).stem))
 
 
 _COMMANDS = {

@@ -64,7 +64,7 @@ def export(found: TrainedRun, folder: str | Path, form: str, client: int | None 
         adapters = peft.absorb(adapters, found.merged)
         facts["products that the server merged into the base model"] = "in the adapters, in the rank that they take"
     turned = not table.input_first(rows).isdisjoint(adapters.modules)
-    peft.export(folder, adapters, head, table.sites(rows), card._replace(facts=facts), turned)
+    peft.export(folder, found.found.folder, adapters, head, table.sites(rows), card._replace(facts=facts), turned)
 
 
 def _tensors(found: TrainedRun, card: Card) -> dict[str, np.ndarray]:

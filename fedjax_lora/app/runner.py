@@ -30,7 +30,7 @@ from fedjax_lora.io.plan import Plan, effects_of_run
 from fedjax_lora.io.run_files import read_metrics
 from fedjax_lora.io.summary import nothing_learned
 from fedjax_lora.report.html import write_report
-from fedjax_lora.sim.engine import Facts, Simulation
+from fedjax_lora.sim.engine import Facts, Scores, Simulation
 from fedjax_lora.sim.reach import reach_notes
 
 
@@ -93,17 +93,17 @@ def _run(
         progress.print(f"note: {note}")
     progress.stage("compiling a round")
     state = simulation.init(jax.random.key(config.seed))
-    initial = simulation.evaluate(state)
+    initial = simulation.scores(state)
     if resume:
         state = checkpoint.restore(begin, state) if begin else state
         folder.reopen(int(state.round), text)
     else:
         RunFolder.create(path, text, data | stamp(simulation.facts))
-    progress.print(_setting(config, simulation, *initial))
+    progress.print(_setting(config, simulation, initial))
     rounds = config.rounds - int(state.round)
     training_s = _train(config, simulation, state, folder, progress)
     progress.stage("writing the report")
-    told: dict[str, Any] = {"initial_accuracy": initial[1], "wall_s": time.perf_counter() - started}
+    told: dict[str, Any] = {"initial_accuracy": float(initial.accuracy), "wall_s": time.perf_counter() - started}
     told["compile_s"] = simulation.compile_s
     told["samples_per_s"] = _samples(simulation, rounds) / training_s if rounds else None
     summary = folder.write_summary(told | circumstances(config, simulation.facts) | _planned(plan, folder))
@@ -124,15 +124,16 @@ def stamp(facts: Facts) -> dict[str, Any]:
     return {"started": _now(), "commit": _commit(), "columns": dict(facts.columns)}
 
 
-def _setting(config: ExperimentConfig, simulation: Simulation, loss: float, accuracy: float) -> str:
+def _setting(config: ExperimentConfig, simulation: Simulation, initial: Scores) -> str:
     """What a run begins with, in one line."""
     names = simulation.facts.class_names
     listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    judged_by = simulation.judged_by
     classes = f"{len(names)} classes: {listed}; " if names else ""
     return (
         f"{classes}{config.clients.count} clients, {simulation.layout.cohort_size} a round, "
         f"{simulation.layout.chunk} at once; compiled in {simulation.compile_s:.1f} s; "
-        f"{standing(loss, accuracy, ' before:')}"
+        f"{standing(initial.loss, initial.named(judged_by), ' before:', judged_by)}"
     )
 
 
@@ -142,7 +143,7 @@ def _train(
     """Run what is left, segment by segment, each logged and saved as it ends; returns the seconds that it took."""
     started, done = time.perf_counter(), int(state.round)
     segments, learned = simulation.segments(state, config.rounds - done), True
-    for state, metrics in progress.rounds(segments, done, config.rounds):
+    for state, metrics in progress.rounds(segments, done, config.rounds, simulation.judged_by):
         lines = folder.append(metrics)
         folder.save(state)
         before, learned = learned, any(line["participants"] for line in lines)

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedjax_lora.config.beginning import column_labels, hash_weights
 from fedjax_lora.config.experiment import ExperimentConfig, load_config
+from fedjax_lora.core.learning import Learned
 from fedjax_lora.core.methods import Method
 from fedjax_lora.core.types import Adapters, Base, ClientState
 from fedjax_lora.data import tokens
@@ -74,7 +75,7 @@ def open_run(run: str | Path, methods: Sequence[Method] = (), client: int | None
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((adapters, trained.merged))):
         raise ValueError(f"{run} must have trained finite adapters, got NaN or infinity in round {trained.round}")
     labels = _labels(config, data, adapters.head, run)
-    found, base = _unchanged_base(model, data, run)
+    found, base = _unchanged_base(model, getattr(config.task, "learns", "label"), data, run)
     return TrainedRun(Path(run), config, data, trained.round, labels, found, base, trained.merged, adapters, rank)
 
 
@@ -104,10 +105,12 @@ def _labels(config: ExperimentConfig, data: dict[str, Any], head: dict[str, Any]
     return labels
 
 
-def _unchanged_base(model: load.ModelConfig, data: dict[str, Any], run: str | Path) -> tuple[load.Pretrained, Base]:
+def _unchanged_base(
+    model: load.ModelConfig, learns: Learned, data: dict[str, Any], run: str | Path
+) -> tuple[load.Pretrained, Base]:
     """The base model's shape and weights; refuses a model that is not the one that the adapters were trained on."""
     assert model.pretrained is not None
-    found = load.read_pretrained(model, model.pretrained)
+    found = load.read_pretrained(model, model.pretrained, learns)
     base = found.weights()
     now = {
         "model_config_hash": ("config.json", load.model_config_hash(model)),

@@ -1,6 +1,5 @@
 """From a configuration to a simulation: data and weights on the device, and the records of a round made of numbers."""
 
-import collections
 import dataclasses
 import functools
 import warnings
@@ -12,12 +11,15 @@ import jax.numpy as jnp
 
 from fedjax_lora.adapters import targets
 from fedjax_lora.adapters.lora import start_from
-from fedjax_lora.config.beginning import Begin, given_adapters, hash_weights
+from fedjax_lora.config.beginning import Begin, given_adapters
 from fedjax_lora.config.catalogue import Catalogue, check, notes
+from fedjax_lora.config.examples import facts_of
+from fedjax_lora.config.examples import read_examples as read_examples
 from fedjax_lora.config.experiment import ExperimentConfig
+from fedjax_lora.config.kept import client_activations, shared_program
 from fedjax_lora.core import memory as machine
 from fedjax_lora.core.errors import ConfigError, ConfigWarning
-from fedjax_lora.core.learning import Learned, Model
+from fedjax_lora.core.learning import Model
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Numbers, fill, split
 from fedjax_lora.core.sides import Side, TrainingOptions
@@ -26,13 +28,12 @@ from fedjax_lora.data import sources
 from fedjax_lora.data.batches import evaluation_batches, federated_dataset
 from fedjax_lora.data.packing import packing_of
 from fedjax_lora.data.partition import Partition, PartitionConfig, partition
-from fedjax_lora.models import layers, load
 from fedjax_lora.sim import memory
-from fedjax_lora.sim.chunk import activation_bytes, chunk_size
+from fedjax_lora.sim.chunk import chunk_size
 from fedjax_lora.sim.cohort import device_mesh
-from fedjax_lora.sim.engine import Facts, Program, Simulation, first_state
+from fedjax_lora.sim.engine import Program, Simulation, first_state
 from fedjax_lora.sim.full_gradient import make_full_gradient
-from fedjax_lora.sim.parts import Layout, MakeParts, Parts, World
+from fedjax_lora.sim.parts import Layout, Parts, World
 from fedjax_lora.sparsifiers import transforms
 from fedjax_lora.training.local import LocalConfig
 from fedjax_lora.training.pretrain import pretrained
@@ -88,7 +89,7 @@ def _build(config: ExperimentConfig, catalogue: Catalogue) -> Simulation:
     context = context._replace(like=like)
     layout = _layout(config, catalogue, context)
     padded = functools.partial(_parts, structure, catalogue, context, begin, layout)
-    activations = _activation_bytes(config, padded, numbers, world, like)
+    activations = client_activations(config, padded, numbers, world, like)
     layout = layout._replace(chunk=chunk_size(config.engine, layout, activations))
     if model.packs and "attention_mask" in examples.train:
         context, layout = _packed(config, context, layout, examples)
@@ -98,11 +99,11 @@ def _build(config: ExperimentConfig, catalogue: Catalogue) -> Simulation:
     state = jax.eval_shape(start, jax.random.key(0), numbers)
     needs = memory.Needs(world, state, activations, model.num_layers, asked, engine)
     machine.check(memory.run_terms(needs, layout), layout.num_devices)
-    facts = _facts(config, examples, split_data, base, begin)
+    facts = facts_of(config, examples, split_data, base, begin)
     of_weights = facts.initial_hash, facts.base_hash if head is not None else facts.model_config_hash
     decisive = split(without_draws(config))[0], engine, catalogue, of_weights, str(context), layout
     return Simulation(
-        program=_shared(decisive, lambda: Program(parts_of, layout, engine, config.clients.count)),
+        program=shared_program(decisive, lambda: Program(parts_of, layout, engine, config.clients.count)),
         numbers=numbers,
         world=world,
         eval_every=engine.eval_every,
@@ -192,44 +193,6 @@ def _parts(
     )
 
 
-def read_examples(config: ExperimentConfig, catalogue: Catalogue) -> sources.Examples:
-    """The examples that the configuration names."""
-    data: Any = config.data
-    source: sources.Source = catalogue.find("data", data.source).make(data, Context(0, 0))
-    pretrained = getattr(config.model, "pretrained", None)
-    learns: Learned = getattr(config.task, "learns", "label")
-    if pretrained is None:
-        return source.load(None, "", learns)
-    shape = load.read_shape(pretrained)
-    if source.tokenizes:
-        layers.check_length(shape.max_positions, data.max_length)
-        examples = source.load(load.load_tokenizer(pretrained), pretrained, learns)
-    else:
-        examples = source.load(None, "", learns)
-    if "input_ids" in examples.train and shape.image_shape is None:
-        ids = ("input_ids", "target") if learns == "next_token" else ("input_ids",)
-        load.check_ids(shape, *(pool[name] for pool in (examples.train, examples.test) for name in ids))
-    return examples
-
-
-def _facts(
-    config: ExperimentConfig, examples: sources.Examples, split_data: Partition, base: Base, begin: Begin
-) -> Facts:
-    return Facts(
-        base_hash=hash_weights(base, begin.head),
-        initial_hash=begin.hash_given(),
-        examples_hash=examples.fingerprint,
-        partition_hash=split_data.hash,
-        tokenizer_hash=examples.tokenizer_hash,
-        model_config_hash=load.model_config_hash(config.model) if isinstance(config.model, load.ModelConfig) else "",
-        class_names=examples.class_names,
-        truncated=examples.truncated,
-        notes=examples.notes,
-        holders=examples.clients,
-        columns=examples.columns,
-    )
-
-
 def filled(local: LocalConfig, split_data: Partition) -> LocalConfig:
     """Local training with no more places in a batch than the largest client fills."""
     return dataclasses.replace(local, batch_size=min(local.batch_size, int(split_data.count.max())))
@@ -312,33 +275,3 @@ def _client_ranks(config: ExperimentConfig) -> jax.Array:
     """`[K]`: the ranks that the clients are dealt in turn, or the one that all have."""
     dealt = config.lora.client_ranks if len(config.lora.client_ranks) else (config.lora.rank,)
     return jnp.resize(jnp.asarray(dealt, jnp.float32), (config.clients.count,))
-
-
-_ACTIVATIONS: dict[Any, int] = {}
-"""Bytes of one client's activations, by all that decides about them: a sweep over other keys asks for the same."""
-
-
-def _activation_bytes(
-    config: ExperimentConfig, make_parts: MakeParts, numbers: Numbers, world: World, like: Adapters
-) -> int:
-    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (like, world.base, world.data.train))
-    decisive = (split(config.model)[0], split(config.aggregation)[0], config.local.batch_size, str(shapes))
-    if decisive not in _ACTIVATIONS:
-        _ACTIVATIONS[decisive] = activation_bytes(make_parts, numbers, world, like, config.local.batch_size)
-    return _ACTIVATIONS[decisive]
-
-
-_PROGRAMS: collections.OrderedDict[Any, Program] = collections.OrderedDict()
-_MOST_PROGRAMS = 32
-
-
-def _shared(decisive: Any, make: Callable[[], Program]) -> Program:
-    """The program of all that decides about it, made once while the newest are kept."""
-    try:
-        program = _PROGRAMS.pop(decisive, None)
-    except TypeError:  # options of a user's own that have no hash
-        return make()
-    _PROGRAMS[decisive] = program or make()
-    while len(_PROGRAMS) > _MOST_PROGRAMS:
-        _PROGRAMS.popitem(last=False)
-    return _PROGRAMS[decisive]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -73,13 +74,35 @@ class Adapter(NamedTuple):
     merge: Callable[[Mapping[str, Any]], dict[str, Array]]
 
 
+@struct.dataclass
+class Logits:
+    """Logits of the token that follows each position, computed when they are called for: all, or some at a time.
+
+    values: `[..., d]` of the positions. words: `[V, d]`, the model's own table.
+    product: `(values, words) -> [..., V]`.
+    """
+
+    values: Array
+    words: Array
+    product: Callable[[Array, Array], Array] = struct.field(pytree_node=False)
+
+    def __call__(self) -> Array:
+        """All of them."""
+        return self.product(self.values, self.words)
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return self.values.size // self.values.shape[-1] * self.words.shape[0]
+
+
 class Features(NamedTuple):
     """What a task may read of a model.
 
     hidden: after the last layer, normalised where the model ends in a norm.
     pooled: `() -> [B, d]`: one vector for each example, as the model's pooling has it.
-    logits: `() -> [G, P, vocabulary]` of the token that follows each position, by the model's own table; None where the
-      model has none.
+    logits: `() -> [G, P, vocabulary]` of the token that follows each position, by the model's own table: Logits, where
+      a task may compute some at a time; None where the model has none.
     """
 
     hidden: Hidden
@@ -100,7 +123,8 @@ class Task(NamedTuple):
 
     head: `(key, d, bias) -> leaves` of a fresh head on features of width d, with a bias or, as on a language model's
       last position, without; `{}` for none.
-    read: `(head, Features) -> outputs`, `[B, ...]` or, of each position, `[G, P, ...]`.
+    read: `(head, Features) -> outputs`, `[B, ...]` or, of each position, `[G, P, ...]`, or Logits that are too many to
+      be held.
     loss: `(outputs, batch, weight [B]) -> scalar`: mean loss over the examples of weight 1, or over their positions
       that count.
     score: `(outputs, batch) -> {name: [B]}`: what `finish` needs to know of each example.
@@ -110,15 +134,17 @@ class Task(NamedTuple):
     weigh: `(own [n_max, ...], count, pool [N, ...]) -> [N]`: how much an example of the pool counts for a client whose
       own examples are the first `count`; None where all count alike.
     learns: what it asks of the examples.
+    judged_by: what a run shows of an evaluation: `accuracy`, or another name that `finish` finds.
     """
 
     head: Callable[[Array, int, bool], dict[str, Array]]
-    read: Callable[[Mapping[str, Array], Features], Array]
-    loss: Callable[[Array, Batch, Array], Array]
-    score: Callable[[Array, Batch], dict[str, Array]]
+    read: Callable[[Mapping[str, Array], Features], Any]
+    loss: Callable[[Any, Batch, Array], Array]
+    score: Callable[[Any, Batch], dict[str, Array]]
     finish: Callable[[Mapping[str, Array], Array], dict[str, Array]]
     weigh: Callable[[Batch, Array, Batch], Array] | None = None
     learns: Learned = "label"
+    judged_by: str = "accuracy"
 
     @property
     def by_position(self) -> bool:
@@ -136,7 +162,7 @@ class Model(NamedTuple):
     init_head: `key -> head`: a fresh task head.
     embed: `(base, batch, key) -> Hidden`.
     layers: `(base, adapters, hidden, key) -> Hidden`.
-    task: `(base, adapters, hidden, key) -> [B, ...]` outputs, such as logits; `[G, P, ...]` of each position.
+    task: `(base, adapters, hidden, key) -> outputs`, such as logits: see `Task.read`.
     sites: name -> where an adapter may sit.
     num_layers: L.
     packs: whether it takes batches whose examples share rows, see `data.packing`: `embed` says in `Hidden.places` what
@@ -149,14 +175,14 @@ class Model(NamedTuple):
     init_head: Callable[[Array], dict[str, Array]]
     embed: Callable[[Base, Batch, Array | None], Hidden]
     layers: Callable[[Base, Adapters, Hidden, Array | None], Hidden]
-    task: Callable[[Base, Adapters, Hidden, Array | None], Array]
+    task: Callable[[Base, Adapters, Hidden, Array | None], Any]
     sites: Mapping[str, Site]
     num_layers: int
     packs: bool = False
     weights: Callable[[], Base] | None = None
 
-    def apply(self, base: Base, adapters: Adapters, batch: Batch, key: Array | None = None) -> Array:
-        """`[B, ...]` outputs of the task."""
+    def apply(self, base: Base, adapters: Adapters, batch: Batch, key: Array | None = None) -> Any:
+        """Outputs of the task, see `Task.read`."""
         hidden = self.embed(base, batch, key)
         hidden = self.layers(base, adapters, hidden, key)
         return self.task(base, adapters, hidden, key)

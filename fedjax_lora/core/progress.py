@@ -63,9 +63,12 @@ class Progress:
         self.stage(line)
 
     def rounds(
-        self, segments: Iterator[tuple[FedState, Metrics]], done: int, total: int
+        self, segments: Iterator[tuple[FedState, Metrics]], done: int, total: int, judged_by: str = "accuracy"
     ) -> Iterator[tuple[FedState, Metrics]]:
-        """The same segments; each counts once the caller asks for the next. `done` rounds of `total` lie behind."""
+        """The same segments; each counts once the caller asks for the next.
+
+        `done` rounds of `total` lie behind; `judged_by` is that of the task.
+        """
         bar = _bar(self.console)
         task = bar.add_task("round", total=total, completed=done, status="")
         self._now(f"after round {done}/{total}")
@@ -74,9 +77,10 @@ class Progress:
             yield state, metrics
             done = int(metrics.round[-1])
             self._now(f"after round {done}/{total}")
-            bar.update(task, completed=done, status=_status(metrics))
+            status = _status(metrics, judged_by)
+            bar.update(task, completed=done, status=status)
             if not self._is_live:
-                self.print(f"round {done}/{total}  {_status(metrics)}")
+                self.print(f"round {done}/{total}  {status}")
 
     def count(self, what: str, done: int, total: int, status: str = "") -> None:
         """So many of so many things are done, since the first call; says when all will be."""
@@ -128,21 +132,25 @@ def _minutes(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
-def _status(metrics: Metrics) -> str:
+def _status(metrics: Metrics, judged_by: str) -> str:
     """The rounds since the last evaluation in a few words: the loss of the last one, and means."""
     uplink_mb = int(metrics.uplink_bits.sum()) / 8e6
+    found = metrics.methods[f"task/{judged_by}"] if judged_by != "accuracy" else metrics.eval_accuracy
     return (
         f"loss {measured(metrics.train_loss[-1], '.3f')}  "
-        f"{standing(metrics.eval_loss[-1], metrics.eval_accuracy[-1])}  "
+        f"{standing(metrics.eval_loss[-1], found[-1], judged_by=judged_by)}  "
         f"latency {float(metrics.latency_s.mean()):.2f} s, uplink {uplink_mb / len(metrics.round):.2f} MB a round"
     )
 
 
-def standing(loss: Any, accuracy: Any, which: str = "") -> str:
-    """An evaluation in a word: the accuracy, or the loss of a task that has none; `which` of them, as ` before:`."""
-    if math.isnan(accuracy) and not math.isnan(loss):
+def standing(loss: Any, found: Any, which: str = "", judged_by: str = "accuracy") -> str:
+    """An evaluation in a word: what the task is judged by, or the loss where that is not measured.
+
+    `which` of them is told after its name, as ` before:`.
+    """
+    if math.isnan(found) and not math.isnan(loss):
         return f"test loss{which} {measured(loss)}"
-    return f"accuracy{which} {measured(accuracy)}"
+    return f"{judged_by}{which} {measured(found)}"
 
 
 def measured(value: Any, form: str = ".4f") -> str:

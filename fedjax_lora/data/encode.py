@@ -1,11 +1,13 @@
 """From tables of texts to the arrays of examples, by what is learned of them."""
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from fedjax_lora.core.errors import ConfigWarning
 from fedjax_lora.core.learning import Learned
 from fedjax_lora.core.types import IGNORED
 from fedjax_lora.data import tables
@@ -19,12 +21,11 @@ _TENTHS = 10
 
 
 class _Encoded(NamedTuple):
-    """Arrays of the training and the test pool, the names of labels or of words' targets, and notes."""
+    """Arrays of the training and the test pool, names of labels or of words' targets, and how many texts were cut."""
 
     pools: list[Pool]
     class_names: tuple[str, ...]
     truncated: int
-    notes: tuple[str, ...] = ()
 
 
 def encode(
@@ -56,7 +57,8 @@ def encode(
       cache: of the tokenizer.
 
     Raises:
-      ValueError: a column is missing, or a value is not what it must be; names its line.
+      ValueError: a column is missing, a value is not what it must be, whose line it names, or no example has a token to
+        learn. Where some have none, a ConfigWarning says how many.
     """
     found = tables.find(parts[0], columns, learns)
     train = tables.by_role(parts[0], found)
@@ -78,12 +80,11 @@ def encode(
             *([f"columns by their names: {guessed}"] if guessed else []),
             *_empty(train, test),
             *cache.notes,
-            *result.notes,
         ),
     )
 
 
-def inputs(table: Table, learns: Learned, cache: Cache, max_length: int) -> Tokens:
+def inputs(table: Table, learns: Learned, cache: Cache, max_length: int, template: Template = "instruction") -> Tokens:
     """What a model reads of examples whose labels are not known, of columns by their roles: see `texts.Tokens`.
 
     Raises:
@@ -91,6 +92,8 @@ def inputs(table: Table, learns: Learned, cache: Cache, max_length: int) -> Toke
     """
     if learns == "token_label":
         return cache.tokenize("words", words_of(table), table, max_length)
+    if learns == "next_token":
+        return cache.tokenize("continued", _continued(table, template), table, max_length)
     return _sentences(table, cache, max_length)
 
 
@@ -149,16 +152,25 @@ def _token_label(train: Table, test: Table, cache: Cache, max_length: int, _: Te
 def _next_token(train: Table, test: Table, cache: Cache, max_length: int, template: Template) -> _Encoded:
     labelled = "label" in train.columns
     names = tables.class_names(train, test) if labelled else ("all",)
-    pools, tokens, notes = [], [], ()
+    pools, tokens = [], []
     for table in (train, test):
         rows = _continued(table, template)
         own = cache.tokenize("continued", rows, table, max_length)
         label = _ids(tables.labels(table), names) if labelled else np.zeros(len(rows), np.int32)
         pools.append({**own.arrays, "label": label})
         tokens.append(own)
-        if empty := int((own.arrays["target"] == IGNORED).all(axis=1).sum()):
-            notes += (f"{table.name}: prompts that fill {max_length} tokens and leave no response to learn: {empty}",)
-    return _Encoded(pools, names, _cut(tokens), notes)
+        _check_learned(table, own.arrays["target"], max_length)
+    return _Encoded(pools, names, _cut(tokens))
+
+
+def _check_learned(table: Table, target: np.ndarray, max_length: int) -> None:
+    """Warn of examples in which no token is to be learned; raise ValueError where all are such."""
+    empty, number = int((target == IGNORED).all(axis=1).sum()), len(target)
+    why = f"prompts that fill data.max_length = {max_length} tokens" if "prompt" in table.columns else "empty texts"
+    if empty == number:
+        raise ValueError(f"{table.name}: must hold an example with a token to learn, got {number} with none: {why}")
+    if empty:
+        warnings.warn(f"{table.name}: no token is learned of {empty} of {number} examples: {why}", ConfigWarning, 2)
 
 
 _ENCODERS = {"label": _label, "number": _number, "token_label": _token_label, "next_token": _next_token}

@@ -43,12 +43,34 @@ def encode(name: str, parts: Iterable[Table], image_size: int, channels: int, **
     ids = {label: number for number, label in enumerate(names)}
     pools: list[Pool] = []
     for table in (train, test):
-        image = np.empty((len(table.lines), image_size, image_size, channels), np.float32)
-        for row, value in enumerate(table.columns["image"]):
-            image[row] = _pixels(value, table.at(row), image_size, channels)
+        image = pixels(table, image_size, channels)
         label = np.asarray([ids[word] for word in tables.labels(table)], np.int32)
         pools.append({"image": image, "label": label})
     return gather(name, pools[0], pools[1], names, image_shape=(image_size, image_size, channels), **more)
+
+
+def pixels(table: Table, image_size: int, channels: int) -> np.ndarray:
+    """`[N, image_size, image_size, channels]` of the column `image`, see `encode`."""
+    image = np.empty((len(table.lines), image_size, image_size, channels), np.float32)
+    for row, value in enumerate(table.columns["image"]):
+        image[row] = _pixels(value, table.at(row), image_size, channels)
+    return image
+
+
+def inputs(path: str, field: str) -> Table:
+    """A file of an image, or those of a folder, sorted: paths, in the column `image`.
+
+    Raises:
+      ValueError: there is neither, or the folder holds no image.
+    """
+    if not (given := Path(path)).is_dir():
+        if not given.is_file():
+            raise ValueError(f"{field} must be an image or a folder of images, got {path}, which is neither")
+        return Table(f"{field} {path}", {"image": [path]}, [1], "image")
+    found = sorted(str(file) for file in given.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not found:
+        raise ValueError(f"{field} must be a folder that holds images ({', '.join(SUFFIXES)}), got none in {path}")
+    return Table(f"{field} {path}", {"image": found}, range(1, len(found) + 1), "image")
 
 
 def folder(path: str, field: str) -> Table:

@@ -102,7 +102,7 @@ def find(table: Table, columns: Columns, learns: Learned) -> dict[str, str]:
 
 
 def find_inputs(table: Table, named: Mapping[str, str], learns: Learned) -> dict[str, str]:
-    """Role -> column of `table`, of what a model reads of an example whose label is not known.
+    """Role -> column of `table`, of what a model reads of an example whose label is not known; a response is known.
 
     Args:
       table: of the examples.
@@ -112,13 +112,15 @@ def find_inputs(table: Table, named: Mapping[str, str], learns: Learned) -> dict
     Raises:
       ValueError: the table lacks a column that the training data had, or none has a common name.
     """
-    given = {role: name for role, name in named.items() if role in ("text", "text_pair", "words")}
+    read = ("text", "prompt", "context", "response") if learns == "next_token" else ("text", "text_pair", "words")
+    given = {role: name for role, name in named.items() if role in read}
     for name in given.values():
         if name not in table.columns:
             raise ValueError(f"{table.name}: must have a column {name!r}, as the training data, got {_listed(table)}")
     if learns == "token_label":
         return {"words": given.get("words") or given.get("text") or _one(table, "words", WORD_NAMES + TEXT_NAMES)}
-    return {role: name for role, name in _find_texts(table, given).items() if name is not None}
+    found = _find_continued(table, given) if learns == "next_token" else _find_texts(table, given)
+    return {role: name for role, name in found.items() if name is not None}
 
 
 def label_of(table: Table) -> str:
@@ -274,9 +276,15 @@ def _one(table: Table, role: str, names: Sequence[str]) -> str:
     if found is None:
         raise ValueError(
             f"{table.name}: must have a column of {role} that is called {', '.join(names)}, or that "
-            f"data.columns.{role} names, got {_listed(table)}"
+            f"data.columns.{role} names, got {_listed(table)}{_continues(table)}"
         )
     return found
+
+
+def _continues(table: Table) -> str:
+    """What to do with a table of prompts and responses, for messages."""
+    asked = [_first(table, names) for names in (PROMPT_NAMES, RESPONSE_NAMES)]
+    return f"; task=causal_lm learns {asked[1]!r} after {asked[0]!r}" if all(asked) else ""
 
 
 def _first(table: Table, names: Sequence[str]) -> str | None:

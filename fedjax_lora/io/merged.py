@@ -1,7 +1,6 @@
 """A whole model as a Hugging Face folder: a base model's `config.json` and tokenizer, with weights of our own."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,13 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
 from fedjax_lora.io import model_card
-from fedjax_lora.io.files import atomic_folder, write_json
-from fedjax_lora.io.model_card import Card, id2label, label2id
+from fedjax_lora.io.files import atomic_folder, copy_files, write_json
+from fedjax_lora.io.model_card import TOKENIZER, Card, id2label, label2id
 from fedjax_lora.io.peft import head_tensors
+from fedjax_lora.models import families
 from fedjax_lora.models.family import HeadClass
 
-_COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
+_COPIED = (*TOKENIZER, "generation_config.json", "preprocessor_config.json")
 """Files of a base model that go with any weights of its shape."""
 
 _SHARD_BYTES = 5_000_000_000
@@ -56,9 +44,7 @@ def export(
         tensors = {**tensors, **head_tensors(head, found.head)}
     fields = json.loads((base / "config.json").read_text(encoding="utf-8"))
     with atomic_folder(folder) as partial:
-        for name in _COPIED:
-            if (base / name).is_file():
-                shutil.copyfile(base / name, partial / name)
+        copy_files(base, partial, _COPIED)
         write_json(partial / "config.json", _config(fields, head, card))
         _save(partial, tensors)
         model_card.write_head(partial, head, card)
@@ -71,6 +57,8 @@ def _config(fields: Mapping[str, Any], head: Mapping[str, np.ndarray], card: Car
     dropped = ("architectures", "transformers_weights", "torch_dtype", "problem_type")
     config = {name: value for name, value in fields.items() if name not in dropped} | {"dtype": "float32"}
     found = card.head_class
+    if not config.get("model_type"):
+        config["model_type"] = families.model_type(fields.get("architectures"))
     if head:  # by which transformers counts the columns, also of one that has no label
         labels = card.labels or [f"LABEL_{column}" for column in range(head["w"].shape[-1])]
         config |= {"id2label": id2label(labels), "label2id": label2id(labels)}

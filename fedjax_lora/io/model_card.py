@@ -12,6 +12,19 @@ from fedjax_lora.io.files import write_json
 from fedjax_lora.models.family import HeadClass
 from fedjax_lora.models.initial import HEAD, HEAD_FACTS
 
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+"""Files of a base model of text that say how texts become tokens."""
+
 
 class Card(NamedTuple):
     """What tensors alone do not tell.

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from fedjax_lora.core.learning import Site
 from fedjax_lora.core.types import Adapters
 from fedjax_lora.io import model_card
-from fedjax_lora.io.files import atomic_folder, write_json
+from fedjax_lora.io.files import atomic_folder, copy_files, write_json
 from fedjax_lora.io.model_card import Card
 
 _NEGLIGIBLE = 1e-6
@@ -66,6 +66,7 @@ def _factorise(product: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def export(
     folder: str | Path,
+    base: Path,
     adapters: LowRank,
     head: Mapping[str, np.ndarray],
     sites: Mapping[str, Site],
@@ -75,10 +76,12 @@ def export(
     """Write adapters for `peft.PeftModel.from_pretrained` and PEFT's auto classes.
 
     Where the card names a class of transformers, the head is among the adapters, as the module that the class has for
-    it; else it goes to `head.safetensors`. What a reader asks first goes to `README.md`.
+    it; else it goes to `head.safetensors`. What a reader asks first goes to `README.md`, and the base model's tokenizer
+    goes with it.
 
     Args:
       folder: new or empty.
+      base: folder of the base model.
       adapters: trained ones.
       head: `w: [d, columns]`, and `b` where it has one; `{}` for none.
       sites: of the model, whose `source` names each in the base model.
@@ -98,6 +101,7 @@ def export(
     if card.head_class:
         tensors |= {f"base_model.model.{name}": leaf for name, leaf in head_tensors(head, card.head_class.head).items()}
     with atomic_folder(folder) as partial:
+        copy_files(base, partial, model_card.TOKENIZER)
         save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
         write_json(partial / "adapter_config.json", _config(ranks, adapters.scale, card, fan_in_fan_out))
         model_card.write_head(partial, head, card)

@@ -1,4 +1,7 @@
-"""The one table of model families, by the `model_type` of a Hugging Face `config.json`."""
+"""The one table of model families, by the `model_type` of a Hugging Face `config.json`, or by its `architectures`."""
+
+import re
+from typing import Any
 
 from fedjax_lora.models import bert, distilbert, gemma, gpt2, llama, qwen, roberta, vit
 from fedjax_lora.models.family import Family
@@ -18,3 +21,28 @@ FAMILIES: dict[str, Family] = {
     "qwen3": qwen.QWEN3,
     "gemma": gemma.FAMILY,
 }
+
+CLASSES: dict[str, str] = {
+    "Bert": "bert",
+    "Roberta": "roberta",
+    "XLMRoberta": "xlm-roberta",
+    "Camembert": "camembert",
+    "DistilBert": "distilbert",
+    "GPT2": "gpt2",
+    "ViT": "vit",
+    "DeiT": "deit",
+    "Llama": "llama",
+    "Mistral": "mistral",
+    "Qwen2": "qwen2",
+    "Qwen3": "qwen3",
+    "Gemma": "gemma",
+}
+"""What the names of a family's classes begin with -> its `model_type`."""
+
+_CLASS = re.compile(rf"({'|'.join(CLASSES)})(Model|LMHeadModel|For[A-Z]\w*)")
+
+
+def model_type(architectures: Any) -> str | None:
+    """The `model_type` of the first class that is of a known family; None where there is none."""
+    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    return next((CLASSES[match[1]] for name in names if (match := _CLASS.fullmatch(name))), None)

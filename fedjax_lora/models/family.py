@@ -171,6 +171,7 @@ class Family(NamedTuple):
     ignored: patterns of tensors that a checkpoint may hold and the model does not need.
     renamed: parts of names in older checkpoints -> today's, replaced in this order.
     held: field of the Shape -> the tensor that a checkpoint holds where that is true.
+    logits: fields of `held` that are false, too, where the task does not learn the next token.
     classes: name of a task -> the class of transformers that computes it, where there is one.
     """
 
@@ -182,6 +183,7 @@ class Family(NamedTuple):
     ignored: tuple[str, ...] = ()
     renamed: Mapping[str, str] = {}
     held: Mapping[str, str] = {}
+    logits: tuple[str, ...] = ()
     classes: Mapping[str, HeadClass] = {}
 
     def head_class(self, task: str, shape: Any) -> HeadClass | None:

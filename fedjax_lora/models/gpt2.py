@@ -25,7 +25,6 @@ from fedjax_lora.models.family import (
     token_class,
 )
 from fedjax_lora.models.table import AS_IS, Part, Row
-from fedjax_lora.ops.primitives import project
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,19 +74,21 @@ def weights(config: Gpt2Config) -> table.Table:
     """All frozen weights; the names are those of Hugging Face's GPT2Model, whose matrices are stored as ours."""
     d, layer = config.width, "h.{layer}"
 
-    def matrix(path: str, n_in: int, site: str, source: str, n_out: int, axes: tuple[str, str]) -> dict[str, Row]:
-        roles = ("query", "key", "value") if site == "c_attn" else (path,)
-        return table.dense(f"layers/{path}", n_in, [Part(site, f"{layer}.{source}", n_out, roles)], axes, stored=AS_IS)
+    def matrix(path: str, n_in: int, part: Part, axes: tuple[str, str]) -> dict[str, Row]:
+        part = part._replace(source=f"{layer}.{part.source}")
+        return table.dense(f"layers/{path}", n_in, [part], axes, stored=AS_IS)
+
+    qkv = Part("c_attn", "attn.c_attn", 3 * d, ("query", "key", "value"))
 
     return {
         "embeddings/word": table.embedding("wte", config.vocab_size, d, "vocab", matrix=True),
         "embeddings/position": table.embedding("wpe", config.max_positions, d, "position"),
         **table.norm("layers/norm_attention", f"{layer}.ln_1", d),
-        **matrix("query_key_value", d, "c_attn", "attn.c_attn", 3 * d, ("embed", "heads")),
-        **matrix("output", d, "attn.c_proj", "attn.c_proj", d, ("heads", "embed")),
+        **matrix("query_key_value", d, qkv, ("embed", "heads")),
+        **matrix("output", d, Part("attn.c_proj", "attn.c_proj", d, ("output",)), ("heads", "embed")),
         **table.norm("layers/norm_mlp", f"{layer}.ln_2", d),
-        **matrix("up", d, "c_fc", "mlp.c_fc", config.mlp_width, ("embed", "mlp")),
-        **matrix("down", config.mlp_width, "mlp.c_proj", "mlp.c_proj", d, ("mlp", "embed")),
+        **matrix("up", d, Part("c_fc", "mlp.c_fc", config.mlp_width, ("up",)), ("embed", "mlp")),
+        **matrix("down", config.mlp_width, Part("mlp.c_proj", "mlp.c_proj", d, ("down",)), ("mlp", "embed")),
         **table.norm("norm", "ln_f", d),
     }
 
@@ -131,7 +132,7 @@ def features(config: Gpt2Config, base: Base, hidden: Hidden) -> Features:
     return Features(
         hidden,
         pooled=lambda: layers.pool(hidden, config.pooling),
-        logits=lambda: project(hidden.values, base["embeddings"]["word"].T),
+        logits=layers.logits(hidden, base["embeddings"]["word"]),
     )
 
 

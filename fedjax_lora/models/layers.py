@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from fedjax_lora.core.learning import Adapter, Features, Hidden, Model, Places, Site, Task
+from fedjax_lora.core.learning import Adapter, Features, Hidden, Logits, Model, Places, Site, Task
 from fedjax_lora.core.types import Adapters, Base, Batch
 from fedjax_lora.models import table
-from fedjax_lora.ops.primitives import attention, gelu, layer_norm, pack, unpack
+from fedjax_lora.ops.primitives import attention, gelu, layer_norm, pack, project, unpack
 
 Pooling = Literal["mean", "cls", "last"]
 """What a head sees of an example: the mean of its real positions, the first or the last of them."""
@@ -156,9 +156,8 @@ def transformer(
       packs: see Model.
       first: see `table.init`.
     """
-    sites = table.sites(rows)
     block = TransformerBlock(
-        dense=Dense(sites=sites, project=adapter.project),
+        dense=Dense(sites=table.sites(rows), project=adapter.project),
         num_heads=config.num_heads,
         activation=config.activation,
         norm_eps=config.norm_eps,
@@ -167,13 +166,30 @@ def transformer(
         dropout=config.dropout,
         dtype=config.compute_dtype,
     )
+    run = partial(run_blocks, block, remat=config.remat)
+    return stack(config, rows, task, run, width=width, embed=embed, features=features, packs=packs, first=first)
+
+
+def stack(
+    config: Any,
+    rows: table.Table,
+    task: Task,
+    run: Callable[[Base, Adapters, Hidden, Array | None], Hidden],
+    *,
+    width: int,
+    embed: Callable[[Any, Base, Batch, Array | None], Hidden],
+    features: Callable[[Any, Base, Hidden], Features],
+    packs: bool,
+    first: Sequence[str] = (),
+) -> Model:
+    """Layers of any kind with the head of a task on top: `run` is `Model.layers`, all else is as in `transformer`."""
     return Model(
         init=lambda key: table.init(rows, key, config.num_layers, config.compute_dtype, first),
         init_head=lambda key: task.head(key, width, config.pooling != "last"),
         embed=partial(embed, config),
-        layers=partial(run_blocks, block, remat=config.remat),
+        layers=run,
         task=lambda base, adapters, hidden, key: task.read(adapters.head, features(config, base, hidden)),
-        sites=sites,
+        sites=table.sites(rows),
         num_layers=config.num_layers,
         packs=packs,
     )
@@ -227,6 +243,15 @@ def positions(batch: Batch, max_positions: int) -> Array:
     length = batch["input_ids"].shape[1]
     check_length(max_positions, length)
     return jnp.arange(length)
+
+
+def logits(hidden: Hidden, words: Array) -> Logits:
+    """Logits of the next token by a table of words, `[V, d]`."""
+    return Logits(hidden.values, words, _by_words)
+
+
+def _by_words(values: Array, words: Array) -> Array:
+    return project(values, words.T)
 
 
 def check_length(max_positions: int, max_length: int) -> None:

@@ -29,7 +29,7 @@ from fedjax_lora.models.family import (
 )
 from fedjax_lora.models.rope import Rope, read_rope, rotation
 from fedjax_lora.models.table import AS_IS, Part, Row, Stored
-from fedjax_lora.ops.primitives import attention, gated, project, rms_norm, rotary
+from fedjax_lora.ops.primitives import attention, gated, rms_norm, rotary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class LlamaConfig(Shape):
     qkv_bias, output_bias, mlp_bias: whether these projections have a bias.
     head_norms: whether queries and keys are normalised in each head.
     tied: whether the table of words gives the logits.
-    lm_head: whether the checkpoint has a table for the logits; a tied model does not use it.
+    lm_head: whether there is a table for the logits; a tied model does not use it.
     scaled_words: whether words are scaled by the root of the width.
     norms_from_one: whether the checkpoint holds the scales of norms less 1.
     """
@@ -235,23 +235,11 @@ def decoder(config: LlamaConfig, task: Task, adapter: Adapter) -> Model:
       task: what is read of the positions, by the trained head or the model's own table of words.
       adapter: what is trained beside the frozen matrices.
     """
-    sites = table.sites(weights(config))
-    block = DecoderBlock(config=config, dense=layers.Dense(sites=sites, project=adapter.project))
-    return Model(
-        init=partial(init, config),
-        init_head=lambda key: task.head(key, config.width, config.pooling != "last"),
-        embed=partial(embed, config),
-        layers=partial(run, block),
-        task=lambda base, adapters, hidden, key: task.read(adapters.head, features(config, base, hidden)),
-        sites=sites,
-        num_layers=config.num_layers,
-        packs=True,
+    rows = weights(config)
+    block = DecoderBlock(config=config, dense=layers.Dense(sites=table.sites(rows), project=adapter.project))
+    return layers.stack(
+        config, rows, task, partial(run, block), width=config.width, embed=embed, features=features, packs=True
     )
-
-
-def init(config: LlamaConfig, key: Array) -> Base:
-    """Random frozen weights."""
-    return table.init(weights(config), key, config.num_layers, config.compute_dtype)
 
 
 def embed(config: LlamaConfig, base: Base, batch: Batch, key: Array | None) -> Hidden:
@@ -277,7 +265,7 @@ def features(config: LlamaConfig, base: Base, hidden: Hidden) -> Features:
     """What a task reads: the normalised positions, and logits where the model has a table for them."""
     hidden = hidden._replace(values=rms_norm(hidden.values, base["norm"]["scale"], config.norm_eps))
     words = base["embeddings"]["word"] if config.tied else base.get("lm_head")
-    logits = None if words is None else lambda: project(hidden.values, words.T)
+    logits = None if words is None else layers.logits(hidden, words)
     return Features(hidden, lambda: layers.pool(hidden, config.pooling), logits)
 
 
@@ -298,6 +286,7 @@ FAMILY = Family(
     prefixes=("", "model."),
     ignored=("layers.*.self_attn.rotary_emb.inv_freq",),  # of checkpoints before transformers 4.32
     held={"lm_head": "lm_head.weight"},
+    logits=("lm_head",),
     classes=classes("Llama"),
 )
 MISTRAL = FAMILY._replace(title="Mistral", shape=mistral_shape, classes=classes("Mistral"))

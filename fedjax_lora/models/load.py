@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from fedjax_lora.core.errors import reason_of
-from fedjax_lora.core.learning import Model
+from fedjax_lora.core.learning import Learned, Model
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Base
-from fedjax_lora.models import layers, safetensors, table, vit
+from fedjax_lora.models import families, layers, safetensors, table, vit
 from fedjax_lora.models.families import FAMILIES
 from fedjax_lora.models.family import Dtype, Family, Shape
 
@@ -70,7 +70,7 @@ def make(options: ModelConfig, context: Context) -> Model:
     """
     parts = context.made["task"], context.made["adapter"]
     if options.pretrained is not None:
-        found = read_pretrained(options, options.pretrained)
+        found = read_pretrained(options, options.pretrained, parts[0].learns)
         _check_inputs(found, options.pretrained, context)
         return found.family.make(found.shape, *parts)._replace(weights=found.weights)
     if context.image_shape is None:
@@ -142,8 +142,10 @@ class Pretrained(NamedTuple):
     spare: Callable[[], dict[str, np.ndarray]]
 
 
-def read_pretrained(config: ModelConfig, pretrained: str) -> Pretrained:
+def read_pretrained(config: ModelConfig, pretrained: str, learns: Learned = "label") -> Pretrained:
     """A Hugging Face folder or hub id, with our own options of `config`; its weights are not read yet.
+
+    What gives the logits alone is left out, but for a task that learns the next token.
 
     Raises:
       ValueError: the folder cannot be loaded.
@@ -152,7 +154,8 @@ def read_pretrained(config: ModelConfig, pretrained: str) -> Pretrained:
     family = _family(folder)
     prefixed = {name: {prefix + tensor for prefix in family.prefixes} for name, tensor in family.held.items()}
     files = safetensors.tensor_files(folder)
-    held = {name: not tensors.isdisjoint(files) for name, tensors in prefixed.items()}
+    unused = () if learns == "next_token" else family.logits
+    held = {name: name not in unused and not tensors.isdisjoint(files) for name, tensors in prefixed.items()}
     shape = _shape(family, folder, **_ours(config), **held)
     rows = family.weights(shape)
     like = table.shapes(rows, shape.num_layers, shape.compute_dtype)
@@ -224,14 +227,17 @@ def _family(folder: Path) -> Family:
       ValueError: the file cannot be read, or is of no family that is known.
     """
     fields = safetensors.read_json(folder / "config.json")
-    model_type = fields.get("model_type")
+    architectures = fields.get("architectures")
+    model_type = fields.get("model_type") or families.model_type(architectures)
     if any(str(name).startswith("AutoModel") for name in fields.get("auto_map") or ()):
         raise ValueError(
             f"model.pretrained must be a model without code of its own (trust_remote_code), got auto_map in {folder}"
         )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"model.pretrained must have a model_type among {known} in config.json, got {model_type!r}")
+        known, of = ", ".join(FAMILIES), f" and architectures {architectures!r}" if model_type is None else ""
+        raise ValueError(
+            f"model.pretrained must have a model_type among {known} in config.json, got {model_type!r}{of} in {folder}"
+        )
     return FAMILIES[model_type]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from fedjax_lora.core.learning import Logits
 from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.types import ClientState, FedState, Metrics
 from fedjax_lora.sim.cohort import replicated
@@ -96,6 +97,10 @@ class Scores(NamedTuple):
     accuracy: Array
     personal: Array
     more: dict[str, Array]
+
+    def named(self, name: str) -> Array:
+        """`accuracy`, or what else the task finds by this name."""
+        return self.accuracy if name == "accuracy" else self.more[name]
 
 
 def with_scores(rows: Metrics, scores: Scores, number: int) -> Metrics:
@@ -190,7 +195,8 @@ def predict(make_parts: MakeParts, world: World, state: FedState, inputs: Mappin
     """`[B, ...]` outputs of the task, by the adapters that a newcomer would be given."""
     parts = make_parts(state.numbers)
     used = used_adapters(parts.adapter, deployed(state.adapters, state.clients), parts.rank, parts.scale)
-    return parts.model.apply(current_base(parts, world, state), used, inputs)
+    outputs = parts.model.apply(current_base(parts, world, state), used, inputs)
+    return outputs() if isinstance(outputs, Logits) else outputs
 
 
 class Simulation:
@@ -293,10 +299,19 @@ class Simulation:
 
     def evaluate(self, state: FedState) -> tuple[float, float]:
         """The task's loss and accuracy on the held-out pool, `eval_loss` and `eval_accuracy` of Metrics."""
+        scores = self.scores(state)
+        return float(scores.loss), float(scores.accuracy)
+
+    def scores(self, state: FedState) -> Scores:
+        """All that is found on the held-out pool."""
         state = jax.tree.map(jnp.copy, jax.device_put(state, self.program.everywhere))
         self.compile(state)
-        scores = self._call(state, 0)[2]
-        return float(scores.loss), float(scores.accuracy)
+        return self._call(state, 0)[2]
+
+    @property
+    def judged_by(self) -> str:
+        """What the task is judged by, see `Task`."""
+        return self.make_parts(self.numbers).task.judged_by
 
     def _shown(self, state: FedState, rounds: int) -> Iterator[tuple[FedState, Metrics]]:
         """`segments`, with their progress on stdout."""
@@ -308,7 +323,7 @@ class Simulation:
         with Progress(Console(highlight=False)) as shown:
             shown.stage("compiling a round")
             self.compile(jax.device_put(state, self.program.everywhere))
-            yield from shown.rounds(self.segments(state, rounds), done, done + rounds)
+            yield from shown.rounds(self.segments(state, rounds), done, done + rounds, self.judged_by)
 
     def _run_segment(self, state: FedState, number: int) -> tuple[FedState, Metrics]:
         state, rows, scores = self._call(state, number)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from fedjax_lora.core.learning import Features, Learned, Task
+from fedjax_lora.core.learning import Features, Learned, Logits, Task
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.tasks import positions
 from fedjax_lora.tasks.common import TaskOptions
@@ -22,7 +22,7 @@ class CausalLmOptions(TaskOptions):
 
 
 def make(options: CausalLmOptions, context: Context) -> Task:
-    """No head. A batch holds `target: [G, P]`, the token that follows; outputs are logits `[G, P, vocabulary]`."""
+    """No head. A batch holds `target: [G, P]`, the token that follows; outputs are logits, see `read`."""
     del context
     return Task(
         head=lambda key, d, bias: {},
@@ -31,22 +31,24 @@ def make(options: CausalLmOptions, context: Context) -> Task:
         score=positions.score,
         finish=finish,
         learns=options.learns,
+        judged_by="perplexity",
     )
 
 
 METHOD = Method("task", "causal_lm", CausalLmOptions, make)
 
 
-def read(head: Mapping[str, Array], features: Features) -> Array:
-    """`[G, P, vocabulary]` logits of the next token.
+def read(head: Mapping[str, Array], features: Features) -> Array | Logits:
+    """`[G, P, vocabulary]` logits of the next token; where they are more than `positions.HELD`, as Logits.
 
     Raises:
       ValueError: the model has none.
     """
     del head
-    if features.logits is None:
+    logits = features.logits
+    if logits is None:
         raise ValueError("task.name must not be causal_lm where the model has no logits of the next token")
-    return features.logits()
+    return logits if isinstance(logits, Logits) and logits.size > positions.HELD else logits()
 
 
 def finish(scores: Mapping[str, Array], weight: Array) -> dict[str, Array]:

@@ -31,6 +31,7 @@ def make(options: RegressionOptions, context: Context) -> Task:
         score=score,
         finish=finish,
         learns=options.learns,
+        judged_by="pearson",
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from fedjax_lora.core.errors import ConfigWarning
 from fedjax_lora.data.encode import encode
 from fedjax_lora.data.options import FilesConfig
 from fedjax_lora.data.sources import load
@@ -195,10 +196,22 @@ def test_names_of_classes_and_words_that_none_is_called_are_one_line():
 
 def test_prompts_that_leave_no_response_are_counted(reads):
     rows = [{"prompt": "a prompt", "response": "b"}, {"prompt": "c", "response": "d"}]
-    examples = reads("next_token", rows, rows[1:], gpt_like(), template="plain")
-    assert examples.truncated == 1
-    assert sum("prompts that fill 8 tokens and leave no response to learn: 1" in note for note in examples.notes) == 1
+    message = r"^data\.train .*: no token is learned of 1 of 2 examples: prompts that fill data\.max_length = 8 tokens$"
+    with pytest.warns(ConfigWarning, match=message) as caught:
+        examples = reads("next_token", rows, rows[1:], gpt_like(), template="plain")
+    assert len(caught) == 1 and examples.truncated == 1
     assert (examples.train["target"][0] == -100).all()
+
+
+def test_data_without_a_token_to_learn_are_refused(reads):
+    rows = [{"prompt": "a prompt", "response": "b"}, {"prompt": "c", "response": "d"}]
+    message = (
+        r"^data\.test .*: must hold an example with a token to learn, got 1 with none: prompts that fill data\.max"
+    )
+    with pytest.raises(ValueError, match=message):
+        reads("next_token", rows[1:], rows[:1], gpt_like(), template="plain")
+    with pytest.raises(ValueError, match=r"^data\.train .*, got 2 with none: empty texts$"):
+        reads("next_token", [{"text": ""}] * 2, [{"text": "a"}], gpt_like())
 
 
 @pytest.mark.parametrize(("tokenizer", "ids"), [(bert_like(), [1, 2]), (gpt_like(), [1]), (gpt_like(True), [0, 1])])
@@ -259,7 +272,12 @@ def test_the_cache_tells_what_is_learned_columns_and_templates_apart(reads, tmp_
         ("label", [{"text": "a", "label": float("nan")}], "line 1: label must be a word or a finite number, got nan"),
         ("label", [{"text": "a", "label": 1}], "train.jsonl: must hold at least 2 labels, got only '1'"),
         ("label", [{"label": 1}], "must have a column of text that is called sentence, text, .* got label"),
-        ("label", [{"text": "a"}], "must have a column of label that is called label, .*, got text"),
+        ("label", [{"text": "a"}], "must have a column of label that is called label, .*, got text$"),
+        (
+            "label",
+            [{"instruction": "a", "output": "b"}],
+            "column of text that .*, got instruction, output; task=causal_lm learns 'output' after 'instruction'$",
+        ),
         ("number", [{"text": "a", "label": "high"}], "line 1: label must be a finite number, got 'high'"),
         ("number", [{"text": "a", "label": float("inf")}], "line 1: label must be a finite number, got inf"),
         ("number", [{"text": "a", "label": 1e39}], r"line 1: label must be a finite number, got 1e\+39"),

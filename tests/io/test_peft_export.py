@@ -47,7 +47,7 @@ def test_peft_computes_with_exported_adapters_what_the_model_does(folder, tmp_pa
     }
     adapters = Adapters(modules=modules, head=model.init_head(jax.random.key(3)))
     low_rank = plain(adapters, rank, alpha / rank)
-    export(tmp_path / "out", low_rank, jax.device_get(adapters.head), model.sites, card(str(folder)))
+    export(tmp_path / "out", folder, low_rank, jax.device_get(adapters.head), model.sites, card(str(folder)))
 
     ids = np.arange(12).reshape(2, 6) % 40
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
@@ -66,11 +66,11 @@ def test_peft_computes_with_exported_adapters_what_the_model_does(folder, tmp_pa
 def test_a_folder_in_use_is_refused_by_name(tmp_path):
     (tmp_path / "kept").write_text("mine")
     with pytest.raises(ValueError, match="must be a new or an empty folder"):
-        export(tmp_path, ONE, {}, {"up": Site("up", 0, 2, 3, "up")}, card("base"))
+        export(tmp_path, tmp_path, ONE, {}, {"up": Site("up", 0, 2, 3, "up")}, card("base"))
 
 
 def test_a_module_without_a_name_in_the_base_model_is_refused(tmp_path):
     for sites in ({}, {"up": Site("up", 0, 2, 3)}):
         with pytest.raises(ValueError, match=r"adapters must be of modules of the base model .*, got 'up'"):
-            export(tmp_path / "out", ONE, {}, sites, card("base"))
+            export(tmp_path / "out", tmp_path, ONE, {}, sites, card("base"))
     assert not (tmp_path / "out").exists()

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import transformers
 
+from fedjax_lora.adapters import lora
 from fedjax_lora.core.methods import Method
 from fedjax_lora.core.numbers import Options
-from fedjax_lora.core.types import Adapters
+from fedjax_lora.core.types import IGNORED, Adapters, Factors
 from fedjax_lora.data import packing
 from fedjax_lora.models import load
 from fedjax_lora.models.families import FAMILIES
+from fedjax_lora.tasks import causal_lm, positions
 from fedjax_lora.testing import laws, models
 from oracles import tiny_models
 from oracles.model_context import model_context
@@ -45,6 +47,32 @@ def test_roberta_with_a_pooler_against_pytorch(tmp_path):
         expected = reference(**{name: torch.tensor(leaf) for name, leaf in batch.items()}).pooler_output.numpy()
     got = tiny_models.outputs(tmp_path, batch, pooling="cls")["pooled"]
     np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("gpt2", "float32"), ("llama", "bfloat16")])
+def test_gradients_of_a_language_model_by_logits_of_some_positions_at_a_time(name, dtype, monkeypatch):
+    """Oracle: those by all logits at once, of the words' own table and of another."""
+    context, family = model_context(2), FAMILIES[name]
+    task, adapter = causal_lm.make(causal_lm.CausalLmOptions(), context), context.made["adapter"]
+    own = {"lm_head": True} if family.logits else {}
+    model = family.make(family.shape(tiny_models.CONFIGS[name].to_dict(), compute_dtype=dtype, **own), task, adapter)
+    base, ids = model.init(jax.random.key(0)), tiny_models.text_batch()["input_ids"]
+    batch = tiny_models.text_batch() | {"target": np.where(ids[:, 1:], ids[:, 1:], IGNORED)}
+    batch["target"] = np.pad(batch["target"], ((0, 0), (0, 1)), constant_values=IGNORED)
+    modules = lora.init(jax.random.key(1), model.sites, model.num_layers, 2)
+    modules = {site: Factors(a=f.a, b=0.3 * jnp.ones(f.b.shape)) for site, f in modules.items()}
+
+    def gradients(held):
+        monkeypatch.setattr(positions, "HELD", held)
+
+        def loss(modules):
+            return task.loss(model.apply(base, Adapters(modules=modules, head={}), batch), batch, jnp.ones(3))
+
+        return jax.jit(jax.value_and_grad(loss))(modules)
+
+    whole, some = gradients(2**24), gradients(7 * tiny_models.VOCABULARY)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole[1])) > 1e-3
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), some, whole)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

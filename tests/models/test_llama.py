@@ -81,7 +81,7 @@ def build(folder, **options):
 def found_features(folder, **options):
     """Values and logits `[B, S, ...]` of a folder."""
     config = load.ModelConfig(pretrained=str(folder), **options)
-    found = load.read_pretrained(config, str(folder))
+    found = load.read_pretrained(config, str(folder), "next_token")
     made = model_context(2).made
 
     def read(head, features):
@@ -131,7 +131,9 @@ def test_a_head_lies_outside_of_the_prefix_and_is_read_where_it_is_used(tmp_path
         assert tied != ("lm_head.weight" in tensors)
         more = {"lm_head.weight": tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])}
         save_file(tensors | more | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}, file)
-        _, base = build(tmp_path / variant)
+        assert "lm_head" not in build(tmp_path / variant)[1]  # of a classifier
+        found = load.read_pretrained(load.ModelConfig(), str(tmp_path / variant), "next_token")
+        base = found.weights()
         np.testing.assert_array_equal(base["embeddings"]["word"], tensors["model.embed_tokens.weight"])
         assert ("lm_head" in base) == kept
         if kept:
@@ -144,7 +146,7 @@ def test_a_head_lies_outside_of_the_prefix_and_is_read_where_it_is_used(tmp_path
 @pytest.mark.parametrize("variant", ["llama", "gemma"])
 def test_tensors_of_the_base_are_those_of_the_checkpoint_round_trip(variant, tmp_path):
     reference(variant).save_pretrained(tmp_path)
-    found = load.read_pretrained(load.ModelConfig(pretrained=str(tmp_path)), str(tmp_path))
+    found = load.read_pretrained(load.ModelConfig(), str(tmp_path), "next_token")
     tensors = table.tensors(found.family.weights(found.shape), found.weights())
     expected = {name.removeprefix("model."): value for name, value in load_file(tmp_path / "model.safetensors").items()}
     assert tensors.keys() == expected.keys()

@@ -16,7 +16,7 @@ from fedjax_lora.core.learning import Features, Hidden, Model, Site
 from fedjax_lora.core.methods import Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Factors
-from fedjax_lora.models import load, safetensors, table
+from fedjax_lora.models import families, load, safetensors, table
 from oracles.model_context import model_context
 
 torch = pytest.importorskip("torch")
@@ -290,7 +290,11 @@ def test_index_cannot_point_outside_the_folder(folder):
     ("content", "message"),
     [
         ('{"model_type": "mamba"}', "must have a model_type among bert.* in config.json, got 'mamba'"),
-        ("{}", "must have a model_type among bert.* in config.json, got None"),
+        ("{}", "must have a model_type among bert.* in config.json, got None and architectures None in "),
+        (
+            '{"architectures": [3, "BertGenerationDecoder", "Qwen2MoeForCausalLM"]}',
+            r"must have a model_type among bert.*, got None and architectures \[3, 'BertGenerationDecoder'",
+        ),
         ("{", "must hold a readable config.json"),
         ("[]", "must hold a JSON object in config.json"),
         (
@@ -314,6 +318,24 @@ def test_bad_config_is_refused_in_one_line(folder, content, message):
         with pytest.raises(ValueError, match=message) as error:
             load_part(folder)
         assert "\n" not in str(error.value)
+
+
+def test_without_a_model_type_the_names_of_classes_decide(folder):
+    """Oracle: the weights of the same folder with its model_type; a class of no family is passed over."""
+    (_, expected), fields = build(folder), json.loads((folder / "config.json").read_text())
+    fields = {**fields, "model_type": None, "architectures": ["Mine", "BertForMaskedLM"]}
+    (folder / "config.json").write_text(json.dumps(fields))
+    jax.tree.map(np.testing.assert_array_equal, build(folder)[1], expected)
+
+
+def test_names_of_classes_are_those_of_transformers():
+    """Oracle: the class that transformers has for each `model_type`."""
+    theirs = transformers.models.auto.modeling_auto.MODEL_MAPPING_NAMES
+    assert list(families.CLASSES.values()) == list(families.FAMILIES)
+    assert {name: theirs[name] for name in families.FAMILIES} == {
+        name: f"{begins}Model" for begins, name in families.CLASSES.items()
+    }
+    assert families.model_type(["GPT2LMHeadModel"]) == "gpt2"
 
 
 def test_neither_folder_nor_hub_id_is_refused_in_one_line(tmp_path):

@@ -98,7 +98,7 @@ def everything() -> Task:
         return {"hidden": features.hidden.values, "pooled": features.pooled(), "logits": logits}
 
     context = model_context(2)
-    return context.made["task"]._replace(read=read)
+    return context.made["task"]._replace(read=read, learns="next_token")
 
 
 def outputs(folder, batch, image_shape=None, **options) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def trained_run(folder: Path, task: str, pooling: str, labels: tuple[str, ...]) 
             "data={source: tsv, train: /gone, test: /gone, max_length: 12}",
         ],
     )
-    found = load.read_pretrained(config.model, config.model.pretrained)
+    found = load.read_pretrained(config.model, config.model.pretrained, config.task.learns)
     context = Context(1, 1, num_classes=len(labels), image_shape=found.shape.image_shape)
     model = records(config, Catalogue.of(), context, ("task", "adapter", "model"))["model"]
     keys = iter(jax.random.split(jax.random.key(1), 50))

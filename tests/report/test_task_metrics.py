@@ -87,3 +87,4 @@ def test_an_evaluation_in_a_word_by_hand():
     assert standing(0.5, math.nan, " before:") == "test loss before: 0.5000"
     assert standing(0.5, math.nan) == "test loss 0.5000"
     assert standing(math.nan, math.nan) == "accuracy not measured"
+    assert standing(0.5, 1.65, " before:", "perplexity") == "perplexity before: 1.6500"

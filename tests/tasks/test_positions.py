@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_lora.core.learning import Features, Hidden
+from fedjax_lora.core.learning import Features, Hidden, Logits
 from fedjax_lora.core.methods import Context
 from fedjax_lora.core.types import IGNORED
 from fedjax_lora.data.packing import pack
@@ -160,3 +160,45 @@ def test_a_model_without_logits_and_too_few_classes_are_refused():
         NEXT.read({}, features)
     with pytest.raises(ValueError, match=r"^num_classes must be at least 2, got 1$"):
         token_classification.make(token_classification.TokenClassificationOptions(), CONTEXT._replace(num_classes=1))
+
+
+def product(values, words):
+    return values @ words.T
+
+
+def next_token(held, monkeypatch):
+    """`(values, words, batch, weight) -> (loss, scores)` where this many logits are held."""
+
+    def found(values, words, batch, weight):
+        features = Features(Hidden(values, jnp.ones(values.shape[:2])), lambda: None, Logits(values, words, product))
+        outputs = NEXT.read({}, features)
+        assert isinstance(outputs, Logits) == (values.size // values.shape[-1] * len(words) > held)
+        return NEXT.loss(outputs, batch, weight), NEXT.score(outputs, batch)
+
+    monkeypatch.setattr(positions, "HELD", held)
+    return jax.jit(jax.value_and_grad(found, argnums=(0, 1), has_aux=True))
+
+
+@pytest.mark.parametrize("held", [1, 11 * 8, 11 * 34])
+def test_logits_of_some_positions_at_a_time_give_the_loss_of_all(held, monkeypatch):
+    """Oracle: all logits at once; one position, eight, which do not divide 35, and all but one at a time."""
+    values, words = (jnp.asarray(RANDOM.normal(size=shape), jnp.float32) for shape in ((5, 7, 6), (11, 6)))
+    given = values, words, BATCH, jnp.asarray(WEIGHT)
+    whole, some = next_token(2**24, monkeypatch)(*given), next_token(held, monkeypatch)(*given)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole[1])) > 1e-2
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), some, whole)
+
+
+def test_memory_does_not_grow_with_positions_by_words(monkeypatch):
+    """Oracle: what XLA allocates, against the size of all logits in float32."""
+
+    def bytes_of(held, length):
+        values, words = jax.ShapeDtypeStruct((4, length, 3), jnp.float32), jax.ShapeDtypeStruct((2048, 3), jnp.float32)
+        batch = {"target": jax.ShapeDtypeStruct((4, length), jnp.int32)}
+        given = values, words, batch, jax.ShapeDtypeStruct((4,), jnp.float32)
+        return next_token(held, monkeypatch).lower(*given).compile().memory_analysis().temp_size_in_bytes
+
+    logits = 4 * 128 * 2048 * 4
+    assert bytes_of(2**24, 128) > logits
+    small, large = bytes_of(2**15, 128), bytes_of(2**15, 256)
+    assert large < logits / 4 and large - small < logits / 16
