@@ -101,6 +101,7 @@ METHOD = Method(
     CardOptions,
     make,
     needs=frozenset({"everything_sent", "exact_wire", "free_broadcast"}),
+    needs=frozenset({"even_ranks"}),
     breaks=frozenset({"whole_at_client", "side_by_side"}),
 )
 
