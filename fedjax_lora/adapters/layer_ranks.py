@@ -128,9 +128,7 @@ def _filled(given: np.ndarray, default: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=32)
-def _given(
-    field: str, pattern: Mapped, sources: tuple[tuple[str, str], ...], num_layers: int
-) -> dict[str, np.ndarray]:
+def _given(field: str, pattern: Mapped, sources: tuple[tuple[str, str], ...], num_layers: int) -> dict[str, np.ndarray]:
     """Module name -> `[L]`, what a pattern says of each layer; 0 for nothing."""
     paths = {name: [source.format(layer=layer) for layer in range(num_layers)] for name, source in sources}
     every = [path for of_module in paths.values() for path in of_module]

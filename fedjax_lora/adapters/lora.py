@@ -34,8 +34,9 @@ class LoraConfig:
     alpha: products are scaled by alpha / r.
     targets: names of the modules that carry an adapter: the model's own, or as PEFT's `target_modules` has them.
     init_scale: length of the columns of `a` at the start.
-    rank_pattern, alpha_pattern: rank and alpha of single modules, see `adapters.layer_ranks`: a name, its end from a dot
-      on, or a regular expression -> its own; of several that match one, the first counts, as in PEFT.
+    rank_pattern: ranks of single modules, at most R, as PEFT has them: a module's name in the bare model, its end from a
+      dot on, or a regular expression of either -> its rank. Of several that match one, the first counts.
+    alpha_pattern: alphas of single modules, in the same way.
     client_ranks: structural ranks that the clients are dealt in turn; () gives `rank` to all. None is above
       `rank`, by which products are scaled for all. A layer of fewer components has these.
     initial: a folder of adapters to start from, which PEFT wrote or `fedjax-lora export`; their rank is at most `rank`.
@@ -67,7 +68,9 @@ class LoraConfig:
             raise ValueError(f"targets must name each module once, got {self.targets}")
         for name, rank in self.rank_pattern.items():
             if type(rank) is not int or not 1 <= rank <= self.max_rank:
-                raise ValueError(f"rank_pattern must have ranks from 1 to max_rank = {self.max_rank}, got {name}: {rank!r}")
+                raise ValueError(
+                    f"rank_pattern must have ranks from 1 to max_rank = {self.max_rank}, got {name}: {rank!r}"
+                )
         for name, alpha in self.alpha_pattern.items():
             if type(alpha) not in (int, float) or not 0 < alpha < float("inf"):
                 raise ValueError(f"alpha_pattern must have positive and finite numbers, got {name}: {alpha!r}")

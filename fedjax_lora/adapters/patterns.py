@@ -6,7 +6,7 @@ from typing import Any
 
 
 def matching_key(pattern: Mapping[str, Any], module: str) -> str | None:
-    """The first key that a name matches, None for none: an expression of the whole name, or of its end from a dot on."""
+    """The first key that a name matches, an expression of the whole name or of its end from a dot on; None for none."""
     return next((key for key in pattern if re.match(_ending(key), module)), None)
 
 

@@ -134,9 +134,7 @@ def _named(adapters: LowRank, sites: Mapping[str, Site]) -> Iterator[tuple[str, 
             yield sites[module].source.format(layer=layer), a, b, adapters.scale_of(module, layer)
 
 
-def _config(
-    ranks: Mapping[str, int], alphas: Mapping[str, float], card: Card, fan_in_fan_out: bool
-) -> dict[str, Any]:
+def _config(ranks: Mapping[str, int], alphas: Mapping[str, float], card: Card, fan_in_fan_out: bool) -> dict[str, Any]:
     """`adapter_config.json`, whose patterns name the modules that differ from the first one of the largest rank."""
     first, found = max(ranks, key=ranks.__getitem__), card.head_class
     named = bool(found and not found.task_type)  # a class that PEFT has no auto class for

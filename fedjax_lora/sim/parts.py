@@ -135,7 +135,7 @@ class Cohort(NamedTuple):
         return scope_of(ranks, self.sends)
 
 
-def scope_of(ranks: Array, live: Live, layer_ranks: Mapping[str, Array] = {}) -> Scope:  # noqa: B006
+def scope_of(ranks: Array, live: Live, layer_ranks: Mapping[str, Array] = {}) -> Scope:
     """The parts `live` of the ranks `[R]`, as far as a layer has them."""
     return Scope(ranks, *map(jnp.float32, live), layer_ranks=layer_ranks)
 

@@ -55,7 +55,8 @@ def make(options: RandomRankConfig, context: Context) -> Sparsifier:
             energy = jnp.sum(mask * importance(f.a, f.b, f0.a, f0.b) ** 2, axis=-1)
             tail_energy += jnp.sum(energy * jnp.maximum(1.0 - number / jnp.sum(mask, axis=-1), 0.0), axis=-1)
         kept = ranks.kept_in_layers(ranks.each(scope.ranks), like, scope)
-        counts = {name: (jnp.sum(of_layers, axis=-1),) * 2 for name, of_layers in kept.items()}
+        sums = {name: jnp.sum(of_layers, axis=-1) for name, of_layers in kept.items()}
+        counts = {name: (count, count) for name, count in sums.items()}
         return ranks.offer(tail_energy, payload.component_size(like, counts, scope, index_bits=Count.of(SEED_BITS)))
 
     def encode(start: Adapters, trained: Adapters, memory: Any, kept: Array, scope: Scope, key: Array) -> Message:

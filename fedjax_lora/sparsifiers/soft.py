@@ -161,9 +161,7 @@ def make(options: SoftConfig, context: Context) -> Sparsifier:
     like, budget = ranks.shapes(context), options.budget
 
     def offer(start: Adapters, trained: Adapters, scope: Scope) -> Offer:
-        energies = [
-            jnp.maximum(sigma, 0.0) ** 2 for sigma in _scores(options.send, start, trained, scope).values()
-        ]
+        energies = [jnp.maximum(sigma, 0.0) ** 2 for sigma in _scores(options.send, start, trained, scope).values()]
         tail_energy = ranks.tail_energy(jnp.concatenate(energies), budget)
         return ranks.offer(tail_energy, ranks.planned_size(ranks.each(scope.ranks), budget, like, scope))
 
