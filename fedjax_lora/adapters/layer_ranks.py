@@ -2,8 +2,8 @@
 
 Factors hold R components in every layer; of those that a layer does not have, both factors are zero from the start.
 There the gradients of both are zero too, so that they are never trained, and every average of them is zero;
-`Scope.layer_ranks` keeps them from being counted. A layer's scale is alpha_l / r_l, as in PEFT, and all that is written
-for one scale s = alpha / r is given b times the layer's share of it.
+`Scope.layer_ranks` keeps them from being counted. A layer's scale is alpha_l / r_l, as in PEFT: a share of s = alpha / r,
+which b is multiplied by where a model takes the adapters.
 """
 
 import difflib
@@ -18,10 +18,9 @@ from jax.typing import ArrayLike
 
 from fedjax_lora.adapters.lora import LoraConfig
 from fedjax_lora.adapters.patterns import matching_key
-from fedjax_lora.core.exchange import Aggregate, Aggregator, Received
 from fedjax_lora.core.learning import Adapter, Site
 from fedjax_lora.core.mapping import Mapped
-from fedjax_lora.core.types import Adapters, Factors
+from fedjax_lora.core.types import Factors
 
 
 class LayerRanks(NamedTuple):
@@ -34,7 +33,7 @@ class LayerRanks(NamedTuple):
     ranks: Mapping[str, Any]
     shares: Mapping[str, Any]
 
-    def scaled(self, modules: Mapping[str, Factors]) -> dict[str, Factors]:
+    def scaled(self, modules: Mapping[str, Any]) -> dict[str, Any]:
         """b times the share of its layer: with the scale s these are the layers' products."""
         return {name: Factors(a=f.a, b=f.b * self._share(name)) for name, f in modules.items()}
 
@@ -45,12 +44,14 @@ class LayerRanks(NamedTuple):
     def _share(self, name: str) -> Array:
         return jnp.asarray(self.shares[name], jnp.float32)[:, None, None]
 
-    def masked(self, modules: Mapping[str, Any]) -> dict[str, Factors]:
+    def masked(self, modules: Mapping[str, Any]) -> dict[str, Any]:
         """Zero in the components that a layer does not have.
 
         Raises:
           ValueError: what is trained has no components.
         """
+        if not self.ranks:
+            return dict(modules)
         masked = {}
         for name, factors in modules.items():
             if not isinstance(factors, Factors):
@@ -63,29 +64,12 @@ class LayerRanks(NamedTuple):
         """The adapter whose layers have these ranks and scales."""
 
         def init(*given: Any) -> dict[str, Any]:
-            modules = whole.init(*given)
-            return self.masked(modules) if self.ranks else modules
+            return self.masked(whole.init(*given))
 
         def effective(modules: Mapping[str, Any], rank_mask: Array, scale: ArrayLike) -> dict[str, Any]:
-            return whole.effective(self.scaled(modules), rank_mask, scale)
+            return whole.effective(self.scaled(self.masked(modules)), rank_mask, scale)
 
         return whole._replace(init=init, effective=effective)
-
-    def aggregator(self, whole: Aggregator) -> Aggregator:
-        """The aggregator for which a layer's product is scaled by its own scale."""
-
-        def scaled(adapters: Adapters) -> Adapters:
-            return Adapters(modules=self.scaled(adapters.modules), head=adapters.head)
-
-        def aggregate(
-            broadcast: Adapters, trained: Adapters, received: Received, weights: Array, scale: Array, key: Array
-        ) -> Aggregate:
-            arrived = Received(adapters=scaled(received.adapters), counted=received.counted)
-            found = whole.aggregate(scaled(broadcast), scaled(trained), arrived, weights, scale, key)
-            modules = self.unscaled(found.adapters.modules)
-            return found._replace(adapters=Adapters(modules=modules, head=found.adapters.head))
-
-        return whole._replace(aggregate=aggregate)
 
 
 def resolve(lora: LoraConfig, sites: Mapping[str, Site], num_layers: int) -> LayerRanks | None:

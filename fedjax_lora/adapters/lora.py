@@ -34,8 +34,8 @@ class LoraConfig:
     alpha: products are scaled by alpha / r.
     targets: names of the modules that carry an adapter: the model's own, or as PEFT's `target_modules` has them.
     init_scale: length of the columns of `a` at the start.
-    rank_pattern: ranks of single modules, at most R, as PEFT has them: a module's name in the bare model, its end from a
-      dot on, or a regular expression of either -> its rank. Of several that match one, the first counts.
+    rank_pattern: ranks of single modules, at most R, as PEFT has them: a module's name in the bare model, its end from
+      a dot on, or a regular expression of either -> its rank. Of several that match one, the first counts.
     alpha_pattern: alphas of single modules, in the same way.
     client_ranks: structural ranks that the clients are dealt in turn; () gives `rank` to all. None is above
       `rank`, by which products are scaled for all. A layer of fewer components has these.
@@ -66,22 +66,23 @@ class LoraConfig:
             raise ValueError("targets must name at least one module, got ()")
         if len(set(self.targets)) < len(self.targets):
             raise ValueError(f"targets must name each module once, got {self.targets}")
-        for name, rank in self.rank_pattern.items():
-            if type(rank) is not int or not 1 <= rank <= self.max_rank:
-                raise ValueError(
-                    f"rank_pattern must have ranks from 1 to max_rank = {self.max_rank}, got {name}: {rank!r}"
-                )
-        for name, alpha in self.alpha_pattern.items():
-            if type(alpha) not in (int, float) or not 0 < alpha < float("inf"):
-                raise ValueError(f"alpha_pattern must have positive and finite numbers, got {name}: {alpha!r}")
-        for field in ("rank_pattern", "alpha_pattern"):
-            for name in getattr(self, field):
-                if not is_expression(name):
-                    raise ValueError(f"{field} must have names or regular expressions as its keys, got {name!r}")
+        self._check_patterns()
         if not 0 < self.init_scale < float("inf"):
             raise ValueError(f"init_scale must be positive and finite, got {self.init_scale}")
         if self.initial == "":
             raise ValueError("initial must be a folder, got ''")
+
+    def _check_patterns(self) -> None:
+        for field in ("rank_pattern", "alpha_pattern"):
+            if bad := next((name for name in getattr(self, field) if not is_expression(name)), None):
+                raise ValueError(f"{field} must have names or regular expressions as its keys, got {bad!r}")
+        for name, rank in self.rank_pattern.items():
+            if type(rank) is not int or not 1 <= rank <= self.max_rank:
+                allowed = f"ranks from 1 to max_rank = {self.max_rank}"
+                raise ValueError(f"rank_pattern must have {allowed}, got {rank!r} for {name!r}")
+        for name, alpha in self.alpha_pattern.items():
+            if type(alpha) not in (int, float) or not 0 < alpha < float("inf"):
+                raise ValueError(f"alpha_pattern must have positive and finite numbers, got {alpha!r} for {name!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from fedjax_lora.aggregation import errors
 from fedjax_lora.aggregation.fedit import average_head
 from fedjax_lora.core import count, trees
 from fedjax_lora.core.count import Count
-from fedjax_lora.core.exchange import Aggregate, Aggregator, Ranks, Received
+from fedjax_lora.core.exchange import Aggregate, Aggregator, Ranks, Received, Scale
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.ops.factorise import orthonormal
 from fedjax_lora.ops.products import differences
@@ -62,7 +62,7 @@ def by_layer(method: Callable[[Layer], LayerResult]) -> Aggregator:
     """
 
     def aggregate(
-        broadcast: Adapters, trained: Adapters, received: Received, weights: Array, scale: Array, key: Array
+        broadcast: Adapters, trained: Adapters, received: Received, weights: Array, scale: Scale, key: Array
     ) -> Aggregate:
         modules, merged, sparsification, covariance = {}, {}, jnp.zeros(()), jnp.zeros(())
         for name, old in broadcast.modules.items():
@@ -70,15 +70,16 @@ def by_layer(method: Callable[[Layer], LayerResult]) -> Aggregator:
             module_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
             outcome, of_sparsification, of_averaging = _module(method, old, *cohort, weights, module_key)
             modules[name] = outcome.factors
+            own = errors.scale_of(scale, name)
             if outcome.merged is not None:
-                merged[name] = scale * outcome.merged
-            sparsification += jnp.sum(of_sparsification)
-            covariance += jnp.sum(of_averaging)
+                merged[name] = jnp.reshape(own, (-1, 1, 1)) * outcome.merged
+            sparsification += jnp.sum(own**2 * of_sparsification)
+            covariance += jnp.sum(own**2 * of_averaging)
         return Aggregate(
             adapters=Adapters(modules=modules, head=average_head(broadcast.head, received.adapters.head, weights)),
             merged=merged,
-            sparsification_error=scale * jnp.sqrt(sparsification),
-            covariance_error=scale * jnp.sqrt(covariance),
+            sparsification_error=jnp.sqrt(sparsification),
+            covariance_error=jnp.sqrt(covariance),
         )
 
     return Aggregator(aggregate=aggregate, enter=by_products)

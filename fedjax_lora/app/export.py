@@ -71,9 +71,10 @@ def export(found: TrainedRun, folder: str | Path, form: str, client: int | None 
 def _tensors(found: TrainedRun, card: Card) -> dict[str, np.ndarray]:
     """The whole model's weights, float32, by their names in the class of the card, or in the bare model."""
     rows, of = found.found.family.weights(found.found.shape), card.head_class
-    scaled = found.layers.scaled(found.adapters.modules) if found.layers else found.adapters.modules
+    layers, modules = found.layers, found.adapters.modules
+    modules = modules if layers is None else layers.scaled(layers.masked(modules))
     mask = lora.rank_mask(found.rank, lora.max_rank(found.adapters))
-    used = Adapters(modules=lora.fold(scaled, mask, found.scale), head=found.adapters.head)
+    used = Adapters(modules=lora.fold(modules, mask, found.scale), head=found.adapters.head)
     base = jax.tree.map(lambda leaf: leaf.astype(np.float32), found.base)
     base = lora.add_to_base(base, jax.tree.map(jnp.asarray, found.merged), table.sites(rows))
     own = table.tensors(rows, lora.merge(base, used, table.sites(rows)))

@@ -149,11 +149,8 @@ def records(
             made[slot] = side.sparsifier(make(options, own._replace(like=side.shapes(own.like))))
         else:
             made[slot] = make(options, own)
-        layers = layers_of(config, made["model"]) if slot in ("model", "aggregation") else None
-        if layers is not None and slot == "model":  # which knows the names of its modules
-            made["adapter"] = layers.adapter(made["adapter"])
-        elif layers is not None:
-            made[slot] = layers.aggregator(made[slot])
+        if slot == "model" and (layers := layers_of(config, made[slot])) is not None:
+            made["adapter"] = layers.adapter(made["adapter"])  # only now are the names of the modules known
     return made
 
 
@@ -184,7 +181,7 @@ def _parts(
     config = fill(structure, numbers)
     made = records(config, catalogue, context._replace(local=config.local))
     rank, layers = jnp.asarray(config.lora.rank, jnp.float32), layers_of(config, made["model"])
-    most = layer_ranks.structural_rank(layers, rank)
+    most, scale = layer_ranks.structural_rank(layers, rank), config.lora.alpha / rank
     return Parts(
         model=made["model"],
         adapter=made["adapter"],
@@ -199,12 +196,13 @@ def _parts(
         server=made["server"],
         client_weight=CLIENT_WEIGHTS[config.clients.weighting],
         rank=most,
-        scale=config.lora.alpha / rank,
+        scale=scale,
         ranks=_client_ranks(config, most),
         init_adapters=_initial_adapters(config, catalogue, context, begin),
         layout=layout,
         side=side_of(config, made),
         layer_ranks={} if layers is None else layers.ranks,
+        layer_scales={} if layers is None else {name: scale * share for name, share in layers.shares.items()},
     )
 
 

@@ -174,7 +174,10 @@ class Fold(NamedTuple):
 
 
 Ranks = ArrayLike | Mapping[str, Array]
-"""One rank for all layers, or module name -> `[L]`."""
+"""One rank for all layers, or module name -> `[L]` where they differ."""
+
+Scale = Array | Mapping[str, Array]
+"""One scale s = alpha / r for all layers, or module name -> `[L]` where they differ."""
 
 
 def _nothing_more(like: Adapters, clients: int | None, rank: Ranks) -> Count:
@@ -186,7 +189,8 @@ class Aggregator(NamedTuple):
 
     aggregate: `(broadcast, trained [C, ...], Received [C, ...], weights [C], scale, key) -> Aggregate`. `weights` are
       non-negative, sum to 1, and are 0 for a client that is absent; all-zero weights leave the broadcast as it
-      is. `trained` is what the clients hold of what they send (for the error norms); `scale` is s = alpha / r.
+      is. `trained` is what the clients hold of what they send (for the error norms); `scale` is s = alpha / r, or
+      module name -> `[L]` where layers differ.
       In `trained` and in what was received, b is zero in the components that are not a client's own.
     enter: weights of the received factors in the mean product `sum_ki w_ki a_ki b_ki`: `sparsification_error` is the
       distance of the ideal mean from it, and `covariance_error` its distance from the server's product.
@@ -205,7 +209,7 @@ class Aggregator(NamedTuple):
     next_rank: `(broadcast, trained of one client, its rank) -> rank` of its next round; None where ranks stay.
     """
 
-    aggregate: Callable[[Adapters, Adapters, Received, Array, Array, Array], Aggregate]
+    aggregate: Callable[[Adapters, Adapters, Received, Array, Scale, Array], Aggregate]
     enter: Enter
     fold: Fold | None = None
     trains: Callable[[Array], Live] = lambda round_number: Live()

@@ -70,6 +70,7 @@ class Parts(NamedTuple):
     side: what of the adapters is at the device and crosses the air; None for all.
     layer_ranks: module name -> `[L]`, the most components that a layer has; `{}` where all layers have R. `rank` is the
       largest of them.
+    layer_scales: module name -> `[L]`, by what a layer's product is scaled; `{}` where it is by s.
     """
 
     model: Model
@@ -91,6 +92,7 @@ class Parts(NamedTuple):
     layout: Layout
     side: Side | None = None
     layer_ranks: Mapping[str, Array] = {}
+    layer_scales: Mapping[str, Array] = {}
 
     def scope_on_air(self, ranks: Array, live: Live) -> Scope:
         """The parts `live` of the ranks `[R]`, of the layers that cross the air."""

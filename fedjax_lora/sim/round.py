@@ -189,7 +189,8 @@ def average(parts: Parts, cohort: Cohort, local: Local, uplink: Uplink, key: Arr
     if parts.aggregator.resumes:
         held, received = as_changes(cohort.clients.methods["aggregation"], held, received)
     weights = normalised(local.weight * uplink.arrived)
-    return parts.aggregator.aggregate(cohort.start, held, received, weights, parts.scale, key)
+    scale = parts.layer_scales or parts.scale
+    return parts.aggregator.aggregate(cohort.start, held, received, weights, scale, key)
 
 
 def advance(
