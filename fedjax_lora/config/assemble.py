@@ -182,6 +182,7 @@ def _parts(
     made = records(config, catalogue, context._replace(local=config.local))
     rank, layers = jnp.asarray(config.lora.rank, jnp.float32), layers_of(config, made["model"])
     most, scale = layer_ranks.structural_rank(layers, rank), config.lora.alpha / rank
+    side, of_layers = side_of(config, made), {} if layers is None else layers.ranks
     return Parts(
         model=made["model"],
         adapter=made["adapter"],
@@ -200,8 +201,8 @@ def _parts(
         ranks=_client_ranks(config, most),
         init_adapters=_initial_adapters(config, catalogue, context, begin),
         layout=layout,
-        side=side_of(config, made),
-        layer_ranks={} if layers is None else layers.ranks,
+        side=side,
+        layer_ranks=of_layers if side is None else side.take_layers(of_layers),
         layer_scales={} if layers is None else {name: scale * share for name, share in layers.shares.items()},
     )
 

@@ -1,5 +1,6 @@
 """What a round is made of, and what its steps hand on to one another."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -68,8 +69,8 @@ class Parts(NamedTuple):
     rank: structural rank r. scale: s = alpha / r. ranks: `[K]`, the clients' ranks before round 1.
     init_adapters: `key -> Adapters` before round 1.
     side: what of the adapters is at the device and crosses the air; None for all.
-    layer_ranks: module name -> `[L]`, the most components that a layer has; `{}` where all layers have R. `rank` is the
-      largest of them.
+    layer_ranks: module name -> `[layers]`, the most components that a layer has, of those that cross the air; `{}` where
+      all layers have R. `rank` is the largest of all layers.
     layer_scales: module name -> `[L]`, by what a layer's product is scaled; `{}` where it is by s.
     """
 
@@ -95,9 +96,8 @@ class Parts(NamedTuple):
     layer_scales: Mapping[str, Array] = {}
 
     def scope_on_air(self, ranks: Array, live: Live) -> Scope:
-        """The parts `live` of the ranks `[R]`, of the layers that cross the air."""
-        side = self.side
-        return scope_of(ranks, live, self.layer_ranks if side is None else side.take_layers(self.layer_ranks))
+        """The parts `live` of the ranks `[R]`, as far as the layers that cross the air have them."""
+        return dataclasses.replace(scope_of(ranks, live), layer_ranks=self.layer_ranks)
 
     def on_air(self, adapters: Adapters) -> Adapters:
         """What of the adapters of one client, or of the server, crosses the air."""
@@ -137,9 +137,9 @@ class Cohort(NamedTuple):
         return scope_of(ranks, self.sends)
 
 
-def scope_of(ranks: Array, live: Live, layer_ranks: Mapping[str, Array] = {}) -> Scope:
-    """The parts `live` of the ranks `[R]`, as far as a layer has them."""
-    return Scope(ranks, *map(jnp.float32, live), layer_ranks=layer_ranks)
+def scope_of(ranks: Array, live: Live) -> Scope:
+    """The parts `live` of the ranks `[R]`."""
+    return Scope(ranks, *map(jnp.float32, live))
 
 
 class Local(NamedTuple):

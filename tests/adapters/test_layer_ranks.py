@@ -192,7 +192,9 @@ def test_an_aggregator_treats_each_layer_in_its_own_rank_and_scale(name):
             if found.merged:
                 np.testing.assert_allclose(found.merged[module][layer], alone.merged[module][0], atol=1e-4)
             errors += np.array([alone.sparsification_error, alone.covariance_error]) ** 2
-    np.testing.assert_allclose([found.sparsification_error, found.covariance_error], np.sqrt(errors), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        [found.sparsification_error, found.covariance_error], np.sqrt(errors), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_what_is_merged_is_charged_by_the_ranks_of_the_layers():

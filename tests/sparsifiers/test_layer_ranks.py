@@ -12,7 +12,6 @@ from fedjax_lora.sparsifiers import dense, lora_a2, payload, random_rank, soft
 from fedjax_lora.sparsifiers.payload import dense_broadcast
 from oracles.contexts import context, offered_bits, upload
 from oracles.sparsifier_oracle import (
-    LAYERS,
     MAX_RANK,
     WIDTHS,
     payload_bits,
@@ -80,14 +79,12 @@ def expected_bits(name, counts, bits=32):
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_component_that_a_layer_lacks_is_not_sent_nor_counted(name, bits):
-    """Oracle: a count value by value of as many components as each layer has, and of the masks where any may come."""
+    """Oracle: a count value by value of as many components as each layer has; chosen overall, at most what is offered."""
     for kept in (1, 3, MOST):
         found = send(name, kept, bits=bits)
         counts = in_layers(MOST if name == "dense" else kept)
         number = sum(map(sum, counts.values()))
         if name in OVERALL:
-            moved = {n: np.any(np.asarray(found.counted[n]) > 0, -1) for n in WIDTHS}
-            assert all(x.all() for x in moved.values()) or kept == 1
             number = min(kept * 4, sum(map(sum, RANKS.values())))
         else:
             # A scale of each tensor goes with any of its components, and each layer sends one.
@@ -150,4 +147,3 @@ def test_the_broadcast_is_counted_by_the_ranks_of_the_layers():
     for rank in (2, MOST):
         _, size = jax.jit(dense_broadcast)(START, UNEVEN, scope(rank).ranks)
         assert payload.bits(size).exact() == payload_bits(in_layers(rank), index=False)
-        assert LAYERS == 2
