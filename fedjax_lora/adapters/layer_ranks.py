@@ -2,8 +2,8 @@
 
 Factors hold R components in every layer; of those that a layer does not have, both factors are zero from the start.
 There the gradients of both are zero too, so that they are never trained, and every average of them is zero;
-`Scope.layer_ranks` keeps them from being counted. A layer's scale is alpha_l / r_l, as in PEFT: a share of s = alpha / r,
-which b is multiplied by where a model takes the adapters.
+`Scope.layer_ranks` keeps them from being counted. A layer's scale is alpha_l / r_l, as in PEFT: a share of
+s = alpha / r, which b is multiplied by where a model takes the adapters.
 """
 
 import difflib

@@ -69,8 +69,8 @@ class Parts(NamedTuple):
     rank: structural rank r. scale: s = alpha / r. ranks: `[K]`, the clients' ranks before round 1.
     init_adapters: `key -> Adapters` before round 1.
     side: what of the adapters is at the device and crosses the air; None for all.
-    layer_ranks: module name -> `[layers]`, the most components that a layer has, of those that cross the air; `{}` where
-      all layers have R. `rank` is the largest of all layers.
+    layer_ranks: module name -> `[layers]`, the most components that a layer has, of those that cross the air; `{}`
+      where all layers have R. `rank` is the largest of all layers.
     layer_scales: module name -> `[L]`, by what a layer's product is scaled; `{}` where it is by s.
     """
 
