@@ -131,8 +131,9 @@ def test_ranks_by_patterns_are_those_of_the_run(tmp_path, name):
     """Oracle: our own model, with the rank and alpha of two modules set by hand; PEFT has them by its patterns."""
     pooling, (first, second), (one, two) = PATTERNED[name]
     save(tmp_path / "base", name, "classification")
-    patterns = f"{{rank_pattern: {{{first}: 1, '{second}': 4}}, alpha_pattern: {{{first}: 2.5}}}}"
-    run, model = trained_run(tmp_path, "classification", pooling, LABELS, "lora.targets=[all-linear]", f"lora={patterns}")
+    patterns = f"rank_pattern: {{{first}: 1, '{second}': 4}}, alpha_pattern: {{{first}: 2.5}}"
+    settings = f"lora={{targets: [all-linear], {patterns}}}"
+    run, model = trained_run(tmp_path, "classification", pooling, LABELS, settings)
     run = run._replace(rank=int(structural_rank(run.layers, RANK)))
     batch = batch_of(run.found.shape)
     ours = outputs_of(run, model, batch, {one: (1, 2.5), two: (4, ALPHA)})
