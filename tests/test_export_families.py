@@ -9,9 +9,10 @@ import pytest
 import transformers
 
 from fedjax_lora.adapters import lora
+from fedjax_lora.adapters.layer_ranks import structural_rank
 from fedjax_lora.app.export import export
 from oracles import tiny_models
-from oracles.trained_run import RANK, outputs_of, trained_run
+from oracles.trained_run import ALPHA, RANK, outputs_of, trained_run
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -117,6 +118,35 @@ def test_layers_of_different_ranks_are_those_of_the_run(tmp_path, name):
     whole = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     for model in (loaded, whole):
         np.testing.assert_allclose(logits_of(model, batch), ours, rtol=0, atol=1e-4)
+
+
+PATTERNED = {
+    "bert": ("cls", ("layer.0.attention.self.query", ".*1.output.dense"), (("query", 0), ("down", 1))),
+    "llama": ("last", ("0.self_attn.q_proj", "layers.1.mlp.down_proj"), (("q_proj", 0), ("down_proj", 1))),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNED)
+def test_ranks_by_patterns_are_those_of_the_run(tmp_path, name):
+    """Oracle: our own model, with the rank and alpha of two modules set by hand; PEFT has them by its patterns."""
+    pooling, (first, second), (one, two) = PATTERNED[name]
+    save(tmp_path / "base", name, "classification")
+    patterns = f"rank_pattern: {{{first}: 1, '{second}': 4}}, alpha_pattern: {{{first}: 2.5}}"
+    settings = f"lora={{targets: [all-linear], {patterns}}}"
+    run, model = trained_run(tmp_path, "classification", pooling, LABELS, settings)
+    run = run._replace(rank=int(structural_rank(run.layers, RANK)))
+    batch = batch_of(run.found.shape)
+    ours = outputs_of(run, model, batch, {one: (1, 2.5), two: (4, ALPHA)})
+    for form in ("peft", "merged"):
+        export(run, tmp_path / form, form)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    ranks = [1, *[RANK] * (2 * len(run.adapters.modules) - 2)]
+    assert config["r"] == 4 and sorted(config["rank_pattern"].values()) == ranks
+    assert list(config["alpha_pattern"].values()) == [2.5]
+    loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "peft", num_labels=len(LABELS))
+    whole = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    for model in (loaded, whole):
+        np.testing.assert_allclose(logits_of(model, batch), ours, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", ["roberta", "distilbert", "gpt2", "qwen2", "vit"])

@@ -149,10 +149,13 @@ def test_an_adapter_of_a_decoder_gives_the_logits_of_peft(folder, tmp_path, name
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_our_own_export_is_read_back(folder, tmp_path, pooling):
+PATTERNS = "lora={rank_pattern: {0.intermediate.dense: 2, '.*query': 6}, alpha_pattern: {'.*[.]0[.].*': 4.5}}"
+
+
+@pytest.mark.parametrize("of", ["model.pooling=cls", "model.pooling=mean", PATTERNS], ids=["cls", "mean", "patterns"])
+def test_our_own_export_is_read_back(folder, tmp_path, of):
     """Oracle: the logits of the run that was exported, in another rank and at another scale."""
-    of = (f"model.pooling={pooling}",)
+    of = (of,)
     simulation, state, _ = beginning(folder, *of)
     key = jax.random.key(5)
     adapters = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(key, leaf.shape), state.adapters)
@@ -234,6 +237,11 @@ QUERY = f"{SAVED}.bert.encoder.layer.0.attention.self.query.lora_A.weight"
         ),
         (lambda path: None, ["lora.targets=[query]"], ["lora.targets must be query, up, the modules of", "got query"]),
         (lambda path: None, ["lora.rank=2"], ["lora.rank must be at least 3", "got 2"]),
+        (
+            lambda path: None,
+            ["lora.rank_pattern={1.attention.self.query: 2}"],
+            ["lora.rank must be at least 3", "in layer 1 of query, got 2"],
+        ),
         (
             lambda path: None,
             ["aggregation={name: fedex, start: keep}", "sparsifier=dense"],

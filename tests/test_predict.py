@@ -85,6 +85,23 @@ def torch_probabilities(folder, out):
     return torch.softmax(logits, -1).numpy()
 
 
+PATTERNS = "lora={rank_pattern: {0.attention.self.query: 3, '.*[.]1[.].*': 1}, alpha_pattern: {query: 8}}"
+
+
+@pytest.mark.parametrize("settings", [("sparsifier=soft", "aggregation=flexlora"), ("aggregation=fedex",)])
+def test_the_accuracy_of_layers_of_different_ranks_is_that_of_pytorch_and_peft(folder, tmp_path, settings):
+    """Oracle: PyTorch with PEFT on the exported folder, which names the ranks that are not the largest."""
+    out = finished(folder, tmp_path / "run", PATTERNS, *settings)
+    check_against_pytorch(folder, out, tmp_path)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    if "aggregation=fedex" not in settings:  # which merges more than these
+        names = [f"encoder.layer.{layer}.{name}" for layer, name in ((0, "intermediate.dense"), *LAST)]
+        assert config["r"] == 3 and config["rank_pattern"] == dict(zip(names, (2, 1, 1), strict=True))
+        alphas = {name: 6.0 for name in names if "query" not in name}
+        assert config["lora_alpha"] == 8.0 and config["alpha_pattern"] == alphas
+
+
+LAST = [(1, "attention.self.query"), (1, "intermediate.dense")]
 AGGREGATIONS = [f"{{name: {name}}}" for name in Catalogue.of().names("aggregation")][1:]  # `ended` is of the first
 AGGREGATIONS += ["{name: fedex, start: keep}", "{name: fedex, start: reinit}"]
 

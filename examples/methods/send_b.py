@@ -35,7 +35,7 @@ def make(options: SendBConfig, context: Context) -> Sparsifier:
         return ranks.offer(jnp.zeros(ranks.max_rank(like) + 1), payload.dense_size(like, b_alone(scope)))
 
     def encode(start: Adapters, trained: Adapters, memory: Any, kept: Array, scope: Scope, key: Array) -> Message:
-        everywhere = ranks.everywhere(scope.ranks, like)
+        everywhere = ranks.in_use(scope, like)
         # `Message.sent` marks b and the head; bits are counted from it.
         message = ranks.encode(start, trained, everywhere, b_alone(scope), index_bits=Count.of(0))
         arrives = b_alone(scope).select(trained, start)

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from fedjax_lora.adapters.patterns import is_expression
 from fedjax_lora.core.learning import Adapter, Site
+from fedjax_lora.core.mapping import Mapped
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Base, Factors
@@ -32,8 +34,11 @@ class LoraConfig:
     alpha: products are scaled by alpha / r.
     targets: names of the modules that carry an adapter: the model's own, or as PEFT's `target_modules` has them.
     init_scale: length of the columns of `a` at the start.
+    rank_pattern: ranks of single modules, at most R, as PEFT has them: a module's name in the bare model, its end from
+      a dot on, or a regular expression of either -> its rank. Of several that match one, the first counts.
+    alpha_pattern: alphas of single modules, in the same way.
     client_ranks: structural ranks that the clients are dealt in turn; () gives `rank` to all. None is above
-      `rank`, by which products are scaled for all.
+      `rank`, by which products are scaled for all. A layer of fewer components has these.
     initial: a folder of adapters to start from, which PEFT wrote or `fedjax-lora export`; their rank is at most `rank`.
       Their task head is taken too, where it fits.
     """
@@ -42,6 +47,8 @@ class LoraConfig:
     rank: int = traced(8)
     alpha: float = traced(16.0)
     targets: tuple[str, ...] = ("query", "value")
+    rank_pattern: Mapped = dataclasses.field(default_factory=Mapped)
+    alpha_pattern: Mapped = dataclasses.field(default_factory=Mapped)
     init_scale: float = traced(1.0)
     client_ranks: tuple[int, ...] = traced(())
     initial: str | None = None
@@ -59,10 +66,23 @@ class LoraConfig:
             raise ValueError("targets must name at least one module, got ()")
         if len(set(self.targets)) < len(self.targets):
             raise ValueError(f"targets must name each module once, got {self.targets}")
+        self._check_patterns()
         if not 0 < self.init_scale < float("inf"):
             raise ValueError(f"init_scale must be positive and finite, got {self.init_scale}")
         if self.initial == "":
             raise ValueError("initial must be a folder, got ''")
+
+    def _check_patterns(self) -> None:
+        for field in ("rank_pattern", "alpha_pattern"):
+            if bad := next((name for name in getattr(self, field) if not is_expression(name)), None):
+                raise ValueError(f"{field} must have names or regular expressions as its keys, got {bad!r}")
+        for name, rank in self.rank_pattern.items():
+            if type(rank) is not int or not 1 <= rank <= self.max_rank:
+                allowed = f"ranks from 1 to max_rank = {self.max_rank}"
+                raise ValueError(f"rank_pattern must have {allowed}, got {rank!r} for {name!r}")
+        for name, alpha in self.alpha_pattern.items():
+            if type(alpha) not in (int, float) or not 0 < alpha < float("inf"):
+                raise ValueError(f"alpha_pattern must have positive and finite numbers, got {alpha!r} for {name!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

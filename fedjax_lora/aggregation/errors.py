@@ -14,12 +14,20 @@ Of a server that does not average the factors apart, or merges a product m into 
 is what `sum_k p_k a~_k b~_k - (a b + m)` is, with whatever factors a, b it goes on with.
 """
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import Precision
 
+from fedjax_lora.core.exchange import Scale
 from fedjax_lora.core.types import Factors
 from fedjax_lora.ops.products import product_energy
+
+
+def scale_of(scale: Scale, name: str) -> Array:
+    """The scale of a module's products: of all its layers, or `[L]`."""
+    return jnp.asarray(scale[name] if isinstance(scale, Mapping) else scale)
 
 
 def sparsification_energy(trained: Factors, decoded: Factors, weights: Array, component_weights: Array) -> Array:

@@ -8,13 +8,12 @@ import dataclasses
 from typing import Literal
 
 from jax import Array
-from jax.typing import ArrayLike
 
 from fedjax_lora.aggregation import errors, flora
 from fedjax_lora.aggregation.fedit import average_factors
 from fedjax_lora.aggregation.products import Layer, LayerResult, by_layer, by_products, product_bits
 from fedjax_lora.core.count import Count
-from fedjax_lora.core.exchange import Aggregate, Aggregator, Received
+from fedjax_lora.core.exchange import Aggregate, Aggregator, Ranks, Received, Scale
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters
@@ -85,7 +84,7 @@ def _residual(layer: Layer) -> LayerResult:
     return LayerResult(mean, errors.product_gap(layer.received, mean, layer.weights))
 
 
-def _bits_of_changes(like: Adapters, clients: int | None, rank: ArrayLike) -> Count:
+def _bits_of_changes(like: Adapters, clients: int | None, rank: Ranks) -> Count:
     """Who sits out may not have its first factors yet: it draws them from a seed."""
     if clients is None:
         return product_bits(like, None, rank) + Count.of(flora.SEED_BITS)
@@ -93,7 +92,7 @@ def _bits_of_changes(like: Adapters, clients: int | None, rank: ArrayLike) -> Co
 
 
 def _merge_changes(
-    broadcast: Adapters, trained: Adapters, received: Received, weights: Array, scale: Array, key: Array
+    broadcast: Adapters, trained: Adapters, received: Received, weights: Array, scale: Scale, key: Array
 ) -> Aggregate:
     """The mean change of the clients' products merged, of factors of 2 R components; the broadcast's stay."""
     # A product of 0 in as many components, for who is absent.

@@ -13,7 +13,7 @@ from jax import Array
 
 from fedjax_lora.aggregation import errors, folds
 from fedjax_lora.core import trees
-from fedjax_lora.core.exchange import Aggregate, Aggregator, Enter, Fold, Received
+from fedjax_lora.core.exchange import Aggregate, Aggregator, Enter, Fold, Received, Scale
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Factors
@@ -48,20 +48,21 @@ def averaging(enter: Enter, fold: Fold) -> Aggregator:
     """
 
     def aggregate(
-        broadcast: Adapters, trained: Adapters, received: Received, weights: Array, scale: Array, key: Array
+        broadcast: Adapters, trained: Adapters, received: Received, weights: Array, scale: Scale, key: Array
     ) -> Aggregate:
         del key
         modules, sparsification, covariance = {}, jnp.zeros(()), jnp.zeros(())
         for name, old in broadcast.modules.items():
             cohort = trained.modules[name], received.adapters.modules[name], received.counted[name]
             modules[name], of_sparsification, of_averaging = _average_module(enter, old, *cohort, weights)
-            sparsification += jnp.sum(of_sparsification)
-            covariance += jnp.sum(of_averaging)
+            squared = errors.scale_of(scale, name) ** 2
+            sparsification += jnp.sum(squared * of_sparsification)
+            covariance += jnp.sum(squared * of_averaging)
         return Aggregate(
             adapters=Adapters(modules=modules, head=average_head(broadcast.head, received.adapters.head, weights)),
             merged={},
-            sparsification_error=scale * jnp.sqrt(sparsification),
-            covariance_error=scale * jnp.sqrt(covariance),
+            sparsification_error=jnp.sqrt(sparsification),
+            covariance_error=jnp.sqrt(covariance),
         )
 
     return Aggregator(aggregate=aggregate, enter=enter, fold=fold)

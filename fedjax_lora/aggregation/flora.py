@@ -10,12 +10,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from fedjax_lora.aggregation import errors
 from fedjax_lora.aggregation.products import Layer, LayerResult, by_layer, fresh, product_bits
 from fedjax_lora.core.count import Count
-from fedjax_lora.core.exchange import Aggregator, Live
+from fedjax_lora.core.exchange import Aggregator, Live, Ranks
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters
@@ -40,7 +39,7 @@ def make(options: FloraConfig, context: Context) -> Aggregator:
     """
     del options, context  # it has none yet, but every method is made in the same way
 
-    def extra_downlink(like: Adapters, clients: int | None, rank: ArrayLike) -> Count:
+    def extra_downlink(like: Adapters, clients: int | None, rank: Ranks) -> Count:
         return product_bits(like, clients, rank) + Count.of(SEED_BITS)
 
     return by_layer(merge_all)._replace(merges=True, stale=factors_once, extra_downlink=extra_downlink)

@@ -6,19 +6,18 @@ server's copy holds the broadcast. Clients weigh p_k in it, whatever they count 
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from fedjax_lora.aggregation import errors
 from fedjax_lora.aggregation.fedit import average_head
 from fedjax_lora.core import count, trees
 from fedjax_lora.core.count import Count
-from fedjax_lora.core.exchange import Aggregate, Aggregator, Received
+from fedjax_lora.core.exchange import Aggregate, Aggregator, Ranks, Received, Scale
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.ops.factorise import orthonormal
 from fedjax_lora.ops.products import differences
@@ -63,7 +62,7 @@ def by_layer(method: Callable[[Layer], LayerResult]) -> Aggregator:
     """
 
     def aggregate(
-        broadcast: Adapters, trained: Adapters, received: Received, weights: Array, scale: Array, key: Array
+        broadcast: Adapters, trained: Adapters, received: Received, weights: Array, scale: Scale, key: Array
     ) -> Aggregate:
         modules, merged, sparsification, covariance = {}, {}, jnp.zeros(()), jnp.zeros(())
         for name, old in broadcast.modules.items():
@@ -71,15 +70,16 @@ def by_layer(method: Callable[[Layer], LayerResult]) -> Aggregator:
             module_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
             outcome, of_sparsification, of_averaging = _module(method, old, *cohort, weights, module_key)
             modules[name] = outcome.factors
+            own = errors.scale_of(scale, name)
             if outcome.merged is not None:
-                merged[name] = scale * outcome.merged
-            sparsification += jnp.sum(of_sparsification)
-            covariance += jnp.sum(of_averaging)
+                merged[name] = jnp.reshape(own, (-1, 1, 1)) * outcome.merged
+            sparsification += jnp.sum(own**2 * of_sparsification)
+            covariance += jnp.sum(own**2 * of_averaging)
         return Aggregate(
             adapters=Adapters(modules=modules, head=average_head(broadcast.head, received.adapters.head, weights)),
             merged=merged,
-            sparsification_error=scale * jnp.sqrt(sparsification),
-            covariance_error=scale * jnp.sqrt(covariance),
+            sparsification_error=jnp.sqrt(sparsification),
+            covariance_error=jnp.sqrt(covariance),
         )
 
     return Aggregator(aggregate=aggregate, enter=by_products)
@@ -142,22 +142,25 @@ def as_changes(own: dict[str, Factors], held: Adapters, received: Received) -> t
     return held, Received(adapters=arrived, counted=counted)
 
 
-def product_bits(like: Adapters, adapters: int | None, rank: ArrayLike) -> Count:
+def product_bits(like: Adapters, adapters: int | None, rank: Ranks) -> Count:
     """Bits of what is merged: a matrix for every adapted one, as two stacked factors or, if shorter, in full.
 
     Args:
       like: adapters, or their shapes.
       adapters: how many of them are stacked; None for the matrices in full, which hold the sum of any number of merges.
-      rank: components of each.
+      rank: components of each, or of each layer.
 
     Returns:
       Exact below 2**64.
     """
-    rank = jnp.asarray(rank).astype(jnp.uint32)
 
-    def matrix(factors: Factors) -> Count:
-        n_in, n_out = factors.a.shape[1], factors.b.shape[2]
+    def module(name: str, factors: Factors) -> Count:
+        layers, n_in, n_out = factors.a.shape[0], factors.a.shape[1], factors.b.shape[2]
         full, width = Count.of(n_in * n_out), (n_in + n_out) * (adapters or 0)
-        return full.minimum(Count.of(width) * rank) if width else full
+        if not width:
+            return full * (32 * layers)
+        own = jnp.asarray(rank[name] if isinstance(rank, Mapping) else rank).astype(jnp.uint32)
+        matrices = full.minimum(Count.of(width) * own)
+        return count.total(matrices[layer] for layer in range(layers)) * 32 if own.ndim else matrices * (32 * layers)
 
-    return count.total(matrix(factors) * (32 * factors.a.shape[0]) for factors in like.modules.values())
+    return count.total(module(name, factors) for name, factors in like.modules.items())

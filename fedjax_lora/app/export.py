@@ -12,6 +12,7 @@ from fedjax_lora.adapters import lora
 from fedjax_lora.app.trained import TrainedRun, open_run
 from fedjax_lora.config.beginning import layers_hash
 from fedjax_lora.core.methods import Method
+from fedjax_lora.core.types import Adapters
 from fedjax_lora.io import merged, peft
 from fedjax_lora.io.model_card import Card
 from fedjax_lora.io.run_files import read_metrics
@@ -59,7 +60,7 @@ def export(found: TrainedRun, folder: str | Path, form: str, client: int | None 
         merged.export(folder, found.found.folder, _tensors(found, card), head, card)
         return
     rows = found.found.family.weights(found.found.shape)
-    adapters, facts = peft.plain(found.adapters, found.rank, found.scale), dict(card.facts)
+    adapters, facts = peft.plain(found.adapters, found.rank, found.scale, found.layers), dict(card.facts)
     if found.merged:
         adapters = peft.absorb(adapters, found.merged)
         facts["products that the server merged into the base model"] = "in the adapters, in the rank that they take"
@@ -70,7 +71,10 @@ def export(found: TrainedRun, folder: str | Path, form: str, client: int | None 
 def _tensors(found: TrainedRun, card: Card) -> dict[str, np.ndarray]:
     """The whole model's weights, float32, by their names in the class of the card, or in the bare model."""
     rows, of = found.found.family.weights(found.found.shape), card.head_class
-    used = lora.effective(found.adapters, lora.rank_mask(found.rank, lora.max_rank(found.adapters)), found.scale)
+    layers, modules = found.layers, found.adapters.modules
+    modules = modules if layers is None else layers.scaled(layers.masked(modules))
+    mask = lora.rank_mask(found.rank, lora.max_rank(found.adapters))
+    used = Adapters(modules=lora.fold(modules, mask, found.scale), head=found.adapters.head)
     base = jax.tree.map(lambda leaf: leaf.astype(np.float32), found.base)
     base = lora.add_to_base(base, jax.tree.map(jnp.asarray, found.merged), table.sites(rows))
     own = table.tensors(rows, lora.merge(base, used, table.sites(rows)))

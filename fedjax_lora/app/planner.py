@@ -38,6 +38,7 @@ HELD_OUT = 10
 NEEDS = frozenset(
     {
         "one_rank",  # the pilot has one rank for all
+        "even_ranks",  # and for all layers
         "start_from_broadcast",  # it knows of no factors of a client's own
         "shared_b",
         "latency_alone",  # the price of energy is not searched

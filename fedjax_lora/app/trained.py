@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_lora.adapters import layer_ranks
+from fedjax_lora.adapters.layer_ranks import LayerRanks
 from fedjax_lora.config.beginning import column_labels, hash_weights
 from fedjax_lora.config.experiment import ExperimentConfig, load_config
 from fedjax_lora.core.learning import Learned
@@ -17,7 +19,7 @@ from fedjax_lora.data import tokens
 from fedjax_lora.io import checkpoint
 from fedjax_lora.io.log import RunFolder
 from fedjax_lora.io.run_files import CONFIG, check_config, read_data
-from fedjax_lora.models import load
+from fedjax_lora.models import load, table
 from fedjax_lora.training.personal import compose, deployed
 
 
@@ -47,6 +49,11 @@ class TrainedRun(NamedTuple):
         """s = alpha / r."""
         return self.config.lora.alpha / self.config.lora.rank
 
+    @property
+    def layers(self) -> LayerRanks | None:
+        """Ranks and scales of the layers, where they differ."""
+        return _layers(self.config, self.found, self.adapters)
+
 
 def open_run(run: str | Path, methods: Sequence[Method] = (), client: int | None = None) -> TrainedRun:
     """The model of a run's newest checkpoint.
@@ -69,14 +76,22 @@ def open_run(run: str | Path, methods: Sequence[Method] = (), client: int | None
     if checkpointed is None:
         raise ValueError(f"{run} must hold a checkpoint, got none that is whole")
     trained = checkpoint.restore_trained(checkpointed)
-    adapters, rank = deployed(trained.adapters, trained.clients), config.lora.rank
+    adapters, rank = deployed(trained.adapters, trained.clients), None
     if client is not None:
         adapters, rank = _own(trained, client, run)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((adapters, trained.merged))):
         raise ValueError(f"{run} must have trained finite adapters, got NaN or infinity in round {trained.round}")
     labels = _labels(config, data, adapters.head, run)
     found, base = _unchanged_base(model, getattr(config.task, "learns", "label"), data, run)
+    if rank is None:
+        rank = int(layer_ranks.structural_rank(_layers(config, found, adapters), config.lora.rank))
     return TrainedRun(Path(run), config, data, trained.round, labels, found, base, trained.merged, adapters, rank)
+
+
+def _layers(config: ExperimentConfig, found: load.Pretrained, adapters: Adapters) -> LayerRanks | None:
+    sites = table.sites(found.family.weights(found.shape))
+    own = {name: sites[name] for name in adapters.modules}
+    return layer_ranks.resolve(config.lora, own, next(iter(adapters.modules.values())).a.shape[0])
 
 
 def _own(trained: checkpoint.Trained, client: int, run: str | Path) -> tuple[Adapters, int]:

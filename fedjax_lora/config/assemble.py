@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_lora.adapters import targets
+from fedjax_lora.adapters import layer_ranks, targets
+from fedjax_lora.adapters.layer_ranks import LayerRanks
 from fedjax_lora.adapters.lora import start_from
 from fedjax_lora.config.beginning import Begin, given_adapters
 from fedjax_lora.config.catalogue import Catalogue, check, notes
@@ -149,7 +150,17 @@ def records(
             made[slot] = side.sparsifier(make(options, own._replace(like=side.shapes(own.like))))
         else:
             made[slot] = make(options, own)
+        if slot == "model" and (layers := layers_of(config, made[slot])) is not None:
+            made["adapter"] = layers.adapter(made["adapter"])  # only now are the names of the modules known
     return made
+
+
+def layers_of(config: ExperimentConfig, model: Model) -> LayerRanks | None:
+    """Ranks and scales of the layers, where they differ."""
+    if not config.lora.rank_pattern and not config.lora.alpha_pattern:
+        return None
+    sites = targets.choose(config.lora.targets, model.sites, model.num_layers)
+    return layer_ranks.resolve(config.lora, sites, model.num_layers)
 
 
 def side_of(config: ExperimentConfig, made: Mapping[str, Any]) -> Side | None:
@@ -170,7 +181,9 @@ def _parts(
     """What a round is made of, with these numbers: see `MakeParts`."""
     config = fill(structure, numbers)
     made = records(config, catalogue, context._replace(local=config.local))
-    rank = jnp.asarray(config.lora.rank, jnp.float32)
+    rank, layers = jnp.asarray(config.lora.rank, jnp.float32), layers_of(config, made["model"])
+    most, scale = layer_ranks.structural_rank(layers, rank), config.lora.alpha / rank
+    side, of_layers = side_of(config, made), {} if layers is None else layers.ranks
     return Parts(
         model=made["model"],
         adapter=made["adapter"],
@@ -184,12 +197,14 @@ def _parts(
         wireless=made["wireless"],
         server=made["server"],
         client_weight=CLIENT_WEIGHTS[config.clients.weighting],
-        rank=rank,
-        scale=config.lora.alpha / rank,
-        ranks=_client_ranks(config),
+        rank=most,
+        scale=scale,
+        ranks=_client_ranks(config, most),
         init_adapters=_initial_adapters(config, catalogue, context, begin),
         layout=layout,
-        side=side_of(config, made),
+        side=side,
+        layer_ranks=of_layers if side is None else side.take_layers(of_layers),
+        layer_scales={} if layers is None else {name: scale * share for name, share in layers.shares.items()},
     )
 
 
@@ -256,7 +271,7 @@ def _initial_adapters(
     """From a key to the adapters that the first round starts from, of which what `begin` holds is not drawn."""
     made = records(config, catalogue, context, ("task", "adapter", "model"))
     model, adapter, lora, given = made["model"], made["adapter"], config.lora, begin.given
-    sites = targets.choose(lora.targets, model.sites, model.num_layers)
+    sites, layers = targets.choose(lora.targets, model.sites, model.num_layers), layers_of(config, model)
 
     def initial_adapters(key: jax.Array) -> Adapters:
         factor_key, head_key = jax.random.split(key)
@@ -265,13 +280,14 @@ def _initial_adapters(
         if given is not None:
             own = {name: Factors(a=jnp.asarray(a), b=jnp.asarray(given.b[name])) for name, a in given.a.items()}
             modules = start_from(modules, own, given.ranks, lora.alpha / jnp.asarray(lora.rank, jnp.float32))
+            modules = modules if layers is None else layers.unscaled(modules)
             head = jax.tree.map(jnp.asarray, given.head) or head
         return Adapters(modules=modules, head=model.init_head(head_key) if head is None else head)
 
     return initial_adapters
 
 
-def _client_ranks(config: ExperimentConfig) -> jax.Array:
+def _client_ranks(config: ExperimentConfig, rank: jax.Array) -> jax.Array:
     """`[K]`: the ranks that the clients are dealt in turn, or the one that all have."""
-    dealt = config.lora.client_ranks if len(config.lora.client_ranks) else (config.lora.rank,)
+    dealt = config.lora.client_ranks if len(config.lora.client_ranks) else rank
     return jnp.resize(jnp.asarray(dealt, jnp.float32), (config.clients.count,))

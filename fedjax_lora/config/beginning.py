@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedjax_lora.adapters import targets
+from fedjax_lora.adapters import layer_ranks, targets
 from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.core.errors import ConfigWarning
 from fedjax_lora.core.learning import Model
@@ -56,8 +56,15 @@ def given_adapters(
         weights_hash=layers_hash(of, base),
     )
     given = initial.read(lora.initial, wanted)
-    if given.rank > lora.rank:
-        raise ValueError(f"lora.rank must be at least {given.rank}, the rank of {lora.initial}, got {lora.rank}")
+    layers = layer_ranks.resolve(lora, {name: model.sites[name] for name in wanted.targets}, model.num_layers)
+    for name, ranks in given.ranks.items():
+        own = layers.ranks[name] if layers is not None and layers.ranks else np.full(model.num_layers, lora.rank)
+        if (ranks > own).any():
+            layer = int(np.argmax(ranks > own))
+            where = f" in layer {layer} of {name}" if layers is not None else ""
+            raise ValueError(
+                f"lora.rank must be at least {ranks.max()}, the rank of {lora.initial}{where}, got {own[layer]:.0f}"
+            )
     names = [os.path.basename(os.path.normpath(name)) for name in (given.base_model, of.pretrained)]
     if given.base_model and names[0] != names[1]:
         warnings.warn(

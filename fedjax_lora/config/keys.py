@@ -30,6 +30,8 @@ STATIC = {
     "pretrain": _HOST,
     "lora.max_rank": _SHAPE,
     "lora.targets": _SHAPE,
+    "lora.rank_pattern": _SHAPE,
+    "lora.alpha_pattern": _CODE,
     "lora.initial": _HOST,
     "data": _HOST,
     "clients.count": _SHAPE,

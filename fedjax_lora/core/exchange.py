@@ -1,6 +1,6 @@
 """Records of what is sent and what the server makes of it: messages, sparsifiers, transforms, aggregators."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -173,7 +173,14 @@ class Fold(NamedTuple):
     finish: Callable[[Any, Adapters], Adapters]
 
 
-def _nothing_more(like: Adapters, clients: int | None, rank: ArrayLike) -> Count:
+Ranks = ArrayLike | Mapping[str, Array]
+"""One rank for all layers, or module name -> `[L]` where they differ."""
+
+Scale = Array | Mapping[str, Array]
+"""One scale s = alpha / r for all layers, or module name -> `[L]` where they differ."""
+
+
+def _nothing_more(like: Adapters, clients: int | None, rank: Ranks) -> Count:
     return Count.of(0)
 
 
@@ -182,7 +189,8 @@ class Aggregator(NamedTuple):
 
     aggregate: `(broadcast, trained [C, ...], Received [C, ...], weights [C], scale, key) -> Aggregate`. `weights` are
       non-negative, sum to 1, and are 0 for a client that is absent; all-zero weights leave the broadcast as it
-      is. `trained` is what the clients hold of what they send (for the error norms); `scale` is s = alpha / r.
+      is. `trained` is what the clients hold of what they send (for the error norms); `scale` is s = alpha / r, or
+      module name -> `[L]` where layers differ.
       In `trained` and in what was received, b is zero in the components that are not a client's own.
     enter: weights of the received factors in the mean product `sum_ki w_ki a_ki b_ki`: `sparsification_error` is the
       distance of the ideal mean from it, and `covariance_error` its distance from the server's product.
@@ -195,12 +203,13 @@ class Aggregator(NamedTuple):
     resumes: whether clients go on from the factors that they ended their last round with, and count by their change:
       they compute with `a b - a0 b0`, and `aggregate` is given it, in the factors of `ops.products.differences`.
     extra_downlink: `(adapters or their shapes, C, rank) -> Count` of bits of each broadcast but the first, beside the
-      adapters; for C it is told None where clients sit out rounds, and may have missed any number of them.
+      adapters; for C it is told None where clients sit out rounds, and may have missed any number of them. The rank is
+      one for all, or, where layers differ, module name -> `[L]`.
     penalty: `(adapters, rank_mask [R]) -> scalar` added to a client's local loss.
     next_rank: `(broadcast, trained of one client, its rank) -> rank` of its next round; None where ranks stay.
     """
 
-    aggregate: Callable[[Adapters, Adapters, Received, Array, Array, Array], Aggregate]
+    aggregate: Callable[[Adapters, Adapters, Received, Array, Scale, Array], Aggregate]
     enter: Enter
     fold: Fold | None = None
     trains: Callable[[Array], Live] = lambda round_number: Live()
@@ -208,7 +217,7 @@ class Aggregator(NamedTuple):
     personal: tuple[str, ...] = ()
     merges: bool = False
     resumes: bool = False
-    extra_downlink: Callable[[Adapters, int | None, ArrayLike], Count] = _nothing_more
+    extra_downlink: Callable[[Adapters, int | None, Ranks], Count] = _nothing_more
     penalty: Callable[[Adapters, Array], Array] = lambda adapters, rank_mask: jnp.zeros(())
     next_rank: Callable[[Adapters, Adapters, Array], Array] | None = None
 

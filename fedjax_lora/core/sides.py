@@ -27,8 +27,11 @@ class Side(NamedTuple):
 
     def take(self, adapters: Adapters) -> Adapters:
         """The device's part: modules `[len(layers), ...]`, and the head or none of it."""
-        modules = jax.tree.map(lambda leaf: leaf[np.array(self.layers, np.int32)], adapters.modules)
-        return Adapters(modules=modules, head=adapters.head if self.head else {})
+        return Adapters(modules=self.take_layers(adapters.modules), head=adapters.head if self.head else {})
+
+    def take_layers(self, whole: Any) -> Any:
+        """Trees with leaves `[L, ...]` with the device's layers alone."""
+        return jax.tree.map(lambda leaf: leaf[np.array(self.layers, np.int32)], whole)
 
     def shapes(self, like: Adapters | None) -> Adapters | None:
         """`take` of shapes."""

@@ -82,27 +82,33 @@ class Scope:
 
     ranks: `[R]`, 1 for the rank components in use, 0 for the others.
     a, b, head: float32 scalars, 1 where the factor or the head takes part, else 0.
+    layer_ranks: module name -> `[L]`, the most components that a layer has; `{}` where all layers have R.
     """
 
     ranks: Array
     a: Array
     b: Array
     head: Array
+    layer_ranks: Mapping[str, Array] = struct.field(default_factory=dict)
 
     @classmethod
     def whole(cls, ranks: Array) -> "Scope":
         """Both factors, in these ranks, and the head."""
         return cls(ranks=jnp.asarray(ranks), a=jnp.ones(()), b=jnp.ones(()), head=jnp.ones(()))
 
+    def of_module(self, name: str) -> Array:
+        """`[R]` of a module, or `[L, R]` where its layers differ: 1 for the components in use."""
+        if name not in self.layer_ranks:
+            return self.ranks
+        return self.ranks * (jnp.arange(self.ranks.shape[-1]) < self.layer_ranks[name][:, None])
+
     def select(self, inside: Adapters, outside: Adapters) -> Adapters:
         """`inside` where it is in scope, `outside` elsewhere."""
-        in_a, in_b = self.ranks * self.a > 0, (self.ranks * self.b > 0)[:, None]
-        modules = {
-            name: Factors(
-                a=jnp.where(in_a, inside.modules[name].a, old.a), b=jnp.where(in_b, inside.modules[name].b, old.b)
-            )
-            for name, old in outside.modules.items()
-        }
+        modules = {}
+        for name, old in outside.modules.items():
+            new, ranks = inside.modules[name], self.of_module(name)
+            in_a, in_b = (ranks * self.a > 0)[..., None, :], (ranks * self.b > 0)[..., None]
+            modules[name] = Factors(a=jnp.where(in_a, new.a, old.a), b=jnp.where(in_b, new.b, old.b))
         head = jax.tree.map(lambda new, old: jnp.where(self.head > 0, new, old), inside.head, outside.head)
         return Adapters(modules=modules, head=head)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save_file
 
+from fedjax_lora.adapters.layer_ranks import LayerRanks
 from fedjax_lora.core.learning import Site
 from fedjax_lora.core.types import Adapters
 from fedjax_lora.io import model_card
@@ -24,19 +25,28 @@ class LowRank(NamedTuple):
     """What adapters add to the weights of a model.
 
     modules: name -> its factors. scale: of each product a @ b, whatever its rank.
+    shares: name -> `[L]`, what a layer's scale is more than that; `{}` for nothing.
     """
 
     modules: Mapping[str, Layers]
     scale: float
+    shares: Mapping[str, Sequence[float]] = {}
+
+    def scale_of(self, name: str, layer: int) -> float:
+        """Of the product in a layer."""
+        return self.scale * float(self.shares[name][layer]) if name in self.shares else self.scale
 
 
-def plain(adapters: Adapters, rank: int, scale: float) -> LowRank:
-    """The first `rank` components of adapters."""
+def plain(adapters: Adapters, rank: int, scale: float, layers: LayerRanks | None = None) -> LowRank:
+    """The first `rank` components of adapters, or as many as a layer has."""
     modules = {}
     for name, factors in adapters.modules.items():
-        a, b = np.asarray(factors.a)[:, :, :rank], np.asarray(factors.b)[:, :rank]
-        modules[name] = list(zip(a, b, strict=True))
-    return LowRank(modules, scale)
+        a, b = np.asarray(factors.a), np.asarray(factors.b)
+        ranks = np.full(len(a), rank)
+        if layers is not None and layers.ranks:
+            ranks = np.minimum(ranks, layers.ranks[name]).astype(int)
+        modules[name] = [(a[i, :, :own], b[i, :own]) for i, own in enumerate(ranks)]
+    return LowRank(modules, scale, {} if layers is None else layers.shares)
 
 
 def absorb(adapters: LowRank, merged: Mapping[str, np.ndarray]) -> LowRank:
@@ -51,8 +61,11 @@ def absorb(adapters: LowRank, merged: Mapping[str, np.ndarray]) -> LowRank:
     """
     modules = {}
     for name, layers in adapters.modules.items():
-        factors = zip(layers, np.asarray(merged[name], np.float64), strict=True)
-        modules[name] = [_factorise(product + adapters.scale * a.astype(np.float64) @ b) for (a, b), product in factors]
+        factors = enumerate(zip(layers, np.asarray(merged[name], np.float64), strict=True))
+        modules[name] = [
+            _factorise(product + adapters.scale_of(name, layer) * a.astype(np.float64) @ b)
+            for layer, ((a, b), product) in factors
+        ]
     return LowRank(modules, 1.0)
 
 
@@ -92,10 +105,10 @@ def export(
       ValueError: the folder is in use, or a module has no name in the base model.
     """
     prefix = card.head_class.prefix if card.head_class else ""
-    tensors, ranks = {}, {}
-    for name, a, b in _named(adapters, sites):
+    tensors, ranks, alphas = {}, {}, {}
+    for name, a, b, scale in _named(adapters, sites):
         # Whole names: PEFT matches endings, and that of `down` is the ending of `output` too.
-        ranks[name] = a.shape[1]
+        ranks[name], alphas[name] = a.shape[1], _alpha(a.shape[1], scale)
         tensors[f"base_model.model.{prefix}{name}.lora_A.weight"] = np.ascontiguousarray(a.T)
         tensors[f"base_model.model.{prefix}{name}.lora_B.weight"] = np.ascontiguousarray(b.T)
     if card.head_class:
@@ -103,9 +116,9 @@ def export(
     with atomic_folder(folder) as partial:
         copy_files(base, partial, model_card.TOKENIZER)
         save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
-        write_json(partial / "adapter_config.json", _config(ranks, adapters.scale, card, fan_in_fan_out))
+        write_json(partial / "adapter_config.json", _config(ranks, alphas, card, fan_in_fan_out))
         model_card.write_head(partial, head, card)
-        told = {"rank": max(ranks.values()), "alpha": _alpha(max(ranks.values()), adapters.scale)}
+        told = {"rank": max(ranks.values()), "alpha": alphas[max(ranks, key=ranks.__getitem__)]}
         text = model_card.readme("LoRA adapters", "peft", card, told, _usage(card))
         (partial / "README.md").write_text(text, encoding="utf-8")
 
@@ -116,29 +129,28 @@ def head_tensors(head: Mapping[str, np.ndarray], module: str) -> dict[str, np.nd
     return {f"{module}.{names[leaf]}": np.ascontiguousarray(value.T) for leaf, value in head.items()}
 
 
-def _named(adapters: LowRank, sites: Mapping[str, Site]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Name in the base model, a and b of each layer of each module."""
+def _named(adapters: LowRank, sites: Mapping[str, Site]) -> Iterator[tuple[str, np.ndarray, np.ndarray, float]]:
+    """Name in the base model, a, b and scale of each layer of each module."""
     for module, layers in adapters.modules.items():
         if module not in sites or not sites[module].source:
             raise ValueError(f"adapters must be of modules of the base model to export to peft, got {module!r}")
         for layer, (a, b) in enumerate(layers):
-            yield sites[module].source.format(layer=layer), a, b
+            yield sites[module].source.format(layer=layer), a, b, adapters.scale_of(module, layer)
 
 
-def _config(ranks: Mapping[str, int], scale: float, card: Card, fan_in_fan_out: bool) -> dict[str, Any]:
-    """`adapter_config.json`, whose patterns name the modules of less than the largest rank."""
-    most, found = max(ranks.values()), card.head_class
-    fewer = {name: rank for name, rank in ranks.items() if rank < most}
+def _config(ranks: Mapping[str, int], alphas: Mapping[str, float], card: Card, fan_in_fan_out: bool) -> dict[str, Any]:
+    """`adapter_config.json`, whose patterns name the modules that differ from the first one of the largest rank."""
+    first, found = max(ranks, key=ranks.__getitem__), card.head_class
     named = bool(found and not found.task_type)  # a class that PEFT has no auto class for
     return {
         "peft_type": "LORA",
         "task_type": None if named else found.task_type if found else "FEATURE_EXTRACTION",
         "auto_mapping": {"base_model_class": found.name, "parent_library": "transformers"} if found and named else None,
         "base_model_name_or_path": card.base_model,
-        "r": most,
-        "lora_alpha": _alpha(most, scale),
-        "rank_pattern": fewer,
-        "alpha_pattern": {name: _alpha(rank, scale) for name, rank in fewer.items()},
+        "r": ranks[first],
+        "lora_alpha": alphas[first],
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != ranks[first]},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != alphas[first]},
         "target_modules": list(ranks),
         "modules_to_save": [found.head] if found and found.head else None,
         "fan_in_fan_out": fan_in_fan_out,

@@ -1,11 +1,11 @@
 """The `adapter_config.json` of PEFT, where it is of what is computed here: LoRA, by patterns or with `use_rslora`."""
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedjax_lora.adapters.patterns import is_expression, matching_key
 from fedjax_lora.models.safetensors import read_json
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -109,7 +109,7 @@ def _problem(fields: Mapping[str, Any]) -> str | None:
         if not isinstance(given, dict):
             return f"{pattern} must map names to numbers, got {given!r}"
         numbers |= {f"{pattern} of {name}": value for name, value in given.items()}
-        if bad := next((name for name in given if not _is_expression(name)), None):
+        if bad := next((name for name in given if not is_expression(name)), None):
             return f"{pattern} must have expressions as its keys, got {bad!r}"
     for name, value in numbers.items():
         kinds = (int,) if name == "r" or name.startswith("rank") else (int, float)
@@ -125,18 +125,6 @@ def _problem(fields: Mapping[str, Any]) -> str | None:
 
 
 def _matching(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first key that PEFT finds a name to match."""
-    return next((value for key, value in pattern.items() if re.match(_ending(key), module)), default)
-
-
-def _ending(key: str) -> str:
-    """What a name must match of which a pattern speaks, as PEFT has it."""
-    return rf"(.*\.)?({key})$"
-
-
-def _is_expression(key: str) -> bool:
-    try:
-        re.compile(_ending(key))
-    except re.error:
-        return False
-    return True
+    """The value that a pattern has for a name."""
+    key = matching_key(pattern, module)
+    return default if key is None else pattern[key]

@@ -23,7 +23,7 @@ from fedjax_lora.core.types import FedState, Scope
 from fedjax_lora.sim.cohort import TRIALS, device_mesh
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.network import ChannelDraws, Played, delivered, draw_channel, play
-from fedjax_lora.sim.parts import MakeParts, Parts, World, scope_of
+from fedjax_lora.sim.parts import MakeParts, Parts, World
 from fedjax_lora.sim.selection import normalised, offered_bits
 from fedjax_lora.sim.trials import Trial
 from fedjax_lora.sparsifiers import payload
@@ -100,7 +100,7 @@ def network_alone(make_parts: MakeParts, world: World, state: FedState, rounds: 
 
 def _scope(parts: Parts, state: FedState, rank: Array, what: str) -> Scope:
     traffic = parts.aggregator.traffic(state.round, parts.layout.everyone)
-    return scope_of(rank_mask(rank, max_rank(state.adapters)), getattr(traffic, what))
+    return parts.scope_on_air(rank_mask(rank, max_rank(state.adapters)), getattr(traffic, what))
 
 
 def run_alone(simulation: Simulation, trials: Sequence[Trial], rounds: int) -> NetworkRounds:

@@ -1,6 +1,7 @@
 """What a round is made of, and what its steps hand on to one another."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -68,6 +69,9 @@ class Parts(NamedTuple):
     rank: structural rank r. scale: s = alpha / r. ranks: `[K]`, the clients' ranks before round 1.
     init_adapters: `key -> Adapters` before round 1.
     side: what of the adapters is at the device and crosses the air; None for all.
+    layer_ranks: module name -> `[layers]`, the most components that a layer has, of those that cross the air; `{}`
+      where all layers have R. `rank` is the largest of all layers.
+    layer_scales: module name -> `[L]`, by what a layer's product is scaled; `{}` where it is by s.
     """
 
     model: Model
@@ -88,6 +92,12 @@ class Parts(NamedTuple):
     init_adapters: Callable[[Array], Adapters]
     layout: Layout
     side: Side | None = None
+    layer_ranks: Mapping[str, Array] = {}
+    layer_scales: Mapping[str, Array] = {}
+
+    def scope_on_air(self, ranks: Array, live: Live) -> Scope:
+        """The parts `live` of the ranks `[R]`, as far as the layers that cross the air have them."""
+        return dataclasses.replace(scope_of(ranks, live), layer_ranks=self.layer_ranks)
 
     def on_air(self, adapters: Adapters) -> Adapters:
         """What of the adapters of one client, or of the server, crosses the air."""

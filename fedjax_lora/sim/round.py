@@ -20,7 +20,7 @@ from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState, Met
 from fedjax_lora.sim.cohort import map_over_devices
 from fedjax_lora.sim.merged import current_base
 from fedjax_lora.sim.metrics import observe
-from fedjax_lora.sim.parts import Cohort, Local, MakeParts, Offers, Parts, Uplink, Upload, World, scope_of
+from fedjax_lora.sim.parts import Cohort, Local, MakeParts, Offers, Parts, Uplink, Upload, World
 from fedjax_lora.sim.selection import choose_cohort, correction_bits, normalised, waited_s
 from fedjax_lora.sparsifiers import payload, transforms
 from fedjax_lora.training.personal import extract
@@ -109,7 +109,7 @@ def importance(parts: Parts, cohort: Cohort, local: Local) -> Offers:
 
     def offer(shared: tuple[Adapters, Live], item: tuple[Adapters, Array]) -> Offers:
         (start, sends), (shown, ranks) = shared, item
-        scope, start = scope_of(ranks, sends), parts.on_air(start)
+        scope, start = parts.scope_on_air(ranks, sends), parts.on_air(start)
         found = parts.sparsifier.offer(start, parts.on_air(shown), scope)
         bits = payload.bits(found.size, parts.transforms) + correction_bits(parts, start, scope)
         return Offers(found.tail_energy, bits.float32())
@@ -138,7 +138,7 @@ def sparsify(parts: Parts, cohort: Cohort, local: Local, kept: Array, key: Array
 
     def send(shared: tuple[Adapters, Live], item: Any) -> Upload:
         (start, sends), (shown, memory, kept, ranks, key) = shared, item
-        scope, (encode_key, transform_key) = scope_of(ranks, sends), jax.random.split(key)
+        scope, (encode_key, transform_key) = parts.scope_on_air(ranks, sends), jax.random.split(key)
         start, held = parts.on_air(start), parts.on_air(shown)
         message = parts.sparsifier.encode(start, held, memory, kept, scope, encode_key)
         bits = payload.bits(payload.message_size(message), parts.transforms) + correction_bits(parts, start, scope)
@@ -189,7 +189,8 @@ def average(parts: Parts, cohort: Cohort, local: Local, uplink: Uplink, key: Arr
     if parts.aggregator.resumes:
         held, received = as_changes(cohort.clients.methods["aggregation"], held, received)
     weights = normalised(local.weight * uplink.arrived)
-    return parts.aggregator.aggregate(cohort.start, held, received, weights, parts.scale, key)
+    scale = parts.layer_scales or parts.scale
+    return parts.aggregator.aggregate(cohort.start, held, received, weights, scale, key)
 
 
 def advance(

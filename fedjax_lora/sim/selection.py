@@ -14,7 +14,7 @@ from fedjax_lora.core.learning import Client, Exchange, Work, split_work
 from fedjax_lora.core.network import Population, Radio
 from fedjax_lora.core.types import Adapters, FedState, Scope
 from fedjax_lora.sim.cohort import choose, padded_size
-from fedjax_lora.sim.parts import Cohort, Parts, World, scope_of
+from fedjax_lora.sim.parts import Cohort, Parts, World
 from fedjax_lora.sparsifiers import payload
 
 
@@ -125,7 +125,7 @@ def offered_bits(parts: Parts, state: FedState) -> Array:
     known, traffic = parts.on_air(state.adapters), parts.aggregator.traffic(state.round, parts.layout.everyone)
 
     def of_client(rank: Array) -> Array:
-        scope = scope_of(rank_mask(rank, max_rank(state.adapters)), traffic.sent)
+        scope = parts.scope_on_air(rank_mask(rank, max_rank(state.adapters)), traffic.sent)
         bits = payload.bits(parts.sparsifier.offer(known, known, scope).size, parts.transforms)
         return (bits + correction_bits(parts, known, scope)).float32()
 
@@ -135,18 +135,18 @@ def offered_bits(parts: Parts, state: FedState) -> Array:
 def broadcast(parts: Parts, state: FedState, ranks: Array) -> tuple[Adapters, Count]:
     """What clients of the ranks `[C, R]` start from, and the bits `[C]` of all that each is sent."""
     traffic = parts.aggregator.traffic(state.round, parts.layout.everyone)
-    scope = scope_of(rank_mask(parts.rank, ranks.shape[-1]), traffic.received)
+    scope = parts.scope_on_air(rank_mask(parts.rank, ranks.shape[-1]), traffic.received)
     of_adapters = parts.sparsifier.broadcast or payload.dense_broadcast
 
     def to_client(ranks: Array) -> tuple[Adapters, Count]:
         adapters, size = of_adapters(known, scope, ranks)
-        return adapters, payload.bits(size, ()) + correction_bits(parts, known, scope_of(ranks, traffic.sent))
+        return adapters, payload.bits(size, ()) + correction_bits(parts, known, parts.scope_on_air(ranks, traffic.sent))
 
     known = parts.on_air(state.adapters)
     start, bits = jax.vmap(to_client, out_axes=(None, 0))(ranks)
     start = start if parts.side is None else parts.side.put(start, state.adapters)
     clients = parts.layout.cohort_size if parts.layout.everyone else None
-    more = parts.aggregator.extra_downlink(state.adapters, clients, parts.rank)
+    more = parts.aggregator.extra_downlink(state.adapters, clients, parts.layer_ranks or parts.rank)
     return start, bits + count.where(state.round > 0, more, Count.of(0))
 
 

@@ -22,7 +22,7 @@ class DenseConfig(Options):
 
 
 def make(options: DenseConfig, context: Context) -> Sparsifier:
-    """The sparsifier that sends all r ranks of every module: `r (n_in + n_out)` values a matrix.
+    """The sparsifier that sends all r ranks of every layer of every module: `r (n_in + n_out)` values a matrix.
 
     Its tail energy is zero throughout, since nothing is ever left out.
     """
@@ -33,8 +33,9 @@ def make(options: DenseConfig, context: Context) -> Sparsifier:
         return ranks.offer(jnp.zeros(ranks.max_rank(like) + 1), payload.dense_size(like, scope))
 
     def encode(start: Adapters, trained: Adapters, memory: Any, kept: Array, scope: Scope, key: Array) -> Message:
-        message = ranks.encode(start, trained, ranks.everywhere(scope.ranks, like), scope, Count.of(0))
-        return message._replace(kept_ranks=jnp.sum(scope.ranks), dropped_energy=jnp.zeros(()))
+        message = ranks.encode(start, trained, ranks.in_use(scope, like), scope, Count.of(0))
+        kept = message.kept_ranks if scope.layer_ranks else jnp.sum(scope.ranks)
+        return message._replace(kept_ranks=kept, dropped_energy=jnp.zeros(()))
 
     def decode(start: Adapters, message: Message, scope: Scope) -> Received:
         return ranks.decode(start, message, scope, "zero")

@@ -70,4 +70,11 @@ def _received_size(sparse: Adapters, own: Scope) -> Size:
     )
 
 
-METHOD = Method("sparsifier", "flasc", FlascConfig, make, breaks=frozenset({"everything_sent", "dense_broadcast"}))
+METHOD = Method(
+    "sparsifier",
+    "flasc",
+    FlascConfig,
+    make,
+    needs=frozenset({"even_ranks"}),
+    breaks=frozenset({"everything_sent", "dense_broadcast"}),
+)

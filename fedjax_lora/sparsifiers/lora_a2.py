@@ -66,7 +66,7 @@ def make(options: LoraA2Config, context: Context) -> Sparsifier:
 
     def encode(start: Adapters, trained: Adapters, memory: Any, kept: Array, scope: Scope, key: Array) -> Message:
         scores = _scores(start, trained, scope, outside=-1.0)
-        chosen = ranks.choose(scores, ranks.whole(kept, scope.ranks), "global", scope.ranks)
+        chosen = ranks.choose(scores, ranks.whole(kept, scope.ranks), "global", scope)
         return ranks.encode(start, trained, chosen, scope, ranks.chosen_index_bits(chosen, "global"))
 
     def decode(start: Adapters, message: Message, scope: Scope) -> Received:
@@ -88,6 +88,6 @@ METHOD = Method(
 def _scores(start: Adapters, trained: Adapters, scope: Scope, outside: float) -> dict[str, Array]:
     """`[L, R]` scores by module, `outside` for the ranks that are not in use."""
     return {
-        name: jnp.where(scope.ranks > 0, score(factors, start.modules[name]), outside)
+        name: jnp.where(scope.of_module(name) > 0, score(factors, start.modules[name]), outside)
         for name, factors in trained.modules.items()
     }

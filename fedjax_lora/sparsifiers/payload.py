@@ -104,9 +104,18 @@ def _whole(part: Array) -> Array:
 
 def dense_size(like: Adapters, scope: Scope) -> Size:
     """The size of all that is in scope: a dense upload, or the broadcast."""
-    rank = jnp.sum(scope.ranks).astype(jnp.uint32)
-    counts = {name: (rank * f.a.shape[0], rank * f.a.shape[0]) for name, f in like.modules.items()}
-    return component_size(like, counts, scope)
+    return component_size(like, {name: (count, count) for name, count in num_components(like, scope).items()}, scope)
+
+
+def num_components(like: Adapters, scope: Scope) -> dict[str, Array]:
+    """Module name -> components in use over all its layers, uint32."""
+
+    def of_module(name: str, layers: int) -> Array:
+        ranks = scope.of_module(name)
+        rank = jnp.sum(ranks).astype(jnp.uint32)
+        return rank * layers if ranks.ndim == 1 else rank
+
+    return {name: of_module(name, f.a.shape[0]) for name, f in like.modules.items()}
 
 
 def dense_broadcast(adapters: Adapters, scope: Scope, ranks: Array) -> tuple[Adapters, Size]:

@@ -49,21 +49,22 @@ def make(options: RandomRankConfig, context: Context) -> Sparsifier:
     max_rank = ranks.max_rank(like)
 
     def offer(start: Adapters, trained: Adapters, scope: Scope) -> Offer:
-        total = jnp.zeros(())
+        tail_energy, number = jnp.zeros(max_rank + 1), jnp.arange(max_rank + 1)[:, None]
         for name, f in trained.modules.items():
-            f0 = start.modules[name]
-            total += jnp.sum(scope.ranks * importance(f.a, f.b, f0.a, f0.b) ** 2)
-        tail_energy = total * jnp.maximum(1.0 - jnp.arange(max_rank + 1) / jnp.sum(scope.ranks), 0.0)
-        kept = ranks.each(scope.ranks)
-        counts = {name: (kept * f.a.shape[0], kept * f.a.shape[0]) for name, f in like.modules.items()}
+            f0, mask = start.modules[name], scope.of_module(name)
+            energy = jnp.sum(mask * importance(f.a, f.b, f0.a, f0.b) ** 2, axis=-1)
+            tail_energy += jnp.sum(energy * jnp.maximum(1.0 - number / jnp.sum(mask, axis=-1), 0.0), axis=-1)
+        kept = ranks.kept_in_layers(ranks.each(scope.ranks), like, scope)
+        sums = {name: jnp.sum(of_layers, axis=-1) for name, of_layers in kept.items()}
+        counts = {name: (count, count) for name, count in sums.items()}
         return ranks.offer(tail_energy, payload.component_size(like, counts, scope, index_bits=Count.of(SEED_BITS)))
 
     def encode(start: Adapters, trained: Adapters, memory: Any, kept: Array, scope: Scope, key: Array) -> Message:
         scores = {}
         for name, part in zip(sorted(like.modules), jax.random.split(key, len(like.modules)), strict=True):
             drawn = jax.random.uniform(part, (like.modules[name].a.shape[0], max_rank))
-            scores[name] = jnp.where(scope.ranks > 0, drawn, -1.0)
-        chosen = ranks.choose(scores, ranks.whole(kept, scope.ranks), "module", scope.ranks)
+            scores[name] = jnp.where(scope.of_module(name) > 0, drawn, -1.0)
+        chosen = ranks.choose(scores, ranks.whole(kept, scope.ranks), "module", scope)
         return ranks.encode(start, trained, chosen, scope, Count.of(SEED_BITS))
 
     def decode(start: Adapters, message: Message, scope: Scope) -> Received:

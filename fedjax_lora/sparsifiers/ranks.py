@@ -56,9 +56,22 @@ def each(rank_mask: Array) -> Array:
 
 def everywhere(rank_mask: Array, like: Adapters) -> dict[str, Array]:
     """The `[R]` mask for every matrix: module name -> `[L, R]`."""
+    return in_use(Scope.whole(rank_mask), like)
+
+
+def in_use(scope: Scope, like: Adapters) -> dict[str, Array]:
+    """The components in use of every matrix: module name -> `[L, R]`."""
     return {
-        name: jnp.broadcast_to(rank_mask, (factors.a.shape[0], rank_mask.shape[-1]))
+        name: jnp.broadcast_to(scope.of_module(name), (factors.a.shape[0], scope.ranks.shape[-1]))
         for name, factors in like.modules.items()
+    }
+
+
+def kept_in_layers(kept: Array, like: Adapters, scope: Scope) -> dict[str, Array]:
+    """Module name -> `[..., L]` uint32: `kept` `[...]` components, or as many as a layer has."""
+    return {
+        name: jnp.minimum(kept[..., None], jnp.sum(mask, axis=-1).astype(jnp.uint32))
+        for name, mask in in_use(scope, like).items()
     }
 
 
@@ -82,14 +95,14 @@ def largest_overall(scores: dict[str, Array], count: Array) -> dict[str, Array]:
     return masks
 
 
-def choose(scores: dict[str, Array], kept: Array, budget: Budget, rank_mask: Array) -> dict[str, Array]:
+def choose(scores: dict[str, Array], kept: Array, budget: Budget, scope: Scope) -> dict[str, Array]:
     """Masks `[L, R]` of the components with the largest scores, by module; none of a rank that is not in use."""
     if budget == "global":
         matrices = sum(s.shape[0] for s in scores.values())
         chosen = largest_overall(scores, kept * matrices)
     else:
         chosen = {name: largest(s, kept) for name, s in scores.items()}
-    return {name: mask * rank_mask for name, mask in chosen.items()}
+    return {name: mask * scope.of_module(name) for name, mask in chosen.items()}
 
 
 def index_bits(kept: Array, budget: Budget, max_rank: int) -> Array:
@@ -111,13 +124,13 @@ def planned_size(kept: Array, budget: Budget, like: Adapters, scope: Scope) -> S
 
     With the global budget that is where the widest modules take all that they can.
     """
-    rank, left, counts = jnp.sum(scope.ranks).astype(jnp.uint32), kept * num_matrices(like), {}
+    left, counts, index = kept * num_matrices(like), {}, jnp.zeros_like(kept)
+    of_layers, most = kept_in_layers(kept, like, scope), payload.num_components(like, scope)
     for name in sorted(like.modules, key=lambda name: payload.width(like.modules[name]), reverse=True):
-        layers = like.modules[name].a.shape[0]
-        count = jnp.minimum(left, rank * layers) if budget == "global" else kept * layers
+        count = jnp.minimum(left, most[name]) if budget == "global" else jnp.sum(of_layers[name], axis=-1)
         counts[name], left = (count, count), left - count
-    index = Count.of(index_bits(kept, budget, max_rank(like))) * num_matrices(like)
-    return payload.component_size(like, counts, scope, index_bits=index)
+        index += jnp.sum(index_bits(of_layers[name], budget, max_rank(like)), axis=-1)
+    return payload.component_size(like, counts, scope, index_bits=Count.of(index))
 
 
 def tail_energy(energies: Array, budget: Budget) -> Array:
@@ -158,7 +171,7 @@ def encode(known: Adapters, held: Adapters, chosen: dict[str, Array], scope: Sco
       index_bits: of saying which are chosen.
     """
     sent = sent_masks(held, chosen, chosen, scope)
-    drop = {name: scope.ranks - mask for name, mask in chosen.items()}
+    drop = {name: scope.of_module(name) - mask for name, mask in chosen.items()}
     return Message(
         tensors=payload.pack(known, held, sent),
         sent=sent,
@@ -189,7 +202,7 @@ def decode(
     known, fill = start if known is None else known, start if fill is None else fill
     return Received(
         adapters=payload.unpack(known, message, fill),
-        counted=sent_components(message) if missing == "senders" else everywhere(scope.ranks, start),
+        counted=sent_components(message) if missing == "senders" else in_use(scope, start),
     )
 
 

@@ -161,21 +161,18 @@ def make(options: SoftConfig, context: Context) -> Sparsifier:
     like, budget = ranks.shapes(context), options.budget
 
     def offer(start: Adapters, trained: Adapters, scope: Scope) -> Offer:
-        energies = [
-            jnp.where(scope.ranks > 0, sigma, 0.0) ** 2
-            for sigma in _scores(options.send, start, trained, scope.ranks).values()
-        ]
+        energies = [jnp.maximum(sigma, 0.0) ** 2 for sigma in _scores(options.send, start, trained, scope).values()]
         tail_energy = ranks.tail_energy(jnp.concatenate(energies), budget)
         return ranks.offer(tail_energy, ranks.planned_size(ranks.each(scope.ranks), budget, like, scope))
 
     def encode(start: Adapters, trained: Adapters, memory: Any, kept: Array, scope: Scope, key: Array) -> Message:
         held = with_memory(trained, memory, scope)
-        sigma = _scores(options.send, start, held, scope.ranks)
-        chosen = ranks.choose(sigma, ranks.whole(kept, scope.ranks), budget, scope.ranks)
+        sigma = _scores(options.send, start, held, scope)
+        chosen = ranks.choose(sigma, ranks.whole(kept, scope.ranks), budget, scope)
         index = ranks.chosen_index_bits(chosen, budget)
         if options.send == "change":
             return ranks.encode(start, held, chosen, scope, index)
-        drop = {name: scope.ranks - mask for name, mask in chosen.items()}
+        drop = {name: scope.of_module(name) - mask for name, mask in chosen.items()}
         message = ranks.encode(_without_factors(start), held, chosen, scope, index)
         return message._replace(dropped_energy=diagnostics.dropped_energy(held, drop))
 
@@ -226,11 +223,11 @@ def _without_factors(start: Adapters) -> Adapters:
     return Adapters(modules=jax.tree.map(jnp.zeros_like, start.modules), head=start.head)
 
 
-def _scores(send: Send, start: Adapters, trained: Adapters, rank_mask: Array) -> dict[str, Array]:
-    """`[L, R]` importances; a rank that is not in use comes after all others."""
+def _scores(send: Send, start: Adapters, trained: Adapters, scope: Scope) -> dict[str, Array]:
+    """`[L, R]` importances; a rank that is not in use has -1 and comes after all others."""
     found = {}
     for name, f in trained.modules.items():
         f0 = start.modules[name]
         sigma = importance(f.a, f.b) if send == "factors" else importance(f.a, f.b, f0.a, f0.b)
-        found[name] = jnp.where(rank_mask > 0, sigma, -1.0)
+        found[name] = jnp.where(scope.of_module(name) > 0, sigma, -1.0)
     return found

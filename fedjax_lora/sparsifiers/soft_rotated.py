@@ -98,7 +98,14 @@ def make(options: SoftRotatedConfig, context: Context) -> Sparsifier:
     return Sparsifier(offer=offer, encode=encode, decode=decode)
 
 
-METHOD = Method("sparsifier", "soft_rotated", SoftRotatedConfig, make, breaks=frozenset({"everything_sent"}))
+METHOD = Method(
+    "sparsifier",
+    "soft_rotated",
+    SoftRotatedConfig,
+    make,
+    needs=frozenset({"even_ranks"}),
+    breaks=frozenset({"everything_sent"}),
+)
 
 
 class _Turn(NamedTuple):

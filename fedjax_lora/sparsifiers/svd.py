@@ -144,7 +144,12 @@ def make(options: SvdConfig, context: Context) -> Sparsifier:
 
 
 METHOD = Method(
-    "sparsifier", "svd", SvdConfig, make, needs=frozenset({"shared_b"}), breaks=frozenset({"everything_sent"})
+    "sparsifier",
+    "svd",
+    SvdConfig,
+    make,
+    needs=frozenset({"shared_b", "even_ranks"}),
+    breaks=frozenset({"everything_sent"}),
 )
 
 

@@ -70,7 +70,14 @@ def make(options: TopKConfig, context: Context) -> Sparsifier:
     return Sparsifier(offer=offer, encode=encode, decode=decode, whole_ranks=False)
 
 
-METHOD = Method("sparsifier", "top_k", TopKConfig, make, breaks=frozenset({"everything_sent"}))
+METHOD = Method(
+    "sparsifier",
+    "top_k",
+    TopKConfig,
+    make,
+    needs=frozenset({"even_ranks"}),
+    breaks=frozenset({"everything_sent"}),
+)
 
 
 def pool_size(like: Adapters, scope: Scope) -> Array:

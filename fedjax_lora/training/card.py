@@ -100,7 +100,7 @@ METHOD = Method(
     "card",
     CardOptions,
     make,
-    needs=frozenset({"everything_sent", "exact_wire", "free_broadcast"}),
+    needs=frozenset({"everything_sent", "exact_wire", "free_broadcast", "even_ranks"}),
     breaks=frozenset({"whole_at_client", "side_by_side"}),
 )
 

@@ -1,10 +1,12 @@
 """A run as it is opened for export or prediction: a model of a folder with random adapters on all modules."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_lora.adapters import lora
 from fedjax_lora.app.trained import TrainedRun
@@ -19,8 +21,13 @@ from fedjax_lora.models import load
 
 RANK, MAX_RANK, ALPHA = 3, 4, 4.0
 
+Own = Mapping[tuple[str, int], tuple[int, float]]
+"""Module and layer -> its own rank and alpha."""
 
-def trained_run(folder: Path, task: str, pooling: str, labels: tuple[str, ...]) -> tuple[TrainedRun, Model]:
+
+def trained_run(
+    folder: Path, task: str, pooling: str, labels: tuple[str, ...], *overrides: str
+) -> tuple[TrainedRun, Model]:
     """The run whose base model is in `folder / "base"`, with a log of one round, and its model."""
     config = load_config(
         None,
@@ -29,6 +36,7 @@ def trained_run(folder: Path, task: str, pooling: str, labels: tuple[str, ...]) 
             f"task={task}",
             f"lora={{max_rank: {MAX_RANK}, rank: {RANK}, alpha: {ALPHA}}}",
             "data={source: tsv, train: /gone, test: /gone, max_length: 12}",
+            *overrides,
         ],
     )
     found = load.read_pretrained(config.model, config.model.pretrained, config.task.learns)
@@ -47,7 +55,16 @@ def trained_run(folder: Path, task: str, pooling: str, labels: tuple[str, ...]) 
     return TrainedRun(folder, config, data, 1, named, found, found.weights(), {}, adapters, RANK), model
 
 
-def outputs_of(run: TrainedRun, model: Model, batch) -> jax.Array:
+def outputs_of(run: TrainedRun, model: Model, batch, own: Own | None = None) -> jax.Array:
     """What the run's model computes of a batch."""
-    used = lora.effective(run.adapters, lora.rank_mask(RANK, MAX_RANK), ALPHA / RANK)
+    modules = {}
+    for name, f in run.adapters.modules.items():
+        ranks, scales = np.full(len(f.a), RANK), np.full(len(f.a), ALPHA / RANK)
+        for (module, layer), (rank, alpha) in (own or {}).items():
+            if module == name:
+                ranks[layer], scales[layer] = rank, alpha / rank
+        mask = np.float32(np.arange(MAX_RANK) < ranks[:, None])
+        scaled = np.float32(scales[:, None] * mask)
+        modules[name] = Factors(a=f.a * mask[:, None], b=f.b * scaled[..., None])
+    used = Adapters(modules=modules, head=run.adapters.head)
     return jax.jit(model.apply)(run.base, used, {name: jnp.asarray(leaf) for name, leaf in batch.items()})

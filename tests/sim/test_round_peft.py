@@ -1,6 +1,7 @@
 """A round of dense FedIT without a network, against a loop over clients in PyTorch with PEFT, on the same batches."""
 
 import dataclasses
+import json
 from typing import NamedTuple
 
 import jax
@@ -46,6 +47,23 @@ CASES = {
 }
 
 
+class Patterns(NamedTuple):
+    """Ranks and alphas of single modules, by names as PEFT has them."""
+
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+
+
+NONE = Patterns({}, {})
+PATTERNS = {
+    "bert": Patterns(
+        {"layer.1.attention.self.query": 1, "0.attention.output.dense": 4, ".*layer.1.output.dense": 2}, {"query": 7.5}
+    ),
+    "llama": Patterns({r".*\.0\.self_attn\.[qv]_proj": 5, "q_proj": 2}, {}),
+}
+"""Of which some name modules that another one names too, the first of them decides."""
+
+
 def pool(size, seed):
     """Of several lengths; the labels are unequal, so that clients hold unequal numbers."""
     random = np.random.default_rng(seed)
@@ -59,7 +77,7 @@ def pool(size, seed):
 class Peer:
     """A model of transformers with PEFT's adapters, whose values are set and read by our names."""
 
-    def __init__(self, folder, name):
+    def __init__(self, folder, name, patterns):
         self._case = case = CASES[name]
         sites = table.sites(FAMILIES[name].weights(load.read_shape(str(folder))))
         self._sources = {target: sites[target].source for target in case.targets}
@@ -69,18 +87,22 @@ class Peer:
         config = peft.LoraConfig(
             task_type="CAUSAL_LM" if case.task == "causal_lm" else "SEQ_CLS",
             r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=whole, fan_in_fan_out=case.turned,
+            rank_pattern=patterns.ranks, alpha_pattern=patterns.alphas,
         )  # fmt: skip
         model = case.cls.from_pretrained(folder, **({} if not case.head else {"num_labels": 2}))
         self._model = peft.get_peft_model(model, config).eval()  # no dropout
         self._trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
 
     def _leaves(self, adapters):
-        """Parameter and our values of it."""
+        """Parameter and our values of it, of as many components as it has; ours are zero beyond them."""
         for target, factors in adapters.modules.items():
             for layer in range(2):
                 name = self._prefix + self._sources[target].format(layer=layer)
-                for side, leaf in (("A", factors.a), ("B", factors.b)):
-                    yield self._trained[f"{name}.lora_{side}.default.weight"], np.asarray(leaf[layer]).T
+                a, b = (self._trained[f"{name}.lora_{side}.default.weight"] for side in "AB")
+                rank, own_a, own_b = len(a), np.asarray(factors.a[layer]), np.asarray(factors.b[layer])
+                assert not own_a[:, rank:].any() and not own_b[rank:].any()
+                yield a, own_a[:, :rank].T
+                yield b, own_b[:rank].T
         if self._case.head:
             module = f"base_model.model.{self._case.head}.modules_to_save.default"
             yield self._trained[f"{module}.weight"], np.asarray(adapters.head["w"]).T
@@ -116,7 +138,7 @@ class Peer:
         return np.mean(losses)
 
 
-def simulation(folder, name):
+def simulation(folder, name, patterns):
     case, names = CASES[name], ("no", "yes")
     source = arrays("mine", train=pool(50, 0), test=pool(9, 1), class_names=names)
     settings = [
@@ -124,7 +146,10 @@ def simulation(folder, name):
         "data.source=mine",
         f"task={case.task}",
         f"model={{pretrained: {folder}, pooling: cls}}",
-        f"lora={{targets: [{', '.join(case.targets)}], max_rank: {RANK}, rank: {RANK}, alpha: {ALPHA}}}",
+        f"lora={{targets: [{', '.join(case.targets)}], rank: {RANK}, alpha: {ALPHA}}}",
+        f"lora.max_rank={max([RANK, *patterns.ranks.values()])}",
+        f"lora.rank_pattern={json.dumps(patterns.ranks)}",
+        f"lora.alpha_pattern={json.dumps(patterns.alphas)}",
         f"clients={{count: {CLIENTS}, partition: {{alpha: 0.5}}}}",
         f"local={{steps: {STEPS}, batch_size: {BATCH}, optimizer: {{name: sgd, learning_rate: {RATE}}}}}",
         "sparsifier=dense",
@@ -137,10 +162,10 @@ def simulation(folder, name):
 def with_random_factors(state):
     """The state with a second factor that is not 0, so that both are trained from the first step."""
     keys = iter(jax.random.split(jax.random.key(5), 10))
-    modules = {
-        name: Factors(a=f.a, b=0.3 * jax.random.normal(next(keys), f.b.shape))
-        for name, f in state.adapters.modules.items()
-    }
+    modules = {}
+    for name, f in state.adapters.modules.items():
+        has = jnp.any(f.a != 0, axis=1)[:, :, None]
+        modules[name] = Factors(a=f.a, b=0.3 * has * jax.random.normal(next(keys), f.b.shape))
     return dataclasses.replace(state, adapters=Adapters(modules=modules, head=state.adapters.head))
 
 
@@ -162,13 +187,14 @@ def few_widths(monkeypatch):
     monkeypatch.setattr(packing, "WIDTHS", 1)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *(f"{name}, patterns" for name in PATTERNS)])
 def test_a_round_is_that_of_peft(name, tmp_path):
     """Averaged factors, head, and losses of training and of the held-out pool."""
-    case = CASES[name]
+    name, patterned, _ = name.partition(", patterns")
+    case, patterns = CASES[name], PATTERNS[name] if patterned else NONE
     torch.manual_seed(0)
     tiny_models.save(tmp_path, case.cls(tiny_models.CONFIGS[name]))
-    sim, peer = simulation(tmp_path, name), Peer(tmp_path, name)
+    sim, peer = simulation(tmp_path, name, patterns), Peer(tmp_path, name, patterns)
     state = with_random_factors(sim.init(jax.random.key(5)))
     after, metrics = sim.run(state, 1)
 
