@@ -79,7 +79,13 @@ def checks(found: dict[str, Any]) -> dict[str, Any]:
     if row is None:
         return {}
     value = row["round"]["call_s"]["median"]
-    return {f"tsfa, a round of {GOAL_CLIENTS} clients, s": {"asked": f"<= {GOAL_S}", "value": value, "holds": value <= GOAL_S}}
+    return {
+        f"tsfa, a round of {GOAL_CLIENTS} clients, s": {
+            "asked": f"<= {GOAL_S}",
+            "value": value,
+            "holds": value <= GOAL_S,
+        }
+    }
 
 
 def main() -> None:

@@ -51,7 +51,9 @@ def measure(size: Size, methods: Mapping[str, Method], options: argparse.Namespa
     kept = max(1, size.rank // 2)
     full = min(size.clients, max(FULL_CLIENTS, jax.device_count())) if size.width <= FULL_WIDTH else 0
     held = programs.cohort(draw(size))
-    made = {name: programs.message(programs.made(m, held.start, size.clients), held, kept) for name, m in methods.items()}
+    made = {
+        name: programs.message(programs.made(m, held.start, size.clients), held, kept) for name, m in methods.items()
+    }
     bits = {name: float(jnp.mean(program.call()[-1])) for name, program in made.items()}
     of = {name: full if name == "full SVD" else size.clients for name in programs.CHOICES}
     chosen = {name: programs.choice(programs.CHOICES[name], held, count) for name, count in of.items() if count}
@@ -82,13 +84,17 @@ def _calls(seconds: list[float], clients: int) -> dict[str, Any]:
 
 
 def checks(rows: list[dict[str, Any]], copy_gb_per_s: float) -> dict[str, Any]:
-    """What is asked, what was found by number of clients, and whether all of it holds; nothing where none is CHECKED."""
+    """What is asked and found by number of clients, and whether all of it holds; nothing where no row is CHECKED."""
     found: dict[str, dict[str, float]] = {name: {} for name in ASKED}
     for row in rows:
-        if {name: row[name] for name in CHECKED} != CHECKED or not {"soft", "soft_rotated", "svd"} <= set(row["methods"]):
+        if {name: row[name] for name in CHECKED} != CHECKED or not {"soft", "soft_rotated", "svd"} <= set(
+            row["methods"]
+        ):
             continue
         rates = {name: each["clients_per_s"] for name, each in row["methods"].items()}
-        full = max(row["choosing"]["full SVD"]["clients_per_s"], row["torch"]["full SVD of the product"]["clients_per_s"])
+        full = max(
+            row["choosing"]["full SVD"]["clients_per_s"], row["torch"]["full SVD of the product"]["clients_per_s"]
+        )
         values = (
             row["methods"]["soft"]["gb_per_s"]["median"] / copy_gb_per_s,
             rates["soft"] / max(rates["svd"], row["torch"]["QR-based SVD"]["clients_per_s"]),
@@ -179,7 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--copy-numbers", type=int, default=2**27, help="float32 that are copied (%(default)s)")
     parser.add_argument("--skip-energy", action="store_true", help="time alone")
     parser.add_argument("--quick", action="store_true", help="one size, and a short training: a minute")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too; sizes that it holds are kept")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the JSON there too; sizes that it holds are kept"
+    )
     return parser
 
 

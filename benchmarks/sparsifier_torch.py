@@ -63,9 +63,7 @@ class Torch:
         seconds = common.in_turns({"copy": lambda: target.copy_(source)}, repeats, 0.0)["copy"]
         return [8e-9 * numbers / s for s in seconds]
 
-    def times(
-        self, size: Size, kept: int, full_clients: int, repeats: int, seconds: float
-    ) -> dict[str, list[float]]:
+    def times(self, size: Size, kept: int, full_clients: int, repeats: int, seconds: float) -> dict[str, list[float]]:
         """Seconds of a call of each of `calls`."""
         import torch
 
