@@ -33,7 +33,7 @@ PARTS = {
 """Name -> module that has a function of this name."""
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "v5 lite": 197.0, "v6 lite": 918.0}
-"""Dense bfloat16 by the makers, by a part of the name; of other devices the measured rate of a product stands for it."""
+"""Dense bfloat16 by the makers, by a part of the name; of other devices the measured rate of a product stands in."""
 
 ASKED = {
     "roberta_base, share of peak": (">=", 0.45),
