@@ -165,7 +165,8 @@ def rewritten(page: str, results: Path) -> str:
     for name, block in BLOCKS.items():
         begin, end = f"<!-- {name}: from JSON -->\n", f"<!-- {name}: end -->"
         if page.count(begin) != 1 or page.count(end) != 1:
-            raise ValueError(f"the page must have the markers of {name!r} once, got {page.count(begin)}")
+            counts = f"{page.count(begin)} and {page.count(end)}"
+            raise ValueError(f"the page must have the markers of {name!r} once, got {counts}")
         before, after = page.split(begin)
         found = block(results)
         page = before + begin + (f"\n{found}\n" if found else "") + end + after.split(end)[1]
