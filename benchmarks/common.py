@@ -170,24 +170,29 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int, seconds: float) -> dict[str, list[float]]:
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, seconds: float, most_s: float = math.inf
+) -> dict[str, list[float]]:
     """Seconds of a call of each, once a turn, so that all see the same load; each is called once before.
 
     Args:
       calls: name -> what is timed; it returns when its result is there.
       repeats: turns.
       seconds: a turn calls each until so many have passed, once at least, and takes the mean.
+      most_s: who has been timed for so long has no more turns.
     """
     for call in calls.values():
         call()
     found: dict[str, list[float]] = {name: [] for name in calls}
+    spent = dict.fromkeys(calls, 0.0)
     for _ in range(repeats):
-        for name, call in calls.items():
+        for name in (name for name in calls if spent[name] < most_s):
             number, started = 0, time.perf_counter()
             while number == 0 or time.perf_counter() - started < seconds:
-                call()
+                calls[name]()
                 number += 1
-            found[name].append((time.perf_counter() - started) / number)
+            spent[name] += (took := time.perf_counter() - started)
+            found[name].append(took / number)
     return found
 
 

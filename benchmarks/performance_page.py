@@ -91,15 +91,21 @@ def memory(results: Path) -> str:
 
 
 def sparsifiers(results: Path) -> str:
-    """Every sparsifier at the size that is checked, and what is asked."""
+    """Every sparsifier at the size that is checked, what is asked, and the picture of `sparsifier_figure.py`."""
     held = read(results, "sparsifier_throughput")
-    return short_rows.sparsifier_table(held) + "\n" + short_rows.check_table(held) if held else ""
+    if not held:
+        return ""
+    parts = [short_rows.sparsifier_table(held), short_rows.check_table(held)]
+    if "energy" in held:
+        parts.append("![Throughput against kept energy at equal bits](sparsifier_throughput.svg)\n")
+    return "\n".join(part for part in parts if part)
 
 
 def solvers(results: Path) -> str:
-    """Allocation, TSFA and scheduling by size."""
+    """Allocation, TSFA and scheduling by size, and what is asked."""
     held = read(results, "solver_throughput")
-    return table(["solver", "size", "a call", "over CVXPY's"], short_rows.solver_rows(held))
+    rows = table(["solver", "clients or devices", "a call", "CVXPY's over it"], short_rows.solver_rows(held))
+    return f"{rows}\n{short_rows.check_table(held)}" if held else ""
 
 
 def sweeps(results: Path) -> str:

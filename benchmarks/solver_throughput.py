@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(%(default)s)")
     parser.add_argument("--clients", type=int, nargs="+", default=[16, 64, 256, 1024, 4096], help="(%(default)s)")
     parser.add_argument("--devices", type=int, nargs="+", default=[32, 128, 1024], help="to schedule (%(default)s)")
-    parser.add_argument("--cvxpy-clients", type=int, nargs="*", default=[4, 16, 64], help="none to leave it out")
+    parser.add_argument("--cvxpy-clients", type=int, nargs="*", default=[4, 16, 64, 256], help="none to leave it out")
     parser.add_argument("--cvxpy-devices", type=int, nargs="*", default=[5], help="all sets of so many; none likewise")
     parser.add_argument("--cases", type=int, default=8, help="cohorts of each size (%(default)s)")
     parser.add_argument("--gap-cases", type=int, default=200, help="cohorts of the gaps (%(default)s)")

@@ -99,7 +99,8 @@ def choice(energies: Callable, held: Cohort, clients: int) -> Program:
         (old,), (own,) = start.modules.values(), item.modules.values()
         return energies(own.a, own.b, old.a, old.b)
 
-    some = jax.tree.map(lambda leaf: leaf[:clients], held.trained)
+    few = clients < held.clients  # all of them are not copied
+    some = jax.tree.map(lambda leaf: leaf[:clients], held.trained) if few else held.trained
     return _compiled(choose, held.start, some, clients)
 
 

@@ -12,6 +12,7 @@ real training on digits, that arrives for no more bits than `soft` takes.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -36,6 +37,9 @@ COPIES = 3
 FULL_WIDTH, FULL_CLIENTS = 1024, 4
 """The widest matrix whose full SVD is awaited, and of how many clients."""
 
+MOST_S = 20.0
+"""For which one is timed at one size at the most, beside its first call."""
+
 CHECKED = {"rank": 16, "width": 768}
 ASKED = {
     "soft, share of copy": (">=", 0.6),
@@ -54,33 +58,47 @@ def measure(size: Size, methods: Mapping[str, Method], options: argparse.Namespa
     made = {
         name: programs.message(programs.made(m, held.start, size.clients), held, kept) for name, m in methods.items()
     }
-    bits = {name: float(jnp.mean(program.call()[-1])) for name, program in made.items()}
     of = {name: full if name == "full SVD" else size.clients for name in programs.CHOICES}
     chosen = {name: programs.choice(programs.CHOICES[name], held, count) for name, count in of.items() if count}
-    both = made | {f"choosing by {name}": program for name, program in chosen.items()}
-    seconds = common.in_turns({name: p.call for name, p in both.items()}, options.repeats, options.seconds)
+    every = made | {f"choosing by {name}": program for name, program in chosen.items()}
+    bits_of: dict[str, Any] = {}
+    calls = {
+        name: functools.partial(_send, program, bits_of, name) if name in made else program.call
+        for name, program in every.items()
+    }
+    turns = options.repeats, options.seconds, MOST_S
+    seconds = common.in_turns(calls, *turns)
+    bits = {name: float(jnp.mean(found)) for name, found in bits_of.items()}
+    compile_s = {name: program.compile_s for name, program in every.items()}
+    del held, made, chosen, every, calls, bits_of  # PyTorch is to have their memory
     row: dict[str, Any] = {**size._asdict(), "kept": kept, "methods": {}, "choosing": {}}
-    for name, program in made.items():
+    for name in methods:
         floor = size.clients * (size.factor_bytes + bits[name] / 8) + size.factor_bytes
         rates = [floor * 1e-9 / s for s in seconds[name]]
-        row["methods"][name] = {"compile_s": program.compile_s, "bits": bits[name], "floor_bytes": floor} | {
+        row["methods"][name] = {"compile_s": compile_s[name], "bits": bits[name], "floor_bytes": floor} | {
             "gb_per_s": common.spread(rates),
             **_calls(seconds[name], size.clients),
         }
-    for name, program in chosen.items():
-        row["choosing"][name] = {"compile_s": program.compile_s, **_calls(seconds[f"choosing by {name}"], of[name])}
-    del held, made, chosen, both
-    found = peer.call("times", size, kept, full, options.repeats, options.seconds)
+    for name, count in of.items():
+        if count:
+            timed = f"choosing by {name}"
+            row["choosing"][name] = {"compile_s": compile_s[timed], **_calls(seconds[timed], count)}
+    found = peer.call("times", size, kept, full, *turns)
     row["torch"] = {
         name: _calls(times, full if name.startswith("full") else size.clients) for name, times in found.items()
     }
     return row
 
 
+def _send(program: programs.Program, bits_of: dict[str, Any], name: str) -> None:
+    """One call; its bits are kept, and the messages let go."""
+    bits_of[name] = program.call()[-1]
+
+
 def _calls(seconds: list[float], clients: int) -> dict[str, Any]:
     """Of calls of so many clients."""
     spread = common.spread(seconds)
-    return {"clients": clients, "call_s": spread, "clients_per_s": clients / spread["median"]}
+    return {"clients": clients, "turns": len(seconds), "call_s": spread, "clients_per_s": clients / spread["median"]}
 
 
 def checks(rows: list[dict[str, Any]], copy_gb_per_s: float) -> dict[str, Any]:

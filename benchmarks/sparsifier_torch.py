@@ -63,12 +63,14 @@ class Torch:
         seconds = common.in_turns({"copy": lambda: target.copy_(source)}, repeats, 0.0)["copy"]
         return [8e-9 * numbers / s for s in seconds]
 
-    def times(self, size: Size, kept: int, full_clients: int, repeats: int, seconds: float) -> dict[str, list[float]]:
-        """Seconds of a call of each of `calls`."""
+    def times(
+        self, size: Size, kept: int, full_clients: int, repeats: int, seconds: float, most_s: float
+    ) -> dict[str, list[float]]:
+        """Seconds of a call of each of `calls`, see `common.in_turns`."""
         import torch
 
         with torch.inference_mode():
-            return common.in_turns(calls(size, kept, full_clients), repeats, seconds)
+            return common.in_turns(calls(size, kept, full_clients), repeats, seconds, most_s)
 
 
 def calls(size: Size, kept: int, full_clients: int) -> dict:
