@@ -60,7 +60,6 @@ def test_every_part_is_a_function_of_its_module(benchmark):
         assert callable(getattr(benchmark(module), name))
 
 
-@pytest.mark.slow
 def test_kernels_and_references_agree_and_rates_add_up(benchmark):
     """Oracle: XLA's program of the same meaning, and the row's own numbers."""
     rows = benchmark("accelerator_kernels").kernels("", quick=True)

@@ -120,7 +120,6 @@ def test_checks_say_what_was_asked_and_found(benchmark):
     assert module.checks([row | {"rank": 4}], 10.0) == {}
 
 
-@pytest.mark.slow
 def test_the_benchmark_adds_up_and_goes_on_where_it_stopped(benchmark, monkeypatch, tmp_path, capsys):
     """The JSON's own arithmetic, with a user's own sparsifier; a second start measures the new size alone."""
     pytest.importorskip("torch")

@@ -12,7 +12,6 @@ from fedjax_lora.config.presets import preset
 TINY = ["clients.count=4", "local.steps=1", "pretrain.steps=1", "rounds=2", "engine.eval_every=2"]
 
 
-@pytest.mark.slow
 def test_its_trials_are_those_of_a_sweep(benchmark):
     """Oracle: `fl.sweep` and `fl.sweep_network` of the same seeds."""
     module = benchmark("sweep_throughput")
@@ -25,7 +24,6 @@ def test_its_trials_are_those_of_a_sweep(benchmark):
     np.testing.assert_allclose(module.network(of, 2, 3).run().latency_s, alone.latency_s, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_rates_and_ratios_add_up(benchmark, monkeypatch, tmp_path, capsys):
     """The JSON's own arithmetic."""
     module, out = benchmark("sweep_throughput"), tmp_path / "out.json"
