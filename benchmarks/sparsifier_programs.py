@@ -58,9 +58,9 @@ def cohort(drawn: Drawn) -> Cohort:
     if drawn.a.shape[0] % jax.device_count():
         raise ValueError(f"--clients must be multiples of the {jax.device_count()} devices, got {drawn.a.shape[0]}")
     start = Factors(a=jnp.asarray(drawn.a0)[None], b=jnp.asarray(drawn.b0)[None])
-    trained = Factors(a=drawn.a[:, None], b=drawn.b[:, None])
-    placed = jax.device_put(trained, NamedSharding(mesh, P(CLIENTS)))
-    return Cohort(Adapters({"query": start}, {}), Adapters({"query": placed}, {}))
+    over_clients = NamedSharding(mesh, P(CLIENTS))
+    trained = Factors(*(jax.device_put(part[:, None], over_clients) for part in (drawn.a, drawn.b)))
+    return Cohort(Adapters({"query": start}, {}), Adapters({"query": trained}, {}))
 
 
 def at_once(clients: int) -> int:

@@ -152,7 +152,7 @@ def main() -> None:
     methods = Catalogue.of(user_methods.load(options.methods).methods).by_slot["sparsifier"]
     made_with = {"methods": list(methods), "repeats": options.repeats, "seconds": options.seconds}
     held = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
-    result = held if held.get("made_with") == made_with else {"rows": []}
+    result: dict[str, Any] = held if held.get("made_with") == made_with else {"rows": []}
     measured, skipped = sizes(options)
     result |= {"benchmark": "sparsifier_throughput", "environment": common.environment(), "made_with": made_with}
     result["threads"] = threads = len(os.sched_getaffinity(0))
