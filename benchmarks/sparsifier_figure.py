@@ -37,11 +37,12 @@ def main() -> None:
     row = shown(result)
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for name, rate, kept, side in points(result):
+    for place, (name, rate, kept, side) in enumerate(sorted(points(result), key=lambda point: point[1])):
         filled = side == "own"
         colour = OWN if filled else PEER
         axes.plot(rate, kept, "o", color=colour, markerfacecolor=colour if filled else "white", markersize=7)
-        axes.annotate(name, (rate, kept), xytext=(6, 5), textcoords="offset points", fontsize=8)
+        beside = {"xytext": (0, -14 if place % 2 else 8), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(name, (rate, kept), fontsize=8, **beside)
     axes.set_xscale("log")
     axes.margins(x=0.18, y=0.12)
     axes.set_xlabel(f"clients a second ({row['clients']} clients, rank {row['rank']}, width {row['width']})")
