@@ -37,12 +37,15 @@ def main() -> None:
     row = shown(result)
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for place, (name, rate, kept, side) in enumerate(sorted(points(result), key=lambda point: point[1])):
+    every = points(result)
+    for name, rate, kept, side in every:
         filled = side == "own"
         colour = OWN if filled else PEER
         axes.plot(rate, kept, "o", color=colour, markerfacecolor=colour if filled else "white", markersize=7)
-        beside = {"xytext": (0, -14 if place % 2 else 8), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(name, (rate, kept), fontsize=8, **beside)
+        crowded = any(rate < x < 10 * rate and abs(y - kept) < 0.03 for other, x, y, _ in every if other != name)
+        shift, align = ((-6, 5), "right") if crowded else ((6, 5), "left")
+        shift, align = (shift, align) if filled else ((0, -14), "center")
+        axes.annotate(name, (rate, kept), xytext=shift, textcoords="offset points", ha=align, fontsize=8)
     axes.set_xscale("log")
     axes.margins(x=0.18, y=0.12)
     axes.set_xlabel(f"clients a second ({row['clients']} clients, rank {row['rank']}, width {row['width']})")
