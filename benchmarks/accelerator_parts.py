@@ -1,6 +1,5 @@
 """The parts of `accelerator.py`: each is `(folder with a tokenizer, quick) -> what goes into the JSON`."""
 
-import functools
 import gc
 import statistics
 import tempfile
@@ -14,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import random_model
-from common import RANK, TARGETS, Dtype, PeerSettings, Workload
+from common import RANK, TARGETS, Dtype, PeerSettings, Workload, in_turns
 
 ROBERTA_BASE, MINILM = random_model.SHAPES["roberta-base"], random_model.SHAPES["minilm"]
-IMPLEMENTATIONS: tuple[Literal["xla", "pallas"], ...] = ("xla", "pallas")
 PEERS: tuple[tuple[Dtype, Dtype], ...] = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
 """Dtype of the products and of the frozen matrices."""
 SMALL = {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96}
@@ -43,12 +41,12 @@ def ceilings(model: str, quick: bool) -> dict[str, Any]:
 
 def minilm_bfloat16(model: str, quick: bool) -> dict[str, Any]:
     """Rounds of 256 clients of MiniLM's shape by clients trained at once."""
-    return _rounds(model, SMALL if quick else MINILM, "bfloat16", ("auto", 32, 8), quick)
+    return _rounds(model, SMALL if quick else MINILM, "bfloat16", ("auto", 32), quick)
 
 
 def minilm_float32(model: str, quick: bool) -> dict[str, Any]:
     """The same in float32 as the device multiplies it by default."""
-    return _rounds(model, SMALL if quick else MINILM, "float32", ("auto", 32), quick)
+    return _rounds(model, SMALL if quick else MINILM, "float32", ("auto",), quick)
 
 
 def roberta_base(model: str, quick: bool) -> dict[str, Any]:
@@ -77,12 +75,15 @@ def _rounds(
             del engine
             gc.collect()
         best = max(rows, key=lambda row: row["samples_per_s"])
+        frozen = frozen_rate(folder, work, dtype, best["client_chunk"])
         return {
             "workload": {**vars(work), "model": shape, "gflop_per_sample": work.flop([work.length]) / 1e9},
             "dtype": dtype,
             "rows": rows,
             "best_chunk": best["client_chunk"],
-            "frozen_model_alone_samples_per_s": frozen_rate(folder, work, dtype, best["client_chunk"]),
+            "tflops": best["tflops"],
+            "frozen_model_alone_samples_per_s": frozen,
+            "over_the_frozen_model_alone": frozen / best["samples_per_s"] - 1.0,
         }
 
 
@@ -112,139 +113,86 @@ def frozen_rate(folder: Path, work: Workload, dtype: Dtype, chunk: int) -> float
 
 
 def trials(model: str, quick: bool) -> dict[str, Any]:
-    """Trials of digits (keys and learning rates) in one program by `vmap` over the state, beside one at a time."""
+    """Trials of digits that differ in their seeds: all at once in one program, beside one at a time."""
     del model
-    from fedjax_lora.config.assemble import build
-    from fedjax_lora.config.experiment import load_config
-    from fedjax_lora.config.presets import preset
-    from fedjax_lora.sim.round import make_round
+    import sweep_throughput
 
-    count, rounds = (4, 1) if quick else (64, 5)
-    simulation = build(load_config(None, ["pretrain.steps=5"] if quick else [], base=preset("digits")))
-    step = make_round(simulation.make_parts)
-
-    def run(world: Any, state: Any) -> Any:
-        def body(state: Any, _: None) -> tuple[Any, jax.Array]:
-            state, metrics = step(world, state)
-            return state, metrics.train_loss
-
-        return jax.lax.scan(body, state, None, rounds)
-
-    states = [simulation.init(jax.random.key(seed)) for seed in range(count)]
-    many = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    found: dict[str, Any] = {"trials": count, "rounds": rounds, "chunk": simulation.layout.chunk}
-    for name, program, argument in (
-        ("one", jax.jit(run), states[0]),
-        ("all", jax.jit(jax.vmap(run, in_axes=(None, 0))), many),
-    ):
-        started = time.perf_counter()
-        compiled = program.lower(simulation.world, argument).compile()
-        found[f"{name}, compile_s"] = time.perf_counter() - started
-        found[f"{name}, run_s"] = timed(compiled, simulation.world, argument, repeats=3)
-    found["ratio"] = count * found["one, run_s"] / found["all, run_s"]
-    return found
+    count, rounds = (4, 1) if quick else (64, 3)
+    overrides = [f"rounds={rounds}", f"engine.eval_every={rounds}", *(["pretrain.steps=5"] if quick else [])]
+    of = sweep_throughput.group(overrides, count)
+    found: dict[str, Any] = {"trials": count, "rounds": rounds}
+    for name, at_once in (("one", 1), ("all", count)):
+        program = sweep_throughput.training(of, at_once, rounds)
+        seconds = in_turns({name: program.run}, 3, 0.0)[name]
+        found |= {f"{name}, compile_s": program.compile_s, f"{name}, run_s": statistics.median(seconds)}
+    return found | {"ratio": count * found["one, run_s"] / found["all, run_s"]}
 
 
 def clients(model: str, quick: bool) -> dict[str, Any]:
     """Rounds of the digits preset by number of clients: seconds of a round."""
     del model
+    rows = []
+    for count in (5,) if quick else (50, 1000):
+        more = ["clients.partition.kind=iid"] if count > 500 else []  # more than the examples could serve otherwise
+        rows.append({"clients": count, **_digits_rounds("digits", [f"clients.count={count}", *more])})
+    return {"rows": rows}
+
+
+def split(model: str, quick: bool) -> dict[str, Any]:
+    """Rounds of digits, whole at the clients and split between them and the server: seconds of a round."""
+    del model
+    rows = {}
+    for name in ("digits", "digits-split", "digits-splitfrozen"):
+        overrides = ["pretrain.steps=5", "clients.count=4"] if quick else []
+        rows[name] = _digits_rounds(name, overrides)
+    return {"rows": rows}
+
+
+def _digits_rounds(name: str, overrides: list[str]) -> dict[str, Any]:
     from fedjax_lora.config.assemble import build
     from fedjax_lora.config.experiment import load_config
     from fedjax_lora.config.presets import preset
 
-    rows = []
-    for count in (5,) if quick else (50, 200, 1000):
-        overrides = [f"clients.count={count}", "engine.eval_every=5", "rounds=20"]
-        if count > 500:  # more clients than the 1,100 examples could serve otherwise
-            overrides.append("clients.partition.kind=iid")
-        simulation = build(load_config(None, overrides, base=preset("digits")))
-        state = simulation.init(jax.random.key(0))
+    simulation = build(load_config(None, ["engine.eval_every=5", "rounds=20", *overrides], base=preset(name)))
+    state, _ = simulation.run(simulation.init(jax.random.key(0)), 5)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
         state, _ = simulation.run(state, 5)
-        seconds = []
-        for _ in range(3):
-            started = time.perf_counter()
-            state, _ = simulation.run(state, 5)
-            seconds.append((time.perf_counter() - started) / 5)
-        chunk, compile_s = simulation.layout.chunk, simulation.compile_s
-        rows.append({"clients": count, "chunk": chunk, "compile_s": compile_s, "round_s": seconds})
-    return {"rows": rows}
+        seconds.append((time.perf_counter() - started) / 5)
+    return {"chunk": simulation.layout.chunk, "compile_s": simulation.compile_s, "round_s": seconds}
 
 
 def sparsifiers(model: str, quick: bool) -> dict[str, Any]:
-    """Every sparsifier over many clients' adapters: clients/s and GB/s (read once, written once)."""
+    """Every sparsifier's messages of half of the components: clients/s, and GB/s of the least bytes it could take."""
     del model
+    import sparsifier_programs as programs
+    from sparsifier_torch import Size, draw
+
     from fedjax_lora.config.catalogue import Catalogue
-    from fedjax_lora.core.methods import Context
-    from fedjax_lora.core.types import Adapters, Factors, Scope
 
-    layers, width, rank, count = (2, 32, 4, 3) if quick else (12, 768, 8, 256)
-    shapes = {"a": (layers, width, rank), "b": (layers, rank, width)}
-
-    def adapters(key: jax.Array, *leading: int) -> Adapters:
-        parts = {
-            name: Factors(
-                **{
-                    part: jax.random.normal(jax.random.fold_in(key, 2 * i + j), (*leading, *shape))
-                    for j, (part, shape) in enumerate(shapes.items())
-                }
-            )
-            for i, name in enumerate(("query", "value"))
-        }
-        return Adapters(modules=parts, head={})
-
-    start, trained = adapters(jax.random.key(0)), adapters(jax.random.key(1), count)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(trained))
-    scope = Scope.whole(jnp.ones(rank))
-    found: dict[str, Any] = {"clients": count, "layers": layers, "width": width, "rank": rank, "bytes": size}
-    for name, listed in Catalogue.of().by_slot["sparsifier"].items():
-        method = listed.make(listed.options(), Context(count, count, like=start))
-        memory = jax.vmap(method.init)(trained)
-
-        def compress(trained: Any, memory: Any, method: Any = method) -> Any:
-            def one(own: Any, memory: Any, key: jax.Array) -> Any:
-                message = method.encode(start, own, memory, jnp.float32(rank / 4), scope, key)
-                return method.decode(start, message, scope)
-
-            return jax.vmap(one)(trained, memory, jax.random.split(jax.random.key(2), count))
-
+    size = Size(4, 4, 32) if quick else Size(4096, 16, 768)
+    held, found = programs.cohort(draw(size)), {}
+    for name, method in Catalogue.of().by_slot["sparsifier"].items():
         try:
-            seconds = timed(jax.jit(compress), trained, memory)
-            found[name] = {"seconds": seconds, "clients_per_s": count / seconds, "GB/s": 2e-9 * size / seconds}
+            program = programs.message(programs.made(method, held.start, size.clients), held, size.rank // 2)
+            seconds = statistics.median(in_turns({name: program.call}, 5, 0.0)[name])
+            sent_bytes = float(jnp.sum(program.call()[-1])) / 8
         except Exception as error:  # what a method does not do on this device is a result
             found[name] = {"error": str(error).splitlines()[0][:300]}
-    return found
-
-
-def kernels(model: str, quick: bool) -> dict[str, Any]:
-    """The Pallas kernel of rank energies beside XLA's: GB/s (both factors read once), and the relative difference."""
-    del model
-    from fedjax_lora.ops.rank_energy import rank_energy
-
-    found: dict[str, Any] = {}
-    for leading, width, rank in ((4, 32, 8),) if quick else ((6144, 768, 8), (6144, 768, 16), (1024, 4096, 64)):
-        x, x0 = jax.random.normal(jax.random.key(0), (2, leading, width, rank))
-        row: dict[str, Any] = {}
-        results = []
-        for implementation in IMPLEMENTATIONS:
-            program = jax.jit(functools.partial(rank_energy, axis=-2, implementation=implementation))
-            try:
-                row[f"{implementation}, GB/s"] = 2e-9 * x.nbytes / timed(program, x, x0)
-                results.append(program(x, x0))
-            except Exception as error:  # what a compiler refuses is a result
-                row[f"{implementation}, error"] = str(error).splitlines()[0][:300]
-        if len(results) == len(IMPLEMENTATIONS):
-            apart = [jnp.max(jnp.abs(p - q)) / jnp.max(jnp.abs(p)) for p, q in zip(*results, strict=True)]
-            row["largest relative difference"] = max(map(float, apart))
-        found[f"{leading} x {width} x {rank}"] = row
-    return found
+            continue
+        floor = size.clients * size.factor_bytes + size.factor_bytes + sent_bytes
+        rates = {"clients_per_s": size.clients / seconds, "gb_per_s": floor * 1e-9 / seconds}
+        found[name] = {"compile_s": program.compile_s, "call_s": seconds, **rates}
+    return {**size._asdict(), "methods": found}
 
 
 def tsfa(model: str, quick: bool) -> dict[str, Any]:
     """The online controller's round by number of clients: seconds of a call."""
     del model
-    from tsfa_solver import measure
+    from solver_tsfa import measure
 
-    return {str(count): measure(count, 2, 0.2) for count in ((16,) if quick else (256, 1024, 4096))}
+    return {str(count): measure(count, 2, 0.2) for count in ((16,) if quick else (256, 4096))}
 
 
 def peer(model: str, quick: bool) -> dict[str, Any]:
@@ -254,6 +202,8 @@ def peer(model: str, quick: bool) -> dict[str, Any]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found: dict[str, Any] = {"device": device, "torch": torch.__version__}
+    if jax.devices()[0].platform != device.replace("cuda", "gpu"):
+        return found | {"left_out": f"PyTorch must have the accelerator {jax.devices()[0].platform}, got {device}"}
     shape = SMALL if quick else MINILM
     with checkpoint(model, shape) as folder:
         work = Workload(model=str(folder), clients=2 if quick else 16, length=16 if quick else 64)

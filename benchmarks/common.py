@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -170,6 +170,32 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, seconds: float, most_s: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of a call of each, once a turn, so that all see the same load; each is called once before.
+
+    Args:
+      calls: name -> what is timed; it returns when its result is there.
+      repeats: turns.
+      seconds: a turn calls each until so many have passed, once at least, and takes the mean.
+      most_s: who has been timed for so long has no more turns.
+    """
+    for call in calls.values():
+        call()
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    spent = dict.fromkeys(calls, 0.0)
+    for _ in range(repeats):
+        for name in (name for name in calls if spent[name] < most_s):
+            number, started = 0, time.perf_counter()
+            while number == 0 or time.perf_counter() - started < seconds:
+                calls[name]()
+                number += 1
+            spent[name] += (took := time.perf_counter() - started)
+            found[name].append(took / number)
+    return found
+
+
 def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
     """The exponent p of the power law y = c * x^p that fits best, by least squares of the logarithms."""
     return statistics.linear_regression([math.log(value) for value in x], [math.log(value) for value in y]).slope
@@ -220,6 +246,11 @@ def available_memory_bytes() -> int:
     """Memory that a new process could have."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def total_memory_bytes() -> int:
+    """Memory of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _busy_cpu_s() -> float:

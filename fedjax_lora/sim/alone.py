@@ -7,7 +7,7 @@ k of r ranks is 1 - k / r. The label is ours.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,21 +108,32 @@ def run_alone(simulation: Simulation, trials: Sequence[Trial], rounds: int) -> N
 
     The devices share the trials, AT_ONCE of them at a time.
     """
-    program, world, devices = simulation.program, simulation.world, jax.device_count()
+    devices = jax.device_count()
     lanes = -(-min(len(trials), AT_ONCE) // devices) * devices
+    run = trials_alone(simulation, rounds)
+    found = []
+    for start in range(0, len(trials), lanes):
+        batch = list(trials[start : start + lanes])
+        batch += batch[-1:] * (lanes - len(batch))
+        found.append(jax.device_get(run(*arguments(simulation, batch))))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(trials)], *found)
+
+
+def trials_alone(simulation: Simulation, rounds: int) -> Any:
+    """`network_alone` of many trials as one jitted program of `arguments`, shared by the devices."""
+    program = simulation.program
 
     def one(world: World, trial: Trial, key: Array) -> NetworkRounds:
         data = dataclasses.replace(world.data, index=trial.rows, count=trial.examples)
         state = program.start(key, trial.numbers)
         return network_alone(program.make_parts, dataclasses.replace(world, data=data), state, rounds)
 
-    every = jax.vmap(one, in_axes=(None, 0, 0))
+    every, mesh = jax.vmap(one, in_axes=(None, 0, 0)), device_mesh(jax.device_count())
     specs = (P(), P(TRIALS), P(TRIALS))
-    run = jax.jit(jax.shard_map(every, mesh=device_mesh(devices), in_specs=specs, out_specs=P(TRIALS), check_vma=False))
-    found = []
-    for start in range(0, len(trials), lanes):
-        batch = list(trials[start : start + lanes])
-        batch += batch[-1:] * (lanes - len(batch))
-        keys = jnp.stack([jax.random.key(trial.seed) for trial in batch])
-        found.append(jax.device_get(run(world, trees.stack(batch), keys)))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(trials)], *found)
+    return jax.jit(jax.shard_map(every, mesh=mesh, in_specs=specs, out_specs=P(TRIALS), check_vma=False))
+
+
+def arguments(simulation: Simulation, trials: Sequence[Trial]) -> tuple[World, Trial, Array]:
+    """What the program of `trials_alone` takes of so many trials, a multiple of the devices."""
+    keys = jnp.stack([jax.random.key(trial.seed) for trial in trials])
+    return simulation.world, trees.stack(list(trials)), keys

@@ -1,22 +1,22 @@
-"""Time of a schedule of split training by number of devices, and how far the heuristics are from the best set; JSON.
+"""Time of a schedule of split training by number of devices, and how far its sets are from the best ones.
 
 A cohort is drawn as in the default cell: gains over four decades, payloads and starts that differ by ten. `latency` and
 `latency, weighted` are the sets and shares of least latency for devices that count alike and by weight, `energy` those
-of least energy. Compile time is apart; calls have a median and extremes. `gap` is by how much the objective of a set of
-`GAP_DEVICES` devices lies above the least of all sets, each on its own best shares, in parts of the gains of all.
+of least energy. `gaps` is by how much the objective of a set of `GAP_DEVICES` devices lies above the least of all sets,
+each on its own best shares, in parts of the gains of all.
 """
 
-import argparse
 import itertools
+import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tsfa_solver import timed
+import solver_peers
+from solver_timing import timed
 
 from fedjax_lora.control.solver import device_energy, device_sets
 
@@ -79,6 +79,40 @@ def energy_of_all(*columns: Any) -> Any:
     return 0.5 * PRICE * device_energy.least_energy(costs_of(columns), everyone, BAND_HZ, POWER_W)[0]
 
 
+SOLVERS = {"latency": alike, "latency, weighted": weighted, "energy": by_energy}
+
+
+def measure(devices: int, cases: int, seconds: float) -> dict[str, Any]:
+    """Each of SOLVERS by so many devices."""
+    cohorts = [draw(devices, seed) for seed in range(cases)]
+    return {name: timed(solve, cohorts, seconds) for name, solve in SOLVERS.items()}
+
+
+def beside_cvxpy(devices: int, cases: int, seconds: float) -> dict[str, Any]:
+    """The schedule by weights, and of energy, beside CVXPY on every set of the devices: times and objectives."""
+    found = {}
+    for name, of_all in (("latency, weighted", gain_of_all), ("energy", energy_of_all)):
+        cohorts = [draw(devices, seed) for seed in range(cases)]
+        ours, times, apart = timed(SOLVERS[name], cohorts, seconds), [], []
+        for columns in cohorts:
+            scale = float(of_all(*columns))
+            started = time.perf_counter()
+            if name == "energy":
+                best = solver_peers.least_energy_set(columns, BAND_HZ, POWER_W, PRICE, scale * columns[5])
+            else:
+                best = solver_peers.least_latency_set(columns, BAND_HZ, PRICE, scale * columns[5])
+            times.append(time.perf_counter() - started)
+            apart.append((float(jax.jit(SOLVERS[name])(*columns).objective) - best) / scale)
+        ratio = common.spread(times)["median"] / ours["call_s"]["median"]
+        found[name] = {
+            "ours": ours,
+            "cvxpy_s": common.spread(times),
+            "ratio": ratio,
+            "objective_above_cvxpy_in_gains": common.spread(apart),
+        }
+    return found
+
+
 def gaps(cases: int) -> dict[str, dict[str, float]]:
     """Of the heuristics, over so many cohorts: median and extremes, and the share in which the best set was found."""
     sets = np.array(list(itertools.product([False, True], repeat=GAP_DEVICES)))
@@ -105,25 +139,3 @@ def gaps(cases: int) -> dict[str, dict[str, float]]:
             found.append(float((own - np.min(worth)) / scale))
         table[name] = common.spread(found) | {"best_set_found": float(np.mean(np.array(found) < 1e-5))}
     return table
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", type=int, nargs="+", default=[32, 128, 1024], help="(%(default)s)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of calls of each (%(default)s)")
-    parser.add_argument("--cases", type=int, default=200, help="cohorts of the gap (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
-    options = parser.parse_args()
-    result: dict[str, Any] = {"environment": common.environment(), "band_hz": BAND_HZ, "times": {}}
-    for count in options.devices:
-        cohorts = [draw(count, seed) for seed in range(8)]
-        solvers = {"latency": alike, "latency, weighted": weighted, "energy": by_energy}
-        result["times"][count] = {name: timed(solve, cohorts, options.seconds) for name, solve in solvers.items()}
-        common.note(f"{count} devices: {result['times'][count]}")
-    result["gaps"] = {"devices": GAP_DEVICES, "cases": options.cases} | gaps(options.cases)
-    common.emit(result, options.out)
-
-
-if __name__ == "__main__":
-    main()
