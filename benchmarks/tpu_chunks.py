@@ -65,7 +65,7 @@ def layer(project: Callable, clients: int) -> tuple[Callable, tuple]:
     model = bert.bert(shape, task, adapter)
     base = jax.eval_shape(model.init, jax.random.key(0))
     sites = {name: model.sites[name] for name in MODULES}
-    one = jax.eval_shape(lambda key: adapter.init(key, sites, 1, RANK), jax.random.key(0))
+    one = jax.eval_shape(lambda key: adapter.init(key, sites, 1, RANK, 1.0), jax.random.key(0))
     modules = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((clients, *leaf.shape), leaf.dtype), one)
     values = jax.ShapeDtypeStruct((clients, BATCH, LENGTH, shape.width), jnp.float32)
 
@@ -84,19 +84,21 @@ def projection(side_by_side: str, clients: int) -> tuple[Callable, tuple]:
     width, rows = SHAPE["hidden_size"], BATCH * LENGTH
     x = jax.ShapeDtypeStruct((clients, rows, width), jnp.float32)
     w = jax.ShapeDtypeStruct((width, 3 * width), jnp.bfloat16)
-    a = jax.ShapeDtypeStruct((clients, width, RANK), jnp.float32)
-    b = jax.ShapeDtypeStruct((clients, RANK, width), jnp.float32)
+    a: Any = jax.ShapeDtypeStruct((clients, width, RANK), jnp.float32)
+    b: Any = jax.ShapeDtypeStruct((clients, RANK, width), jnp.float32)
 
     def total(x: Array, modules: dict[str, Factors], w: Array) -> Array:
         placed = {name: (place * width, factors) for place, (name, factors) in enumerate(modules.items())}
         if side_by_side == "clients":
             joined = jax.vmap(lambda own: lora._side_by_side(own, 3 * width), (dict.fromkeys(placed, (None, 0)),))
-            return jnp.sum(lora_matmul(x, w, joined(placed), implementation="pallas") ** 2)
+            every = joined(placed)
+            assert every is not None  # there are modules
+            return jnp.sum(lora_matmul(x, w, every, implementation="pallas") ** 2)
         project = apart if side_by_side == "nothing" else lora.project
         each = jax.vmap(lambda x, own: project(x, w, own), (0, dict.fromkeys(placed, (None, 0))))
         return jnp.sum(each(x, placed) ** 2)
 
-    return jax.grad(total, argnums=(0, 1)), (x, {name: Factors(a=a, b=b) for name in MODULES}, w)
+    return jax.grad(total, argnums=(0, 1)), (x, dict.fromkeys(MODULES, Factors(a=a, b=b)), w)
 
 
 CASES: dict[str, Callable[[int], tuple[Callable, tuple]]] = {

@@ -73,12 +73,12 @@ def map_over_devices(work: Callable[..., Any], shared: Any, items: Any, chunk: i
     return mapped(shared, items)
 
 
-def device_mesh(trials: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def device_mesh(trials: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """All devices: as many as divide the trials take one each, and those of one trial share its clients.
 
     Args:
       trials: at once.
-      devices: None for those at hand.
+      devices: `jax.Device`s; None for those at hand.
     """
     count = jax.device_count() if devices is None else len(devices)
     across = math.gcd(trials, count)

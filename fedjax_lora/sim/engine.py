@@ -279,8 +279,8 @@ class Simulation:
             self._compiled = self.program.compiled(self.world, state)
             self.compile_s = time.perf_counter() - started
 
-    def lower(self, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
-        """The program of a segment for other devices than those at hand, from shapes alone; `.compile()` compiles it.
+    def lower(self, devices: Sequence[Any]) -> jax.stages.Lowered:
+        """The program of a segment for other `jax.Device`s, from shapes alone; `.compile()` compiles it.
 
         As many clients are trained at once as `engine.client_chunk` says, of which `auto` knows no memory.
 
