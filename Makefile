@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NEWEST := .venv-newest
 
-.PHONY: run test test-all test-newest
+.PHONY: run test test-all test-newest fuzz
 
 run: $(VENV)/installed  ## fine-tune on the embedded digits over a simulated cell
 	$(BIN)/fedjax-lora run $(if $(wildcard runs/digits/config.yaml),--resume)
@@ -19,6 +19,9 @@ test-all: $(VENV)/installed-test  ## the suite with its slow tests, compiled as 
 
 test-newest: $(NEWEST)/installed  ## the suite with the newest releases of what it needs, and without PyTorch
 	$(NEWEST)/bin/pytest -n 2 --dist worksteal -m "not slow"
+
+fuzz: $(VENV)/installed-test  ## 10,000 broken configurations, sentence files, safetensors and checkpoints, others each time
+	FUZZ_EXAMPLES=10000 $(BIN)/pytest -n 2 tests/test_broken_inputs.py tests/test_broken_files.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -120,7 +120,8 @@ def _run(options: argparse.Namespace) -> int:
         console.print(f"by the plan: {choice(plan)}")
     summary = run(config, path, options.resume, console, plan, *methods)
     console.print(summary_lines(summary))
-    console.print(sentence(summary))
+    if summary.get("goodput") is not None:  # a trial of a sweep has none
+        console.print(sentence(summary))
     if plan:
         console.print(binding(effects_of_run(plan, read_metrics(path))))
     console.print(f"report: {path / 'report.html'}")

@@ -37,7 +37,7 @@ def spent(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
     A `start` names the round that it goes on from: what was computed beyond it is lost.
     """
-    found = dict.fromkeys(PARTS, 0.0)
+    found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     rounds: list[tuple[int, float]] = []
     since = alive = None
     for line in lines:
@@ -66,11 +66,11 @@ def told(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def sentence(summary: Mapping[str, Any]) -> str:
-    """What a summary says of the time, in one line."""
+    """What a summary that tells goodput says of the time, in one line."""
     parts = summary["spent_s"]
     starts = "1 start" if summary["starts"] == 1 else f"{summary['starts']} starts"
     of = ", ".join(f"{name} {parts[name]:.1f}" for name in PARTS if parts[name] >= 0.05)
-    return f"goodput {summary['goodput'] or 0.0:.3f} of {sum(parts.values()):.1f} s in {starts}: {of}"
+    return f"goodput {summary['goodput']:.3f} of {sum(parts.values()):.1f} s in {starts}: {of}"
 
 
 class Times:
@@ -144,16 +144,15 @@ def _read(path: Path) -> list[dict[str, Any]]:
       ValueError: a line is none that was written, or is of a time before that of the line before.
     """
     lines: list[dict[str, Any]] = []
-    at = 0.0
     for number, text in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else [], start=1):
         try:
             line = json.loads(text)
-            right = line["part"] in (*WORK, _START, _ALIVE) and line["at"] >= at
-            right &= line["part"] not in (_START, "rounds") or type(line["round"]) is int
-            at = line["at"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            right = False
-        if not right:
+            timely = 0 <= line["at"] and (not lines or line["at"] >= lines[-1]["at"])
+            named = line["part"] in (*WORK, _START, _ALIVE)
+            numbered = line["part"] not in (_START, "rounds") or type(line["round"]) is int
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{path} line {number} is not as it was written") from error
+        if not (timely and named and numbered):
             raise ValueError(f"{path} line {number} is not as it was written")
         lines.append(line)
     return lines
