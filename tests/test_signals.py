@@ -178,4 +178,5 @@ def test_a_sweep_saves_its_trials_and_says_how_it_goes_on(tmp_path, capsys, monk
     trials = [path.parent for path in (tmp_path / "left").glob("*/config.yaml")]
     assert [next(checkpoint.whole(trial / "checkpoints")).step for trial in trials] == [2, 2]
     assert cli.main(sweep("left")) == cli.main(sweep("alone")) == 0
+    assert (tmp_path / "left" / "times.jsonl").read_text().count('"start"') == 2
     assert digests("left") == digests("alone") and len(digests("left")) == 2

@@ -99,7 +99,7 @@ def _run(
         ended, begin = folder.ended(), folder.last_checkpoint()
     else:
         folder.check_free()
-    times = stack.enter_context(Times(begin.step if begin else 0))
+    times = stack.enter_context(Times())
     progress.stage("reading the model and the data")
     simulation = build(config, methods)
     data = started_with(simulation.facts) | {"methods": dict(files)}
@@ -109,7 +109,7 @@ def _run(
         write_report([path], folder.report)
         return ended
     if resume:
-        times.keep_in(path)
+        times.keep_in(path, begin.step if begin else 0)
     times.mark("data")
     for note in _notes(config, simulation):
         progress.print(f"note: {note}")

@@ -58,17 +58,20 @@ class Signals:
     def handle(self, number: int, frame: object) -> None:
         """Python's own handler, in the main thread; it has to wait as long as a program is running there."""
         del frame
+        self._number = self._number or number
         if self.running is None:
             raise Interrupted(number)
 
     def listen(self, pipe: int) -> None:
         """Hear of each signal at once, in a thread of its own, until the pipe is closed."""
+        times = 0
         while byte := os.read(pipe, 1):
             number = byte[0]
             if number not in _ASK_TO_LEAVE:
                 continue
+            times += 1
             name = signal.Signals(number).name
-            if self._number is not None:
+            if times > 1:
                 _say(f"{name}: left at once; what was saved before stays")
                 os._exit(128 + number)
             self._number = number

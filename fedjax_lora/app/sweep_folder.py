@@ -27,6 +27,7 @@ from fedjax_lora.io.lock import check_unlocked, locked
 from fedjax_lora.io.log import RunFolder
 from fedjax_lora.io.run_files import is_run, read_data, read_metrics
 from fedjax_lora.io.sweep import Sweep, discard_found, write_found
+from fedjax_lora.io.times import Times, sentence
 from fedjax_lora.report.html import check_replaceable
 
 _WAITING = 64
@@ -63,6 +64,7 @@ def sweep_into(
     if path.is_dir():
         check_replaceable(path / "report.html")
     check_can_hold_files(path)
+    times = Times()
     configs, refused = _load(settings, load)
     names = list(configs)
     groups, unbuilt = grouped(list(configs.values()), methods.methods)
@@ -70,14 +72,18 @@ def sweep_into(
     if not groups:
         raise next(iter(refused.values()))
     path.mkdir(parents=True, exist_ok=True)
-    with naming_a_full_disk(path), locked(path), heard() as signals, checkpoint.Saver(_WAITING) as saver:
-        folders = _Folders(path, names, groups, methods, saver, signals)
+    with naming_a_full_disk(path), locked(path), times, heard() as signals, checkpoint.Saver(_WAITING) as saver:
+        folders = _Folders(path, names, groups, methods, saver, signals, times)
         begun = folders.open()
         discard_found(path)
+        times.keep_in(path, sum(standing.done for standing in begun.values()))
+        times.mark("data")
         announce(console, groups, len(settings))
         with signals.ending("the running segment of each trial"), Progress(console) as progress:
             stopped = play(groups, folders, progress, begun, halving)
         folders.end_all()
+        times.mark("other")
+    console.print(sentence(times.told()))
     reasons = {name: " ".join(str(error).split()) for name, error in refused.items()}
     for name, reason in reasons.items():
         warnings.warn(f"{name} is refused: {reason}", RunWarning, stacklevel=2)
@@ -120,8 +126,9 @@ class _Folders:
         methods: UserMethods,
         saver: checkpoint.Saver,
         signals: Signals,
+        times: Times,
     ):
-        self._saver, self._signals = saver, signals
+        self._saver, self._signals, self._times, self._done = saver, signals, times, 0
         self._folders = [RunFolder(path / name) for name in names]
         self._since_s: dict[int, float] = {}
         self._at_once: dict[int, int] = {}
@@ -149,10 +156,12 @@ class _Folders:
                 ended = last.step == self._config(place).rounds
                 state = None if ended else checkpoint.restore(last, self._like(place))
                 found[place] = Standing(last.step, state)
+        self._done = sum(standing.done for standing in found.values())
         return found
 
     def begin(self, place: int, begun: Begun) -> None:
         """Make the folder of a trial, or open it where it is."""
+        self._times.mark("compile")
         self._since_s[place], self._at_once[place] = begun.started_s, begun.at_once
         self._compile_s.setdefault(place, {})[begun.at_once] = begun.compile_s
         folder, text = self._folders[place], dump(self._config(place))
@@ -167,6 +176,8 @@ class _Folders:
 
     def keep(self, place: int, state: FedState, metrics: Metrics) -> None:
         """Log a segment and save its state; the last one ends the trial."""
+        self._done += len(metrics.round)
+        self._times.mark("rounds", self._done)
         self._folders[place].append(metrics)
         self._folders[place].save(state, self._saver)
         now = time.perf_counter()
@@ -175,6 +186,7 @@ class _Folders:
         if int(state.round) == self._config(place).rounds:
             self._saver.wait()
             self.end(place)
+        self._times.mark("checkpoint")
 
     def kept(self) -> None:
         """Leave, with all trials saved, if a signal has come."""

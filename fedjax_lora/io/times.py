@@ -76,14 +76,14 @@ def sentence(summary: Mapping[str, Any]) -> str:
 class Times:
     """The times of a run as they come about while its block runs; on disk once `keep_in` is called."""
 
-    def __init__(self, going_on_from: int = 0):
+    def __init__(self):
         # Of one clock that is never set back.
         self._offset_s = time.time() - time.monotonic()
         self._lines: list[dict[str, Any]] = []
         self._file: BinaryIO | None = None
         self._writing, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
-        self._add({"part": _START, "round": going_on_from})
+        self._add({"part": _START, "round": 0})
 
     def __enter__(self) -> Self:
         return self
@@ -95,8 +95,8 @@ class Times:
         if self._file:
             self._file.close()  # without a buffer: nothing is left to write
 
-    def keep_in(self, folder: Path) -> None:
-        """From now on in a run's folder, behind what it holds.
+    def keep_in(self, folder: Path, going_on_from: int = 0) -> None:
+        """From now on in a run's folder, behind what it holds: this start goes on from so many rounds.
 
         A file that was damaged is warned of, and begun anew.
         """
@@ -107,6 +107,11 @@ class Times:
             warnings.warn(f"the times of earlier starts are lost: {error}", RunWarning, stacklevel=2)
             before = []
         with self._writing:
+            self._lines[0]["round"] = going_on_from
+            behind_s = before[-1]["at"] - self._lines[0]["at"] if before else 0.0
+            if behind_s > 0:  # the clock was set back
+                self._offset_s += behind_s
+                self._lines = [line | {"at": round(line["at"] + behind_s, 3)} for line in self._lines]
             self._lines = [*before, *self._lines]
             write_atomically(path, "".join(map(_text, self._lines)))  # without a last line that a kill has torn
             self._file = path.open("ab", buffering=0)
@@ -147,7 +152,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else [], start=1):
         try:
             line = json.loads(text)
-            timely = 0 <= line["at"] and (not lines or line["at"] >= lines[-1]["at"])
+            timely = line["at"] >= 0 and (not lines or line["at"] >= lines[-1]["at"])
             named = line["part"] in (*WORK, _START, _ALIVE)
             numbered = line["part"] not in (_START, "rounds") or type(line["round"]) is int
         except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -56,12 +56,22 @@ def test_a_second_start_adds_to_the_first_and_not_to_what_a_kill_has_torn(tmp_pa
         first.mark("rounds", 3)
     assert path.read_text() == "".join(json.dumps(line) + "\n" for line in first._lines)
     os.truncate(path, path.stat().st_size - 4)
-    with times.Times(0) as second:
+    with times.Times() as second:
         second.keep_in(tmp_path)
         second.mark("rounds", 3)
     parts = [json.loads(line)["part"] for line in path.read_text().splitlines()]
     assert parts == ["start", "data", "start", "rounds"]
     assert second.told()["starts"] == 2 == times.told(map(json.loads, path.read_text().splitlines()))["starts"]
+
+
+def test_a_clock_that_was_set_back_loses_no_time_oracle_the_first_start(tmp_path):
+    future = 1e10
+    (tmp_path / times.TIMES).write_text(f'{{"at": {future}, "part": "start", "round": 0}}\n')
+    with times.Times() as found:
+        found.mark("data")
+        found.keep_in(tmp_path)
+    assert found._lines[1]["at"] == future and found.told()["spent_s"]["down"] == 0
+    assert 0 <= found.told()["spent_s"]["data"] < 60
 
 
 def test_a_long_piece_of_work_leaves_signs_of_life(tmp_path, monkeypatch):
