@@ -97,7 +97,7 @@ def test_a_broken_configuration_is_read_or_refused_in_one_line(file, change, bas
 
 @examples(50)
 @given(broken())
-def test_a_broken_configuration_leaves_no_run_and_reads_no_other_file(file, change, capsys):
+def test_a_broken_configuration_leaves_no_run_and_reads_no_other_file(file, capsys, change):
     """Through the command line, up to where a simulation would be built, which is refused here."""
     file.write_text(change[0], encoding="utf-8", errors="surrogatepass")
     with pytest.MonkeyPatch.context() as patch, nothing_else_read(file):

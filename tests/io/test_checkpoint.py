@@ -168,6 +168,31 @@ def test_a_save_that_failed_is_told_by_the_next_one_or_at_the_end(tmp_path):
     assert checkpoint.steps(tmp_path) == [3]
 
 
+FULL = """
+import resource, sys, time
+from fedjax_lora.io import checkpoint
+from oracles.states import make_state
+checkpoint.save(sys.argv[1], make_state(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    checkpoint.save(sys.argv[1], make_state(2))
+except ValueError as error:
+    print(error)
+time.sleep(0.5)  # for threads that still have something to say
+"""
+
+
+def test_a_disk_that_takes_no_more_is_one_line_whatever_orbax_says_of_it(tmp_path):
+    """A limit on the size of files stands for it. Oracle: both streams, and the checkpoint before."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.stdout.startswith(f"checkpoint {tmp_path / '2'} cannot be written: ") and done.stdout.count("\n") == 1
+    assert "File too large" in done.stdout and done.stderr == "" and done.returncode == 0
+    assert os.listdir(tmp_path) == ["1"]
+    assert_same_bits(newest(tmp_path, make_state(0)), make_state(1))
+
+
 ON_DEVICES = """
 import importlib.util, sys
 import jax, jax.numpy as jnp
