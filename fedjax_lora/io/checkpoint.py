@@ -5,21 +5,24 @@ renamed when it is whole, so a process killed midway leaves the checkpoints befo
 later does not match its hashes, and is not believed.
 """
 
+import collections
+import concurrent.futures
+import contextlib
 import hashlib
 import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 
 from fedjax_lora.core.errors import RunWarning
 from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState
 from fedjax_lora.io.files import atomic_folder, remove
+from fedjax_lora.io.orbax import failing_in_one_line
 
 _KEPT = 2
 _STATE, _HASHES = "state", "sha256.json"
@@ -36,25 +39,76 @@ class Checkpoint(NamedTuple):
     log_sha256: str
 
 
+class Saver:
+    """Writes checkpoints in a thread, one after another, by one checkpointer of Orbax, while its block runs.
+
+    A state is copied before `save` returns: the program that consumes it may go on at once. An error is raised by the
+    next `save`, by `wait` or at the end of the block.
+
+    Args:
+      waiting: states that may be held while others are written.
+    """
+
+    def __init__(self, waiting: int = 1):
+        self._waiting = waiting
+        self._pending: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+
+    def __enter__(self) -> Self:
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._checkpointer = ocp.StandardCheckpointer()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            with contextlib.suppress(*([] if kind is None else [ValueError])):  # the first error is told
+                self.wait()
+        finally:
+            self._thread.shutdown()
+            with contextlib.suppress(Exception):  # all is written, or told: Orbax repeats what went wrong
+                self._checkpointer.close()
+
+    def save(self, folder: str | Path, state: FedState, log_sha256: str = "") -> None:
+        """Write `state` as the checkpoint of its round and keep the last two up to it.
+
+        Raises:
+          ValueError: an earlier one could not be written.
+        """
+        while len(self._pending) >= self._waiting:
+            self._pending.popleft().result()
+        path = Path(folder) / str(int(state.round))
+        copied = jax.tree.map(lambda leaf: leaf.copy(), state)
+        self._pending.append(self._thread.submit(_write, self._checkpointer, path, copied, log_sha256))
+
+    def wait(self) -> None:
+        """Return when all that was given is on disk.
+
+        Raises:
+          ValueError: one could not be written.
+        """
+        while self._pending:
+            self._pending.popleft().result()
+
+
 def save(folder: str | Path, state: FedState, log_sha256: str = "") -> None:
-    """Write `state` as the checkpoint of its round and keep the last two up to it; done when it returns.
+    """As `Saver.save`, done when it returns.
 
     Raises:
       ValueError: the folder cannot be written.
     """
-    path = Path(folder) / str(int(state.round))
-    try:
+    with Saver() as saver:
+        saver.save(folder, state, log_sha256)
+
+
+def _write(checkpointer: ocp.StandardCheckpointer, path: Path, state: FedState, log_sha256: str) -> None:
+    with failing_in_one_line(f"checkpoint {path} cannot be written"):
         if path.exists():  # damaged, or of the same round of the same run
             remove(path)
         with atomic_folder(path) as partial:
-            with _checkpointer() as checkpointer:
-                checkpointer.save(partial.resolve() / _STATE, state)
-                checkpointer.wait_until_finished()
+            checkpointer.save(partial.resolve() / _STATE, state)
+            checkpointer.wait_until_finished()
             text = json.dumps({"log": log_sha256, "files": _hashes(partial)}, indent=2)
             (partial / _HASHES).write_text(text + "\n", encoding="utf-8")
-        _clear(Path(folder), int(path.name))
-    except Exception as error:  # Orbax and TensorStore share no base class
-        raise ValueError(f"checkpoint {path} cannot be written: {_one_line(error)}") from error
+        _clear(path.parent, int(path.name))
 
 
 def steps(folder: str | Path) -> list[int]:
@@ -84,13 +138,11 @@ def restore(found: Checkpoint, like: FedState) -> FedState:
       ValueError: the checkpoint is of another structure.
     """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    try:
-        with _checkpointer() as checkpointer:
+    with failing_in_one_line(f"checkpoint {found.path} cannot be read"):
+        with ocp.StandardCheckpointer() as checkpointer:
             state = cast(FedState, checkpointer.restore(found.path.resolve() / _STATE, abstract))
         _check_round(found, state.round)
-        return state
-    except Exception as error:  # Orbax and TensorStore share no base class
-        raise ValueError(f"checkpoint {found.path} cannot be read: {_one_line(error)}") from error
+    return state
 
 
 class Trained(NamedTuple):
@@ -111,13 +163,11 @@ def restore_trained(found: Checkpoint) -> Trained:
     Raises:
       ValueError: it cannot be read.
     """
-    try:
+    with failing_in_one_line(f"checkpoint {found.path} cannot be read"):
         held = _read_parts(found.path / _STATE)
         _check_round(found, held["round"])
         modules = {name: Factors(**factors) for name, factors in held["adapters"]["modules"].items()}
         clients = ClientState(**held["clients"], methods={})
-    except Exception as error:  # Orbax and TensorStore share no base class
-        raise ValueError(f"checkpoint {found.path} cannot be read: {_one_line(error)}") from error
     return Trained(found.step, Adapters(modules=modules, head=held["adapters"]["head"]), held["merged"], clients)
 
 
@@ -140,21 +190,6 @@ def _read_parts(state: Path) -> dict[str, Any]:
     to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), parts)
     wanted = ocp.args.PyTreeRestore(item=parts, restore_args=to_numpy, partial_restore=True)
     return handler.restore(place, args=wanted)
-
-
-class _checkpointer(ocp.StandardCheckpointer):
-    """Orbax's own, which logs nothing below errors while it is open."""
-
-    def __enter__(self):
-        self._verbosity = logging.get_verbosity()
-        logging.set_verbosity(logging.ERROR)
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any):
-        try:
-            return super().__exit__(*exception)
-        finally:
-            logging.set_verbosity(self._verbosity)
 
 
 def _clear(folder: Path, step: int) -> None:
@@ -189,8 +224,3 @@ def _hashes(folder: Path) -> dict[str, str]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + " ..."
