@@ -17,6 +17,7 @@ from fedjax_lora.core.exchange import Aggregate, Aggregator, Enter, Fold, Receiv
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Factors
+from fedjax_lora.ops.masked_mean import masked_mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,10 +131,9 @@ def average_factors(old: Factors, received: Factors, counted: Array, weights: Ar
 
 def _average(old: Factors, received: Factors, w: Array) -> Factors:
     """The weighted average of a layer's factors, `[n_in, R]` and `[R, n_out]`."""
-    # Of changes, not of values: copies of the broadcast then give the broadcast to the last bit.
     return Factors(
-        a=old.a + jnp.sum(w[:, None, :] * (received.a - old.a), axis=0),
-        b=old.b + jnp.sum(w[:, :, None] * (received.b - old.b), axis=0),
+        a=masked_mean(old.a, received.a, w, axis=-2),
+        b=masked_mean(old.b, received.b, w, axis=-1),
     )
 
 

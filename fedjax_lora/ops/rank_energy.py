@@ -3,11 +3,12 @@
 import functools
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fedjax_lora.ops.implementations import Implementation, chosen, with_gradients_of
 from fedjax_lora_kernels import rank_energy as kernel
+from fedjax_lora_kernels.targets import Target
 
 
 class RankEnergy(NamedTuple):
@@ -27,7 +28,7 @@ class RankEnergy(NamedTuple):
 
 
 def rank_energy(
-    x: Array, x0: Array, *, axis: Literal[-2, -1], implementation: Literal["xla", "pallas"] = "xla"
+    x: Array, x0: Array, *, axis: Literal[-2, -1], implementation: Implementation | None = None
 ) -> RankEnergy:
     """Energies of each rank of a factor and of its change; differentiable in both.
 
@@ -35,17 +36,16 @@ def rank_energy(
       x: `[..., n, R]` with axis -2, or `[..., R, n]` with axis -1.
       x0: the same shape: where x started from.
       axis: which axis is the width n and is summed.
-      implementation: `xla` is the reference; `pallas` reads each factor once (see `kernels/README.md`).
+      implementation: `xla` is the reference, and what None stands for; `pallas` reads each factor once.
     """
     if x.shape != x0.shape:
         raise ValueError(f"x0 must have the shape of x, {x.shape}, got {x0.shape}")
     if axis not in (-2, -1):
         raise ValueError(f"axis must be -2 or -1, got {axis!r}")
-    if implementation == "xla":
-        return _reference(x, x0, axis)
-    if implementation == "pallas":
-        return _pallas(x, x0, axis)
-    raise ValueError(f"implementation must be 'xla' or 'pallas', got {implementation!r}")
+    reference = functools.partial(_reference, axis=axis)
+    if chosen(implementation) == "xla":
+        return reference(x, x0)
+    return with_gradients_of(reference, functools.partial(_by_kernel, axis=axis))(x, x0)
 
 
 def _reference(x: Array, x0: Array, axis: int) -> RankEnergy:
@@ -55,18 +55,5 @@ def _reference(x: Array, x0: Array, axis: int) -> RankEnergy:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _pallas(x: Array, x0: Array, axis: int) -> RankEnergy:
-    return RankEnergy(*kernel.rank_energy(x, x0, axis=axis, interpret=jax.default_backend() == "cpu"))
-
-
-def _pallas_forward(x: Array, x0: Array, axis: int) -> tuple[RankEnergy, tuple[Array, Array]]:
-    return _pallas(x, x0, axis), (x, x0)
-
-
-def _pallas_backward(axis: int, saved: tuple[Array, Array], cotangent: RankEnergy) -> tuple[Array, Array]:
-    _, pull_back = jax.vjp(functools.partial(_reference, axis=axis), *saved)
-    return pull_back(cotangent)
-
-
-_pallas.defvjp(_pallas_forward, _pallas_backward)
+def _by_kernel(x: Array, x0: Array, *, axis: int, target: Target) -> RankEnergy:
+    return RankEnergy(*kernel.rank_energy(x, x0, axis=axis, target=target))

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from fedjax_lora.adapters.lora import max_rank, rank_mask
 from fedjax_lora.core import trees
@@ -19,6 +20,9 @@ devices of a CPU share it."""
 
 ACCELERATOR_SHARE = 0.5
 """Share of the accelerator's memory that activations may take; the rest is weights, adapters and slack."""
+
+UNTOLD_BYTES = 2**33
+"""Memory of an accelerator that does not tell, or that a program is compiled for elsewhere."""
 
 
 def activation_bytes(make_parts: MakeParts, numbers: Numbers, world: World, like: Adapters, batch_size: int) -> int:
@@ -39,13 +43,13 @@ def activation_bytes(make_parts: MakeParts, numbers: Numbers, world: World, like
     return kept_bytes(2 * batch_size) - kept_bytes(batch_size)
 
 
-def activation_budget_bytes() -> int:
-    """What the activations of all clients at once may take on one of the devices at hand."""
-    device = jax.devices()[0]
+def activation_budget_bytes(mesh: Mesh) -> int:
+    """What the activations of all clients at once may take on one of these devices."""
+    device = mesh.devices.flat[0]
     if device.platform == "cpu":
-        return CPU_CACHE_BYTES // jax.device_count()
-    memory_bytes = (device.memory_stats() or {}).get("bytes_limit", 2**33)
-    return int(ACCELERATOR_SHARE * memory_bytes)
+        return CPU_CACHE_BYTES // mesh.size
+    stats = device.memory_stats() if device in jax.local_devices() else None
+    return int(ACCELERATOR_SHARE * (stats or {}).get("bytes_limit", UNTOLD_BYTES))
 
 
 def choose_chunk(cohort_per_device: int, bytes_per_client: int, budget_bytes: int) -> int:
@@ -60,4 +64,4 @@ def chunk_size(engine: EngineConfig, layout: Layout, bytes_per_client: int, tria
     cohort_per_device = -(-layout.cohort_size // layout.num_devices)
     if engine.client_chunk != "auto":
         return min(engine.client_chunk, cohort_per_device)
-    return choose_chunk(cohort_per_device, trials * bytes_per_client, activation_budget_bytes())
+    return choose_chunk(cohort_per_device, trials * bytes_per_client, activation_budget_bytes(layout.mesh))

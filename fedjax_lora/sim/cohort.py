@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -73,11 +73,17 @@ def map_over_devices(work: Callable[..., Any], shared: Any, items: Any, chunk: i
     return mapped(shared, items)
 
 
-def device_mesh(trials: int = 1) -> Mesh:
-    """All devices: as many as divide the trials take one each, and those of one trial share its clients."""
-    across = math.gcd(trials, jax.device_count())
-    shape = across, jax.device_count() // across
-    return jax.make_mesh(shape, (TRIALS, CLIENTS), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+def device_mesh(trials: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices: as many as divide the trials take one each, and those of one trial share its clients.
+
+    Args:
+      trials: at once.
+      devices: None for those at hand.
+    """
+    count = jax.device_count() if devices is None else len(devices)
+    across = math.gcd(trials, count)
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh((across, count // across), (TRIALS, CLIENTS), axis_types=kinds, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,8 @@ from jax.typing import ArrayLike
 from fedjax_lora.core.learning import Logits
 from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.types import ClientState, FedState, Metrics
-from fedjax_lora.sim.cohort import replicated
+from fedjax_lora.sim.chunk import chunk_size
+from fedjax_lora.sim.cohort import device_mesh, replicated
 from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal, of_clients, used_adapters
 from fedjax_lora.sim.full_gradient import FullGradient
 from fedjax_lora.sim.memory import Needs
@@ -190,6 +191,14 @@ class Program:
             self._compiled[shapes] = self._segment.lower(world, state, jnp.int32(0)).compile()
         return self._compiled[shapes]
 
+    def lower(self, world: World, state: FedState) -> jax.stages.Lowered:
+        """The program of a segment for these shapes on the devices of its layout, at hand or not."""
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.everywhere),
+            (world, state, jnp.int32(0)),
+        )
+        return self._segment.lower(*shapes)
+
 
 def predict(make_parts: MakeParts, world: World, state: FedState, inputs: Mapping[str, Array]) -> Array:
     """`[B, ...]` outputs of the task, by the adapters that a newcomer would be given."""
@@ -269,6 +278,20 @@ class Simulation:
             started = time.perf_counter()
             self._compiled = self.program.compiled(self.world, state)
             self.compile_s = time.perf_counter() - started
+
+    def lower(self, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+        """The program of a segment for other devices than those at hand, from shapes alone; `.compile()` compiles it.
+
+        As many clients are trained at once as `engine.client_chunk` says, of which `auto` knows no memory.
+
+        Example:
+          >>> from jax.experimental.topologies import get_topology_desc
+          >>> target = get_topology_desc("v5e:2x2", platform="tpu")  # doctest: +SKIP
+          >>> simulation.lower(target.devices).compile().memory_analysis()  # doctest: +SKIP
+        """
+        layout = self.layout._replace(mesh=device_mesh(devices=devices))
+        layout = layout._replace(chunk=chunk_size(self.needs.engine, layout, self.needs.activation_bytes))
+        return self.program.laid_out(layout).lower(self.world, self.needs.state)
 
     def segments(self, state: FedState, rounds: int) -> Iterator[tuple[FedState, Metrics]]:
         """Advance by `rounds`, yielding at every multiple of `eval_every` and at the end.

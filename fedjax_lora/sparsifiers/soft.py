@@ -21,7 +21,7 @@ from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Scope
 from fedjax_lora.ops.products import gram, safe_sqrt
-from fedjax_lora.ops.rank_energy import rank_energy
+from fedjax_lora.ops.soft_sparsify import change_energy
 from fedjax_lora.sparsifiers import diagnostics, ranks
 from fedjax_lora.sparsifiers.ranks import Budget, Missing
 
@@ -117,9 +117,7 @@ def importance(a: Array, b: Array, a0: Array | None = None, b0: Array | None = N
         raise ValueError(f"a0 and b0 must be given together, got only {'b0' if a0 is None else 'a0'}")
     if a0 is None or b0 is None:
         return safe_sqrt(jnp.sum(a * a, axis=-2)) * safe_sqrt(jnp.sum(b * b, axis=-1))
-    of_a, of_b = rank_energy(a, a0, axis=-2), rank_energy(b, b0, axis=-1)
-    energy = of_a.change * of_b.mean + of_a.mean * of_b.change + 2.0 * of_a.cross * of_b.cross
-    return safe_sqrt(jnp.maximum(energy, 0.0))
+    return safe_sqrt(jnp.maximum(change_energy(a, b, a0, b0), 0.0))
 
 
 def orthogonality_penalty(a: Array, b: Array, form: Form = "offdiag", rank_mask: Array | None = None) -> Array:

@@ -8,7 +8,6 @@ of the factors nor its singular value decomposition is formed.
 """
 
 import dataclasses
-import itertools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,8 +19,7 @@ from fedjax_lora.core.exchange import Message, Offer, Received, Sparsifier
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options
 from fedjax_lora.core.types import Adapters, Factors, Scope
-from fedjax_lora.ops import factorise
-from fedjax_lora.ops.products import gram
+from fedjax_lora.ops.rotate_ranks import rotate_ranks
 from fedjax_lora.sparsifiers import diagnostics, payload, ranks
 from fedjax_lora.sparsifiers.ranks import Budget
 
@@ -205,16 +203,8 @@ def _principal(start: Adapters, trained: Adapters, rank_mask: Array) -> dict[str
         old = start.modules[name]
         changes[name] = ((new.a - old.a) * rank_mask, jnp.swapaxes(new.b - old.b, -1, -2) * rank_mask)
     flat, structure = jax.tree.flatten(changes)
-    grams = jnp.concatenate([gram(change) for change in flat])
-    energy = jnp.trace(grams, axis1=-2, axis2=-1)[:, None]
-    # At unit trace, accuracy is the same at every scale of the change. Unused ranks move from eigenvalue 0 to -1:
-    # they come last even if a rank in use has not changed.
-    scaled = grams / jnp.where(energy > 0, energy, 1.0)[..., None] - jnp.diag(1.0 - rank_mask)
-    values, vectors = factorise.eigh(scaled)
-    energies, rotations = jnp.maximum(values[:, ::-1], 0.0) * energy, vectors[..., ::-1]
-    ends = list(itertools.accumulate(change.shape[0] for change in flat))[:-1]
-    parts = zip(flat, jnp.split(energies, ends), jnp.split(rotations, ends), strict=True)
-    return jax.tree.unflatten(structure, [_Principal(*part) for part in parts])
+    found = [_Principal(change, *part) for change, part in zip(flat, rotate_ranks(flat, rank_mask), strict=True)]
+    return jax.tree.unflatten(structure, found)
 
 
 def _turn(part: _Principal, first: Array, rank_mask: Array, keep_norm: bool) -> tuple[_Turn, _Turn]:

@@ -73,5 +73,5 @@ def test_bad_arguments_name_what_is_allowed():
         rank_energy(x, x.T, axis=-2)
     with pytest.raises(ValueError, match="axis must be -2 or -1, got 0"):
         rank_energy(x, x, axis=0)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="implementation must be 'xla' or 'pallas', got 'triton'"):
+    with pytest.raises(ValueError, match="implementation must be None, 'xla' or 'pallas', got 'triton'"):
         rank_energy(x, x, axis=-2, implementation="triton")  # pyright: ignore[reportArgumentType]

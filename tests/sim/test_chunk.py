@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fedjax_lora.adapters import lora
@@ -11,6 +12,7 @@ from fedjax_lora.aggregation import fedit
 from fedjax_lora.core.learning import Hidden, Model, Site
 from fedjax_lora.core.types import Adapters, Dataset, Factors
 from fedjax_lora.sim import chunk
+from fedjax_lora.sim.cohort import device_mesh
 from fedjax_lora.sim.parts import World
 from fedjax_lora.sparsifiers import dense
 from fedjax_lora.tasks import classification
@@ -101,6 +103,8 @@ class Accelerator:
 
 
 def test_the_budget_is_a_share_of_an_accelerators_memory_by_hand(monkeypatch):
-    assert chunk.activation_budget_bytes() == chunk.CPU_CACHE_BYTES
-    monkeypatch.setattr(jax, "devices", lambda: [Accelerator()])
-    assert chunk.activation_budget_bytes() == 2**33
+    assert chunk.activation_budget_bytes(device_mesh()) == chunk.CPU_CACHE_BYTES
+    here, elsewhere = Accelerator(), Accelerator()
+    monkeypatch.setattr(jax, "local_devices", lambda: [here])
+    for device, expected in ((here, 2**33), (elsewhere, chunk.UNTOLD_BYTES // 2)):
+        assert chunk.activation_budget_bytes(SimpleNamespace(devices=np.array([device]), size=1)) == expected
