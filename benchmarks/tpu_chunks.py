@@ -10,6 +10,7 @@ It needs `libtpu` (the extra `tpu`), and no TPU.
 import argparse
 import functools
 import importlib.metadata
+import json
 import os
 import time
 from collections.abc import Callable
@@ -99,8 +100,8 @@ def projection(side_by_side: str, clients: int) -> tuple[Callable, tuple]:
 
 
 CASES: dict[str, Callable[[int], tuple[Callable, tuple]]] = {
-    "layer, factors apart": functools.partial(layer, apart),
     "layer, q k v side by side": functools.partial(layer, lora.project),
+    "layer, factors apart": functools.partial(layer, apart),
     "projection, factors apart": functools.partial(projection, "nothing"),
     "projection, q k v side by side": functools.partial(projection, "modules"),
     "projection, clients too": functools.partial(projection, "clients"),
@@ -145,6 +146,8 @@ def main() -> None:
             for clients in options.chunks:
                 row = compiled(case, clients, device)
                 rows.append(row)
+                if options.out is not None:  # each row is kept as it is found
+                    options.out.write_text(json.dumps(result, indent=2) + "\n")
                 each = {name: row[name] / clients for name in FIELDS.values() if row[name] is not None}
                 note(f"{target} {case:32} {clients:3} " + " ".join(f"{name} {x:.3g}" for name, x in each.items()))
     emit(result, options.out)
