@@ -121,7 +121,8 @@ def _packed(
 ) -> tuple[Context, Layout]:
     """Context and layout with the shapes of packed batches, of training and of evaluation."""
     train, test = (pool["attention_mask"] for pool in (examples.train, examples.test))
-    batches, _ = evaluation_batches(len(test), config.engine.eval_batch_size, layout.num_devices)
+    devices = 1 if layout.in_order else layout.num_devices
+    batches, _ = evaluation_batches(len(test), config.engine.eval_batch_size, devices)
     packing = packing_of(train, config.local.batch_size, together=layout.chunk)
     return context._replace(packing=packing), layout._replace(packing=packing_of(test, batches.shape[1]))
 
@@ -234,6 +235,7 @@ def _layout(config: ExperimentConfig, catalogue: Catalogue, context: Context) ->
         mesh=device_mesh(),
         everyone=everyone,
         one_rank=not config.lora.client_ranks and made["aggregation"].next_rank is None,
+        in_order=config.engine.reproducible,
     )
 
 

@@ -39,7 +39,7 @@ def check(terms: Sequence[Term], num_devices: int) -> None:
 
 def available_bytes() -> float:
     """What this process may hold on an accelerator or, on a CPU, in all of the machine; inf where nobody says."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit", math.inf)
     return min(_machine_bytes(), *map(_limit_bytes, CGROUP_LIMITS))

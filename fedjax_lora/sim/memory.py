@@ -6,7 +6,6 @@ from fedjax_lora.adapters.lora import max_rank
 from fedjax_lora.core import trees
 from fedjax_lora.core.memory import Term, total
 from fedjax_lora.core.types import FedState
-from fedjax_lora.sim.cohort import padded_size
 from fedjax_lora.sim.options import EngineConfig
 from fedjax_lora.sim.parts import Layout, World
 from fedjax_lora.training.local import LocalConfig
@@ -45,7 +44,7 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
     base, adapters = trees.num_bytes(world.base), trees.num_bytes(state.adapters)
     clients = trees.num_bytes((state.clients, state.methods["wireless"]))
     num_clients, num_tests = world.data.count.shape[0], world.data.test["label"].shape[0]
-    cohort = padded_size(layout.cohort_size, layout.chunk, layout.num_devices) // layout.num_devices
+    cohort = layout.padded_cohort if layout.in_order else layout.padded_cohort // layout.num_devices
     # The backward pass works on one layer beside what is kept of all; a forward pass holds half of a layer at a time.
     training = activation_bytes * (1 + 1 / num_layers) + ADAPTERS_IN_TRAINING * adapters
     example = activation_bytes / min(local.batch_size, int(world.data.count.max())) / num_layers / 2
