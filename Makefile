@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 NEWEST := .venv-newest
 TPU := .venv-tpu
 
-.PHONY: run test test-all test-newest test-tpu
+.PHONY: run test test-all test-newest test-tpu fuzz
 
 run: $(VENV)/installed  ## fine-tune on the embedded digits over a simulated cell
 	$(BIN)/fedjax-lora run $(if $(wildcard runs/digits/config.yaml),--resume)
@@ -23,6 +23,9 @@ test-newest: $(NEWEST)/installed  ## the suite with the newest releases of what 
 
 test-tpu: $(TPU)/installed  ## compile every kernel and every preset for TPUs, without a TPU
 	$(TPU)/bin/pytest -n 2 --dist worksteal tests/tpu
+
+fuzz: $(VENV)/installed-test  ## 10,000 broken configurations, sentence files, safetensors and checkpoints, others each time
+	FUZZ_EXAMPLES=10000 $(BIN)/pytest -n 2 tests/test_broken_inputs.py tests/test_broken_files.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,7 @@
 """Broken configurations and sentence files, made at random: each is read, or refused in one line that names the place.
 
-The oracle is the kind of the error and the shape of its message. The examples are the same each time.
+The oracle is the kind of the error and the shape of its message. The examples are few and the same each time, but for
+`make fuzz`.
 """
 
 import dataclasses
@@ -9,17 +10,15 @@ import string
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from fedjax_lora.app import cli, runner
 from fedjax_lora.config.experiment import ConfigError, ExperimentConfig, dump, load_config, to_dict
 from fedjax_lora.config.presets import PRESETS, preset
 from fedjax_lora.data import tsv
 from fedjax_lora.data.tables import class_names
-
-SAME_EACH_TIME = settings(
-    derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+from oracles.fuzzing import examples, nothing_else_read
 
 
 def places(fields: dict, above: tuple = ()) -> list[tuple[str, ...]]:
@@ -80,7 +79,7 @@ def file(tmp_path_factory):
     return tmp_path_factory.mktemp("broken") / "file"
 
 
-@settings(SAME_EACH_TIME, max_examples=250)
+@examples(250)
 @given(broken(), st.sampled_from([None, *PRESETS]))
 def test_a_broken_configuration_is_read_or_refused_in_one_line(file, change, base):
     text, keys = change
@@ -96,6 +95,24 @@ def test_a_broken_configuration_is_read_or_refused_in_one_line(file, change, bas
         assert load_config(file) == config
 
 
+@examples(50)
+@given(broken())
+def test_a_broken_configuration_leaves_no_run_and_reads_no_other_file(file, change, capsys):
+    """Through the command line, up to where a simulation would be built, which is refused here."""
+    file.write_text(change[0], encoding="utf-8", errors="surrogatepass")
+    with pytest.MonkeyPatch.context() as patch, nothing_else_read(file):
+        patch.setattr(runner, "build", refuse)
+        assert cli.main(["run", str(file), "--out", str(file.with_name("run"))]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.startswith("fedjax-lora: error: ") for line in lines] == [False] * (len(lines) - 1) + [True]
+    assert all(line.startswith(("fedjax-lora: error: ", "fedjax-lora: warning: ")) for line in lines)
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def refuse(*_):
+    raise ValueError("nothing is built")
+
+
 PIECES = st.sampled_from(
     [b"good film", b"\t", b"\t1\n", b"\t0\n", b"\n", b"\r\n", b"\r", b"text\tlabel\n", b"label\ttext\n", b"\x00",
      b"\xff", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\xc2\x85", b" ", b"nan", b"1e999", "é".encode()]
@@ -103,14 +120,15 @@ PIECES = st.sampled_from(
 CONTENTS = st.lists(PIECES | st.binary(max_size=4), max_size=12).map(b"".join)
 
 
-@settings(SAME_EACH_TIME, max_examples=250)
+@examples(250)
 @given(CONTENTS, st.one_of(st.just(b"good\t1\nbad\t0\n"), CONTENTS))
 def test_a_broken_sentence_file_is_read_or_refused_in_one_line(file, test, train):
     tables = []
     try:
         for field, content in (("data.train", train), ("data.test", test)):
             file.write_bytes(content)
-            tables.append(tsv.read(str(file), field))
+            with nothing_else_read(file):
+                tables.append(tsv.read(str(file), field))
         names = class_names(*tables)
     except ValueError as error:
         assert type(error) is ValueError and len(str(error).splitlines()) == 1

@@ -4,16 +4,9 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 import yaml
 
@@ -23,7 +16,7 @@ from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import ConfigError, ConfigWarning, load_config
 from fedjax_lora.config.presets import preset
 from fedjax_lora.data import sources
-from fedjax_lora.io import checkpoint, sealed
+from fedjax_lora.io import sealed
 from toy import SETTINGS, config
 
 
@@ -54,35 +47,6 @@ def test_a_run_leaves_the_files_of_the_contract(finished):
     assert summary["samples_per_s"] > 0 and summary["compile_s"] > 0 and summary["peak_memory_bytes"] > 0
     assert "<svg" in (finished / "report.html").read_text()
     assert load_config(finished / "config.yaml") == load_config(None, SETTINGS, base=preset("digits"))
-
-
-def test_a_killed_run_resumes_bit_for_bit_as_if_it_had_not_been(finished, tmp_path):
-    """Oracle: the run that was never interrupted. In processes as a user has them: all cores, all of XLA."""
-    out = tmp_path / "killed"
-    ours = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_DISABLE_MOST_OPTIMIZATIONS")
-    users = {name: value for name, value in os.environ.items() if name not in ours}
-    command = [sys.executable, "-m", "fedjax_lora.app.cli", "run", "--out", str(out), "--set", *SETTINGS, "rounds=60"]
-    process = subprocess.Popen(command, env=users, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while not (out / "checkpoints" / "3").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (out / "summary.json").exists()
-
-    resumed = subprocess.run([*command, "--resume"], env=users, capture_output=True, text=True, check=True)
-    assert "report:" in resumed.stdout
-    whole = tmp_path / "whole"
-    command[command.index(str(out))] = str(whole)
-    subprocess.run(command, env=users, capture_output=True, check=True)
-    assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    simulation = build(load_config(whole / "config.yaml"))
-    like = simulation.init(jax.random.key(0))
-    found = [next(checkpoint.whole(folder / "checkpoints")) for folder in (out, whole)]
-    one, other = (checkpoint.restore(checkpoint_, like) for checkpoint_ in found)
-    for x, y in zip(jax.tree.leaves(one.adapters), jax.tree.leaves(other.adapters), strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 DEGENERATE = "sparsifier={name: soft, send: factors, missing: zero}"

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from fedjax_lora.app.common import (
     again,
     console_of,
     folder_of,
+    join,
     load_configuration,
     methods_of,
     named,
@@ -55,9 +57,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(_OUT_OF_MEMORY, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("fedjax-lora: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupted:
+        return _left(interrupted, sys.argv[1:] if arguments is None else arguments)
+
+
+def _left(interrupted: KeyboardInterrupt, arguments: Sequence[str]) -> int:
+    """Say that a signal has ended the command, and how it goes on where it has saved; the exit code of a shell."""
+    number, saved = getattr(interrupted, "number", signal.SIGINT), getattr(interrupted, "saved", None)
+    if saved is None:
+        print(f"fedjax-lora: interrupted by {signal.Signals(number).name}", file=sys.stderr)
+    else:
+        resume = ["--resume"] if arguments[0] == "run" and "--resume" not in arguments else []
+        command = shlex.join(["fedjax-lora", *arguments, *resume])
+        print(f"fedjax-lora: {signal.Signals(number).name}: {saved}; go on with {command}", file=sys.stderr)
+    return 128 + number
 
 
 @contextlib.contextmanager
@@ -93,10 +106,14 @@ def _run(options: argparse.Namespace) -> int:
     from fedjax_lora.app.runner import run
     from fedjax_lora.io.plan import apply_plan, effects_of_run, read_plan
     from fedjax_lora.io.run_files import read_metrics
+    from fedjax_lora.io.times import sentence
     from fedjax_lora.report.plan import binding, choice
     from fedjax_lora.report.tables import summary_lines
 
+    if options.dry_run or options.target:
+        return _dry_run(options)
     start()
+    join(options)
     console = console_of(options)
     options.preset = preset_of(options, "digits", console)
     methods = methods_of(options)
@@ -107,6 +124,8 @@ def _run(options: argparse.Namespace) -> int:
         console.print(f"by the plan: {choice(plan)}")
     summary = run(config, path, options.resume, console, plan, *methods)
     console.print(summary_lines(summary))
+    if summary.get("goodput") is not None:  # a trial of a sweep has none
+        console.print(sentence(summary))
     if plan:
         console.print(binding(effects_of_run(plan, read_metrics(path))))
     console.print(f"report: {path / 'report.html'}")

@@ -1,5 +1,6 @@
 """One run, start to end, in a folder: build, restore, advance, log, checkpoint, report."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import platform
@@ -10,25 +11,29 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 
 from fedjax_lora import __version__
+from fedjax_lora.app.signals import Signals, heard
 from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import ExperimentConfig, dump
-from fedjax_lora.core import trees
+from fedjax_lora.core import hosts, trees
 from fedjax_lora.core.errors import RunWarning
 from fedjax_lora.core.methods import Method
 from fedjax_lora.core.progress import Progress, standing
 from fedjax_lora.core.types import FedState
 from fedjax_lora.io import checkpoint
-from fedjax_lora.io.log import RunFolder
+from fedjax_lora.io.files import naming_a_full_disk
+from fedjax_lora.io.lock import locked
+from fedjax_lora.io.log import RunFolder, metrics_lines
 from fedjax_lora.io.plan import Plan, effects_of_run
-from fedjax_lora.io.run_files import read_metrics
+from fedjax_lora.io.run_files import read_metrics, read_summary
 from fedjax_lora.io.summary import nothing_learned
+from fedjax_lora.io.times import Times
 from fedjax_lora.report.html import write_report
 from fedjax_lora.sim.engine import Facts, Scores, Simulation
 from fedjax_lora.sim.reach import reach_notes
@@ -46,8 +51,10 @@ def run(
     """Run an experiment to its last round, or continue it from its last good checkpoint.
 
     The program is built, compiled and evaluated once before the folder is made: a mistake in the configuration
-    leaves nothing behind. Times in the summary are those of the last session of a resumed run. With the plan that the
-    configuration has taken, the summary names it, and the effects on its bound under the errors of the run.
+    leaves nothing behind. `wall_s`, `compile_s` and `samples_per_s` of the summary are those of the last start of a
+    resumed run; `goodput`, `spent_s` and `starts` are of all of them. With the plan that the configuration has taken,
+    the summary names it, and the effects on its bound under the errors of the run. SIGINT and SIGTERM are heard, see
+    `app.signals`.
 
     Args:
       config, path, resume, console, plan: of the run.
@@ -58,37 +65,52 @@ def run(
       The summary, as in `summary.json`; that of a run that has ended already stays as it is.
 
     Raises:
-      ValueError: the folder is in use, or cannot be resumed with this configuration, these weights or these data.
+      ValueError: the folder is in use, or cannot be resumed with this configuration, these weights or these data; or
+        the disk is full.
+      Interrupted: a signal asked for it.
     """
-    with Progress(console) as progress:
-        return _run(config, path, resume, progress, plan, methods, files or {})
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(naming_a_full_disk(path))
+        signals, progress = stack.enter_context(heard()), stack.enter_context(Progress(console))
+        start = _Start(RunFolder(path), resume, stack, signals, progress)
+        return _run(config, start, plan, methods, files or {})
+
+
+class _Start(NamedTuple):
+    """A start of a run: its folder, whether it was there before, what ends with the start, and what it speaks with."""
+
+    folder: RunFolder
+    resume: bool
+    stack: contextlib.ExitStack
+    signals: Signals
+    progress: Progress
 
 
 def _run(
-    config: ExperimentConfig,
-    path: Path,
-    resume: bool,
-    progress: Progress,
-    plan: Plan | None,
-    methods: Sequence[Method],
-    files: Mapping[str, str],
+    config: ExperimentConfig, start: _Start, plan: Plan | None, methods: Sequence[Method], files: Mapping[str, str]
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    folder, text = RunFolder(path), dump(config)
+    folder, resume, stack, _, progress = start
+    path, text = folder.path, dump(config)
     ended = begin = None
     if resume:  # what is on disk is read before anything is built
         folder.check_configuration(text)
+        _lock(path, stack)
         ended, begin = folder.ended(), folder.last_checkpoint()
     else:
         folder.check_free()
+    times = stack.enter_context(Times())
     progress.stage("reading the model and the data")
     simulation = build(config, methods)
     data = started_with(simulation.facts) | {"methods": dict(files)}
     if resume:
         folder.check_data(data)
     if ended and ended["rounds"] == config.rounds:
-        write_report([path], folder.report)
+        hosts.on_first(write_report, [path], folder.report)
         return ended
+    if resume and hosts.first():
+        times.keep_in(path, begin.step if begin else 0)
+    times.mark("data")
     for note in _notes(config, simulation):
         progress.print(f"note: {note}")
     progress.stage("compiling a round")
@@ -96,21 +118,36 @@ def _run(
     initial = simulation.scores(state)
     if resume:
         state = checkpoint.restore(begin, state) if begin else state
-        folder.reopen(int(state.round), text)
+        hosts.on_first(folder.reopen, int(state.round), text)
     else:
-        RunFolder.create(path, text, data | stamp(simulation.facts))
+        hosts.on_first(RunFolder.create, path, text, data | stamp(simulation.facts))
+        _lock(path, stack)
+        if hosts.first():
+            times.keep_in(path)
+    times.mark("compile")
     progress.print(_setting(config, simulation, initial))
     rounds = config.rounds - int(state.round)
-    training_s = _train(config, simulation, state, folder, progress)
+    training_s = _train(config, simulation, state, start, times)
     progress.stage("writing the report")
     told: dict[str, Any] = {"initial_accuracy": float(initial.accuracy), "wall_s": time.perf_counter() - started}
     told["compile_s"] = simulation.compile_s
     told["samples_per_s"] = _samples(simulation, rounds) / training_s if rounds else None
-    summary = folder.write_summary(told | circumstances(config, simulation.facts) | _planned(plan, folder))
-    for trouble in summary["warnings"]:
+    told |= circumstances(config, simulation.facts) | _planned(plan, folder)
+    times.mark("other")
+    hosts.on_first(folder.write_summary, told | times.told())
+    summary = read_summary(path)
+    assert summary is not None  # it is written
+    for trouble in summary["warnings"] if hosts.first() else ():
         warnings.warn(trouble, RunWarning, stacklevel=3)
-    write_report([path], folder.report)
+    hosts.on_first(write_report, [path], folder.report)
+    times.mark("other")
     return summary
+
+
+def _lock(path: Path, stack: contextlib.ExitStack) -> None:
+    """Keep others out of the folder as long as the stack lasts; one process does it for all of a run."""
+    if hosts.first():
+        stack.enter_context(locked(path))
 
 
 def started_with(facts: Facts) -> dict[str, Any]:
@@ -137,19 +174,35 @@ def _setting(config: ExperimentConfig, simulation: Simulation, initial: Scores) 
     )
 
 
-def _train(
-    config: ExperimentConfig, simulation: Simulation, state: FedState, folder: RunFolder, progress: Progress
-) -> float:
-    """Run what is left, segment by segment, each logged and saved as it ends; returns the seconds that it took."""
-    started, done = time.perf_counter(), int(state.round)
-    segments, learned = simulation.segments(state, config.rounds - done), True
-    for state, metrics in progress.rounds(segments, done, config.rounds, simulation.judged_by):
-        lines = folder.append(metrics)
-        folder.save(state)
-        before, learned = learned, any(line["participants"] for line in lines)
-        if before and not learned:  # said once, however long it lasts
-            warnings.warn(str(nothing_learned(lines)), RunWarning, stacklevel=4)
+def _train(config: ExperimentConfig, simulation: Simulation, state: FedState, start: _Start, times: Times) -> float:
+    """Run what is left, segment by segment, each logged and saved as it ends; returns the seconds that it took.
+
+    A segment is saved while the next one runs.
+    """
+    started, done, total = time.perf_counter(), int(state.round), config.rounds
+    segments, learned = simulation.segments(state, total - done), True
+    with checkpoint.Saver() as saver, start.signals.ending(_up_to(done, simulation.eval_every, total)) as signals:
+        for state, metrics in start.progress.rounds(segments, done, total, simulation.judged_by):
+            done = int(state.round)
+            times.mark("rounds", done)
+            lines = list(metrics_lines(metrics))
+            hosts.on_first(start.folder.append, metrics)
+            signals.agree()
+            start.folder.save(state, saver)
+            if done == total or signals.asked or hosts.several():  # whose threads would not keep one order
+                saver.wait()
+            times.mark("checkpoint")
+            signals.leave(f"saved after round {done} of {total}")
+            signals.running = _up_to(done, simulation.eval_every, total)
+            before, learned = learned, any(line["participants"] for line in lines)
+            if before and not learned:  # said once, however long it lasts
+                warnings.warn(str(nothing_learned(lines)), RunWarning, stacklevel=4)
     return time.perf_counter() - started
+
+
+def _up_to(done: int, eval_every: int, total: int) -> str:
+    """What runs after so many rounds, and cannot be stopped in between."""
+    return f"round {min(total, (done // eval_every + 1) * eval_every)} of {total}"
 
 
 def circumstances(config: ExperimentConfig, facts: Facts) -> dict[str, Any]:
@@ -209,7 +262,7 @@ def _samples(simulation: Simulation, rounds: int) -> float:
 
 def peak_memory_bytes() -> int:
     """The most memory that the accelerator, or on a CPU this process, has held."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     # Linux counts in KiB, macOS in bytes.

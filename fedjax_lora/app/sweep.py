@@ -223,6 +223,9 @@ class _InMemory:
         del state
         self.metrics[place].append(metrics)
 
+    def kept(self) -> None:
+        pass
+
     def points(self, place: int, halving: Halving, rung: int) -> list[Point]:
         return halving.points([line for part in self.metrics[place] for line in metrics_lines(part)], rung)
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fedjax_lora.app.halving import Halving, Point
 from fedjax_lora.app.runner import circumstances, stamp, started_with
+from fedjax_lora.app.signals import Signals, heard
 from fedjax_lora.app.trials import Begun, Standing, announce, became, play
 from fedjax_lora.config.experiment import ExperimentConfig, dump
 from fedjax_lora.config.groups import Group, grouped
@@ -21,11 +22,16 @@ from fedjax_lora.core.progress import Progress
 from fedjax_lora.core.types import FedState, Metrics
 from fedjax_lora.data.cache import keep_programs
 from fedjax_lora.io import checkpoint
-from fedjax_lora.io.files import check_can_hold_files
+from fedjax_lora.io.files import check_can_hold_files, naming_a_full_disk
+from fedjax_lora.io.lock import check_unlocked, locked
 from fedjax_lora.io.log import RunFolder
 from fedjax_lora.io.run_files import is_run, read_data, read_metrics
 from fedjax_lora.io.sweep import Sweep, discard_found, write_found
+from fedjax_lora.io.times import Times, sentence
 from fedjax_lora.report.html import check_replaceable
+
+_WAITING = 64
+"""States of trials that may be held while others are written."""
 
 
 def sweep_into(
@@ -50,26 +56,34 @@ def sweep_into(
       halving: which trials are stopped early; None for none.
 
     Raises:
-      ValueError: a folder is in use by another configuration, or by a run of other data or another model; two
-        settings are one configuration; or all are refused: the first reason.
+      ValueError: a folder is in use by another process, by another configuration, or by a run of other data or another
+        model; two settings are one configuration; all are refused: the first reason; or the disk is full.
+      Interrupted: a signal asked for it; see `app.signals`.
     """
     keep_programs()
     if path.is_dir():
         check_replaceable(path / "report.html")
     check_can_hold_files(path)
+    times = Times()
     configs, refused = _load(settings, load)
     names = list(configs)
     groups, unbuilt = grouped(list(configs.values()), methods.methods)
     refused |= {names[place]: error for place, error in unbuilt.items()}
     if not groups:
         raise next(iter(refused.values()))
-    folders = _Folders(path, names, groups, methods)
-    begun = folders.open()
-    discard_found(path)
-    announce(console, groups, len(settings))
-    with Progress(console) as progress:
-        stopped = play(groups, folders, progress, begun, halving)
-    folders.end_all()
+    path.mkdir(parents=True, exist_ok=True)
+    with naming_a_full_disk(path), locked(path), times, heard() as signals, checkpoint.Saver(_WAITING) as saver:
+        folders = _Folders(path, names, groups, methods, saver, signals, times)
+        begun = folders.open()
+        discard_found(path)
+        times.keep_in(path, sum(standing.done for standing in begun.values()))
+        times.mark("data")
+        announce(console, groups, len(settings))
+        with signals.ending("the running segment of each trial"), Progress(console) as progress:
+            stopped = play(groups, folders, progress, begun, halving)
+        folders.end_all()
+        times.mark("other")
+    console.print(sentence(times.told()))
     reasons = {name: " ".join(str(error).split()) for name, error in refused.items()}
     for name, reason in reasons.items():
         warnings.warn(f"{name} is refused: {reason}", RunWarning, stacklevel=2)
@@ -104,7 +118,17 @@ def _load(
 class _Folders:
     """The folders of a sweep's trials, each that of a run."""
 
-    def __init__(self, path: Path, names: Sequence[str], groups: Sequence[Group], methods: UserMethods):
+    def __init__(
+        self,
+        path: Path,
+        names: Sequence[str],
+        groups: Sequence[Group],
+        methods: UserMethods,
+        saver: checkpoint.Saver,
+        signals: Signals,
+        times: Times,
+    ):
+        self._saver, self._signals, self._times, self._done = saver, signals, times, 0
         self._folders = [RunFolder(path / name) for name in names]
         self._since_s: dict[int, float] = {}
         self._at_once: dict[int, int] = {}
@@ -119,10 +143,11 @@ class _Folders:
         """Place -> where the trials stand that are on disk, as their checkpoints have it.
 
         Raises:
-          ValueError: one was started with another configuration, other data or another model.
+          ValueError: one is in use, or was started with another configuration, other data or another model.
         """
         held = {place: self._folders[place] for place in self._of if is_run(self._folders[place].path)}
         for place, folder in held.items():
+            check_unlocked(folder.path)
             folder.check_configuration(dump(self._config(place)))
             folder.check_data(self._data(place))
         found = {}
@@ -131,10 +156,12 @@ class _Folders:
                 ended = last.step == self._config(place).rounds
                 state = None if ended else checkpoint.restore(last, self._like(place))
                 found[place] = Standing(last.step, state)
+        self._done = sum(standing.done for standing in found.values())
         return found
 
     def begin(self, place: int, begun: Begun) -> None:
         """Make the folder of a trial, or open it where it is."""
+        self._times.mark("compile")
         self._since_s[place], self._at_once[place] = begun.started_s, begun.at_once
         self._compile_s.setdefault(place, {})[begun.at_once] = begun.compile_s
         folder, text = self._folders[place], dump(self._config(place))
@@ -143,18 +170,29 @@ class _Folders:
             started = stamp(group.facts[number]) | {"initial_accuracy": begun.initial_accuracy}
             RunFolder.create(folder.path, text, self._data(place) | started)
             return
+        self._saver.wait()
         last = folder.last_checkpoint()
         folder.reopen(last.step if last else 0, text)
 
     def keep(self, place: int, state: FedState, metrics: Metrics) -> None:
         """Log a segment and save its state; the last one ends the trial."""
+        self._done += len(metrics.round)
+        self._times.mark("rounds", self._done)
         self._folders[place].append(metrics)
-        self._folders[place].save(state)
+        self._folders[place].save(state, self._saver)
         now = time.perf_counter()
         of_this = (now - self._since_s[place]) / self._at_once[place]
         self._wall_s[place], self._since_s[place] = self._wall_s.get(place, 0.0) + of_this, now
         if int(state.round) == self._config(place).rounds:
+            self._saver.wait()
             self.end(place)
+        self._times.mark("checkpoint")
+
+    def kept(self) -> None:
+        """Leave, with all trials saved, if a signal has come."""
+        if self._signals.asked:
+            self._saver.wait()
+        self._signals.leave("all trials are saved as far as they are")
 
     def end(self, place: int) -> None:
         """Write the summary of a trial that goes on no more."""

@@ -39,6 +39,10 @@ class Keeper(Protocol):
         """A segment of a trial has ended: its state, on the host, and the metrics of its rounds."""
         ...
 
+    def kept(self) -> None:
+        """The segments of all trials side by side are kept: where one may leave."""
+        ...
+
     def points(self, place: int, halving: Halving, rung: int) -> list[Point]:
         """The evaluations of a trial up to a round, oldest first."""
         ...
@@ -192,6 +196,7 @@ class _Player:
             ended = unstacked(states)
             for trial, state, rows in zip(trials, ended, metrics, strict=False):
                 self._keeper.keep(trial.place, state, rows)
+            self._keeper.kept()
             self._done += len(trials) * len(metrics[0].round)
             self._progress.count("trial rounds", self._done, self.total, f"best {_best(metrics)}")
         for trial, state in zip(trials, ended, strict=False):

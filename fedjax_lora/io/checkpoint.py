@@ -5,18 +5,23 @@ renamed when it is whole, so a process killed midway leaves the checkpoints befo
 later does not match its hashes, and is not believed.
 """
 
+import collections
+import concurrent.futures
+import contextlib
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from fedjax_lora.core import hosts
 from fedjax_lora.core.errors import RunWarning
 from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState
 from fedjax_lora.io.files import atomic_folder, remove
@@ -36,25 +41,92 @@ class Checkpoint(NamedTuple):
     log_sha256: str
 
 
+class Saver:
+    """Writes checkpoints in a thread, one after another, by one checkpointer of Orbax, while its block runs.
+
+    A state is copied before `save` returns: the program that consumes it may go on at once. An error is raised by the
+    next `save`, by `wait` or at the end of the block.
+
+    Args:
+      waiting: states that may be held while others are written.
+    """
+
+    def __init__(self, waiting: int = 1):
+        self._waiting = waiting
+        self._pending: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+
+    def __enter__(self) -> Self:
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._checkpointer = _checkpointer().__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        try:
+            with contextlib.suppress(*([] if kind is None else [ValueError])):  # the first error is told
+                self.wait()
+        finally:
+            self._thread.shutdown()
+            self._checkpointer.__exit__(kind, *rest)
+
+    def save(self, folder: str | Path, state: FedState, log_sha256: str = "") -> None:
+        """Write `state` as the checkpoint of its round and keep the last two up to it.
+
+        Raises:
+          ValueError: an earlier one could not be written.
+        """
+        while len(self._pending) >= self._waiting:
+            self._pending.popleft().result()
+        path = Path(folder) / str(int(state.round))
+        copied = jax.tree.map(lambda leaf: leaf.copy(), state)
+        self._pending.append(self._thread.submit(_write, self._checkpointer, path, copied, log_sha256))
+
+    def wait(self) -> None:
+        """Return when all that was given is on disk.
+
+        Raises:
+          ValueError: one could not be written.
+        """
+        while self._pending:
+            self._pending.popleft().result()
+
+
 def save(folder: str | Path, state: FedState, log_sha256: str = "") -> None:
-    """Write `state` as the checkpoint of its round and keep the last two up to it; done when it returns.
+    """As `Saver.save`, done when it returns.
 
     Raises:
       ValueError: the folder cannot be written.
     """
-    path = Path(folder) / str(int(state.round))
+    with Saver() as saver:
+        saver.save(folder, state, log_sha256)
+
+
+def _write(checkpointer: ocp.StandardCheckpointer, path: Path, state: FedState, log_sha256: str) -> None:
     try:
-        if path.exists():  # damaged, or of the same round of the same run
-            remove(path)
-        with atomic_folder(path) as partial:
-            with _checkpointer() as checkpointer:
-                checkpointer.save(partial.resolve() / _STATE, state)
-                checkpointer.wait_until_finished()
-            text = json.dumps({"log": log_sha256, "files": _hashes(partial)}, indent=2)
-            (partial / _HASHES).write_text(text + "\n", encoding="utf-8")
-        _clear(Path(folder), int(path.name))
+        with _new_folder(path) as partial:
+            checkpointer.save(partial.resolve() / _STATE, state)
+            checkpointer.wait_until_finished()
+            hosts.wait("the state is written")
+            if hosts.first():
+                text = json.dumps({"log": log_sha256, "files": _hashes(partial)}, indent=2)
+                (partial / _HASHES).write_text(text + "\n", encoding="utf-8")
+        hosts.on_first(_clear, path.parent, int(path.name))
     except Exception as error:  # Orbax and TensorStore share no base class
         raise ValueError(f"checkpoint {path} cannot be written: {_one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """An `atomic_folder` in place of what is there, which all processes of a run fill and the first one makes."""
+    process = hosts.of_first(os.getpid())
+    if not hosts.first():
+        hosts.wait("a folder for the state")
+        yield path.with_name(f".{path.name}.partial-{process}")
+        return
+    if path.exists():  # damaged, or of the same round of the same run
+        remove(path)
+    with atomic_folder(path) as partial:
+        hosts.wait("a folder for the state")
+        yield partial
 
 
 def steps(folder: str | Path) -> list[int]:

@@ -1,6 +1,7 @@
 """Files that are there in full or not at all."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -88,6 +89,21 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise ValueError(f"{path} must be a folder that can be written, got {error.strerror}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def naming_a_full_disk(path: str | Path) -> Iterator[None]:
+    """Say in one line that what is being written to `path` finds no more space.
+
+    Raises:
+      ValueError: it is so.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(f"{path} cannot be written: {error.strerror}; what was saved before stays") from error
 
 
 def _resolved(path: str | Path) -> Path:

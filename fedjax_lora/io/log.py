@@ -48,6 +48,9 @@ RUN_FIELDS = (
     "latency_budget_s",
     "plan",
     "bound_effects",
+    "goodput",
+    "spent_s",
+    "starts",
 )
 """What `write_summary` is told; the rest of `summary.json` is computed from `metrics.jsonl`."""
 
@@ -167,13 +170,14 @@ class RunFolder:
             )
         return None
 
-    def save(self, state: FedState) -> None:
-        """Write the checkpoint of rounds whose lines the log holds already.
+    def save(self, state: FedState, saver: checkpoint.Saver | None = None) -> None:
+        """Write the checkpoint of rounds whose lines the log holds already; without a saver, done when it returns.
 
         Raises:
           ValueError: it cannot be written.
         """
-        checkpoint.save(self.checkpoints, state, log_sha256(self.path, int(state.round)) or "")
+        save = saver.save if saver else checkpoint.save
+        save(self.checkpoints, state, log_sha256(self.path, int(state.round)) or "")
 
     def append(self, metrics: Metrics) -> list[dict[str, Any]]:
         """Add one line for each of the stacked rounds of `metrics`, leaves `[rounds, ...]`; returns the lines."""

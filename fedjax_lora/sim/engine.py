@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.sharding import Sharding
 from jax.typing import ArrayLike
 
+from fedjax_lora.core import hosts
 from fedjax_lora.core.learning import Logits
 from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.types import ClientState, FedState, Metrics
@@ -261,7 +262,7 @@ class Simulation:
         self.full_gradient = full_gradient
         self.needs = needs
         self.compile_s = 0.0
-        self.world = jax.device_put(world, program.everywhere)
+        self.world = hosts.place(world, program.everywhere)
         self._compiled = None
 
     @property

@@ -9,37 +9,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from fedjax_lora.core.errors import RunWarning
-from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState
 from fedjax_lora.io import checkpoint
-from fedjax_lora.wireless.cell import CellState
-
-
-def make_state(round_number, memory=()):
-    def draw(i, *shape):
-        return jax.random.normal(jax.random.key(10 * round_number + i), shape)
-
-    # NaN and a negative zero: equal bits, not equal values.
-    query = Factors(a=draw(0, 2, 3, 4), b=draw(1, 2, 4, 5).at[0, 0, :2].set(jnp.array([jnp.nan, -0.0])))
-    adapters = Adapters(modules={"query": query}, head={"bias": draw(2, 3)})
-    return FedState(
-        key=jax.random.key(7),
-        round=jnp.int32(round_number),
-        numbers={"control.V": jnp.float32(3.0), "lora.client_ranks": jnp.arange(2.0)},
-        adapters=adapters,
-        merged={},
-        elapsed_s=jnp.float32(jnp.inf),
-        methods={
-            "server": optax.sgd(0.1, momentum=0.9).init(adapters),
-            "wireless": CellState(mean_gain=draw(3, 6), fading=draw(4, 6) * (1 + 2j), cpu_hz=draw(5, 6)),
-            "control": {"queue_s": jnp.float32(0.1)},
-            "drift": (),
-        },
-        clients=ClientState(rank=jnp.full(2, 4.0), personal={}, methods={"sparsifier": memory, "drift": ()}),
-    )
+from oracles.states import make_state
 
 
 def newest(folder, like):
@@ -166,6 +140,71 @@ def test_a_process_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path):
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert len(os.listdir(tmp_path)) == 2
     assert_same_bits(newest(tmp_path, make_state(0)), make_state(1))
+
+
+def test_a_state_may_be_consumed_while_it_is_saved(tmp_path):
+    """A donated buffer is written over by the next program. Oracle: the state that was given."""
+    overwrite = jax.jit(
+        lambda state: jax.tree.map(lambda x: x + 1 if x.dtype == jnp.float32 else x, state), donate_argnums=0
+    )
+    with checkpoint.Saver() as saver:
+        for round_number in range(1, 6):
+            state = jax.tree.map(jnp.copy, make_state(round_number))
+            saver.save(tmp_path, state)
+            overwrite(state)
+    assert sorted(os.listdir(tmp_path)) == ["4", "5"]
+    assert_same_bits(newest(tmp_path, make_state(0)), make_state(5))
+
+
+def test_a_save_that_failed_is_told_by_the_next_one_or_at_the_end(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with checkpoint.Saver() as saver:
+        saver.save(tmp_path / "file", make_state(1))
+        with pytest.raises(ValueError, match=r"checkpoint .* cannot be written"):
+            saver.save(tmp_path / "file", make_state(2))
+        saver.save(tmp_path, make_state(3))
+    with pytest.raises(ValueError, match=r"checkpoint .* cannot be written"), checkpoint.Saver() as saver:
+        saver.save(tmp_path / "file", make_state(4))
+    assert checkpoint.steps(tmp_path) == [3]
+
+
+ON_DEVICES = """
+import importlib.util, sys
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from fedjax_lora.io import checkpoint
+from oracles.states import make_state
+number, folder = int(sys.argv[1]), sys.argv[2]
+assert jax.device_count() == number
+mesh = jax.make_mesh((number,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
+
+def placed(state):
+    def place(leaf):
+        split = leaf.ndim > 0 and leaf.shape[0] % 4 == 0
+        return jax.device_put(leaf, NamedSharding(mesh, P("clients") if split else P()))
+    return jax.tree.map(place, state)
+
+like = make_state(0, {"error": jnp.arange(24.0).reshape(8, 3)})
+if number == 4:
+    checkpoint.save(folder, placed(like))
+else:
+    found = checkpoint.restore(next(checkpoint.whole(folder)), placed(like))
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(like), strict=True):
+        assert len(x.sharding.device_set) == number
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        assert jax.device_get(x).tobytes() == jax.device_get(y).tobytes()
+"""
+
+
+def test_a_state_of_four_devices_goes_on_on_two(tmp_path):
+    """Clients' leaves over all devices, the others on each: the bits that were saved."""
+    for number in (4, 2):
+        path = os.pathsep.join(filter(None, sys.path))
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(number), "PYTHONPATH": path}
+        command = [sys.executable, "-c", ON_DEVICES, str(number), str(tmp_path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_checkpoint_of_another_structure_is_one_line(tmp_path, capfd):

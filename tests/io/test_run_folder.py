@@ -372,6 +372,9 @@ def test_summary_adds_up_the_log_oracle_python_loop(run):
         "partition_hash": "ab",
         "plan": None,
         "bound_effects": {"training": 0.5, "rank": None},
+        "goodput": None,
+        "spent_s": None,
+        "starts": None,
     }
     with pytest.raises(ValueError, match="got wall"):
         run.write_summary({"wall": 1.0})
