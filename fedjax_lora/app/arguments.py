@@ -85,6 +85,11 @@ def _sweep(commands: Any) -> None:
         help="stop the worse half after 1, 2, 4, ... evaluations: by eval_accuracy, eval_loss or personal_accuracy, at "
         "equal rounds, bits or seconds",
     )
+    sweep.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="run each structure as a task of Ray: local for this machine, or the address of a cluster",
+    )
     _sweep_table_arguments(sweep)
     _output_arguments(sweep, has_json=False)
 

@@ -133,6 +133,25 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _dry_run(options: argparse.Namespace) -> int:
+    from fedjax_lora.app.dry_run import dry_run
+    from fedjax_lora.app.targets import find
+    from fedjax_lora.sim.cohort import use_cpu_cores
+
+    if not options.dry_run:
+        raise ValueError(f"--target is for --dry-run, got {options.target} without it")
+    use_cpu_cores()
+    console = console_of(options)
+    options.preset = preset_of(options, "digits", console)
+    methods = methods_of(options)
+    config = load_configuration(options, methods)
+    found = dry_run(config, find(options.target) if options.target else None, methods.methods)
+    for line in found.lines():
+        console.print(line)
+    print_document(options, found.document())
+    return 0 if found.fits else 1
+
+
 def _plan(options: argparse.Namespace) -> int:
     from fedjax_lora.app.planner import plan
     from fedjax_lora.io import plan as plans
@@ -168,6 +187,7 @@ def _plan(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     from fedjax_lora.app.halving import Halving
     from fedjax_lora.app.sweep_folder import sweep_into
+    from fedjax_lora.app.sweep_ray import sweep_on_ray
     from fedjax_lora.config.sweeps import grid, overrides, parse_over, product, read_sweep
     from fedjax_lora.report.sweep import check_asked, sweep_table, write_sweep_report
 
@@ -184,7 +204,12 @@ def _sweep(options: argparse.Namespace) -> int:
     def load(setting: dict[str, Any]) -> "ExperimentConfig":
         return load_configuration(options, methods, overrides(setting))
 
-    found = sweep_into(path, settings, load, console, methods, halving)
+    if options.ray is None:
+        found = sweep_into(path, settings, load, console, methods, halving)
+    elif halving is None:
+        found = sweep_on_ray(path, settings, options, options.ray, console)
+    else:
+        raise ValueError(f"--ray must be without --halving, whose trials wait for each other, got {options.halving}")
     console.print(sweep_table(found, options.sort, options.target))
     write_sweep_report(found, path / "report.html", options.target)
     console.print(f"results: {path / 'results.csv'}\nreport: {path / 'report.html'}")

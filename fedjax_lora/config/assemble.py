@@ -48,7 +48,7 @@ SLOTS = ("task", "adapter", "model", "wireless", "control", "sparsifier", "aggre
 """Of the records, in the order in which they are made; each is told those before it."""
 
 
-def build(config: ExperimentConfig, methods: Sequence[Method] = ()) -> Simulation:
+def build(config: ExperimentConfig, methods: Sequence[Method] = (), *, draft: bool = False) -> Simulation:
     """A simulation with its data and weights on the device.
 
     Warns with a ConfigWarning where options are known to degenerate.
@@ -56,6 +56,7 @@ def build(config: ExperimentConfig, methods: Sequence[Method] = ()) -> Simulatio
     Args:
       config: of the experiment.
       methods: a user's own, beside the package's.
+      draft: to be looked at, not to be run: weights that would be pre-trained are drawn, and memory is not checked.
 
     Raises:
       ConfigError: the parts of the configuration do not fit together, or a file that it names is missing or
@@ -64,7 +65,7 @@ def build(config: ExperimentConfig, methods: Sequence[Method] = ()) -> Simulatio
     catalogue = Catalogue.of(methods)
     check(config, catalogue)
     try:
-        simulation = _build(config, catalogue)
+        simulation = _build(config, catalogue, draft)
     except ConfigError:
         raise
     except ValueError as error:
@@ -74,8 +75,9 @@ def build(config: ExperimentConfig, methods: Sequence[Method] = ()) -> Simulatio
     return simulation
 
 
-def _build(config: ExperimentConfig, catalogue: Catalogue) -> Simulation:
+def _build(config: ExperimentConfig, catalogue: Catalogue, draft: bool) -> Simulation:
     examples = read_examples(config, catalogue)
+    examples = examples._replace(public=None) if draft else examples
     split_data = partition(
         config.clients.partition, examples.train["label"], config.clients.count, config.seed, examples.clients
     )
@@ -99,7 +101,8 @@ def _build(config: ExperimentConfig, catalogue: Catalogue) -> Simulation:
     start = functools.partial(first_state, parts_of(layout), config.clients.count)
     state = jax.eval_shape(start, jax.random.key(0), numbers)
     needs = memory.Needs(world, state, activations, model.num_layers, asked, engine)
-    machine.check(memory.run_terms(needs, layout), layout.num_devices)
+    if not draft:
+        machine.check(memory.run_terms(needs, layout), layout.num_devices)
     facts = facts_of(config, examples, split_data, base, begin)
     of_weights = facts.initial_hash, facts.base_hash if head is not None else facts.model_config_hash
     decisive = split(without_draws(config))[0], engine, catalogue, of_weights, str(context), layout

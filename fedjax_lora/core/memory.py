@@ -10,10 +10,11 @@ import jax
 
 
 class Term(NamedTuple):
-    """Bytes on one device, and what to do for less of them."""
+    """Bytes on one device, what to do for less of them, and what they are of."""
 
     bytes: float
     remedy: str
+    kind: str = ""
 
 
 def total(terms: Sequence[Term]) -> float:

@@ -55,23 +55,32 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
         Term(
             cohort * (ADAPTERS_OF_A_CLIENT * adapters + clients / num_clients),
             f"lower clients.per_round, got {layout.cohort_size}",
+            "adapters of the cohort",
         ),
         Term(
             layout.chunk * training,
             several if layout.chunk > 1 else f"lower local.batch_size, got {local.batch_size}",
+            "clients in training",
         ),
     ]
-    in_evaluation = [Term(tested * example, f"lower engine.eval_batch_size, got {engine.eval_batch_size}")]
+    in_evaluation = [
+        Term(tested * example, f"lower engine.eval_batch_size, got {engine.eval_batch_size}", "evaluation")
+    ]
+    split = layout.num_devices if not layout.in_order and num_clients % layout.num_devices == 0 else 1
     shared = [
-        Term(base * (2 if state.merged else 1), "take a smaller model.pretrained"),
-        Term(trees.num_bytes(world.data), "lower data.max_length, or take less data"),
+        Term(base * (2 if state.merged else 1), "take a smaller model.pretrained", "frozen base"),
+        Term(trees.num_bytes(world.data), "lower data.max_length, or take less data", "data"),
     ]
     of_a_trial = [
         # A run begins with a copy of its state.
-        Term(2 * clients, f"lower clients.count, got {num_clients}"),
-        Term(2 * (trees.num_bytes(state) - clients), f"lower lora.max_rank, got {max_rank(state.adapters)}"),
+        Term(2 * clients / split, f"lower clients.count, got {num_clients}", "state of the clients"),
+        Term(
+            2 * (trees.num_bytes(state) - clients), f"lower lora.max_rank, got {max_rank(state.adapters)}", "adapters"
+        ),
         # The bits of each client, up and down, of all rounds between two evaluations.
-        Term(engine.eval_every * 16 * layout.cohort_size, f"lower engine.eval_every, got {engine.eval_every}"),
+        Term(
+            engine.eval_every * 16 * layout.cohort_size, f"lower engine.eval_every, got {engine.eval_every}", "metrics"
+        ),
         *max(in_training, in_evaluation, key=total),
     ]
     return [*shared, *(term._replace(bytes=trials * term.bytes) for term in of_a_trial)]
