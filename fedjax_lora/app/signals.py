@@ -54,7 +54,8 @@ class Signals:
 
     def agree(self) -> None:
         """Have heard what any process of the run has; all of them come here."""
-        self._number = hosts.largest(self._number or 0) or None
+        told = hosts.largest(self._number or 0)
+        self._number = self._number or told or None  # one may have come meanwhile
 
     def leave(self, saved: str) -> None:
         """To be called where all is saved; raises Interrupted if a signal has come."""

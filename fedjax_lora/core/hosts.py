@@ -40,7 +40,8 @@ def launched() -> bool:
         return True
     if "SLURM_STEP_NODELIST" in os.environ and "SLURM_PROCID" in os.environ:
         return int(os.environ.get("SLURM_NTASKS", 1)) > 1
-    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    names = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return "," in names and " " not in names  # else a warning that libtpu leaves there
 
 
 def first() -> bool:

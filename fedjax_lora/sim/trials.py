@@ -71,13 +71,17 @@ class Lanes:
         self._start = jax.vmap(program.start)
         self._segment = jax.vmap(program.segment, in_axes=(_WORLD_AXES, 0, None), spmd_axis_name=TRIALS)
         self.compile_s = 0.0
+        self._init: Any = None
         self._compiled: Any = None
 
     def init(self, trials: Sequence[Trial]) -> FedState:
         """The states of the trials before round 1: leaves `[lanes, ...]`."""
         keys = jnp.stack([jax.random.key(trial.seed) for trial in trials])
         given = keys, trees.stack([trial.numbers for trial in trials])
-        return jax.jit(self._start, out_shardings=self._shardings(jax.eval_shape(self._start, *given)))(*given)
+        if self._init is None:
+            shardings = self._shardings(jax.eval_shape(self._start, *given))
+            self._init = jax.jit(self._start, out_shardings=shardings)
+        return self._init(*given)
 
     def _shardings(self, states: FedState) -> FedState:
         return state_shardings(states, self.layout, lanes=True)
