@@ -134,12 +134,15 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    from fedjax_lora.app.dry_run import dry_run
-    from fedjax_lora.app.targets import find
-    from fedjax_lora.sim.cohort import use_cpu_cores
+    from fedjax_lora.app.targets import compile_alone, find
 
     if not options.dry_run:
         raise ValueError(f"--target is for --dry-run, got {options.target} without it")
+    if options.target:
+        compile_alone()
+    from fedjax_lora.app.dry_run import dry_run
+    from fedjax_lora.sim.cohort import use_cpu_cores
+
     use_cpu_cores()
     console = console_of(options)
     options.preset = preset_of(options, "digits", console)

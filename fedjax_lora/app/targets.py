@@ -48,6 +48,16 @@ class Target(NamedTuple):
     devices: Any
 
 
+def compile_alone() -> None:
+    """Have no device of this machine looked for, nor asked what it is; to be called before JAX is imported."""
+    for name, value in (
+        ("JAX_PLATFORMS", "cpu"),
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),  # several processes may compile at once
+    ):
+        os.environ.setdefault(name, value)
+
+
 def find(name: str) -> Target:
     """The target of this name: `KIND:XxY` of TPUs (`v5e:4x4`), `gpu:KINDxN` of GPUs (`gpu:h100x8`).
 
@@ -67,8 +77,6 @@ def find(name: str) -> Target:
 
 
 def _topology(name: str) -> Any:
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no one is asked which machine this is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     try:
