@@ -61,7 +61,7 @@ def test_what_does_not_fit_is_told_with_the_largest_that_does():
 
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "gpu:h100", "gpu:h100x0", "gpu:t4x1", "v5e:0x2", ""])
 def test_a_target_that_is_none_is_refused_with_those_that_are(name):
-    with pytest.raises(ConfigError, match=f"--target must be KIND:XxY with a TPU of v4, .*, got '{name}'"):
+    with pytest.raises(ConfigError, match=f"--target must be KIND:XxY with a TPU of v5e, .*, got '{name}'"):
         targets.find(name)
 
 

@@ -58,7 +58,7 @@ def sweep_on_ray(
     reasons = {name: " ".join(str(error).split()) for name, error in refused.items()}
     with locked(path):
         discard_found(path)
-        ray.init(address=None if address == "local" else address, log_to_driver=False, include_dashboard=False)
+        _connect(ray, address)
         try:
             console.print(f"{len(settings)} trials: {len(parts)} tasks on {_resources(ray)}")
             task = ray.remote(max_retries=RETRIES, **_share(ray))(_part)
@@ -72,6 +72,16 @@ def sweep_on_ray(
     for name, reason in reasons.items():
         warnings.warn(f"{name} is refused: {reason}", RunWarning, stacklevel=2)
     return summed_up(path, settings, reasons, ())
+
+
+def _connect(ray: Any, address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, **({"include_dashboard": False} if address == "local" else {}))
+    except Exception as error:  # of Ray's own kinds, and of its parts
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"--ray must be local or the address of a cluster that answers, got {address}: {reason}"
+        ) from error
 
 
 def _gather(ray: Any, running: dict[Any, list[str]], submit: Any, console: Console) -> dict[str, str]:

@@ -23,7 +23,6 @@ class Chip(NamedTuple):
 _TPU, _NVIDIA = "https://cloud.google.com/tpu/docs/", "https://www.nvidia.com/en-us/data-center/"
 
 TPUS = {
-    "v4": Chip(32e9, 275e12, 1228e9, _TPU + "v4"),
     "v5e": Chip(16e9, 197e12, 819e9, _TPU + "v5e"),
     "v5p": Chip(95e9, 459e12, 2765e9, _TPU + "v5p"),
     "v6e": Chip(32e9, 918e12, 1640e9, _TPU + "v6e"),
@@ -53,6 +52,7 @@ def compile_alone() -> None:
     for name, value in (
         ("JAX_PLATFORMS", "cpu"),
         ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
         ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),  # several processes may compile at once
     ):
         os.environ.setdefault(name, value)
