@@ -199,7 +199,8 @@ def _compiled(simulation: Simulation, layout: Layout, target: Target, held_bytes
         used = re.search(r"Used ([0-9.]+)([KMG]) of", str(error))
         needed = float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[used[2]] if used else held_bytes
         return Needed(max(needed, held_bytes), available, "by the compiler", _roof_s(target, work), _roof(target.chip))
-    analysis, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    analysis: Any = compiled.memory_analysis()
+    costs: Any = compiled.cost_analysis()
     held = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + analysis.output_size_in_bytes
     needed = held - analysis.alias_size_in_bytes
     seconds, flop = costs.get("optimal_seconds", -1.0), costs.get("flops", 0.0)
