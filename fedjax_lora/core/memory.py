@@ -28,7 +28,9 @@ def check(terms: Sequence[Term], num_devices: int) -> None:
     Raises:
       ValueError: says what would make the largest term smaller.
     """
-    sharing = num_devices if jax.devices()[0].platform == "cpu" else 1  # a machine's memory; else each has its own
+    sharing = (
+        num_devices if jax.local_devices()[0].platform == "cpu" else 1
+    )  # a machine's memory; else each has its own
     needed, available = sharing * total(terms), available_bytes()
     if needed > available:
         largest = max(terms, key=lambda term: term.bytes)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fedjax_lora.adapters.lora import max_rank, rank_mask
-from fedjax_lora.core import trees
+from fedjax_lora.core import hosts, trees
 from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.types import Adapters, Base
 from fedjax_lora.data.batches import gather
@@ -48,8 +48,10 @@ def activation_budget_bytes(mesh: Mesh) -> int:
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         return CPU_CACHE_BYTES // mesh.size
-    # Of the devices at hand the first local one answers for all, so that every process chooses alike.
-    stats = jax.local_devices()[0].memory_stats() if device in jax.devices() else None
+    local = jax.local_devices()
+    # Of the devices of other processes the first local one tells, so that every process chooses alike.
+    at_hand = device in local or (hosts.several() and device in jax.devices())
+    stats = local[0].memory_stats() if at_hand else None
     return int(ACCELERATOR_SHARE * (stats or {}).get("bytes_limit", UNTOLD_BYTES))
 
 
