@@ -28,6 +28,23 @@ def _run(commands: Any) -> None:
     run.add_argument("--out", metavar="DIR", help="folder of the run; runs/<preset or file name> by default")
     run.add_argument("--plan", metavar="PLAN.json", help="take rank, V and queue from what `fedjax-lora plan` wrote")
     run.add_argument("--resume", action="store_true", help="continue the run that DIR holds")
+    run.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes that share the run, which a launcher or JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID tell of each other; found without it under Slurm and on TPU slices of "
+        "Kubernetes",
+    )
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run nothing and write nothing: say what a round takes, and whether it fits",
+    )
+    run.add_argument(
+        "--target",
+        metavar="DEVICES",
+        help="with --dry-run: of devices that are not at hand, such as v5e:2x2, v6e:2x4 or gpu:h100x8",
+    )
     _output_arguments(run)
 
 
@@ -67,6 +84,11 @@ def _sweep(commands: Any) -> None:
         metavar="METRIC[:COST]",
         help="stop the worse half after 1, 2, 4, ... evaluations: by eval_accuracy, eval_loss or personal_accuracy, at "
         "equal rounds, bits or seconds",
+    )
+    sweep.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="run each structure as a task of Ray: local for this machine, or the address of a cluster",
     )
     _sweep_table_arguments(sweep)
     _output_arguments(sweep, has_json=False)

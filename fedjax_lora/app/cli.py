@@ -16,6 +16,7 @@ from fedjax_lora.app.common import (
     again,
     console_of,
     folder_of,
+    join,
     load_configuration,
     methods_of,
     named,
@@ -109,7 +110,10 @@ def _run(options: argparse.Namespace) -> int:
     from fedjax_lora.report.plan import binding, choice
     from fedjax_lora.report.tables import summary_lines
 
+    if options.dry_run or options.target:
+        return _dry_run(options)
     start()
+    join(options)
     console = console_of(options)
     options.preset = preset_of(options, "digits", console)
     methods = methods_of(options)
@@ -127,6 +131,28 @@ def _run(options: argparse.Namespace) -> int:
     console.print(f"report: {path / 'report.html'}")
     print_document(options, {**summary, "folder": str(path), "report": str(path / "report.html")})
     return 0
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    from fedjax_lora.app.targets import compile_alone, find
+
+    if not options.dry_run:
+        raise ValueError(f"--target is for --dry-run, got {options.target} without it")
+    if options.target:
+        compile_alone()
+    from fedjax_lora.app.dry_run import dry_run
+    from fedjax_lora.sim.cohort import use_cpu_cores
+
+    use_cpu_cores()
+    console = console_of(options)
+    options.preset = preset_of(options, "digits", console)
+    methods = methods_of(options)
+    config = load_configuration(options, methods)
+    found = dry_run(config, find(options.target) if options.target else None, methods.methods)
+    for line in found.lines():
+        console.print(line)
+    print_document(options, found.document())
+    return 0 if found.fits else 1
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -164,6 +190,7 @@ def _plan(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     from fedjax_lora.app.halving import Halving
     from fedjax_lora.app.sweep_folder import sweep_into
+    from fedjax_lora.app.sweep_ray import sweep_on_ray
     from fedjax_lora.config.sweeps import grid, overrides, parse_over, product, read_sweep
     from fedjax_lora.report.sweep import check_asked, sweep_table, write_sweep_report
 
@@ -180,7 +207,12 @@ def _sweep(options: argparse.Namespace) -> int:
     def load(setting: dict[str, Any]) -> "ExperimentConfig":
         return load_configuration(options, methods, overrides(setting))
 
-    found = sweep_into(path, settings, load, console, methods, halving)
+    if options.ray is None:
+        found = sweep_into(path, settings, load, console, methods, halving)
+    elif halving is None:
+        found = sweep_on_ray(path, settings, options, options.ray, console)
+    else:
+        raise ValueError(f"--ray must be without --halving, whose trials wait for each other, got {options.halving}")
     console.print(sweep_table(found, options.sort, options.target))
     write_sweep_report(found, path / "report.html", options.target)
     console.print(f"results: {path / 'results.csv'}\nreport: {path / 'report.html'}")

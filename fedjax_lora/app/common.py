@@ -22,6 +22,15 @@ def start() -> None:
     keep_programs()
 
 
+def join(options: argparse.Namespace) -> None:
+    """Become one of several processes where the options or a launcher say so: the first one alone speaks."""
+    from fedjax_lora.core import hosts
+
+    hosts.join(options.distributed)
+    if not hosts.first():
+        options.quiet, options.json = True, False
+
+
 def console_of(options: argparse.Namespace) -> "Console":
     """Where a command speaks: to stdout, to stderr where that is for a document, or not at all."""
     from rich.console import Console

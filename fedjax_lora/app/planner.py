@@ -26,7 +26,6 @@ from fedjax_lora.planning import rank_descent, rank_search
 from fedjax_lora.planning.pilot import Pilot, make_pilot, sample_of
 from fedjax_lora.planning.rank_search import Candidate, Forecast
 from fedjax_lora.planning.rollout import roll_out
-from fedjax_lora.sim.cohort import padded_size
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.network import draw_channel
 from fedjax_lora.sim.parts import World
@@ -189,7 +188,7 @@ def with_channel(
     On one device: control looks at all clients at once.
     """
     layout, keys = simulation.layout, jax.random.split(key, config.plan.paths)
-    size = padded_size(layout.cohort_size, layout.chunk, layout.num_devices)
+    size = layout.padded_cohort
 
     @jax.jit
     def every(world: World, state: FedState, keys: Array, downlink_bits: Array) -> Radio:

@@ -21,7 +21,7 @@ from fedjax_lora import __version__
 from fedjax_lora.app.signals import Signals, heard
 from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import ExperimentConfig, dump
-from fedjax_lora.core import trees
+from fedjax_lora.core import hosts, trees
 from fedjax_lora.core.errors import RunWarning
 from fedjax_lora.core.methods import Method
 from fedjax_lora.core.progress import Progress, standing
@@ -29,9 +29,9 @@ from fedjax_lora.core.types import FedState
 from fedjax_lora.io import checkpoint
 from fedjax_lora.io.files import naming_a_full_disk
 from fedjax_lora.io.lock import locked
-from fedjax_lora.io.log import RunFolder
+from fedjax_lora.io.log import RunFolder, metrics_lines
 from fedjax_lora.io.plan import Plan, effects_of_run
-from fedjax_lora.io.run_files import read_metrics
+from fedjax_lora.io.run_files import read_metrics, read_summary
 from fedjax_lora.io.summary import nothing_learned
 from fedjax_lora.io.times import Times
 from fedjax_lora.report.html import write_report
@@ -95,7 +95,7 @@ def _run(
     ended = begin = None
     if resume:  # what is on disk is read before anything is built
         folder.check_configuration(text)
-        stack.enter_context(locked(path))
+        _lock(path, stack)
         ended, begin = folder.ended(), folder.last_checkpoint()
     else:
         folder.check_free()
@@ -106,9 +106,9 @@ def _run(
     if resume:
         folder.check_data(data)
     if ended and ended["rounds"] == config.rounds:
-        write_report([path], folder.report)
+        hosts.on_first(write_report, [path], folder.report)
         return ended
-    if resume:
+    if resume and hosts.first():
         times.keep_in(path, begin.step if begin else 0)
     times.mark("data")
     for note in _notes(config, simulation):
@@ -118,11 +118,12 @@ def _run(
     initial = simulation.scores(state)
     if resume:
         state = checkpoint.restore(begin, state) if begin else state
-        folder.reopen(int(state.round), text)
+        hosts.on_first(folder.reopen, int(state.round), text)
     else:
-        RunFolder.create(path, text, data | stamp(simulation.facts))
-        stack.enter_context(locked(path))
-        times.keep_in(path)
+        hosts.on_first(RunFolder.create, path, text, data | stamp(simulation.facts))
+        _lock(path, stack)
+        if hosts.first():
+            times.keep_in(path)
     times.mark("compile")
     progress.print(_setting(config, simulation, initial))
     rounds = config.rounds - int(state.round)
@@ -133,12 +134,20 @@ def _run(
     told["samples_per_s"] = _samples(simulation, rounds) / training_s if rounds else None
     told |= circumstances(config, simulation.facts) | _planned(plan, folder)
     times.mark("other")
-    summary = folder.write_summary(told | times.told())
-    for trouble in summary["warnings"]:
+    hosts.on_first(folder.write_summary, told | times.told())
+    summary = read_summary(path)
+    assert summary is not None  # it is written
+    for trouble in summary["warnings"] if hosts.first() else ():
         warnings.warn(trouble, RunWarning, stacklevel=3)
-    write_report([path], folder.report)
+    hosts.on_first(write_report, [path], folder.report)
     times.mark("other")
     return summary
+
+
+def _lock(path: Path, stack: contextlib.ExitStack) -> None:
+    """Keep others out of the folder as long as the stack lasts; one process does it for all of a run."""
+    if hosts.first():
+        stack.enter_context(locked(path))
 
 
 def started_with(facts: Facts) -> dict[str, Any]:
@@ -176,9 +185,11 @@ def _train(config: ExperimentConfig, simulation: Simulation, state: FedState, st
         for state, metrics in start.progress.rounds(segments, done, total, simulation.judged_by):
             done = int(state.round)
             times.mark("rounds", done)
-            lines = start.folder.append(metrics)
+            lines = list(metrics_lines(metrics))
+            hosts.on_first(start.folder.append, metrics)
+            signals.agree()
             start.folder.save(state, saver)
-            if done == total or signals.asked:
+            if done == total or signals.asked or hosts.several():  # whose threads would not keep one order
                 saver.wait()
             times.mark("checkpoint")
             signals.leave(f"saved after round {done} of {total}")
@@ -251,7 +262,7 @@ def _samples(simulation: Simulation, rounds: int) -> float:
 
 def peak_memory_bytes() -> int:
     """The most memory that the accelerator, or on a CPU this process, has held."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     # Linux counts in KiB, macOS in bytes.

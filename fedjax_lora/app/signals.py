@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from typing import Self
 
+from fedjax_lora.core import hosts
+
 _ASK_TO_LEAVE = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -49,6 +51,11 @@ class Signals:
             yield self
         finally:
             self.running = None
+
+    def agree(self) -> None:
+        """Have heard what any process of the run has; all of them come here."""
+        told = hosts.largest(self._number or 0)
+        self._number = self._number or told or None  # one may have come meanwhile
 
     def leave(self, saved: str) -> None:
         """To be called where all is saved; raises Interrupted if a signal has come."""

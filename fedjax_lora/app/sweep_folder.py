@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def sweep_into(
         check_replaceable(path / "report.html")
     check_can_hold_files(path)
     times = Times()
-    configs, refused = _load(settings, load)
+    configs, refused = load_all(settings, load)
     names = list(configs)
     groups, unbuilt = grouped(list(configs.values()), methods.methods)
     refused |= {names[place]: error for place, error in unbuilt.items()}
@@ -84,17 +84,51 @@ def sweep_into(
         folders.end_all()
         times.mark("other")
     console.print(sentence(times.told()))
-    reasons = {name: " ".join(str(error).split()) for name, error in refused.items()}
+    reasons = _in_words(refused)
     for name, reason in reasons.items():
         warnings.warn(f"{name} is refused: {reason}", RunWarning, stacklevel=2)
+    return summed_up(path, settings, reasons, {names[place] for place in stopped})
+
+
+def part_into(
+    path: Path, settings: Sequence[Setting], load: Callable[[Setting], ExperimentConfig], methods: UserMethods
+) -> dict[str, str]:
+    """A part of a sweep, run as `sweep_into` runs it, in a folder that whoever divided the sweep holds and sums up.
+
+    Returns:
+      Name -> why a trial was refused.
+    """
+    keep_programs()
+    configs, refused = load_all(settings, load)
+    names = list(configs)
+    groups, unbuilt = grouped(list(configs.values()), methods.methods)
+    refused |= {names[place]: error for place, error in unbuilt.items()}
+    with naming_a_full_disk(path), Times() as times, checkpoint.Saver(_WAITING) as saver:
+        folders = _Folders(path, names, groups, methods, saver, Signals(), times)
+        begun = folders.open()
+        with Progress(Console(quiet=True)) as progress:
+            play(groups, folders, progress, begun)
+        folders.end_all()
+    return _in_words(refused)
+
+
+def summed_up(path: Path, settings: Sequence[Setting], reasons: Mapping[str, str], stopped: Collection[str]) -> Sweep:
+    """Write what became of all trials; `reasons` and `stopped` are by the names of their folders."""
     by_name = {folder_name(setting): setting for setting in settings}
-    status = {name: "refused" if name in reasons else folders.status(names.index(name), stopped) for name in by_name}
-    found = Sweep(path, by_name, status, reasons)
+    status = {
+        name: "refused" if name in reasons else became(read_metrics(path / name)[-1], name in stopped)
+        for name in by_name
+    }
+    found = Sweep(path, by_name, status, dict(reasons))
     write_found(found)
     return found
 
 
-def _load(
+def _in_words(errors: Mapping[str, Exception]) -> dict[str, str]:
+    return {name: " ".join(str(error).split()) for name, error in errors.items()}
+
+
+def load_all(
     settings: Sequence[Setting], load: Callable[[Setting], ExperimentConfig]
 ) -> tuple[dict[str, ExperimentConfig], dict[str, ValueError | OSError]]:
     """The configurations by folder name, and why the others are refused."""
@@ -213,10 +247,6 @@ class _Folders:
     def points(self, place: int, halving: Halving, rung: int) -> list[Point]:
         """The evaluations of a trial up to a round, of its log."""
         return halving.points(read_metrics(self._folders[place].path), rung)
-
-    def status(self, place: int, stopped: set[int]) -> str:
-        """What became of a trial."""
-        return became(read_metrics(self._folders[place].path)[-1], place in stopped)
 
     def _config(self, place: int) -> ExperimentConfig:
         group, number = self._of[place]

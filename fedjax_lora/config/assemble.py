@@ -48,7 +48,7 @@ SLOTS = ("task", "adapter", "model", "wireless", "control", "sparsifier", "aggre
 """Of the records, in the order in which they are made; each is told those before it."""
 
 
-def build(config: ExperimentConfig, methods: Sequence[Method] = ()) -> Simulation:
+def build(config: ExperimentConfig, methods: Sequence[Method] = (), *, draft: bool = False) -> Simulation:
     """A simulation with its data and weights on the device.
 
     Warns with a ConfigWarning where options are known to degenerate.
@@ -56,6 +56,7 @@ def build(config: ExperimentConfig, methods: Sequence[Method] = ()) -> Simulatio
     Args:
       config: of the experiment.
       methods: a user's own, beside the package's.
+      draft: to be looked at, not to be run: weights that would be pre-trained are drawn, and memory is not checked.
 
     Raises:
       ConfigError: the parts of the configuration do not fit together, or a file that it names is missing or
@@ -64,7 +65,7 @@ def build(config: ExperimentConfig, methods: Sequence[Method] = ()) -> Simulatio
     catalogue = Catalogue.of(methods)
     check(config, catalogue)
     try:
-        simulation = _build(config, catalogue)
+        simulation = _build(config, catalogue, draft)
     except ConfigError:
         raise
     except ValueError as error:
@@ -74,8 +75,9 @@ def build(config: ExperimentConfig, methods: Sequence[Method] = ()) -> Simulatio
     return simulation
 
 
-def _build(config: ExperimentConfig, catalogue: Catalogue) -> Simulation:
+def _build(config: ExperimentConfig, catalogue: Catalogue, draft: bool) -> Simulation:
     examples = read_examples(config, catalogue)
+    examples = examples._replace(public=None) if draft else examples
     split_data = partition(
         config.clients.partition, examples.train["label"], config.clients.count, config.seed, examples.clients
     )
@@ -99,7 +101,8 @@ def _build(config: ExperimentConfig, catalogue: Catalogue) -> Simulation:
     start = functools.partial(first_state, parts_of(layout), config.clients.count)
     state = jax.eval_shape(start, jax.random.key(0), numbers)
     needs = memory.Needs(world, state, activations, model.num_layers, asked, engine)
-    machine.check(memory.run_terms(needs, layout), layout.num_devices)
+    if not draft:
+        machine.check(memory.run_terms(needs, layout), layout.num_devices)
     facts = facts_of(config, examples, split_data, base, begin)
     of_weights = facts.initial_hash, facts.base_hash if head is not None else facts.model_config_hash
     decisive = split(without_draws(config))[0], engine, catalogue, of_weights, str(context), layout
@@ -121,7 +124,8 @@ def _packed(
 ) -> tuple[Context, Layout]:
     """Context and layout with the shapes of packed batches, of training and of evaluation."""
     train, test = (pool["attention_mask"] for pool in (examples.train, examples.test))
-    batches, _ = evaluation_batches(len(test), config.engine.eval_batch_size, layout.num_devices)
+    devices = 1 if layout.in_order else layout.num_devices
+    batches, _ = evaluation_batches(len(test), config.engine.eval_batch_size, devices)
     packing = packing_of(train, config.local.batch_size, together=layout.chunk)
     return context._replace(packing=packing), layout._replace(packing=packing_of(test, batches.shape[1]))
 
@@ -234,6 +238,7 @@ def _layout(config: ExperimentConfig, catalogue: Catalogue, context: Context) ->
         mesh=device_mesh(),
         everyone=everyone,
         one_rank=not config.lora.client_ranks and made["aggregation"].next_rank is None,
+        in_order=config.engine.reproducible,
     )
 
 

@@ -50,7 +50,7 @@ def grouped(
     catalogue = Catalogue.of(methods)
     groups: list[Group] = []
     refused: dict[int, ValueError | OSError] = {}
-    for places in _by(range(len(configs)), lambda place: _structure(configs[place])).values():
+    for places in by_structure(configs):
         found, errors = _built(places, [configs[place] for place in places], methods)
         groups, refused = groups + found, refused | errors
     for note in dict.fromkeys(
@@ -58,6 +58,11 @@ def grouped(
     ):
         warnings.warn(note, ConfigWarning, stacklevel=2)
     return sorted(groups, key=lambda group: group.places[0]), refused
+
+
+def by_structure(configs: Sequence[ExperimentConfig]) -> list[list[int]]:
+    """The places of configurations of one structure, in the order of their first ones; nothing is built."""
+    return list(_by(range(len(configs)), lambda place: _structure(configs[place])).values())
 
 
 def _structure(config: ExperimentConfig) -> Hashable:

@@ -10,10 +10,11 @@ import jax
 
 
 class Term(NamedTuple):
-    """Bytes on one device, and what to do for less of them."""
+    """Bytes on one device, what to do for less of them, and what they are of."""
 
     bytes: float
     remedy: str
+    kind: str = ""
 
 
 def total(terms: Sequence[Term]) -> float:
@@ -27,7 +28,9 @@ def check(terms: Sequence[Term], num_devices: int) -> None:
     Raises:
       ValueError: says what would make the largest term smaller.
     """
-    sharing = num_devices if jax.devices()[0].platform == "cpu" else 1  # a machine's memory; else each has its own
+    sharing = (
+        num_devices if jax.local_devices()[0].platform == "cpu" else 1
+    )  # a machine's memory; else each has its own
     needed, available = sharing * total(terms), available_bytes()
     if needed > available:
         largest = max(terms, key=lambda term: term.bytes)
@@ -39,7 +42,7 @@ def check(terms: Sequence[Term], num_devices: int) -> None:
 
 def available_bytes() -> float:
     """What this process may hold on an accelerator or, on a CPU, in all of the machine; inf where nobody says."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit", math.inf)
     return min(_machine_bytes(), *map(_limit_bytes, CGROUP_LIMITS))

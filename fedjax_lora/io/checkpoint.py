@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from fedjax_lora.core import hosts
 from fedjax_lora.core.errors import RunWarning
 from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState
 from fedjax_lora.io.files import atomic_folder, remove
@@ -101,14 +103,29 @@ def save(folder: str | Path, state: FedState, log_sha256: str = "") -> None:
 
 def _write(checkpointer: ocp.StandardCheckpointer, path: Path, state: FedState, log_sha256: str) -> None:
     with failing_in_one_line(f"checkpoint {path} cannot be written"):
-        if path.exists():  # damaged, or of the same round of the same run
-            remove(path)
-        with atomic_folder(path) as partial:
+        with _new_folder(path) as partial:
             checkpointer.save(partial.resolve() / _STATE, state)
             checkpointer.wait_until_finished()
-            text = json.dumps({"log": log_sha256, "files": _hashes(partial)}, indent=2)
-            (partial / _HASHES).write_text(text + "\n", encoding="utf-8")
-        _clear(path.parent, int(path.name))
+            hosts.wait("the state is written")
+            if hosts.first():
+                text = json.dumps({"log": log_sha256, "files": _hashes(partial)}, indent=2)
+                (partial / _HASHES).write_text(text + "\n", encoding="utf-8")
+        hosts.on_first(_clear, path.parent, int(path.name))
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """An `atomic_folder` in place of what is there, which all processes of a run fill and the first one makes."""
+    process = hosts.of_first(os.getpid())
+    if not hosts.first():
+        hosts.wait("a folder for the state")
+        yield path.with_name(f".{path.name}.partial-{process}")
+        return
+    if path.exists():  # damaged, or of the same round of the same run
+        remove(path)
+    with atomic_folder(path) as partial:
+        hosts.wait("a folder for the state")
+        yield partial
 
 
 def steps(folder: str | Path) -> list[int]:

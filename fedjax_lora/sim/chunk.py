@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fedjax_lora.adapters.lora import max_rank, rank_mask
-from fedjax_lora.core import trees
+from fedjax_lora.core import hosts, trees
 from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.types import Adapters, Base
 from fedjax_lora.data.batches import gather
@@ -48,7 +48,10 @@ def activation_budget_bytes(mesh: Mesh) -> int:
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         return CPU_CACHE_BYTES // mesh.size
-    stats = device.memory_stats() if device in jax.local_devices() else None
+    local = jax.local_devices()
+    # Of the devices of other processes the first local one tells, so that every process chooses alike.
+    at_hand = device in local or (hosts.several() and device in jax.devices())
+    stats = local[0].memory_stats() if at_hand else None
     return int(ACCELERATOR_SHARE * (stats or {}).get("bytes_limit", UNTOLD_BYTES))
 
 
@@ -61,7 +64,7 @@ def choose_chunk(cohort_per_device: int, bytes_per_client: int, budget_bytes: in
 
 def chunk_size(engine: EngineConfig, layout: Layout, bytes_per_client: int, trials: int = 1) -> int:
     """Clients of a trial at once on each device, where it has so many trials at once."""
-    cohort_per_device = -(-layout.cohort_size // layout.num_devices)
+    cohort_per_device = -(-layout.cohort_size // (1 if layout.in_order else layout.num_devices))
     if engine.client_chunk != "auto":
         return min(engine.client_chunk, cohort_per_device)
     return choose_chunk(cohort_per_device, trials * bytes_per_client, activation_budget_bytes(layout.mesh))

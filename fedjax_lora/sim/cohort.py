@@ -73,6 +73,39 @@ def map_over_devices(work: Callable[..., Any], shared: Any, items: Any, chunk: i
     return mapped(shared, items)
 
 
+def map_in_order(work: Callable[..., Any], shared: Any, items: Any, chunk: int, mesh: Mesh) -> Any:
+    """`map_over_devices` whose bits do not depend on the number of devices: every device ends with all results.
+
+    Each works on the same blocks of `chunk` items, by one loop whose length the compiler does not know, and the blocks
+    are gathered in their order. The leading axis is a multiple of `chunk`.
+    """
+    size, devices = jax.tree.leaves(items)[0].shape[0], mesh.shape[CLIENTS]
+    blocks = size // chunk
+    each = -(-blocks // devices)
+
+    def of_block(shared: Any, items: Any, number: Array) -> Any:
+        block = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, number * chunk, chunk), items)
+        if chunk > 1:
+            return jax.vmap(work, (None, 0))(shared, block)
+        return jax.tree.map(lambda leaf: leaf[None], work(shared, jax.tree.map(lambda leaf: leaf[0], block)))
+
+    def on_one_device(shared: Any, items: Any) -> Any:
+        first = lax.axis_index(CLIENTS) * each
+        mine = lax.optimization_barrier(jnp.clip(blocks - first, 0, each))
+        shapes = jax.eval_shape(of_block, shared, items, jnp.int32(0))
+        found = jax.tree.map(lambda leaf: jnp.zeros((each * chunk, *leaf.shape[1:]), leaf.dtype), shapes)
+
+        def add(number: Array, found: Any) -> Any:
+            block = of_block(shared, items, first + number)
+            return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, number * chunk, 0), found, block)
+
+        found = lax.fori_loop(0, mine, add, found)
+        return jax.tree.map(lambda leaf: lax.all_gather(leaf, CLIENTS, tiled=True)[:size], found)
+
+    mapped = jax.shard_map(on_one_device, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False)
+    return mapped(shared, items)
+
+
 def device_mesh(trials: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """All devices: as many as divide the trials take one each, and those of one trial share its clients.
 
@@ -89,3 +122,12 @@ def device_mesh(trials: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, P())
+
+
+def split_over(mesh: Mesh, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
+    """The sharding of an array whose leading axes have these names.
+
+    An axis that its devices do not divide is whole on each of them.
+    """
+    named = zip(axes, shape, strict=False)
+    return NamedSharding(mesh, P(*(name if size % mesh.shape[name] == 0 else None for name, size in named)))

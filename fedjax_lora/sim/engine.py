@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import Sharding
 from jax.typing import ArrayLike
 
+from fedjax_lora.core import hosts
 from fedjax_lora.core.learning import Logits
 from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.types import ClientState, FedState, Metrics
@@ -23,6 +25,7 @@ from fedjax_lora.sim.memory import Needs
 from fedjax_lora.sim.merged import current_base, nothing_merged
 from fedjax_lora.sim.options import EngineConfig
 from fedjax_lora.sim.parts import Layout, MakeParts, Parts, World
+from fedjax_lora.sim.placement import state_shardings
 from fedjax_lora.sim.round import make_round
 from fedjax_lora.training.personal import deployed, extract
 
@@ -141,7 +144,7 @@ def make_segment(make_parts: MakeParts, eval_batch_size: int, max_rounds: int):
 def score(parts: Parts, world: World, state: FedState, batch_size: int) -> Scores:
     """The evaluation of a state on the held-out pool of the world."""
     base, adapters = current_base(parts, world, state), deployed(state.adapters, state.clients)
-    of = parts.model, parts.adapter, parts.task, batch_size, parts.layout.mesh, parts.layout.packing
+    of = parts.model, parts.adapter, parts.task, batch_size, parts.layout
     scores = make_evaluate(*of)(base, world.data.test, adapters, parts.rank, parts.scale)
     more = parts.task.finish(scores, jnp.ones(world.data.test["label"].shape))
     loss, accuracy, personal = more.pop("eval_loss"), more.pop("eval_accuracy"), jnp.float32(jnp.nan)
@@ -160,10 +163,9 @@ class Program:
 
     Attributes:
       parts_of: from a layout to what makes a round's records of numbers; `make_parts` is it in this program's layout.
-      layout: how the work of a round is laid out.
+      layout: how the work of a round is laid out. everywhere: the sharding of what each device holds whole.
       engine: with no more rounds between evaluations than a run has.
       start: `(key, numbers) -> state` before round 1, not compiled. segment: of `make_segment`, not compiled.
-      init: `start`, compiled.
     """
 
     def __init__(self, parts_of: Callable[[Layout], MakeParts], layout: Layout, engine: EngineConfig, num_clients: int):
@@ -175,10 +177,20 @@ class Program:
         self.everywhere = replicated(layout.mesh)
         self.start = functools.partial(first_state, make_parts, num_clients)
         self.segment = make_segment(make_parts, engine.eval_batch_size, engine.eval_every)
-        self.init = jax.jit(self.start, out_shardings=self.everywhere)
         self.predict = jax.jit(functools.partial(predict, make_parts))
-        self._segment = jax.jit(self.segment, donate_argnums=1, out_shardings=self.everywhere)
+        self._init: Any = None
         self._compiled: dict[str, Any] = {}
+
+    def init(self, key: Array, numbers: Numbers) -> FedState:
+        """`start`, compiled."""
+        if self._init is None:
+            like = jax.eval_shape(self.start, key, numbers)
+            self._init = jax.jit(self.start, out_shardings=state_shardings(like, self.layout))
+        return self._init(key, numbers)
+
+    def place(self, state: FedState) -> FedState:
+        """The state on the devices of the layout."""
+        return jax.device_put(state, state_shardings(state, self.layout))
 
     def laid_out(self, layout: Layout) -> "Program":
         """The same program in another layout."""
@@ -188,16 +200,20 @@ class Program:
         """`(world, state, rounds) -> (state, metrics, Scores)` for arguments of these shapes, ahead of time."""
         shapes = str(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (world, state)))
         if shapes not in self._compiled:
-            self._compiled[shapes] = self._segment.lower(world, state, jnp.int32(0)).compile()
+            self._compiled[shapes] = self.lower(world, state).compile()
         return self._compiled[shapes]
 
     def lower(self, world: World, state: FedState) -> jax.stages.Lowered:
         """The program of a segment for these shapes on the devices of its layout, at hand or not."""
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.everywhere),
-            (world, state, jnp.int32(0)),
-        )
-        return self._segment.lower(*shapes)
+        shardings = state_shardings(state, self.layout)
+        segment = jax.jit(self.segment, donate_argnums=1, out_shardings=(shardings, self.everywhere, self.everywhere))
+        rounds = jax.ShapeDtypeStruct((), jnp.int32)
+        world, rounds = jax.tree.map(lambda leaf: _placed(leaf, self.everywhere), (world, rounds))
+        return segment.lower(world, jax.tree.map(_placed, state, shardings), rounds)
+
+
+def _placed(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def predict(make_parts: MakeParts, world: World, state: FedState, inputs: Mapping[str, Array]) -> Array:
@@ -246,7 +262,7 @@ class Simulation:
         self.full_gradient = full_gradient
         self.needs = needs
         self.compile_s = 0.0
-        self.world = jax.device_put(world, program.everywhere)
+        self.world = hosts.place(world, program.everywhere)
         self._compiled = None
 
     @property
@@ -300,7 +316,7 @@ class Simulation:
         with the evaluation. The given state is copied: it stays valid. A yielded state is consumed by the
         next step.
         """
-        state = jax.tree.map(jnp.copy, jax.device_put(state, self.program.everywhere))
+        state = jax.tree.map(jnp.copy, self.program.place(state))
         self.compile(state)
         done, last = int(state.round), int(state.round) + rounds
         while done < last:
@@ -327,7 +343,7 @@ class Simulation:
 
     def scores(self, state: FedState) -> Scores:
         """All that is found on the held-out pool."""
-        state = jax.tree.map(jnp.copy, jax.device_put(state, self.program.everywhere))
+        state = jax.tree.map(jnp.copy, self.program.place(state))
         self.compile(state)
         return self._call(state, 0)[2]
 
@@ -345,7 +361,7 @@ class Simulation:
         done = int(state.round)
         with Progress(Console(highlight=False)) as shown:
             shown.stage("compiling a round")
-            self.compile(jax.device_put(state, self.program.everywhere))
+            self.compile(self.program.place(state))
             yield from shown.rounds(self.segments(state, rounds), done, done + rounds, self.judged_by)
 
     def _run_segment(self, state: FedState, number: int) -> tuple[FedState, Metrics]:
@@ -355,4 +371,4 @@ class Simulation:
 
     def _call(self, state: FedState, number: int):
         assert self._compiled is not None
-        return self._compiled(self.world, state, jnp.int32(number))
+        return self._compiled(self.world, state, np.int32(number))

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import Mesh
 
 from fedjax_lora.adapters.lora import max_rank, rank_mask
 from fedjax_lora.core.learning import Adapter, Model, Task
-from fedjax_lora.core.types import Adapters, Base, Batch, ClientState, Dataset, Packing
+from fedjax_lora.core.types import Adapters, Base, Batch, ClientState, Dataset
 from fedjax_lora.data.batches import evaluation_batches, gather
 from fedjax_lora.data.packing import packed
-from fedjax_lora.sim.cohort import CLIENTS, map_over_devices, padded_size
+from fedjax_lora.sim.cohort import padded_size
+from fedjax_lora.sim.parts import Layout
 from fedjax_lora.training.personal import compose
 
 Evaluate = Callable[[Base, Mapping[str, Array], Adapters, Array, Array], dict[str, Array]]
@@ -42,20 +42,18 @@ class ClientAccuracy(NamedTuple):
         return jnp.where(jnp.any(self.counts & jnp.isnan(self.accuracy)), jnp.nan, mean)
 
 
-def make_evaluate(
-    model: Model, adapter: Adapter, task: Task, batch_size: int, mesh: Mesh, packing: Packing | None = None
-) -> Evaluate:
+def make_evaluate(model: Model, adapter: Adapter, task: Task, batch_size: int, layout: Layout) -> Evaluate:
     """`(base, pool, adapters, rank, scale) -> {name: [N]}`: the task's scores of the whole pool.
 
     `rank` is the structural one, and `scale` is s = alpha / r. The devices share the batches, which are packed as
-    `packing` has it.
+    `layout.packing` has it.
     """
 
     def evaluate(
         base: Base, pool: Mapping[str, Array], adapters: Adapters, rank: Array, scale: Array
     ) -> dict[str, Array]:
         num_examples = _size(pool)
-        batches = evaluation_batches(num_examples, batch_size, mesh.shape[CLIENTS])
+        batches = evaluation_batches(num_examples, batch_size, 1 if layout.in_order else layout.num_devices)
         used = used_adapters(adapter, adapters, rank, scale)
 
         def score(shared, rows_and_weight: tuple[Array, Array]) -> dict[str, Array]:
@@ -65,9 +63,9 @@ def make_evaluate(
             def scored(batch: Batch) -> dict[str, Array]:
                 return task.score(model.apply(base, used, batch), batch)
 
-            return packed(packing, gather(pool, rows), weight, scored)
+            return packed(layout.packing, gather(pool, rows), weight, scored)
 
-        found = map_over_devices(score, (base, pool, used), batches, 1, mesh)
+        found = layout.map(score, (base, pool, used), batches, 1)
         return {name: value.ravel()[:num_examples] for name, value in found.items()}
 
     return evaluate
@@ -91,7 +89,7 @@ def of_clients(task: Task, data: Dataset, scores: Mapping[str, Array]) -> Client
 
 
 def make_evaluate_personal(
-    model: Model, adapter: Adapter, task: Task, batch_size: int, mesh: Mesh, packing: Packing | None = None
+    model: Model, adapter: Adapter, task: Task, batch_size: int, layout: Layout
 ) -> EvaluatePersonal:
     """`(base, data, adapters, clients, scale) -> ClientAccuracy` of the clients' own adapters.
 
@@ -108,7 +106,7 @@ def make_evaluate_personal(
     def evaluate(base: Base, data: Dataset, adapters: Adapters, clients: ClientState, scale: Array) -> ClientAccuracy:
         num_clients, num_examples = data.count.shape[0], _size(data.test)
         batches = evaluation_batches(num_examples, batch_size)
-        size = padded_size(num_clients, 1, mesh.shape[CLIENTS])
+        size = padded_size(num_clients, 1, layout.num_devices)
         items = clients.rank, clients.personal, data.index, data.count
         items = jax.tree.map(lambda leaf: leaf[np.arange(size) % num_clients], items)
 
@@ -122,7 +120,7 @@ def make_evaluate_personal(
 
             def of_batch(rows_and_weight: tuple[Array, Array]) -> dict[str, Array]:
                 rows, weight = rows_and_weight
-                return packed(packing, gather(data.test, rows), weight, scored)
+                return packed(layout.packing, gather(data.test, rows), weight, scored)
 
             found = {name: value.ravel()[:num_examples] for name, value in lax.map(of_batch, batches).items()}
             if task.weigh is None:
@@ -131,7 +129,7 @@ def make_evaluate_personal(
                 weight = task.weigh(gather(data.train, rows), count, data.test)
             return ClientAccuracy(task.finish(found, weight)["eval_accuracy"], jnp.any(weight > 0))
 
-        found = map_over_devices(score, (base, data, adapters, scale), items, 1, mesh)
+        found = layout.map(score, (base, data, adapters, scale), items, 1)
         return jax.tree.map(lambda leaf: leaf[:num_clients], found)
 
     return evaluate

@@ -6,7 +6,6 @@ from fedjax_lora.adapters.lora import max_rank
 from fedjax_lora.core import trees
 from fedjax_lora.core.memory import Term, total
 from fedjax_lora.core.types import FedState
-from fedjax_lora.sim.cohort import padded_size
 from fedjax_lora.sim.options import EngineConfig
 from fedjax_lora.sim.parts import Layout, World
 from fedjax_lora.training.local import LocalConfig
@@ -45,7 +44,7 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
     base, adapters = trees.num_bytes(world.base), trees.num_bytes(state.adapters)
     clients = trees.num_bytes((state.clients, state.methods["wireless"]))
     num_clients, num_tests = world.data.count.shape[0], world.data.test["label"].shape[0]
-    cohort = padded_size(layout.cohort_size, layout.chunk, layout.num_devices) // layout.num_devices
+    cohort = layout.padded_cohort if layout.in_order else layout.padded_cohort // layout.num_devices
     # The backward pass works on one layer beside what is kept of all; a forward pass holds half of a layer at a time.
     training = activation_bytes * (1 + 1 / num_layers) + ADAPTERS_IN_TRAINING * adapters
     example = activation_bytes / min(local.batch_size, int(world.data.count.max())) / num_layers / 2
@@ -56,23 +55,32 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
         Term(
             cohort * (ADAPTERS_OF_A_CLIENT * adapters + clients / num_clients),
             f"lower clients.per_round, got {layout.cohort_size}",
+            "adapters of the cohort",
         ),
         Term(
             layout.chunk * training,
             several if layout.chunk > 1 else f"lower local.batch_size, got {local.batch_size}",
+            "clients in training",
         ),
     ]
-    in_evaluation = [Term(tested * example, f"lower engine.eval_batch_size, got {engine.eval_batch_size}")]
+    in_evaluation = [
+        Term(tested * example, f"lower engine.eval_batch_size, got {engine.eval_batch_size}", "evaluation")
+    ]
+    split = layout.num_devices if not layout.in_order and num_clients % layout.num_devices == 0 else 1
     shared = [
-        Term(base * (2 if state.merged else 1), "take a smaller model.pretrained"),
-        Term(trees.num_bytes(world.data), "lower data.max_length, or take less data"),
+        Term(base * (2 if state.merged else 1), "take a smaller model.pretrained", "frozen base"),
+        Term(trees.num_bytes(world.data), "lower data.max_length, or take less data", "data"),
     ]
     of_a_trial = [
         # A run begins with a copy of its state.
-        Term(2 * clients, f"lower clients.count, got {num_clients}"),
-        Term(2 * (trees.num_bytes(state) - clients), f"lower lora.max_rank, got {max_rank(state.adapters)}"),
+        Term(2 * clients / split, f"lower clients.count, got {num_clients}", "state of the clients"),
+        Term(
+            2 * (trees.num_bytes(state) - clients), f"lower lora.max_rank, got {max_rank(state.adapters)}", "adapters"
+        ),
         # The bits of each client, up and down, of all rounds between two evaluations.
-        Term(engine.eval_every * 16 * layout.cohort_size, f"lower engine.eval_every, got {engine.eval_every}"),
+        Term(
+            engine.eval_every * 16 * layout.cohort_size, f"lower engine.eval_every, got {engine.eval_every}", "metrics"
+        ),
         *max(in_training, in_evaluation, key=total),
     ]
     return [*shared, *(term._replace(bytes=trials * term.bytes) for term in of_a_trial)]

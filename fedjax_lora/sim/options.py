@@ -12,16 +12,21 @@ class EngineConfig:
     trials_at_once: trials of a sweep that run side by side in one program; `auto` runs as many as fit the device.
     eval_every: rounds between evaluations (and checkpoints).
     eval_batch_size: examples of one evaluation step.
+    reproducible: clients are gathered and added in their order, `client_chunk` at a time: bits depend neither on the
+      number of devices nor on that of processes, and every device holds the state of all clients.
     """
 
     client_chunk: int | Literal["auto"] = "auto"
     trials_at_once: int | Literal["auto"] = "auto"
     eval_every: int = 5
     eval_batch_size: int = 64
+    reproducible: bool = False
 
     def __post_init__(self):
         if self.client_chunk != "auto" and self.client_chunk < 1:
             raise ValueError(f"client_chunk must be 'auto' or at least 1, got {self.client_chunk}")
+        if self.reproducible and self.client_chunk == "auto":
+            raise ValueError("client_chunk must be a number where reproducible is true, got 'auto'")
         if self.trials_at_once != "auto" and self.trials_at_once < 1:
             raise ValueError(f"trials_at_once must be 'auto' or at least 1, got {self.trials_at_once}")
         if self.eval_every < 1:

@@ -27,7 +27,7 @@ from fedjax_lora.core.network import Controller, Decision, Delivery, Radio, Wire
 from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.sides import Side
 from fedjax_lora.core.types import Adapters, Base, Dataset, Packing, Scope
-from fedjax_lora.sim.cohort import CLIENTS
+from fedjax_lora.sim.cohort import CLIENTS, map_in_order, map_over_devices, padded_size
 
 
 @struct.dataclass
@@ -46,6 +46,7 @@ class Layout(NamedTuple):
     everyone: whether all clients take part in every round, and nobody chooses among them.
     one_rank: whether all clients have the structural rank, in every round.
     packing: of the batches of evaluation; None where nothing is packed.
+    in_order: whether clients are worked on, and added, alike on any number of devices.
     """
 
     cohort_size: int
@@ -54,11 +55,22 @@ class Layout(NamedTuple):
     everyone: bool
     one_rank: bool
     packing: Packing | None = None
+    in_order: bool = False
 
     @property
     def num_devices(self) -> int:
         """How many share the clients of one run."""
         return self.mesh.shape[CLIENTS]
+
+    @property
+    def padded_cohort(self) -> int:
+        """C rounded up to whole chunks: on every device, or in all where clients are worked on in order."""
+        return padded_size(self.cohort_size, self.chunk, 1 if self.in_order else self.num_devices)
+
+    def map(self, work: Callable[..., Any], shared: Any, items: Any, chunk: int) -> Any:
+        """`cohort.map_over_devices`, or `map_in_order`."""
+        mapping = map_in_order if self.in_order else map_over_devices
+        return mapping(work, shared, items, chunk, self.mesh)
 
 
 class Parts(NamedTuple):

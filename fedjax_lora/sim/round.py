@@ -17,7 +17,6 @@ from fedjax_lora.core.keys import client_keys, round_keys
 from fedjax_lora.core.learning import Broadcast, Client, Trained, Trainer
 from fedjax_lora.core.network import Decision, Delivery, Observation, Outcome
 from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState, Metrics
-from fedjax_lora.sim.cohort import map_over_devices
 from fedjax_lora.sim.merged import current_base
 from fedjax_lora.sim.metrics import observe
 from fedjax_lora.sim.parts import Cohort, Local, MakeParts, Offers, Parts, Uplink, Upload, World
@@ -101,7 +100,7 @@ def train_cohort(parts: Parts, world: World, state: FedState, start: Adapters, c
     )
     if parts.trainer.together is not None:
         return parts.trainer.together(given, clients, here)
-    return map_over_devices(parts.trainer.train, given, clients, parts.layout.chunk, parts.layout.mesh)
+    return parts.layout.map(parts.trainer.train, given, clients, parts.layout.chunk)
 
 
 def importance(parts: Parts, cohort: Cohort, local: Local) -> Offers:
@@ -156,8 +155,9 @@ def sparsify(parts: Parts, cohort: Cohort, local: Local, kept: Array, key: Array
 
 
 def _map_cohort(parts: Parts, work: Callable[..., Any], shared: Any, items: Any) -> Any:
-    chunk = max(parts.layout.chunk, SPARSIFIED_AT_ONCE)
-    return map_over_devices(work, shared, items, chunk, parts.layout.mesh)
+    layout = parts.layout
+    chunk = layout.chunk if layout.in_order else max(layout.chunk, SPARSIFIED_AT_ONCE)
+    return layout.map(work, shared, items, chunk)
 
 
 def transmit(parts: Parts, cohort: Cohort, local: Local, decision: Decision, upload: Upload) -> Uplink:

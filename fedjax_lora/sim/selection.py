@@ -13,7 +13,7 @@ from fedjax_lora.core.keys import RoundKeys, client_keys
 from fedjax_lora.core.learning import Client, Exchange, Work, split_work
 from fedjax_lora.core.network import Population, Radio
 from fedjax_lora.core.types import Adapters, FedState, Scope
-from fedjax_lora.sim.cohort import choose, padded_size
+from fedjax_lora.sim.cohort import choose
 from fedjax_lora.sim.parts import Cohort, Parts, World
 from fedjax_lora.sparsifiers import payload
 
@@ -21,9 +21,8 @@ from fedjax_lora.sparsifiers import payload
 def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> Cohort:
     """Step 2 and the broadcast: who takes part, what each sends, and when it can begin to."""
     layout, channels = parts.layout, state.methods["wireless"]
-    size = padded_size(layout.cohort_size, layout.chunk, layout.num_devices)
     priority, controller = schedule(parts, world, state, keys)
-    ids, present = choose(priority, state.clients.rank.shape[0], layout.cohort_size, size)
+    ids, present = choose(priority, state.clients.rank.shape[0], layout.cohort_size, layout.padded_cohort)
     own, wireless = trees.take((state.clients, channels), ids)
     ranks = jax.vmap(rank_mask, (0, None))(own.rank, max_rank(state.adapters))
     start, downlink = broadcast(parts, state, ranks)

@@ -28,6 +28,7 @@ from fedjax_lora.sim.cohort import TRIALS, device_mesh
 from fedjax_lora.sim.engine import Scores, Simulation, with_scores
 from fedjax_lora.sim.memory import Needs, run_terms
 from fedjax_lora.sim.parts import Layout, World
+from fedjax_lora.sim.placement import state_shardings
 
 MEMORY_SHARE = 0.35
 """Share of the memory at hand that trials at once may fill by what is foreseen, which is a low estimate: a trial took
@@ -67,16 +68,23 @@ class Lanes:
         self._eval_every = simulation.eval_every
         each = NamedSharding(self.layout.mesh, P(TRIALS))
         self._each = each
-        self._start = jax.jit(jax.vmap(program.start), out_shardings=each)
-        mapped = jax.vmap(program.segment, in_axes=(_WORLD_AXES, 0, None), spmd_axis_name=TRIALS)
-        self._segment = jax.jit(mapped, donate_argnums=1, out_shardings=each)
+        self._start = jax.vmap(program.start)
+        self._segment = jax.vmap(program.segment, in_axes=(_WORLD_AXES, 0, None), spmd_axis_name=TRIALS)
         self.compile_s = 0.0
+        self._init: Any = None
         self._compiled: Any = None
 
     def init(self, trials: Sequence[Trial]) -> FedState:
         """The states of the trials before round 1: leaves `[lanes, ...]`."""
         keys = jnp.stack([jax.random.key(trial.seed) for trial in trials])
-        return self._start(keys, trees.stack([trial.numbers for trial in trials]))
+        given = keys, trees.stack([trial.numbers for trial in trials])
+        if self._init is None:
+            shardings = self._shardings(jax.eval_shape(self._start, *given))
+            self._init = jax.jit(self._start, out_shardings=shardings)
+        return self._init(*given)
+
+    def _shardings(self, states: FedState) -> FedState:
+        return state_shardings(states, self.layout, lanes=True)
 
     def evaluate(self, trials: Sequence[Trial], states: FedState) -> list[float]:
         """The accuracy of each trial's state, NaN where it is not measured; `states` stay valid."""
@@ -85,7 +93,8 @@ class Lanes:
 
     def lower(self, world: World, states: FedState) -> Any:
         """The program of a segment, traced and lowered; `.compile()` is what `segments` runs."""
-        return self._segment.lower(world, states, jnp.int32(0))
+        places = self._shardings(states), self._each, self._each
+        return jax.jit(self._segment, donate_argnums=1, out_shardings=places).lower(world, states, jnp.int32(0))
 
     def stacked(self, trials: Sequence[Trial]) -> World:
         """The world of the trials: their partitions stacked, all else as it is."""
@@ -117,11 +126,12 @@ class Lanes:
             yield states, _of_each(rows, scores, number)
 
     def _run(self, world: World, states: FedState, rounds: int) -> tuple[FedState, Metrics, Scores]:
+        states = jax.device_put(states, self._shardings(states))
         if self._compiled is None:
             started = time.perf_counter()
             self._compiled = self.lower(world, states).compile()
             self.compile_s = time.perf_counter() - started
-        return self._compiled(world, jax.device_put(states, self._each), jnp.int32(rounds))
+        return self._compiled(world, states, jnp.int32(rounds))
 
 
 def lanes_layout(needs: Needs, layout: Layout, lanes: int) -> Layout:

@@ -9,6 +9,7 @@ from fedjax_lora.core.learning import Hidden, Model
 from fedjax_lora.core.types import Adapters, ClientState, Dataset, Factors
 from fedjax_lora.sim.cohort import device_mesh
 from fedjax_lora.sim.evaluate import ClientAccuracy, make_evaluate, make_evaluate_personal, of_clients
+from fedjax_lora.sim.parts import Layout
 from oracles.model_context import model_context
 
 LOGITS = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
@@ -27,13 +28,15 @@ TABLE = Model(
     num_layers=1,
 )
 
+LAYOUT = Layout(cohort_size=1, chunk=1, mesh=device_mesh(), everyone=True, one_rank=True)
+
 
 def pool(logits):
     return {"logits": jnp.asarray(logits), "label": jnp.asarray(LABEL)}
 
 
 def evaluate(logits, batch_size):
-    score = jax.jit(make_evaluate(TABLE, PARTS["adapter"], PARTS["task"], batch_size, device_mesh()))
+    score = jax.jit(make_evaluate(TABLE, PARTS["adapter"], PARTS["task"], batch_size, LAYOUT))
     found = PARTS["task"].finish(score({}, pool(logits), LIKE, RANK, SCALE), jnp.ones(7))
     return float(found["eval_loss"]), float(found["eval_accuracy"])
 
@@ -42,7 +45,7 @@ def evaluate_personal(logits, clients):
     """Of clients who hold the given rows of the pool, two each."""
     data = Dataset(train=pool(LOGITS), index=jnp.asarray(clients), count=jnp.full(len(clients), 2), test=pool(logits))
     state = ClientState(rank=jnp.full(len(clients), 2.0), personal={}, methods={})
-    score = jax.jit(make_evaluate_personal(TABLE, PARTS["adapter"], PARTS["task"], 4, device_mesh()))
+    score = jax.jit(make_evaluate_personal(TABLE, PARTS["adapter"], PARTS["task"], 4, LAYOUT))
     return float(score({}, data, LIKE, state, SCALE).mean())
 
 

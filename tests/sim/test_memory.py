@@ -36,7 +36,7 @@ def test_what_cannot_fit_is_refused_with_the_remedy_of_the_largest_term(monkeypa
 
 def test_accelerators_have_their_memory_each(monkeypatch):
     """By hand: ten devices of 1000 bytes hold 1000 on each."""
-    monkeypatch.setattr(jax, "devices", lambda: [Accelerator()])
+    monkeypatch.setattr(jax, "local_devices", lambda: [Accelerator()])
     memory.check([Term(1000, "")], 10)
     with pytest.raises(ValueError, match="are available: lower it"):
         memory.check([Term(1001, "lower it")], 10)
