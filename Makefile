@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NEWEST := .venv-newest
+TPU := .venv-tpu
 
-.PHONY: run test test-all test-newest bench
+.PHONY: run test test-all test-newest test-tpu bench
 
 run: $(VENV)/installed  ## fine-tune on the embedded digits over a simulated cell
 	$(BIN)/fedjax-lora run $(if $(wildcard runs/digits/config.yaml),--resume)
@@ -23,6 +24,9 @@ bench: $(VENV)/installed-bench  ## a short form of all benchmarks, and the table
 test-newest: $(NEWEST)/installed  ## the suite with the newest releases of what it needs, and without PyTorch
 	$(NEWEST)/bin/pytest -n 2 --dist worksteal -m "not slow"
 
+test-tpu: $(TPU)/installed  ## compile every kernel and every preset for TPUs, without a TPU
+	$(TPU)/bin/pytest -n 2 --dist worksteal tests/tpu
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable . --constraint constraints.txt
@@ -41,4 +45,9 @@ $(VENV)/installed-bench: $(VENV)/installed-test
 $(NEWEST)/installed: pyproject.toml
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[suite]"
+	touch $@
+
+$(TPU)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TPU)
+	$(TPU)/bin/pip install --quiet --editable ".[test-tpu]" --constraint constraints.txt
 	touch $@

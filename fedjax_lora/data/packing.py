@@ -109,9 +109,10 @@ def deal(lengths: Array, rows: int) -> tuple[Array, Array, Array]:
     order = jnp.where((jnp.arange(turns) % 2 == 1)[:, None], order[:, ::-1], order)
     dealt = filled[order]
     stops = jnp.cumsum(dealt, 0)
-    row = jnp.zeros_like(filled).at[order].set(jnp.arange(rows, dtype=filled.dtype))
-    start = jnp.zeros_like(filled).at[order].set(stops - dealt)
-    return row[: lengths.shape[0]], start[: lengths.shape[0]], stops[-1]
+    # Where each example was dealt, by a gather: the compiler of TPUs (libtpu 0.0.42) fails on the scatter of one turn.
+    turn = jnp.argsort(order.ravel())[: lengths.shape[0]]
+    row = jnp.broadcast_to(jnp.arange(rows, dtype=filled.dtype), order.shape).ravel()[turn]
+    return row, (stops - dealt).ravel()[turn], stops[-1]
 
 
 def pack(batch: Batch, real: Array, rows: int, width: int) -> dict[str, Array]:

@@ -14,7 +14,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
-from fedjax_lora_kernels.targets import LANES, Target, options, power_of_two, stretch
+from fedjax_lora_kernels.targets import LANES, Target, cost, options, power_of_two, stretch
+
+LEAST = 16
+"""Rows of the factors side by side: fewer are no operand of a matrix unit."""
 
 WEIGHT_BYTES = 2**23
 """Of the frozen matrix that one program of a TPU holds."""
@@ -40,7 +43,7 @@ def blocks_of(shape: tuple[int, ...], columns: int, ranks: int, target: Target) 
     """The blocks of activations `[C, T, n]` times `[n, columns]` with factors of so many ranks."""
     clients, rows, inner = shape
     if target == "gpu":  # whose products have at least 16 rows and columns
-        together = power_of_two(clients, max(16 // ranks, 1))
+        together = power_of_two(clients, max(LEAST // ranks, 1))
         return Blocks(together, power_of_two(rows, 64), power_of_two(inner, 64), power_of_two(columns, 64))
     together = max(min(LANES // ranks, clients), 1)
     most = max(ROWS_BYTES // (4 * together * (inner + columns)), 16)
@@ -54,13 +57,13 @@ def _dot(x: Array, y: Array, contract: tuple[int, int]) -> Array:
     return lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
 
 
-def _own(narrow: Array, clients: int) -> Array:
-    """`[clients * rows, clients * R]` with zeros in the columns of other clients."""
+def _own(narrow: Array, clients: int, ranks: int) -> Array:
+    """`[clients * rows, clients * R or more]` with zeros in the columns of other clients."""
     rows, columns = narrow.shape
     shape = clients, rows // clients, columns
-    first = lax.broadcasted_iota(jnp.int32, shape, 0) * (columns // clients)
+    first = lax.broadcasted_iota(jnp.int32, shape, 0) * ranks
     column = lax.broadcasted_iota(jnp.int32, shape, 2)
-    own = (column >= first) & (column < first + columns // clients)
+    own = (column >= first) & (column < first + ranks)
     return jnp.where(own.reshape(rows, columns), narrow, 0.0)
 
 
@@ -69,7 +72,7 @@ def _flat(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _project(x_ref, w_ref, a_ref, b_ref, y_ref, *, inner: int, transposed: bool) -> None:
+def _project(x_ref, w_ref, a_ref, b_ref, y_ref, *, ranks: int, inner: int, transposed: bool) -> None:
     dtype, (clients, rows, columns) = w_ref.dtype, y_ref.shape
 
     def add(where, sums: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -84,18 +87,22 @@ def _project(x_ref, w_ref, a_ref, b_ref, y_ref, *, inner: int, transposed: bool)
         y, narrow = add(slice(None), sums)
     else:
         y, narrow = lax.fori_loop(0, count, lambda i, sums: add(pl.ds(i * inner, inner), sums), sums)
-    y += _dot(_own(narrow, clients).astype(dtype), b_ref[...].astype(dtype), (1, 0))
+    y += _dot(_own(narrow, clients, ranks).astype(dtype), b_ref[...].astype(dtype), (1, 0))
     y_ref[...] = y.reshape(y_ref.shape)
 
 
-def _gradients(x_ref, g_ref, a_ref, b_ref, da_ref, db_ref, *, clients: int, rows: int, dtype: DTypeLike) -> None:
+def _gradients(
+    x_ref, g_ref, a_ref, b_ref, da_ref, db_ref, *, clients: int, rows: int, ranks: int, dtype: DTypeLike
+) -> None:
     shape = x_ref.shape[:2]
     client = lax.broadcasted_iota(jnp.int32, (*shape, 1), 0) + pl.program_id(0) * shape[0]
     place = lax.broadcasted_iota(jnp.int32, (*shape, 1), 1) + pl.program_id(1) * shape[1]
     real = (client < clients) & (place < rows)  # beyond the edge anything may be read
     x, g = (_flat(jnp.where(real, ref[...], 0.0).astype(dtype)) for ref in (x_ref, g_ref))
-    of_x = _own(_dot(x, a_ref[...].astype(dtype), (1, 1)), shape[0]).astype(dtype)
-    of_g = _own(_dot(g, b_ref[...].astype(dtype), (1, 1)), shape[0]).astype(dtype)
+    of_x, of_g = (
+        _own(_dot(wide, ref[...].astype(dtype), (1, 1)), shape[0], ranks).astype(dtype)
+        for wide, ref in ((x, a_ref), (g, b_ref))
+    )
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
@@ -106,10 +113,10 @@ def _gradients(x_ref, g_ref, a_ref, b_ref, da_ref, db_ref, *, clients: int, rows
 
 
 def _groups(factors: Array, clients: int) -> Array:
-    """`[C, R, n]` -> `[groups, clients * R, n]`, the last group filled with zeros."""
+    """`[C, R, n]` -> `[groups, clients * R, n]`, filled with zeros to whole groups of at least LEAST rows."""
     count, ranks, width = factors.shape
-    filled = jnp.pad(factors, ((0, -count % clients), (0, 0), (0, 0)))
-    return filled.reshape(-1, clients * ranks, width)
+    filled = jnp.pad(factors, ((0, -count % clients), (0, 0), (0, 0))).reshape(-1, clients * ranks, width)
+    return jnp.pad(filled, ((0, 0), (0, max(LEAST - clients * ranks, 0)), (0, 0)))
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "target"))
@@ -135,14 +142,17 @@ def lora_matmul(x: Array, w: Array, a: Array, b: Array, *, transposed: bool = Fa
     """
     (clients, rows, inner), ranks, columns = x.shape, a.shape[1], b.shape[2]
     block = blocks_of(x.shape, columns, ranks, target)
-    whole, narrow = inner, block.clients * ranks
+    whole, narrow = inner, max(block.clients * ranks, LEAST)
     if transposed:
         of_w = pl.BlockSpec((block.columns, whole), lambda group, i, j: (j, 0))
     else:
         of_w = pl.BlockSpec((whole, block.columns), lambda group, i, j: (0, j))
+    a, b = _groups(a, block.clients), _groups(b, block.clients)
+    y = jax.ShapeDtypeStruct((clients, rows, columns), jnp.float32)
+    flop = 2 * clients * rows * (inner * columns + narrow * (inner + columns))
     return pl.pallas_call(
-        functools.partial(_project, inner=block.inner, transposed=transposed),
-        out_shape=jax.ShapeDtypeStruct((clients, rows, columns), jnp.float32),
+        functools.partial(_project, ranks=ranks, inner=block.inner, transposed=transposed),
+        out_shape=y,
         grid=(pl.cdiv(clients, block.clients), pl.cdiv(rows, block.rows), pl.cdiv(columns, block.columns)),
         in_specs=[
             pl.BlockSpec((block.clients, block.rows, whole), lambda group, i, j: (group, i, 0)),
@@ -151,9 +161,10 @@ def lora_matmul(x: Array, w: Array, a: Array, b: Array, *, transposed: bool = Fa
             pl.BlockSpec((None, narrow, block.columns), lambda group, i, j: (group, 0, j)),
         ],
         out_specs=pl.BlockSpec((block.clients, block.rows, block.columns), lambda group, i, j: (group, i, j)),
+        cost_estimate=cost(flop, (x, w, a, b, y)),
         name="lora_matmul",
         **options(target),
-    )(x, w, _groups(a, block.clients), _groups(b, block.clients))
+    )(x, w, a, b)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "target"))
@@ -179,18 +190,22 @@ def lora_gradients(
     """
     (clients, rows, inner), ranks, columns = x.shape, a.shape[1], b.shape[2]
     block = blocks_of(x.shape, columns, ranks, target)
-    widths, narrow = (inner, columns), block.clients * ranks
+    widths, narrow = (inner, columns), max(block.clients * ranks, LEAST)
     groups = pl.cdiv(clients, block.clients)
     of_rows = [pl.BlockSpec((block.clients, block.rows, width), lambda group, i: (group, i, 0)) for width in widths]
     of_factors = [pl.BlockSpec((None, narrow, width), lambda group, i: (group, 0, 0)) for width in widths]
+    a, b = _groups(a, block.clients), _groups(b, block.clients)
+    flop = 4 * clients * rows * narrow * (inner + columns)
     sums = pl.pallas_call(
-        functools.partial(_gradients, clients=clients, rows=rows, dtype=dtype),
+        functools.partial(_gradients, clients=clients, rows=rows, ranks=ranks, dtype=dtype),
         out_shape=[jax.ShapeDtypeStruct((groups, narrow, width), jnp.float32) for width in widths],
         grid=(groups, pl.cdiv(rows, block.rows)),
         in_specs=[*of_rows, *of_factors],
         out_specs=of_factors,
+        cost_estimate=cost(flop, (x, g, a, b, a, b)),
         name="lora_gradients",
         **options(target),
-    )(x, g, _groups(a, block.clients), _groups(b, block.clients))
-    da, db = (s.reshape(-1, ranks, s.shape[-1])[:clients] for s in sums)
+    )(x, g, a, b)
+    used = block.clients * ranks
+    da, db = (s[:, :used].reshape(-1, ranks, s.shape[-1])[:clients] for s in sums)
     return da, db

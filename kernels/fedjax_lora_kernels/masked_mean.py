@@ -8,7 +8,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from fedjax_lora_kernels.small import column, number
-from fedjax_lora_kernels.targets import LANES, Target, options, power_of_two, stretch
+from fedjax_lora_kernels.targets import LANES, Target, cost, options, power_of_two, stretch
 
 MAX_CLIENTS = 64
 """Most clients that one program adds up."""
@@ -100,13 +100,15 @@ def _sums(kernel, x: Array, second: Array, weights: Array, ranks: int, target: T
         block = power_of_two(width, 256)
     grid = (matrices, pl.cdiv(width, block), pl.cdiv(clients, together))
     row = pl.BlockSpec((None, together, slots), lambda matrix, i, group: (matrix, group, 0))
-    if second.ndim == weights.ndim and kernel is _packed:
+    if kernel is _packed:
         second, of_second = second.swapaxes(0, 1), row
     else:
         of_second = pl.BlockSpec((None, ranks, block), lambda matrix, i, group: (matrix, 0, i))
+    out = jax.ShapeDtypeStruct((grid[2], matrices, ranks, width), x.dtype)
+    each = 3 if kernel is _masked else 2 * ranks
     sums = pl.pallas_call(
         functools.partial(kernel, clients=clients),
-        out_shape=jax.ShapeDtypeStruct((grid[2], matrices, ranks, width), x.dtype),
+        out_shape=out,
         grid=grid,
         in_specs=[
             pl.BlockSpec((together, None, slots, block), lambda matrix, i, group: (group, matrix, 0, i)),
@@ -114,6 +116,7 @@ def _sums(kernel, x: Array, second: Array, weights: Array, ranks: int, target: T
             row,
         ],
         out_specs=pl.BlockSpec((None, None, ranks, block), lambda matrix, i, group: (group, matrix, 0, i)),
+        cost_estimate=cost(each * x.size, (x, second, weights, out)),
         name=kernel.__name__.strip("_") + "_mean",
         **options(target),
     )(x, second, weights.swapaxes(0, 1))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from fedjax_lora_kernels.targets import Target, options, power_of_two
+from fedjax_lora_kernels.targets import Target, cost, options, power_of_two
 
 MAX_BLOCK = 1024
 """Longest stretch of the reduced axis that one program of a GPU reads."""
@@ -50,12 +50,14 @@ def rank_energy(x: Array, x0: Array, *, axis: int, target: Target) -> tuple[Arra
     else:
         factor = pl.BlockSpec((None, ranks, block), lambda layer, i: (layer, 0, i))
     partial = pl.BlockSpec((None, None, 1, ranks), lambda layer, i: (layer, i, 0, 0))
+    out = [jax.ShapeDtypeStruct((*grid, 1, ranks), x.dtype)] * 3
     sums = pl.pallas_call(
         functools.partial(_kernel, axis=axis),
-        out_shape=[jax.ShapeDtypeStruct((*grid, 1, ranks), x.dtype)] * 3,
+        out_shape=out,
         grid=grid,
         in_specs=[factor, factor],
         out_specs=[partial] * 3,
+        cost_estimate=cost(8 * x.size, (x, x0, *out)),
         name="rank_energy",
         **options(target),
     )(x.reshape(-1, rows, columns), x0.reshape(-1, rows, columns))

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
 from fedjax_lora_kernels.small import diagonal, number, position, row
-from fedjax_lora_kernels.targets import Target, options, power_of_two
+from fedjax_lora_kernels.targets import Target, cost, options, power_of_two
 
 MAX_RANK = 64
 """Most ranks: the rotations of a sweep grow with their square."""
@@ -160,16 +160,16 @@ def rotate_ranks(x: Array, ranks: Array, *, target: Target) -> tuple[Array, Arra
     def block(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((together, *shape), lambda i: (i, 0, 0))
 
+    out = [jax.ShapeDtypeStruct((factors, rows, size), jnp.float32) for rows in (1, size)]
+    flop = 2 * size * x.size + factors * _steps(size) * 6 * size**3
     energies, rotations = pl.pallas_call(
         kernel,
-        out_shape=[
-            jax.ShapeDtypeStruct((factors, 1, size), jnp.float32),
-            jax.ShapeDtypeStruct((factors, size, size), jnp.float32),
-        ],
+        out_shape=out,
         grid=(pl.cdiv(factors, together or 1),),
         in_specs=[block(size, width), block(1, size)],
         out_specs=[block(1, size), block(size, size)],
         scratch_shapes=scratch,
+        cost_estimate=cost(flop, (x, *out), roots=2 * factors * _steps(size) * size),
         name="rotate_ranks",
         **options(target),
     )(x, unused)

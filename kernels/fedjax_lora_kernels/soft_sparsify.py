@@ -8,7 +8,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from fedjax_lora_kernels.small import column, number, position, row
-from fedjax_lora_kernels.targets import Target, options, power_of_two
+from fedjax_lora_kernels.targets import Target, cost, options, power_of_two
 
 MAX_BLOCK = 256
 """Longest stretch of the width that a program of a GPU holds in its registers."""
@@ -117,15 +117,17 @@ def soft_sparsify(
     def of_matrix(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, *shape), lambda client, matrix: (client, matrix, 0, 0))
 
+    out = [
+        jax.ShapeDtypeStruct((clients, matrices, *shape), a.dtype)
+        for shape in ((rows, widths[0]), (rows, widths[1]), (1, rows), (1, size))
+    ]
     sent_a, sent_b, chosen, importance = pl.pallas_call(
         functools.partial(_kernel, blocks=blocks, slots=slots),
-        out_shape=[
-            jax.ShapeDtypeStruct((clients, matrices, *shape), a.dtype)
-            for shape in ((rows, widths[0]), (rows, widths[1]), (1, rows), (1, size))
-        ],
+        out_shape=out,
         grid=(clients, matrices),
         in_specs=[*(of_matrix(size, width) for width in widths), *of_start, *of_client],
         out_specs=[*(of_matrix(rows, width) for width in widths), of_matrix(1, rows), of_matrix(1, size)],
+        cost_estimate=cost(13 * (a.size + b.size), (a, b, a0, b0, *out), roots=clients * matrices * size),
         name="soft_sparsify",
         **options(target),
     )(a, b, a0, b0, kept[:, None, None], ranks[:, None, :])

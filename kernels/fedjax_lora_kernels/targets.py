@@ -2,10 +2,12 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import jax
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu, triton
 
 Target = Literal["tpu", "gpu", "interpreter"]
@@ -33,6 +35,12 @@ def options(target: Target) -> dict[str, Any]:
     if target == "tpu":
         return {"compiler_params": tpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES)}
     return {"compiler_params": triton.CompilerParams()}
+
+
+def cost(flop: int, arrays: Sequence[jax.ShapeDtypeStruct | jax.Array], roots: int = 0) -> pl.CostEstimate:
+    """What a kernel tells the compiler of itself: its work, and every array read or written once."""
+    size = sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+    return pl.CostEstimate(flops=flop, bytes_accessed=size, transcendentals=roots)
 
 
 def power_of_two(length: int, most: int) -> int:

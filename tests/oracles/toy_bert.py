@@ -1,10 +1,15 @@
 """A small BERT, GPT-2 or Llama with a tokenizer of whole words, as a Hugging Face folder."""
 
+import json
 from pathlib import Path
 
+import jax
 import pytest
 import transformers
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from fedjax_lora.models import bert, table
 
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
 WORDS = ["good", "bad", "film", "so", "long", "and", "dull"]
@@ -23,6 +28,18 @@ def save_toy_bert(folder: Path) -> Path:
         max_position_embeddings=64,
     )
     transformers.BertModel(config).save_pretrained(folder)
+    return _with_tokenizer(folder)
+
+
+def save_minilm(folder: Path) -> Path:
+    """A BERT of MiniLM's shape but for its vocabulary, with random weights; it needs no PyTorch."""
+    fields = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+    fields |= {"vocab_size": len(SPECIAL + WORDS)}
+    config = bert.shape(fields)
+    rows = bert.weights(config)
+    tensors = table.tensors(rows, table.init(rows, jax.random.key(0), config.num_layers, config.compute_dtype))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", **fields}))
     return _with_tokenizer(folder)
 
 

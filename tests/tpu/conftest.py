@@ -1,4 +1,4 @@
-"""Tests that compile for TPUs without having one: `libtpu` holds the compiler; they are skipped where it is not there."""
+"""Tests that compile for TPUs without having one, by the compiler in `libtpu`; they are skipped without it."""
 
 import importlib.util
 import os
