@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from sklearn.datasets import load_digits
 
 from fedjax_lora.app import cli
 from fedjax_lora.app.arguments import make_parser, take_files
 from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import ConfigError, ConfigWarning, load_config
 from fedjax_lora.config.presets import preset
-from fedjax_lora.data import sources
 from fedjax_lora.io import sealed
 from toy import SETTINGS, config
 
@@ -231,19 +231,20 @@ def test_changed_data_are_not_resumed_and_nothing_is_touched(capsys, finished, t
     path = shutil.copytree(finished, tmp_path / "run")
     (path / "summary.json").unlink()
 
-    def other(config, *_):
-        found = sources._digits()
-        image = found.train["image"].copy()
-        image[0, 0, 0] += 0.5
-        train = {**found.train, "image": image}
-        return sources._examples("digits", train, found.test, found.class_names, found.public, found.image_shape)
+    def other(**options):
+        images, labels = load_digits(**options)
+        images[0, 0] += 1
+        return images, labels
 
-    monkeypatch.setattr(sources, "load", other)
-    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in path.rglob("*") if file.is_file()}
+    def held():
+        files = [file for file in path.rglob("*") if file.is_file() and file.name != ".lock"]
+        return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
+
+    monkeypatch.setattr("sklearn.datasets.load_digits", other)
+    before = held()
     line = one_line(capsys, ["run", "--out", str(path), "--resume", "--set", *SETTINGS])
     assert "data.examples_hash" in line and str(path / "data.json") in line
-    after = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in path.rglob("*") if file.is_file()}
-    assert after == before
+    assert held() == before
 
 
 def test_changed_weights_are_not_resumed(capsys, finished, tmp_path):
