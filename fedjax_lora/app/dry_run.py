@@ -147,7 +147,7 @@ def _layout(simulation: Simulation, target: Target | None) -> Layout:
     if target is None:
         return layout
     if target.devices is None:
-        mesh: Any = AbstractMesh((1, target.count), (TRIALS, CLIENTS))
+        mesh: Any = AbstractMesh((1, target.chips), (TRIALS, CLIENTS))
     else:
         mesh = device_mesh(devices=target.devices)
     layout = layout._replace(mesh=mesh)
@@ -206,13 +206,13 @@ def _compiled(simulation: Simulation, layout: Layout, target: Target, held_bytes
     seconds, flop = costs.get("optimal_seconds", -1.0), costs.get("flops", 0.0)
     if seconds <= 0 or flop <= 0:
         return Needed(needed, available, "by the compiler", _roof_s(target, work), _roof(target.chip))
-    round_s = max(seconds / flop * work.flop / target.count, _roof_s(target, work))
+    round_s = max(seconds / flop * work.flop / target.chips, _roof_s(target, work))
     return Needed(needed, available, "by the compiler", round_s, "by the compiler's seconds for each FLOP")
 
 
 def _roof_s(target: Target, work: Work) -> float:
     """The least time: at the peak of arithmetic, or of memory."""
-    return max(work.flop / target.chip.flop_per_s, work.bytes / target.chip.bytes_per_s) / target.count
+    return max(work.flop / target.chip.flop_per_s, work.bytes / target.chip.bytes_per_s) / target.chips
 
 
 def _roof(chip: Chip) -> str:

@@ -38,12 +38,12 @@ GPUS = {
 class Target(NamedTuple):
     """Devices of one kind.
 
-    name: as given. chip: of the table. count: of devices. devices: what a compiler is told of them; None without one.
+    name: as given. chip: of the table. chips: how many. devices: what a compiler is told of them; None without one.
     """
 
     name: str
     chip: Chip
-    count: int
+    chips: int
     devices: Any
 
 

@@ -48,8 +48,9 @@ def _of_equation(equation: core.JaxprEqn) -> Work:
 
 def _terms(equation: core.JaxprEqn) -> int:
     """Products of two numbers that are added up in the results of all."""
-    size = math.prod(equation.outvars[0].aval.shape)
-    kernel = equation.invars[1].aval.shape
+    result: Any = equation.outvars[0].aval
+    operand: Any = equation.invars[1].aval
+    size, kernel = math.prod(result.shape), operand.shape
     if equation.primitive.name == "dot_general":
         (_, contracted), _ = equation.params["dimension_numbers"]
         return size * math.prod(kernel[axis] for axis in contracted)
