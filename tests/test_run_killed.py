@@ -47,8 +47,8 @@ def newest(out: Path) -> int:
 def disturb(out: Path, rounds: int, number: signal.Signals, moments) -> None:
     """Send a signal to a run and start it again, once for each of the moments.
 
-    A moment is seconds after the start; or, below zero, after the start's first checkpoint; or "saving", in the midst of
-    its second.
+    A moment is seconds after the start; or, below zero, after its first checkpoint; or "saving", in the midst of
+    the second.
     """
     for moment in moments:
         process, before = start(out, rounds), newest(out)
@@ -86,7 +86,7 @@ def alone(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "times"), [(signal.SIGKILL, 50), (signal.SIGTERM, 20)])
 def test_a_run_that_is_killed_at_random_ends_as_one_that_was_not(number, times, alone, tmp_path):
-    """A third of the times while it saves, a third soon after a save, a third wherever, imports and compiling included."""
+    """A third of the times while it saves, a third soon after a save, a third wherever, imports included."""
     chance = random.Random(times)
     ways = [lambda: "saving", lambda: -chance.uniform(0.0, 0.3), lambda: chance.uniform(0.0, 5.0)]
     moments = [ways[place % 3]() for place in range(times)]
