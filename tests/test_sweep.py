@@ -60,11 +60,12 @@ def test_a_sweep_says_how_many_trials_programs_and_trials_at_once(swept):
 
 
 def test_a_trial_is_the_run_of_its_own(swept, tmp_path):
-    """Oracle: the runner. Counts are equal, numbers in float32; the folder has what a run's has but the report."""
+    """Oracle: the runner. Counts are equal, numbers in float32; report, times and lock are the sweep's."""
     setting = SETTINGS[1]
     run(load(setting), tmp_path / "alone", False, Console(quiet=True))
     own = swept[0].path / folder_name(setting)
-    assert {p.name for p in own.iterdir()} | {"report.html"} == {p.name for p in (tmp_path / "alone").iterdir()}
+    more = {"report.html", "times.jsonl", ".lock"}
+    assert {p.name for p in own.iterdir()} | more == {p.name for p in (tmp_path / "alone").iterdir()}
     for line, expected in zip(read_metrics(own), read_metrics(tmp_path / "alone"), strict=True):
         for name, value in expected.items():
             assert line[name] == near(value, 2e-3), name

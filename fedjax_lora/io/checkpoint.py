@@ -158,6 +158,7 @@ def restore(found: Checkpoint, like: FedState) -> FedState:
     with failing_in_one_line(f"checkpoint {found.path} cannot be read"):
         with ocp.StandardCheckpointer() as checkpointer:
             state = cast(FedState, checkpointer.restore(found.path.resolve() / _STATE, abstract))
+        _check_form(state, like)
         _check_round(found, state.round)
     return state
 
@@ -186,6 +187,14 @@ def restore_trained(found: Checkpoint) -> Trained:
         modules = {name: Factors(**factors) for name, factors in held["adapters"]["modules"].items()}
         clients = ClientState(**held["clients"], methods={})
     return Trained(found.step, Adapters(modules=modules, head=held["adapters"]["head"]), held["merged"], clients)
+
+
+def _check_form(state: FedState, like: FedState) -> None:
+    """Orbax takes shapes from files, of which one may be another's."""
+    for (path, leaf), wanted in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(like), strict=True):
+        if (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(f"{name} must be {wanted.dtype}{wanted.shape}, got {leaf.dtype}{leaf.shape}")
 
 
 def _check_round(found: Checkpoint, number: Any) -> None:

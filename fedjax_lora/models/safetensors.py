@@ -84,6 +84,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """
     named = read_json(folder / "config.json").get("transformers_weights")
     choices = (_WHOLE, _INDEX) if named is None else (str(named),)
+    # os.path.isfile is just false for a name that no file system takes.
     chosen = next((name for name in choices if Path(name).name == name and os.path.isfile(folder / name)), None)
     if chosen is None:
         raise ValueError(f"model.pretrained must hold {' or '.join(choices)}, got {folder} without")
