@@ -16,6 +16,7 @@ import random_model
 from common import RANK, TARGETS, Dtype, PeerSettings, Workload, in_turns
 
 ROBERTA_BASE, MINILM = random_model.SHAPES["roberta-base"], random_model.SHAPES["minilm"]
+Chunk = int | Literal["auto"]
 PEERS: tuple[tuple[Dtype, Dtype], ...] = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
 """Dtype of the products and of the frozen matrices."""
 SMALL = {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96}
@@ -41,54 +42,61 @@ def ceilings(model: str, quick: bool) -> dict[str, Any]:
 
 def minilm_bfloat16(model: str, quick: bool) -> dict[str, Any]:
     """Rounds of 256 clients of MiniLM's shape by clients trained at once."""
-    return _rounds(model, SMALL if quick else MINILM, "bfloat16", ("auto", 32), quick)
+    settings = ("auto", "float32"), ("auto", "bfloat16"), (32, "bfloat16")
+    return _rounds(model, SMALL if quick else MINILM, "bfloat16", settings, quick)
 
 
 def minilm_float32(model: str, quick: bool) -> dict[str, Any]:
     """The same in float32 as the device multiplies it by default."""
-    return _rounds(model, SMALL if quick else MINILM, "float32", ("auto",), quick)
+    return _rounds(model, SMALL if quick else MINILM, "float32", (("auto", "float32"),), quick)
 
 
 def roberta_base(model: str, quick: bool) -> dict[str, Any]:
     """Rounds of 256 clients of RoBERTa-base's shape, and the frozen model alone on as many samples."""
-    return _rounds(model, SMALL if quick else ROBERTA_BASE, "bfloat16", ("auto", 32, 8), quick)
+    settings = ("auto", "float32"), ("auto", "bfloat16"), (32, "bfloat16")
+    return _rounds(model, SMALL if quick else ROBERTA_BASE, "bfloat16", settings, quick)
 
 
 def _rounds(
-    model: str, shape: dict[str, int], dtype: Dtype, chunks: tuple[int | Literal["auto"], ...], quick: bool
+    model: str, shape: dict[str, int], dtype: Dtype, settings: tuple[tuple[Chunk, Dtype], ...], quick: bool
 ) -> dict[str, Any]:
+    """By clients trained at once and dtype of the activations; the frozen model alone as the best of them has it."""
     from engine import Engine
 
     with checkpoint(model, shape) as folder:
         work = Workload(model=str(folder), clients=4 if quick else 256, length=16 if quick else 64)
         work.write(folder)
         rows = []
-        for chunk in chunks:
-            engine = Engine(work, folder, dtype, chunk, wireless=False)
+        for chunk, activations in settings:
+            engine = Engine(work, folder, dtype, chunk, wireless=False, activations=activations)
             engine.round()
             seconds = [engine.round()[0] for _ in range(5)]
             rate = work.samples / statistics.median(seconds)
-            row = engine.describe() | {"asked": chunk, "round_s": seconds, "samples_per_s": rate}
+            row = engine.describe() | {"asked": chunk, "activations": activations, "round_s": seconds, "samples_per_s": rate}
             row["tflops"] = rate * work.flop([work.length]) / 1e12
             row["peak_memory_bytes_so_far"] = engine.peak_memory_bytes()
             rows.append(row)
             del engine
             gc.collect()
         best = max(rows, key=lambda row: row["samples_per_s"])
-        frozen = frozen_rate(folder, work, dtype, best["client_chunk"])
+        frozen = frozen_rate(folder, work, (dtype, best["activations"]), best["client_chunk"])
         return {
             "workload": {**vars(work), "model": shape, "gflop_per_sample": work.flop([work.length]) / 1e9},
             "dtype": dtype,
             "rows": rows,
             "best_chunk": best["client_chunk"],
+            "best_activations": best["activations"],
             "tflops": best["tflops"],
             "frozen_model_alone_samples_per_s": frozen,
             "over_the_frozen_model_alone": frozen / best["samples_per_s"] - 1.0,
         }
 
 
-def frozen_rate(folder: Path, work: Workload, dtype: Dtype, chunk: int) -> float:
-    """Samples/s of the frozen blocks forward and backward to their input, without adapters, `chunk` batches at once."""
+def frozen_rate(folder: Path, work: Workload, dtypes: tuple[Dtype, Dtype], chunk: int) -> float:
+    """Samples/s of the frozen blocks forward and backward to their input, without adapters, `chunk` batches at once.
+
+    dtypes: of products and of activations.
+    """
     from fedjax_lora.adapters import lora
     from fedjax_lora.core.methods import Context
     from fedjax_lora.core.types import Adapters
@@ -98,7 +106,7 @@ def frozen_rate(folder: Path, work: Workload, dtype: Dtype, chunk: int) -> float
     context = Context(num_clients=1, cohort_size=1, num_classes=2)
     task = classification.make(classification.ClassificationOptions(), context)
     made = {"task": task, "adapter": lora.make(lora.LoraAdapterOptions(), context)}
-    config = ModelConfig(pretrained=str(folder), compute_dtype=dtype)
+    config = ModelConfig(pretrained=str(folder), compute_dtype=dtypes[0], activation_dtype=dtypes[1])
     model, base = build_model(config, context._replace(made=made))
     assert base is not None
     batch, empty = chunk * work.batch, Adapters(modules={}, head={})

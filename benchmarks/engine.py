@@ -63,10 +63,17 @@ class Engine(Rounds):
       client_chunk: clients trained at once.
       wireless: False is plain federated averaging over a network without cost: nothing is left out, which is the
         peer's arithmetic. True adds SOFT at half of the ranks and a simulated cell.
+      activations: dtype of what lies between the products.
     """
 
     def __init__(
-        self, workload: Workload, folder: Path, dtype: Dtype, client_chunk: int | Literal["auto"], wireless: bool
+        self,
+        workload: Workload,
+        folder: Path,
+        dtype: Dtype,
+        client_chunk: int | Literal["auto"],
+        wireless: bool,
+        activations: Dtype = "float32",
     ):
         os.environ["FEDJAX_LORA_CACHE"] = str(folder)
         use_cpu_cores()
@@ -75,7 +82,7 @@ class Engine(Rounds):
         self._dtype = dtype
         self._simulation = build(
             ExperimentConfig(
-                model=ModelConfig(pretrained=workload.model, compute_dtype=dtype),
+                model=ModelConfig(pretrained=workload.model, compute_dtype=dtype, activation_dtype=activations),
                 lora=LoraConfig(max_rank=RANK, rank=RANK, alpha=ALPHA, targets=TARGETS),
                 data=DataConfig(
                     source="tsv",

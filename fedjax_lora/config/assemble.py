@@ -264,10 +264,9 @@ def _exact(config: ExperimentConfig, catalogue: Catalogue, context: Context):
 
 
 def _in_float32(config: ExperimentConfig) -> ExperimentConfig:
-    if getattr(config.model, "compute_dtype", "float32") == "float32":
-        return config
-    model: Any = config.model  # of a family that has a dtype
-    return dataclasses.replace(config, model=dataclasses.replace(model, compute_dtype="float32"))
+    model: Any = config.model
+    dtypes = {name: "float32" for name in ("compute_dtype", "activation_dtype") if hasattr(model, name)}
+    return dataclasses.replace(config, model=dataclasses.replace(model, **dtypes))
 
 
 def _initial_adapters(

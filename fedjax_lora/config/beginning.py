@@ -91,6 +91,6 @@ def hash_weights(base: Base, head: dict | None = None) -> str:
 def layers_hash(model: load.ModelConfig, base: Base) -> str:
     """SHA-256 of the frozen weights of a pretrained model's layers in float32, by which adapters know their model."""
     if model.compute_dtype != "float32":
-        exact = dataclasses.replace(model, compute_dtype="float32")
+        exact = dataclasses.replace(model, compute_dtype="float32", activation_dtype="float32")
         base = load.read_pretrained(exact, str(model.pretrained)).weights()
     return hash_weights(base["layers"])

@@ -20,6 +20,7 @@ class Shape:
     pooling: what a head sees of an example, see `layers.pool`.
     dropout: rate after the embeddings and on the output of each residual branch.
     compute_dtype: of the frozen matrices and their products.
+    activation_dtype: of what passes from one operation of a layer to the next.
     remat: whether the backward pass computes each layer again, and keeps its input alone.
     """
 
@@ -28,6 +29,7 @@ class Shape:
     pooling: layers.Pooling = "mean"
     dropout: float = 0.0
     compute_dtype: Dtype = "float32"
+    activation_dtype: Dtype = "float32"
     remat: bool = False
 
     @property

@@ -23,12 +23,18 @@ Pooling = Literal["mean", "cls", "last"]
 
 ACTIVATIONS: dict[str, Callable[[Array, str], Array]] = {
     "gelu": gelu,
-    "gelu_new": lambda x, dtype: jax.nn.gelu(x),
-    "gelu_pytorch_tanh": lambda x, dtype: jax.nn.gelu(x),
+    "gelu_new": lambda x, dtype: _in_float32(jax.nn.gelu, x),
+    "gelu_pytorch_tanh": lambda x, dtype: _in_float32(jax.nn.gelu, x),
     "relu": lambda x, dtype: jax.nn.relu(x),
-    "silu": lambda x, dtype: jax.nn.silu(x),
+    "silu": lambda x, dtype: _in_float32(jax.nn.silu, x),
 }
 """Activations by the name that Hugging Face gives them: `(x, dtype of what the backward pass of gelu keeps)`."""
+
+
+
+def _in_float32(activation: Callable[[Array], Array], x: Array) -> Array:
+    return activation(x.astype(jnp.float32)).astype(x.dtype)
+
 
 Project = Callable[[Array, Array, Mapping[str, tuple[int, Any]]], Array]
 """`Adapter.project`."""
@@ -74,7 +80,7 @@ class Dense:
             if site.group == group and name in adapters
         }
         y = self.project(x, weights[group]["w"], own)
-        return y + weights[group]["b"] if "b" in weights[group] else y
+        return y + weights[group]["b"].astype(y.dtype) if "b" in weights[group] else y
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,7 +172,7 @@ def transformer(
         dropout=config.dropout,
         dtype=config.compute_dtype,
     )
-    run = partial(run_blocks, block, remat=config.remat)
+    run = partial(run_blocks, config, block)
     return stack(config, rows, task, run, width=width, embed=embed, features=features, packs=packs, first=first)
 
 
@@ -195,16 +201,18 @@ def stack(
     )
 
 
-def run_blocks(block: Block, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None, remat: bool) -> Hidden:
+def run_blocks(
+    config: Any, block: Block, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None
+) -> Hidden:
     """The stack applied in order: `Model.layers`.
 
     Args:
+      config: Shape, of which `remat` and `activation_dtype` are read.
       block: one layer.
       base: frozen weights, of which `layers` has leaves `[L, ...]`.
       adapters: effective ones, leaves `[L, ...]`.
       hidden: input.
       key: drives dropout; None turns it off.
-      remat: whether the backward pass computes each layer again, and keeps its input alone.
     """
     stacked = base["layers"]
     num_layers = jax.tree.leaves(stacked)[0].shape[0]
@@ -214,9 +222,10 @@ def run_blocks(block: Block, base: Base, adapters: Adapters, hidden: Hidden, key
         weights, leaves, layer_key = layer
         return block(weights, x, hidden, leaves, layer_key), None
 
-    step = jax.checkpoint(step) if remat else step
-    values, _ = lax.scan(step, hidden.values, (jax.tree.map(pack, stacked), adapters.modules, keys))
-    return hidden._replace(values=values)
+    step = jax.checkpoint(step) if config.remat else step
+    values = hidden.values.astype(config.activation_dtype)
+    values, _ = lax.scan(step, values, (jax.tree.map(pack, stacked), adapters.modules, keys))
+    return hidden._replace(values=values.astype(jnp.float32))
 
 
 def words(table: Array, batch: Batch) -> Array:

@@ -258,7 +258,7 @@ def run(block: DecoderBlock, base: Base, adapters: Adapters, hidden: Hidden, key
     config = block.config
     position = jnp.arange(hidden.values.shape[1]) if hidden.places is None else hidden.places.position
     turned = partial(block, rotation=rotation(config.rope, config.head_width, position))
-    return layers.run_blocks(turned, base, adapters, hidden, key, config.remat)
+    return layers.run_blocks(config, turned, base, adapters, hidden, key)
 
 
 def features(config: LlamaConfig, base: Base, hidden: Hidden) -> Features:

@@ -33,6 +33,8 @@ class ModelConfig(Options):
       checkpoint's pooler where it has one; or the `last` one, whose head then has no bias.
     compute_dtype: of the frozen matrices, of what products multiply and of what a backward pass keeps; sums, softmax,
       norms, the adapters themselves and their optimizer are float32.
+    activation_dtype: of what passes from one operation of a layer to the next; bfloat16, where the products multiply
+      in it too, halves the traffic that decides about a GPU's speed. Sums, softmax and norms are float32 inside.
     dropout: rate after the embeddings and on the output of each residual branch. It is not traced: 0 is another
       program, which draws no masks.
     remat: whether the backward pass computes each layer again and keeps its input alone: less memory, a third more
@@ -43,6 +45,7 @@ class ModelConfig(Options):
     pretrained: str | None = None
     pooling: layers.Pooling = "mean"
     compute_dtype: Dtype = "float32"
+    activation_dtype: Dtype = "float32"
     dropout: float = 0.0
     remat: bool = False
 
@@ -50,6 +53,10 @@ class ModelConfig(Options):
         super().__post_init__()
         if self.pretrained == "":
             raise ValueError("pretrained must be a folder or a Hugging Face model id, got ''")
+        if self.activation_dtype != "float32" and self.compute_dtype == "float32":
+            raise ValueError(
+                f"activation_dtype must be float32 where compute_dtype is float32, got {self.activation_dtype}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
@@ -99,7 +106,7 @@ def _check_inputs(found: "Pretrained", pretrained: str, context: Context) -> Non
         )
 
 
-_OURS = ("pooling", "dropout", "compute_dtype", "remat")
+_OURS = ("pooling", "dropout", "compute_dtype", "activation_dtype", "remat")
 """Options that decide about a model's computation, whatever its shape."""
 
 _TOKENIZERS = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))

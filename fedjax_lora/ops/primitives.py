@@ -4,6 +4,9 @@ The rules are there for speed, on a CPU above all: they keep one array where aut
 several, in the dtype that the products multiply in, and they order the products so that no large operand has to be
 transposed. The gradient to a frozen weight is defined but costs nothing while nobody asks for it: the compiler drops
 what is unused.
+
+What an operation returns has the dtype of what it is given, float32 or bfloat16; inside, sums, norms and activations
+are float32.
 """
 
 import math
@@ -54,44 +57,45 @@ def _kept(x: Array) -> Array:
     return unpack(x).astype(jnp.float32)
 
 
-def _dot(x: Array, y: Array, spec: str) -> Array:
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+def _dot(x: Array, y: Array, spec: str, dtype: DTypeLike = jnp.float32) -> Array:
+    return jnp.einsum(spec, x, y, preferred_element_type=dtype)
 
 
 @jax.custom_vjp
 def project(x: Array, w: Array, factors: Factors | None = None) -> Array:
     """`x @ w + (x @ a) @ b`: a frozen projection and its adapter.
 
-    All products multiply in the dtype of `w` and are summed in float32, as is what they add up to.
+    All products multiply in the dtype of `w` and are summed in float32; what they add up to has the dtype of x.
 
     Args:
-      x: `[..., n_in]` float32.
+      x: `[..., n_in]`, float32, or bfloat16 where w is.
       w: `[n_in, n_out]`, as it is or packed.
       factors: effective ones of one layer, `a: [n_in, R]`, `b: [R, n_out]`, float32; None for no adapter.
 
     Returns:
-      `[..., n_out]` float32.
+      `[..., n_out]`, of the dtype of x.
     """
     return _project_forward(x, w, factors)[0]
 
 
 def _project_forward(x: Array, w: Array, factors: Factors | None) -> tuple[Array, tuple]:
     frozen = unpack(w)
-    dtype = frozen.dtype
+    dtype, between = frozen.dtype, x.dtype
     x = x.astype(dtype)
-    y = _dot(x, frozen, "...i,io->...o")
+    y = _dot(x, frozen, "...i,io->...o", between)
     if factors is None:
         return y, (pack(x), w, None, None)
     narrow = _dot(x, factors.a.astype(dtype), "...i,ir->...r").astype(dtype)
-    return y + _dot(narrow, factors.b.astype(dtype), "...r,ro->...o"), (pack(x), w, factors, pack(narrow))
+    y += _dot(narrow, factors.b.astype(dtype), "...r,ro->...o", between)
+    return y, (pack(x), w, factors, pack(narrow))
 
 
 def _project_backward(residuals: tuple, g: Array) -> tuple[Array, Array | None, Factors | None]:
     x, w, factors, narrow = residuals
     x, frozen = unpack(x), unpack(w)
-    dtype = frozen.dtype
+    dtype, between = frozen.dtype, g.dtype
     g = g.astype(dtype)
-    dx = _dot(g, frozen, "...o,io->...i")
+    dx = _dot(g, frozen, "...o,io->...i", between)
     dw = None if w.dtype == jnp.uint16 else _dot(x, g, "...i,...o->io").astype(w.dtype)
     if factors is None:
         return dx, dw, None
@@ -99,7 +103,7 @@ def _project_backward(residuals: tuple, g: Array) -> tuple[Array, Array | None, 
     # The narrow operand first: the other order transposes the wide one. Without the barrier XLA restores it.
     da = lax.optimization_barrier(_dot(g_narrow, x, "...r,...i->ri")).T
     db = _dot(unpack(narrow), g, "...r,...o->ro")
-    return dx + _dot(g_narrow, factors.a.astype(dtype), "...r,ir->...i"), dw, Factors(a=da, b=db)
+    return dx + _dot(g_narrow, factors.a.astype(dtype), "...r,ir->...i", between), dw, Factors(a=da, b=db)
 
 
 project.defvjp(_project_forward, _project_backward)
@@ -109,7 +113,7 @@ def gelu(x: Array, dtype: DTypeLike = jnp.float32) -> Array:
     """Gaussian error linear unit, `x * Phi(x)` with the exact normal distribution Phi.
 
     Args:
-      x: any shape, float32.
+      x: any shape.
       dtype: in which the slope is kept for the backward pass.
     """
     return _gelu(x, dtype)
@@ -121,22 +125,23 @@ def _normal_cdf(x: Array) -> Array:
 
 
 def _gelu_forward(x: Array, dtype: DTypeLike) -> tuple[Array, Array]:
+    between, x = x.dtype, x.astype(jnp.float32)
     cdf = _normal_cdf(x)
     slope = cdf + x * jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-    return x * cdf, _keep(slope, dtype)
+    return (x * cdf).astype(between), _keep(slope, dtype)
 
 
 def _gelu_backward(dtype: DTypeLike, slope: Array, g: Array) -> tuple[Array]:
     del dtype
-    return (g * _kept(slope),)
+    return ((g * _kept(slope)).astype(g.dtype),)
 
 
-_gelu = jax.custom_vjp(lambda x, dtype: x * _normal_cdf(x), nondiff_argnums=(1,))
+_gelu = jax.custom_vjp(lambda *arguments: _gelu_forward(*arguments)[0], nondiff_argnums=(1,))
 _gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 def layer_norm(x: Array, scale_bias: tuple[Array, Array], eps: float, dtype: DTypeLike = jnp.float32) -> Array:
-    """Layer normalisation over the last axis, float32.
+    """Layer normalisation over the last axis.
 
     Args:
       x: `[..., d]`.
@@ -149,20 +154,21 @@ def layer_norm(x: Array, scale_bias: tuple[Array, Array], eps: float, dtype: DTy
 
 def _layer_norm_forward(x: Array, scale_bias: tuple[Array, Array], eps: float, dtype: DTypeLike) -> tuple[Array, tuple]:
     scale, bias = scale_bias
+    between, x = x.dtype, x.astype(jnp.float32)
     centred = x - x.mean(-1, keepdims=True)
     inverse = lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)
     normed = centred * inverse
-    return normed * scale + bias, (_keep(normed, dtype), inverse, scale)
+    return (normed * scale + bias).astype(between), (_keep(normed, dtype), inverse, scale)
 
 
 def _layer_norm_backward(eps: float, dtype: DTypeLike, residuals: tuple[Array, Array, Array], g: Array):
     del eps, dtype
     normed, inverse, scale = residuals
-    normed = _kept(normed)
+    normed, between, g = _kept(normed), g.dtype, g.astype(jnp.float32)
     batch_axes = tuple(range(g.ndim - 1))
     scaled = g * scale
     dx = scaled - scaled.mean(-1, keepdims=True) - normed * (scaled * normed).mean(-1, keepdims=True)
-    return dx * inverse, ((g * normed).sum(batch_axes), g.sum(batch_axes))
+    return (dx * inverse).astype(between), ((g * normed).sum(batch_axes), g.sum(batch_axes))
 
 
 _layer_norm = jax.custom_vjp(lambda *arguments: _layer_norm_forward(*arguments)[0], nondiff_argnums=(2, 3))
@@ -170,7 +176,7 @@ _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 def rms_norm(x: Array, scale: Array, eps: float, dtype: DTypeLike = jnp.float32) -> Array:
-    """Normalisation by the root of the mean square over the last axis, float32.
+    """Normalisation by the root of the mean square over the last axis.
 
     Args:
       x: `[..., d]`.
@@ -182,18 +188,19 @@ def rms_norm(x: Array, scale: Array, eps: float, dtype: DTypeLike = jnp.float32)
 
 
 def _rms_norm_forward(x: Array, scale: Array, eps: float, dtype: DTypeLike) -> tuple[Array, tuple]:
+    between, x = x.dtype, x.astype(jnp.float32)
     inverse = lax.rsqrt((x * x).mean(-1, keepdims=True) + eps)
     normed = x * inverse
-    return normed * scale, (_keep(normed, dtype), inverse, scale)
+    return (normed * scale).astype(between), (_keep(normed, dtype), inverse, scale)
 
 
 def _rms_norm_backward(eps: float, dtype: DTypeLike, residuals: tuple[Array, Array, Array], g: Array):
     del eps, dtype
     normed, inverse, scale = residuals
-    normed = _kept(normed)
+    normed, between, g = _kept(normed), g.dtype, g.astype(jnp.float32)
     scaled = g * scale
     dx = scaled - normed * (scaled * normed).mean(-1, keepdims=True)
-    return dx * inverse, (g * normed).sum(tuple(range(g.ndim - scale.ndim)))
+    return (dx * inverse).astype(between), (g * normed).sum(tuple(range(g.ndim - scale.ndim)))
 
 
 _rms_norm = jax.custom_vjp(lambda *arguments: _rms_norm_forward(*arguments)[0], nondiff_argnums=(2, 3))
@@ -204,7 +211,7 @@ def gated(x: Array, activation: Callable[[Array], Array], dtype: DTypeLike = jnp
     """`activation(gate) * up` (Shazeer, arXiv 2002.05202), which the backward pass computes again.
 
     Args:
-      x: `[..., 2 * d]` gate and up side by side, float32.
+      x: `[..., 2 * d]` gate and up side by side.
       activation: of each element.
       dtype: in which x is kept for the backward pass.
 
@@ -215,13 +222,14 @@ def gated(x: Array, activation: Callable[[Array], Array], dtype: DTypeLike = jnp
 
 
 def _gate_times_up(x: Array, activation: Callable[[Array], Array]) -> Array:
-    gate, up = jnp.split(x, 2, axis=-1)
-    return activation(gate) * up
+    gate, up = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return (activation(gate) * up).astype(x.dtype)
 
 
 def _gated_backward(activation: Callable[[Array], Array], dtype: DTypeLike, kept: Array, g: Array) -> tuple[Array]:
     del dtype
-    return jax.vjp(lambda x: _gate_times_up(x, activation), _kept(kept))[1](g)
+    x = _kept(kept).astype(g.dtype)
+    return jax.vjp(lambda x: _gate_times_up(x, activation), x)[1](g)
 
 
 _gated = jax.custom_vjp(lambda x, activation, dtype: _gate_times_up(x, activation), nondiff_argnums=(1, 2))
@@ -237,7 +245,8 @@ def rotary(x: Array, rotation: tuple[Array, Array]) -> Array:
     """
     cos, sin = (part[..., None, :] for part in rotation)
     first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
 
 
 def attention(
@@ -285,7 +294,7 @@ def _attention_forward(
     mixed = _dot(weights, value, "bhqk,bhkd->bhqd")
     residuals = (*map(pack, (query, key, value, weights, mixed.astype(dtype))), mask)
     mixed = mixed.reshape(batch, num_heads, length, -1).transpose(0, 2, 1, 3)
-    return mixed.reshape(batch, length, -1), residuals
+    return mixed.reshape(batch, length, -1).astype(qkv.dtype), residuals
 
 
 def _attention_backward(
@@ -294,7 +303,7 @@ def _attention_backward(
     del causal  # it is in the weights
     query, key, value, weights, mixed, mask = map(unpack, residuals)
     batch, length, _ = g.shape
-    by_head = batch, heads[0], length, query.shape[-1]
+    by_head, between = (batch, heads[0], length, query.shape[-1]), g.dtype
     g = g.reshape(batch, length, heads[0], -1).transpose(0, 2, 1, 3).astype(dtype).reshape(query.shape)
     dweights = _dot(g, value, "bhqd,bhkd->bhqk")
     # The sum of weights * dweights over the keys, from D terms instead of S.
@@ -304,7 +313,7 @@ def _attention_backward(
     dkey, dvalue = _summed_over_queries(query, dscores), _summed_over_queries(g, weights)
     parts = (dquery.transpose(0, 2, 1, 3), dkey.transpose(0, 3, 1, 2), dvalue.transpose(0, 3, 1, 2))
     dqkv = jnp.concatenate([part.astype(dtype) for part in parts], axis=2).reshape(batch, length, -1)
-    return dqkv.astype(jnp.float32), jnp.zeros_like(mask), None
+    return dqkv.astype(between), jnp.zeros_like(mask), None
 
 
 def _summed_over_queries(x: Array, y: Array) -> Array:

@@ -1,5 +1,6 @@
 """The BERT encoder, against PyTorch, against itself with merged weights, and by finite differences."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -292,3 +293,23 @@ def test_too_long_a_sequence_is_refused(tiny):
 def test_variants_that_it_does_not_compute_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         bert.shape(fields)
+
+
+def test_activations_in_bfloat16_cross_the_layers_and_are_near_float32():
+    """Oracle: the same model with float32 between its operations."""
+    kept = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
+    batch, found = text_batch(), {}
+    for dtype in ("float32", "bfloat16"):
+        model = build(dataclasses.replace(kept, activation_dtype=dtype))
+        base, adapters = model.init(jax.random.key(0)), random_adapters(model)
+
+        def loss(adapters, model=model, base=base):
+            return cross_entropy(model.apply(base, adapters, batch), batch["label"])
+
+        equations = jax.make_jaxpr(loss)(adapters).eqns
+        (scan,) = (equation for equation in equations if equation.primitive.name == "scan")
+        assert [carried.aval.dtype for carried in scan.outvars] == [jnp.dtype(dtype)]
+        found[dtype] = jax.jit(jax.value_and_grad(loss))(adapters)
+    for low, full in zip(*map(jax.tree.leaves, found.values()), strict=True):
+        assert low.dtype == full.dtype == jnp.float32
+        assert 0 < jnp.linalg.norm(low - full) < 0.05 * jnp.linalg.norm(full)

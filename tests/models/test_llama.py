@@ -246,14 +246,15 @@ def test_a_cut_between_layers_changes_nothing_oracle_the_whole_model(trained):
     near(value_and_gradient(cut, base, adapters), expected, 1e-5)
 
 
-def test_bfloat16_is_near_float32(trained):
+@pytest.mark.parametrize("between", ["float32", "bfloat16"])
+def test_bfloat16_is_near_float32(trained, between):
     folder, _, _, adapters, expected = trained
-    low, base = build(folder, pooling="last", compute_dtype="bfloat16")
+    low, base = build(folder, pooling="last", compute_dtype="bfloat16", activation_dtype=between)
     assert {base["embeddings"]["word"].dtype, base["layers"]["down"]["w"].dtype} == {jnp.dtype("bfloat16")}
     assert base["norm"]["scale"].dtype == jnp.float32
     for x, y in zip(jax.tree.leaves(value_and_gradient(low, base, adapters)), jax.tree.leaves(expected), strict=True):
         assert x.dtype == y.dtype == jnp.float32
-        assert 0 < jnp.linalg.norm(x - y) < 0.06 * jnp.linalg.norm(y)
+        assert 0 < jnp.linalg.norm(x - y) < 0.1 * jnp.linalg.norm(y)
 
 
 # ----------------------------------------------------------------------------------------- what a config says

@@ -172,3 +172,30 @@ def test_attention_in_bfloat16_is_near_float32():
     for low, full in zip(value_and_gradient("bfloat16"), value_and_gradient("float32"), strict=True):
         assert low.dtype == jnp.float32
         assert 0 < jnp.abs(low - full).max() < 0.03 * jnp.abs(full).max()
+
+
+BETWEEN = {
+    "project": ((6,), lambda x: primitives.project(x, WEIGHTS, Factors(a=normal(2, 6, 3), b=normal(3, 3, 11)))),
+    "gelu": ((6,), lambda x: primitives.gelu(x, "bfloat16")),
+    "layer_norm": ((6,), lambda x: primitives.layer_norm(x, (normal(2, 6), normal(3, 6)), 1e-6, "bfloat16")),
+    "rms_norm": ((6,), lambda x: primitives.rms_norm(x, normal(2, 6), 1e-6, "bfloat16")),
+    "gated": ((6,), lambda x: primitives.gated(x, jax.nn.silu, "bfloat16")),
+    "rotary": ((3, 4), lambda x: primitives.rotary(x, (normal(2, 5, 2), normal(3, 5, 2)))),
+    "attention": ((36,), lambda x: primitives.attention(x, jnp.ones((2, 5)), 3, "bfloat16")),
+}
+WEIGHTS = normal(1, 6, 11).astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_bfloat16_in_and_out_is_near_float32(name):
+    """Oracle: the same operation between float32 arrays, of the same rounded numbers."""
+    last, operation = BETWEEN[name]
+
+    def value_and_gradient(dtype):
+        value, pullback = jax.vjp(operation, normal(0, 2, 5, *last).astype(jnp.bfloat16).astype(dtype))
+        (gradient,) = pullback(normal(4, *value.shape).astype(jnp.bfloat16).astype(dtype))
+        assert value.dtype == gradient.dtype == dtype
+        return value, gradient
+
+    for low, full in zip(value_and_gradient(jnp.bfloat16), value_and_gradient(jnp.float32), strict=True):
+        assert jnp.linalg.norm(low - full) < 0.02 * jnp.linalg.norm(full)
