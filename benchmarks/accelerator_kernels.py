@@ -1,13 +1,12 @@
 """The part `kernels` of `accelerator.py`: every Pallas kernel beside XLA's program of the same meaning."""
 
 import functools
-import statistics
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from common import in_turns
+from accelerator_parts import timed
 
 from fedjax_lora.core.types import Factors
 from fedjax_lora.ops.lora_matmul import lora_matmul
@@ -125,12 +124,11 @@ def _row(case: Case) -> dict[str, Any]:
     for implementation in IMPLEMENTATIONS:
         program = jax.jit(functools.partial(case.call, implementation))
         try:
-            times = in_turns({"": lambda program=program: jax.block_until_ready(program(*arrays))}, 7, 0.0)[""]
+            seconds = timed(program, *arrays)
             results.append(case.same(program(*arrays)))
         except Exception as error:  # what a compiler refuses is a result
             row[implementation] = {"error": str(error).splitlines()[0][:300]}
             continue
-        seconds = statistics.median(times)
         rates = {"gb_per_s": case.bytes * 1e-9 / seconds, "tflops": case.flop * 1e-12 / seconds}
         row[implementation] = {"call_s": seconds, **rates}
     if len(results) == len(IMPLEMENTATIONS):

@@ -17,8 +17,18 @@ from common import RANK, TARGETS, Dtype, PeerSettings, Workload, in_turns
 
 ROBERTA_BASE, MINILM = random_model.SHAPES["roberta-base"], random_model.SHAPES["minilm"]
 Chunk = int | Literal["auto"]
+LOW = {"activation_dtype": "bfloat16"}
+SETTINGS: tuple[tuple[Chunk, dict[str, Any]], ...] = (
+    ("auto", {}),
+    ("auto", LOW),
+    ("auto", {**LOW, "unroll": True}),
+    (32, LOW),
+)
+"""Clients trained at once, and options of a model in bfloat16."""
 PEERS: tuple[tuple[Dtype, Dtype], ...] = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
 """Dtype of the products and of the frozen matrices."""
+ROW_S = 0.05
+"""Seconds that a row of calls takes, about."""
 SMALL = {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96}
 
 
@@ -42,60 +52,58 @@ def ceilings(model: str, quick: bool) -> dict[str, Any]:
 
 def minilm_bfloat16(model: str, quick: bool) -> dict[str, Any]:
     """Rounds of 256 clients of MiniLM's shape by clients trained at once."""
-    settings = ("auto", "float32"), ("auto", "bfloat16"), (32, "bfloat16")
-    return _rounds(model, SMALL if quick else MINILM, "bfloat16", settings, quick)
+    return _rounds(model, SMALL if quick else MINILM, "bfloat16", SETTINGS, quick)
 
 
 def minilm_float32(model: str, quick: bool) -> dict[str, Any]:
     """The same in float32 as the device multiplies it by default."""
-    return _rounds(model, SMALL if quick else MINILM, "float32", (("auto", "float32"),), quick)
+    return _rounds(model, SMALL if quick else MINILM, "float32", (("auto", {}),), quick)
 
 
 def roberta_base(model: str, quick: bool) -> dict[str, Any]:
     """Rounds of 256 clients of RoBERTa-base's shape, and the frozen model alone on as many samples."""
-    settings = ("auto", "float32"), ("auto", "bfloat16"), (32, "bfloat16")
-    return _rounds(model, SMALL if quick else ROBERTA_BASE, "bfloat16", settings, quick)
+    return _rounds(model, SMALL if quick else ROBERTA_BASE, "bfloat16", SETTINGS, quick)
 
 
 def _rounds(
-    model: str, shape: dict[str, int], dtype: Dtype, settings: tuple[tuple[Chunk, Dtype], ...], quick: bool
+    model: str, shape: dict[str, int], dtype: Dtype, settings: tuple[tuple[Chunk, dict[str, Any]], ...], quick: bool
 ) -> dict[str, Any]:
-    """By clients trained at once and dtype of the activations; the frozen model alone as the best of them has it."""
+    """By clients trained at once and options of the model; the frozen model alone as the best of them has it."""
     from engine import Engine
 
     with checkpoint(model, shape) as folder:
         work = Workload(model=str(folder), clients=4 if quick else 256, length=16 if quick else 64)
         work.write(folder)
         rows = []
-        for chunk, activations in settings:
-            engine = Engine(work, folder, dtype, chunk, wireless=False, activations=activations)
+        for chunk, options in settings:
+            engine = Engine(work, folder, dtype, chunk, wireless=False, **options)
             engine.round()
             seconds = [engine.round()[0] for _ in range(5)]
             rate = work.samples / statistics.median(seconds)
-            row = engine.describe() | {"asked": chunk, "activations": activations, "round_s": seconds, "samples_per_s": rate}
+            row = engine.describe() | {"asked": chunk, "options": options, "round_s": seconds, "samples_per_s": rate}
             row["tflops"] = rate * work.flop([work.length]) / 1e12
             row["peak_memory_bytes_so_far"] = engine.peak_memory_bytes()
             rows.append(row)
             del engine
             gc.collect()
         best = max(rows, key=lambda row: row["samples_per_s"])
-        frozen = frozen_rate(folder, work, (dtype, best["activations"]), best["client_chunk"])
+        frozen = frozen_rate(folder, work, {"compute_dtype": dtype, **best["options"]}, best["client_chunk"])
         return {
             "workload": {**vars(work), "model": shape, "gflop_per_sample": work.flop([work.length]) / 1e9},
             "dtype": dtype,
             "rows": rows,
             "best_chunk": best["client_chunk"],
-            "best_activations": best["activations"],
+            "best_options": best["options"],
             "tflops": best["tflops"],
             "frozen_model_alone_samples_per_s": frozen,
             "over_the_frozen_model_alone": frozen / best["samples_per_s"] - 1.0,
         }
 
 
-def frozen_rate(folder: Path, work: Workload, dtypes: tuple[Dtype, Dtype], chunk: int) -> float:
+def frozen_rate(folder: Path, work: Workload, options: dict[str, Any], chunk: int) -> float:
     """Samples/s of the frozen blocks forward and backward to their input, without adapters, `chunk` batches at once.
 
-    dtypes: of products and of activations.
+    options: of the model.
     """
     from fedjax_lora.adapters import lora
     from fedjax_lora.core.methods import Context
@@ -106,7 +114,7 @@ def frozen_rate(folder: Path, work: Workload, dtypes: tuple[Dtype, Dtype], chunk
     context = Context(num_clients=1, cohort_size=1, num_classes=2)
     task = classification.make(classification.ClassificationOptions(), context)
     made = {"task": task, "adapter": lora.make(lora.LoraAdapterOptions(), context)}
-    config = ModelConfig(pretrained=str(folder), compute_dtype=dtypes[0], activation_dtype=dtypes[1])
+    config = ModelConfig(pretrained=str(folder), **options)
     model, base = build_model(config, context._replace(made=made))
     assert base is not None
     batch, empty = chunk * work.batch, Adapters(modules={}, head={})
@@ -184,7 +192,7 @@ def sparsifiers(model: str, quick: bool) -> dict[str, Any]:
     for name, method in Catalogue.of().by_slot["sparsifier"].items():
         try:
             program = programs.message(programs.made(method, held.start, size.clients), held, size.rank // 2)
-            seconds = statistics.median(in_turns({name: program.call}, 5, 0.0)[name])
+            seconds = timed(program.begin)
             sent_bytes = float(jnp.sum(program.call()[-1])) / 8
         except Exception as error:  # what a method does not do on this device is a result
             found[name] = {"error": str(error).splitlines()[0][:300]}
@@ -245,12 +253,19 @@ def checkpoint(tokenizer: str, shape: dict[str, int]) -> Iterator[Path]:
         yield folder
 
 
-def timed(program: Callable[..., Any], *arguments: Any, repeats: int = 10) -> float:
-    """Median seconds of a call, after one that compiles and warms up."""
-    jax.block_until_ready(program(*arguments))
-    seconds = []
-    for _ in range(repeats):
+def timed(program: Callable[..., Any], *arguments: Any) -> float:
+    """Seconds of a call among calls that follow one another: the median of five rows of them, after one to warm up.
+
+    A row is waited for once, so that the time to dispatch a call, and to hear that it is done, is hidden or shared.
+    """
+
+    def row(calls: int) -> float:
         started = time.perf_counter()
+        for _ in range(calls - 1):
+            program(*arguments)
         jax.block_until_ready(program(*arguments))
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+        return (time.perf_counter() - started) / calls
+
+    row(1)
+    calls = min(max(int(ROW_S / row(1)), 1), 100)
+    return statistics.median(row(calls) for _ in range(5))

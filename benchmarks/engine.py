@@ -63,7 +63,7 @@ class Engine(Rounds):
       client_chunk: clients trained at once.
       wireless: False is plain federated averaging over a network without cost: nothing is left out, which is the
         peer's arithmetic. True adds SOFT at half of the ranks and a simulated cell.
-      activations: dtype of what lies between the products.
+      **model: further options of the model.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Engine(Rounds):
         dtype: Dtype,
         client_chunk: int | Literal["auto"],
         wireless: bool,
-        activations: Dtype = "float32",
+        **model: Any,
     ):
         os.environ["FEDJAX_LORA_CACHE"] = str(folder)
         use_cpu_cores()
@@ -82,7 +82,7 @@ class Engine(Rounds):
         self._dtype = dtype
         self._simulation = build(
             ExperimentConfig(
-                model=ModelConfig(pretrained=workload.model, compute_dtype=dtype, activation_dtype=activations),
+                model=ModelConfig(pretrained=workload.model, compute_dtype=dtype, **model),
                 lora=LoraConfig(max_rank=RANK, rank=RANK, alpha=ALPHA, targets=TARGETS),
                 data=DataConfig(
                     source="tsv",

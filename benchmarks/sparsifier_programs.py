@@ -29,10 +29,14 @@ CHOICES: dict[str, Callable] = {
 
 
 class Program(NamedTuple):
-    """A compiled program with its arguments. compile_s: seconds of tracing and compiling."""
+    """A compiled program with its arguments. begin: a call, not waited for. compile_s: of tracing and compiling."""
 
-    call: Callable[[], Any]
+    begin: Callable[[], Any]
     compile_s: float
+
+    def call(self) -> Any:
+        """The results, when they are there."""
+        return jax.block_until_ready(self.begin())
 
 
 class Cohort(NamedTuple):
@@ -111,7 +115,7 @@ def _compiled(work: Callable, start: Adapters, items: Any, clients: int) -> Prog
     mapped = functools.partial(map_over_devices, work, chunk=at_once(clients), mesh=mesh)
     program = jax.jit(mapped).lower(start, items).compile()
     compile_s = time.perf_counter() - started
-    return Program(lambda: jax.block_until_ready(program(start, items)), compile_s)
+    return Program(functools.partial(program, start, items), compile_s)
 
 
 def copy_gb_per_s(numbers: int, timed: Callable[[Callable[[], Any]], list[float]]) -> list[float]:

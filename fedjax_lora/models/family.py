@@ -22,6 +22,7 @@ class Shape:
     compute_dtype: of the frozen matrices and their products.
     activation_dtype: of what passes from one operation of a layer to the next.
     remat: whether the backward pass computes each layer again, and keeps its input alone.
+    unroll: whether the layers are compiled one after another, not as a loop.
     """
 
     num_layers: int = 12
@@ -31,6 +32,7 @@ class Shape:
     compute_dtype: Dtype = "float32"
     activation_dtype: Dtype = "float32"
     remat: bool = False
+    unroll: bool = False
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:

@@ -31,7 +31,6 @@ ACTIVATIONS: dict[str, Callable[[Array, str], Array]] = {
 """Activations by the name that Hugging Face gives them: `(x, dtype of what the backward pass of gelu keeps)`."""
 
 
-
 def _in_float32(activation: Callable[[Array], Array], x: Array) -> Array:
     return activation(x.astype(jnp.float32)).astype(x.dtype)
 
@@ -201,13 +200,11 @@ def stack(
     )
 
 
-def run_blocks(
-    config: Any, block: Block, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None
-) -> Hidden:
+def run_blocks(config: Any, block: Block, base: Base, adapters: Adapters, hidden: Hidden, key: Array | None) -> Hidden:
     """The stack applied in order: `Model.layers`.
 
     Args:
-      config: Shape, of which `remat` and `activation_dtype` are read.
+      config: Shape, of which `remat`, `unroll` and `activation_dtype` are read.
       block: one layer.
       base: frozen weights, of which `layers` has leaves `[L, ...]`.
       adapters: effective ones, leaves `[L, ...]`.
@@ -224,7 +221,8 @@ def run_blocks(
 
     step = jax.checkpoint(step) if config.remat else step
     values = hidden.values.astype(config.activation_dtype)
-    values, _ = lax.scan(step, values, (jax.tree.map(pack, stacked), adapters.modules, keys))
+    xs = jax.tree.map(pack, stacked), adapters.modules, keys
+    values, _ = lax.scan(step, values, xs, unroll=config.unroll)
     return hidden._replace(values=values.astype(jnp.float32))
 
 

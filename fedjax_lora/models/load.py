@@ -39,6 +39,8 @@ class ModelConfig(Options):
       program, which draws no masks.
     remat: whether the backward pass computes each layer again and keeps its input alone: less memory, a third more
       time.
+    unroll: whether the layers are compiled one after another, not as a loop: what the backward pass needs of them is
+      then not copied into stacks, and compiling takes time and memory by their number.
     """
 
     name: Literal["vit-tiny"] = "vit-tiny"
@@ -48,6 +50,7 @@ class ModelConfig(Options):
     activation_dtype: Dtype = "float32"
     dropout: float = 0.0
     remat: bool = False
+    unroll: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -106,7 +109,7 @@ def _check_inputs(found: "Pretrained", pretrained: str, context: Context) -> Non
         )
 
 
-_OURS = ("pooling", "dropout", "compute_dtype", "activation_dtype", "remat")
+_OURS = ("pooling", "dropout", "compute_dtype", "activation_dtype", "remat", "unroll")
 """Options that decide about a model's computation, whatever its shape."""
 
 _TOKENIZERS = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))
