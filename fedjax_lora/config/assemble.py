@@ -131,9 +131,13 @@ def _packed(
 
 
 def without_draws(config: ExperimentConfig) -> ExperimentConfig:
-    """The configuration without what is drawn from it on the host: its seed and who holds which examples."""
-    clients = dataclasses.replace(config.clients, partition=PartitionConfig())
-    return dataclasses.replace(config, seed=0, clients=clients)
+    """The configuration without what is drawn from it: its seed and who holds which examples.
+
+    How many each client of a sampled population draws stays: it is a shape of the program.
+    """
+    drawn = config.clients.partition
+    shape = PartitionConfig() if drawn.examples is None else PartitionConfig(kind=drawn.kind, examples=drawn.examples)
+    return dataclasses.replace(config, seed=0, clients=dataclasses.replace(config.clients, partition=shape))
 
 
 def records(

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -107,7 +108,7 @@ def _built(
 
 
 def _trial(config: ExperimentConfig, drawn: Partition, width: int) -> Trial:
-    index = jnp.asarray(padded_index(drawn, width))
+    index = jax.tree.map(jnp.asarray, padded_index(drawn, width))
     return Trial(split(config)[1], config.seed, index, jnp.asarray(drawn.count))
 
 

@@ -47,6 +47,7 @@ PROPERTIES = {
     "no_dropout": "no dropout",
     "zero_start": "adapters that add nothing at the start",
     "free_broadcast": "a broadcast that takes no time",
+    "listed_examples": "a list of who holds which examples",
 }
 """What a method may need of the rest of an experiment, or break: property -> what is needed, in words."""
 
@@ -72,6 +73,12 @@ _FACTS = (
     _Fact("lora.initial", "zero_start", lambda value, _: value is not None, "absent"),
     _Fact("local.optimizer.name", "plain_sgd", lambda value, _: value != "sgd", "sgd"),
     _Fact("local.optimizer.clip_norm", "unclipped", lambda value, _: value is not None, "absent"),
+    _Fact(
+        "clients.partition.kind",
+        "listed_examples",
+        lambda value, _: value == "sampled",
+        "iid, dirichlet, shards, natural or flwr",
+    ),
     _Fact("wire.bits", "exact_wire", lambda value, _: value < 32, "32"),
     _Fact(
         "clients.per_round",

@@ -118,13 +118,14 @@ class Dataset:
     """A federated data set on the device.
 
     train: pool of examples, leaves `[N, ...]`, shared by all clients through `index`.
-    index: `[K, n_max]` int32 rows of `train`; row k holds `count[k]` valid entries, then padding (any valid row).
+    index: `[K, n_max]` int32 rows of `train`; row k holds `count[k]` valid entries, then padding (any valid row). Of a
+      population that is sampled, what draws them: it is indexed alike by `[...]` clients.
     count: `[K]` int32 examples of each client.
     test: pool of held-out examples, leaves `[N_test, ...]`.
     """
 
     train: dict[str, Array]
-    index: Array
+    index: Any
     count: Array
     test: dict[str, Array]
 

@@ -12,6 +12,7 @@ from jax import Array
 from fedjax_lora.core import trees
 from fedjax_lora.core.types import Dataset
 from fedjax_lora.data.partition import Partition
+from fedjax_lora.data.sampled import Sampled
 from fedjax_lora.data.sources import Examples
 
 
@@ -66,23 +67,24 @@ def federated_dataset(examples: Examples, partition: Partition) -> Dataset:
       ValueError: the partition was made for a larger pool.
     """
     num_examples = len(examples.train["label"])
-    if partition.index.max() >= num_examples:
-        raise ValueError(
-            f"partition must hold rows of the training pool, 0 to {num_examples - 1}, got {partition.index.max()}"
-        )
+    rows = partition.index.by_label if isinstance(partition.index, Sampled) else partition.index
+    if rows.max() >= num_examples:
+        raise ValueError(f"partition must hold rows of the training pool, 0 to {num_examples - 1}, got {rows.max()}")
     return Dataset(
         train={name: jnp.asarray(value) for name, value in examples.train.items()},
-        index=jnp.asarray(padded_index(partition)),
+        index=jax.tree.map(jnp.asarray, padded_index(partition)),
         count=jnp.asarray(partition.count),
         test={name: jnp.asarray(value) for name, value in examples.test.items()},
     )
 
 
-def padded_index(partition: Partition, width: int | None = None) -> np.ndarray:
-    """The rows of each client, `[K, width]`, by more of the rows that it has.
+def padded_index(partition: Partition, width: int | None = None) -> np.ndarray | Sampled:
+    """The rows of each client, `[K, width]`, by more of the rows that it has; those that are drawn stay as they are.
 
     None is the next power of two: the partitions of most seeds then fit one compiled program.
     """
+    if isinstance(partition.index, Sampled):
+        return partition.index
     longest = partition.index.shape[1]
     width = 2 ** math.ceil(math.log2(longest)) if width is None else width
     return np.pad(partition.index, ((0, 0), (0, width - longest)), mode="wrap")

@@ -1,4 +1,7 @@
-"""Who holds what: every training example goes to exactly one client, but for what Flower's partitioners leave out."""
+"""Who holds what: every training example goes to exactly one client, but for what Flower's partitioners leave out.
+
+A population that is sampled is the exception: its clients draw their examples, and may hold the same ones.
+"""
 
 import dataclasses
 import hashlib
@@ -9,8 +12,9 @@ import numpy as np
 
 from fedjax_lora.core.mapping import Mapped
 from fedjax_lora.data import flower
+from fedjax_lora.data.sampled import Sampled, sampled
 
-Kind = Literal["iid", "dirichlet", "shards", "natural", "flwr"]
+Kind = Literal["iid", "dirichlet", "shards", "natural", "flwr", "sampled"]
 Weighting = Literal["examples", "equal"]
 
 
@@ -18,12 +22,13 @@ Weighting = Literal["examples", "equal"]
 class PartitionConfig:
     """How labels are spread over clients.
 
-    kind: `iid`, `dirichlet`, `shards`, `natural` or `flwr`; see `partition`.
+    kind: `iid`, `dirichlet`, `shards`, `natural`, `flwr` or `sampled`; see `partition`.
     alpha: concentration of the Dirichlet: large is near iid, small gives each label to few clients.
     shards_per_client: runs of sorted labels that a client receives.
     min_examples: what every client holds at least.
     partitioner: class of `flwr_datasets.partitioner`; for `flwr` only.
     options: what it is made with, beside the number of clients, the label's column and the seed.
+    examples: that each client draws; for `sampled` only.
     """
 
     kind: Kind = "dirichlet"
@@ -32,6 +37,7 @@ class PartitionConfig:
     min_examples: int = 1
     partitioner: str | None = None
     options: Mapped = dataclasses.field(default_factory=Mapped)
+    examples: int | None = None
 
     def __post_init__(self):
         """Raises ValueError on a value that is not allowed."""
@@ -48,6 +54,10 @@ class PartitionConfig:
             raise ValueError(f"partitioner must be {allowed} when kind is {self.kind}, got {self.partitioner!r}")
         if self.options and self.kind != "flwr":
             raise ValueError(f"options must be absent when kind is {self.kind}, got {dict(self.options)}")
+        if self.kind == "sampled" and (self.examples is None or self.examples < 1):
+            raise ValueError(f"examples must be at least 1 when kind is sampled, got {self.examples}")
+        if self.kind != "sampled" and self.examples is not None:
+            raise ValueError(f"examples must be absent when kind is {self.kind}, got {self.examples}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,12 +90,13 @@ class ClientsConfig:
 class Partition:
     """The rows of the training pool that each client holds.
 
-    index: `[K, n_max]` int32; row k holds `count[k]` rows in ascending order, then repeats of its first.
+    index: `[K, n_max]` int32; row k holds `count[k]` rows in ascending order, then repeats of its first; or what draws
+      them, which is indexed alike.
     count: `[K]` int32, at least 1.
     hash: SHA-256 of both, to record and to compare.
     """
 
-    index: np.ndarray
+    index: np.ndarray | Sampled
     count: np.ndarray
     hash: str
 
@@ -102,8 +113,10 @@ def partition(
     `shards`: examples sorted by label are cut into equal shards, dealt at random (McMahan et al., 2017).
     `natural`: as the data say.
     `flwr`: as a partitioner of Flower Datasets deals them, see `flower.owners`; some leave examples out.
+    `sampled`: each client draws so many examples, with replacement, when it takes part, see `Sampled`: a population may
+      be larger than the pool, and nothing is stored of who holds what.
 
-    But for `natural`, a client left with fewer than `min_examples` then receives random examples, one by one, from
+    But for `natural` and `sampled`, a client left with fewer than `min_examples` then receives random examples, one by one, from
     whoever holds the most at that time: no redrawing, so it always ends.
 
     Args:
@@ -118,6 +131,9 @@ def partition(
     """
     if config.kind == "natural":
         return _tabulate(_natural(clients, num_clients, config.min_examples), num_clients)
+    if config.examples is not None:
+        drawn = sampled(labels, examples=config.examples, alpha=config.alpha, seed=seed)
+        return Partition(drawn, np.full(num_clients, config.examples, "<i4"), drawn.hash(num_clients))
     num_examples = len(labels)
     _check_count(config, num_clients, num_examples, "examples")
     if config.kind == "shards" and config.shards_per_client > num_examples:

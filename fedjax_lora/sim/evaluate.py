@@ -13,6 +13,7 @@ from fedjax_lora.core.learning import Adapter, Model, Task
 from fedjax_lora.core.types import Adapters, Base, Batch, ClientState, Dataset
 from fedjax_lora.data.batches import evaluation_batches, gather
 from fedjax_lora.data.packing import packed
+from fedjax_lora.data.sampled import Sampled
 from fedjax_lora.sim.cohort import padded_size
 from fedjax_lora.sim.parts import Layout
 from fedjax_lora.training.personal import compose
@@ -22,6 +23,10 @@ EvaluatePersonal = Callable[[Base, Dataset, Adapters, ClientState, Array], "Clie
 
 _AT_ONCE = 64
 """Clients whose weights of the pool are computed side by side."""
+
+SCORED = 1024
+"""Clients, of a population that is sampled, whose accuracies stand for those of all: the first of them, which are as
+good as any."""
 
 
 class ClientAccuracy(NamedTuple):
@@ -74,7 +79,8 @@ def make_evaluate(model: Model, adapter: Adapter, task: Task, batch_size: int, l
 def of_clients(task: Task, data: Dataset, scores: Mapping[str, Array]) -> ClientAccuracy | None:
     """The accuracy of one model where each client would use it, from its scores of the held-out pool.
 
-    An example has the weight of `Task.weigh`; None where all clients weigh alike.
+    An example has the weight of `Task.weigh`; None where all clients weigh alike. Of a population that is sampled, SCORED
+    clients are scored.
     """
     weigh = task.weigh
     if weigh is None:
@@ -85,7 +91,15 @@ def of_clients(task: Task, data: Dataset, scores: Mapping[str, Array]) -> Client
         weight = weigh(gather(data.train, rows), count, data.test)
         return task.finish(scores, weight)["eval_accuracy"], jnp.any(weight > 0)
 
-    return ClientAccuracy(*lax.map(of_client, (data.index, data.count), batch_size=_AT_ONCE))
+    return ClientAccuracy(*lax.map(of_client, scored_clients(data), batch_size=_AT_ONCE))
+
+
+def scored_clients(data: Dataset) -> tuple[Array, Array]:
+    """Rows and number of the examples of the clients that are scored: all, or SCORED of a population that is sampled."""
+    if isinstance(data.index, Sampled):
+        number = min(data.count.shape[0], SCORED)
+        return data.index[jnp.arange(number)], data.count[:number]
+    return data.index, data.count
 
 
 def make_evaluate_personal(
@@ -100,14 +114,15 @@ def make_evaluate_personal(
     example that counts is. A client for whom the pool has no weight does not count.
 
     One client is scored at a time on each device, and each goes through the whole pool: memory is that of one global
-    evaluation, time is K of them.
+    evaluation, time is K of them; or SCORED of them, where the population is sampled.
     """
 
     def evaluate(base: Base, data: Dataset, adapters: Adapters, clients: ClientState, scale: Array) -> ClientAccuracy:
-        num_clients, num_examples = data.count.shape[0], _size(data.test)
+        (rows, count), num_examples = scored_clients(data), _size(data.test)
+        num_clients = count.shape[0]
         batches = evaluation_batches(num_examples, batch_size)
         size = padded_size(num_clients, 1, layout.num_devices)
-        items = clients.rank, clients.personal, data.index, data.count
+        items = clients.rank, clients.personal, rows, count
         items = jax.tree.map(lambda leaf: leaf[np.arange(size) % num_clients], items)
 
         def score(shared, item: tuple[Array, Any, Array, Array]) -> ClientAccuracy:

@@ -106,7 +106,7 @@ def schedule(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> tu
 def population(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> Population:
     """All clients in a round, as a controller sees them before any of them trains."""
     own, data, ids = state.clients, world.data, jnp.arange(state.clients.rank.shape[0], dtype=jnp.int32)
-    clients = Client(data.index, data.count, client_keys(keys.local, ids), own.rank, own.personal, own.methods)
+    clients = Client(data.index[ids], data.count, client_keys(keys.local, ids), own.rank, own.personal, own.methods)
     work, _ = work_of(parts, world, state, clients, state.methods["wireless"])
     bits = offered_bits(parts, state)
     return Population(

@@ -43,12 +43,12 @@ class Trial(NamedTuple):
     """What tells a run from the others of its structure.
 
     numbers: traced ones of its configuration. seed: of its key.
-    rows, examples: its partition, `[K, n_max]` and `[K]`: `index` and `count` of `Dataset`; n_max is the same for all.
+    rows, examples: its partition: `index` and `count` of `Dataset`; n_max is the same for all.
     """
 
     numbers: Numbers
     seed: int
-    rows: Array
+    rows: Any
     examples: Array
 
 

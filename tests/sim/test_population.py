@@ -1,0 +1,39 @@
+"""A sampled population: whom a round trains on what, and that its size changes nothing but who is drawn."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import toy
+from fedjax_lora.sim.evaluate import SCORED, scored_clients
+
+POPULATION = ("clients.partition={kind: sampled, examples: 6}", "clients.count=50", "clients.per_round=3")
+
+
+def test_a_sampled_population_runs_as_its_own_table_does():
+    """Oracle: the same rows in a table, by the same program."""
+    sim = toy.simulation(*POPULATION)
+    data = sim.world.data
+    table = dataclasses.replace(data, index=data.index[jnp.arange(50)])
+    state = sim.init(jax.random.key(0))
+    segment = jax.jit(sim.program.segment)
+    (found, rows, scores), (expected, *told) = (
+        segment(dataclasses.replace(sim.world, data=of), state, jnp.int32(2)) for of in (data, table)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found.adapters, expected.adapters)
+    np.testing.assert_array_equal(rows.uplink_bits, told[0].uplink_bits)
+    np.testing.assert_array_equal(scores.more["worst_tenth_accuracy"], told[1].more["worst_tenth_accuracy"])
+    assert rows.uplink_bits.shape == (3,) and rows.client_uplink_bits.shape == (3, 3)
+
+
+def test_no_array_is_of_clients_and_rows():
+    """By shapes: at a million clients, what is kept of each in world and state takes 36 bytes, and nothing has a second axis."""
+    sim = toy.simulation(*POPULATION[:1], "clients.count=1000000", "clients.per_round=3")
+    state = jax.eval_shape(sim.program.start, jax.random.key(0), sim.numbers)
+    of_clients = [leaf for leaf in jax.tree.leaves((sim.world.data, state)) if leaf.shape[:1] == (1_000_000,)]
+    assert all(leaf.shape == (1_000_000,) for leaf in of_clients)
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in of_clients) == 24_000_000
+    rows, count = scored_clients(sim.world.data)
+    assert rows.shape == (SCORED, 6) and count.shape == (SCORED,)
