@@ -61,7 +61,17 @@ from fedjax_lora.core.learning import (
     Work,
 )
 from fedjax_lora.core.methods import Context, Method
-from fedjax_lora.core.network import Controller, Decision, Delivery, Observation, Outcome, Population, Radio, Wireless
+from fedjax_lora.core.network import (
+    Arrival,
+    Controller,
+    Decision,
+    Delivery,
+    Observation,
+    Outcome,
+    Population,
+    Radio,
+    Wireless,
+)
 from fedjax_lora.core.numbers import Options, traced
 from fedjax_lora.core.types import Adapters, Factors, Scope
 from fedjax_lora.tasks.common import TaskOptions
@@ -72,6 +82,7 @@ __all__ = [
     "Adapters",
     "Aggregate",
     "Aggregator",
+    "Arrival",
     "Broadcast",
     "Client",
     "Context",

@@ -111,7 +111,7 @@ def test_what_cannot_enter_is_one_line_as_specified(methods, fragments):
 
 def test_the_package_has_every_slot_and_each_name_once():
     """Oracle: the list of slots in the order in which records are made; counting."""
-    names = "data task adapter model wireless control sparsifier aggregation drift server training"
+    names = "data task adapter model wireless control arrival sparsifier aggregation drift server training"
     assert list(SLOTS) == names.split()
     assert len({(method.slot, method.name) for method in METHODS}) == len(METHODS)
     assert Catalogue.of() == Catalogue.of([]) == Catalogue.of(METHODS)

@@ -25,7 +25,9 @@ def test_the_documented_defaults_are_those_of_the_code(tmp_path):
     assert documented == set(re.findall(r"\b(\w+):", dump(ExperimentConfig())))
 
 
-@pytest.mark.parametrize("section", ["task", "sparsifier", "aggregation", "drift", "server", "control", "training"])
+@pytest.mark.parametrize(
+    "section", ["task", "sparsifier", "aggregation", "drift", "server", "control", "arrival", "training"]
+)
 def test_the_documented_options_are_those_of_each_method(section):
     """The oracle is the code: one row a method, with its options and their defaults."""
     for name, method in Catalogue.of().by_slot[section].items():

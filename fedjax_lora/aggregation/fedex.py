@@ -75,7 +75,9 @@ METHOD = Method(
     "fedex",
     FedExConfig,
     make,
-    needs=frozenset({"dense_broadcast", "whole_at_client", "memoryless_server", "whole_step", "float32_base"}),
+    needs=frozenset(
+        {"dense_broadcast", "whole_at_client", "memoryless_server", "whole_step", "float32_base", "in_step"}
+    ),
 )
 
 

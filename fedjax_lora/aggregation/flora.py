@@ -50,7 +50,9 @@ METHOD = Method(
     "flora",
     FloraConfig,
     make,
-    needs=frozenset({"dense_broadcast", "whole_at_client", "memoryless_server", "whole_step", "float32_base"}),
+    needs=frozenset(
+        {"dense_broadcast", "whole_at_client", "memoryless_server", "whole_step", "float32_base", "in_step"}
+    ),
     breaks=frozenset({"fixed_basis", "lasting_zeros"}),
 )
 

@@ -46,6 +46,7 @@ NEEDS = frozenset(
         "memoryless_server",  # the bound is of a server that steps to the average
         "whole_step",
         "whole_at_client",  # the draws know of no exchange while clients train
+        "in_step",  # the draws know of no clients that are late
         "listed_examples",  # of each client some are held out
     }
 )

@@ -184,7 +184,7 @@ def sweep_network(
     settings, groups = _settings_and_groups(config, over, methods)
     for group in groups:
         own, simulation = group.configs[0], group.simulation
-        check_needs(own, Catalogue.of(methods), {"whole_at_client"}, "a network without training")
+        check_needs(own, Catalogue.of(methods), {"whole_at_client", "in_step"}, "a network without training")
         if simulation.make_parts(simulation.numbers).controller.schedule is not None:
             raise ConfigError(
                 "control.name must be of a controller that does not choose the cohort, for a network without training, "

@@ -44,7 +44,19 @@ CLIENT_WEIGHTS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "equal": lambda count: jnp.ones(count.shape),
 }
 
-SLOTS = ("task", "adapter", "model", "wireless", "control", "sparsifier", "aggregation", "drift", "server", "training")
+SLOTS = (
+    "task",
+    "adapter",
+    "model",
+    "wireless",
+    "control",
+    "arrival",
+    "sparsifier",
+    "aggregation",
+    "drift",
+    "server",
+    "training",
+)
 """Of the records, in the order in which they are made; each is told those before it."""
 
 
@@ -213,6 +225,7 @@ def _parts(
         side=side,
         layer_ranks=of_layers if side is None else side.take_layers(of_layers),
         layer_scales={} if layers is None else {name: scale * share for name, share in layers.shares.items()},
+        arrival=made["arrival"],
     )
 
 
@@ -235,14 +248,16 @@ def _context(config: ExperimentConfig, examples: sources.Examples) -> Context:
 
 def _layout(config: ExperimentConfig, catalogue: Catalogue, context: Context) -> Layout:
     made = records(config, catalogue, context)
-    everyone = context.cohort_size == context.num_clients and made["control"].schedule is None
+    takes, at_once = made["arrival"].takes, context.cohort_size
+    together = takes is None
     return Layout(
-        cohort_size=context.cohort_size,
+        cohort_size=at_once if together else takes,
         chunk=1,
         mesh=device_mesh(),
-        everyone=everyone,
+        everyone=at_once == context.num_clients and together and made["control"].schedule is None,
         one_rank=not config.lora.client_ranks and made["aggregation"].next_rank is None,
         in_order=config.engine.reproducible,
+        running=None if together else at_once,
     )
 
 

@@ -19,7 +19,17 @@ from fedjax_lora.config.properties import check as check
 from fedjax_lora.config.properties import check_needs as check_needs
 from fedjax_lora.config.properties import notes as notes
 from fedjax_lora.config.values import key_of
-from fedjax_lora.control import fixed, greedy, ideal, proportional, schedules, split_lyapunov, tsfa_online, uniform
+from fedjax_lora.control import (
+    arrival,
+    fixed,
+    greedy,
+    ideal,
+    proportional,
+    schedules,
+    split_lyapunov,
+    tsfa_online,
+    uniform,
+)
 from fedjax_lora.core.errors import ConfigError, reason_of
 from fedjax_lora.core.methods import Method
 from fedjax_lora.core.numbers import Options
@@ -38,6 +48,7 @@ METHODS: tuple[Method, ...] = (
     cell.METHOD,
     *(module.METHOD for module in (fixed, uniform, ideal, tsfa_online, greedy, proportional, split_lyapunov)),
     *schedules.METHODS,
+    *arrival.METHODS,
     *(module.METHOD for module in (soft, soft_rotated, dense, top_k, random_rank, svd, lora_a2, flasc)),
     *(module.METHOD for module in (fedit, ffa, rolora, fedsa, hetlora, fedex, flora, flexlora, lora_fair)),
     *corrections.METHODS,

@@ -65,6 +65,7 @@ class ExperimentConfig:
     wire: WireConfig = dataclasses.field(default_factory=WireConfig)
     wireless: Options = dataclasses.field(default_factory=_DEFAULT["wireless"])
     control: Options = dataclasses.field(default_factory=_DEFAULT["control"])
+    arrival: Options = dataclasses.field(default_factory=_DEFAULT["arrival"])
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
 

@@ -42,6 +42,7 @@ STATIC = {
     "local.steps": _LENGTH,
     "local.batch_size": _SHAPE,
     "wireless.retransmissions": _LENGTH,
+    "arrival.buffer": _SHAPE,
     "engine": _AROUND,
     "plan": "used by `fedjax-lora plan` alone",
 }

@@ -48,6 +48,7 @@ PROPERTIES = {
     "zero_start": "adapters that add nothing at the start",
     "free_broadcast": "a broadcast that takes no time",
     "listed_examples": "a list of who holds which examples",
+    "in_step": "clients that begin and end each round together",
 }
 """What a method may need of the rest of an experiment, or break: property -> what is needed, in words."""
 

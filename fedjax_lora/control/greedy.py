@@ -44,4 +44,4 @@ def make(options: GreedyConfig, context: Context) -> Controller:
     return Controller(allocate, common.empty_queue, common.latency_queue(options.latency_budget_s))
 
 
-METHOD = Method("control", "greedy", GreedyConfig, make, needs=frozenset({"side_by_side"}))
+METHOD = Method("control", "greedy", GreedyConfig, make, needs=frozenset({"side_by_side", "in_step"}))

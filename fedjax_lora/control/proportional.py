@@ -47,4 +47,4 @@ def make(options: ProportionalConfig, context: Context) -> Controller:
     return Controller(allocate, common.empty_queue, common.latency_queue(options.latency_budget_s))
 
 
-METHOD = Method("control", "proportional", ProportionalConfig, make, needs=frozenset({"side_by_side"}))
+METHOD = Method("control", "proportional", ProportionalConfig, make, needs=frozenset({"side_by_side", "in_step"}))

@@ -112,9 +112,11 @@ def _scheduled(options: common.CommonRatio, priorities: Priorities, init: Callab
     return Controller(common.at_least_latency(options.keep_ratio), init, schedule=schedule)
 
 
+_IN_STEP = frozenset({"in_step"})  # a cohort is chosen for a round
+
 METHODS = (
-    Method("control", "round_robin", RoundRobinConfig, round_robin),
-    Method("control", "best_channel", BestChannelConfig, best_channel),
-    Method("control", "proportional_fair", ProportionalFairConfig, proportional_fair),
-    Method("control", "min_latency", MinLatencyConfig, min_latency, needs=frozenset({"side_by_side"})),
+    Method("control", "round_robin", RoundRobinConfig, round_robin, needs=_IN_STEP),
+    Method("control", "best_channel", BestChannelConfig, best_channel, needs=_IN_STEP),
+    Method("control", "proportional_fair", ProportionalFairConfig, proportional_fair, needs=_IN_STEP),
+    Method("control", "min_latency", MinLatencyConfig, min_latency, needs=_IN_STEP | {"side_by_side"}),
 )

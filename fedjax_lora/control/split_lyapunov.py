@@ -186,6 +186,6 @@ METHOD = Method(
     "split_lyapunov",
     SplitLyapunovConfig,
     make,
-    needs=frozenset({"side_by_side"}),
+    needs=frozenset({"side_by_side", "in_step"}),
     breaks=frozenset({"full_participation"}),
 )

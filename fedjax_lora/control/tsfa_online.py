@@ -320,4 +320,4 @@ def price_of_time(options: TsfaConfig, queues: common.Queues, observation: Obser
     return queue_s + exchange_s_per_j**2 * queues["energy_queue_j"] * observation.radio.power_w * senders
 
 
-METHOD = Method("control", "tsfa", TsfaConfig, make, needs=frozenset({"side_by_side"}))
+METHOD = Method("control", "tsfa", TsfaConfig, make, needs=frozenset({"side_by_side", "in_step"}))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
 
 from fedjax_lora.core.learning import Work
@@ -71,12 +72,15 @@ class Wireless(NamedTuple):
     observe: `(state of the cohort, Work [C], downlink_bits [C] float32, present [C]) -> Radio`, with `shared_s` where
       the work has `server_samples` and `down_bits`.
     deliver: `(state of the cohort, Work [C], bits [C] float32, share_hz [C], start_s [C], present [C]) -> Delivery`.
+    forgets: scalar bool, whether a client's channels of a round do not depend on those of the last one: then only those
+      of a cohort are drawn.
     """
 
     init: Callable[[Array, Array], Any]
     step: Callable[[Any, Array, Array], Any]
     observe: Callable[[Any, Work, Array, Array], Radio]
     deliver: Callable[[Any, Work, Array, Array, Array, Array], Delivery]
+    forgets: Array | bool = False
 
 
 class Observation(NamedTuple):
@@ -116,6 +120,23 @@ class Outcome(NamedTuple):
 
     latency_s: Array
     energy_j: Array
+
+
+def _in_full(staleness: Array) -> Array:
+    return jnp.ones_like(staleness)
+
+
+class Arrival(NamedTuple):
+    """When the server steps, and what an update counts that comes late.
+
+    takes: updates that a step waits for, M, the first of the C clients that run at once, each of which begins anew when
+      it has ended; None for rounds, whose clients begin together and are all waited for. Static.
+    discount: `staleness [...] -> [...]`, in (0, 1] and 1 at 0: what the change of a client counts that began so many
+      steps before the one that takes it.
+    """
+
+    takes: int | None = None
+    discount: Callable[[Array], Array] = _in_full
 
 
 def _no_queue(state: Any, outcome: Outcome) -> tuple[Any, dict[str, Array]]:

@@ -116,8 +116,8 @@ def partition(
     `sampled`: each client draws so many examples, with replacement, when it takes part, see `Sampled`: a population may
       be larger than the pool, and nothing is stored of who holds what.
 
-    But for `natural` and `sampled`, a client left with fewer than `min_examples` then receives random examples, one by one, from
-    whoever holds the most at that time: no redrawing, so it always ends.
+    But for `natural` and `sampled`, a client left with fewer than `min_examples` then receives random examples, one by
+    one, from whoever holds the most at that time: no redrawing, so it always ends.
 
     Args:
       config: the kind and its numbers.

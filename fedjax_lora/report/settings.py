@@ -105,7 +105,10 @@ def _pieces(config: Mapping[str, Any]) -> dict[str, list[_Piece]]:
             *(found for prefix in ("drift", "server", "wire") for found in section(prefix)),
             *piece("rank {}", "lora.rank"),
         ],
-        "control": section("control", "name", "keep_ratio", "latency_budget_s"),
+        "control": [
+            *section("control", "name", "keep_ratio", "latency_budget_s"),
+            *section("arrival", "name", "buffer"),
+        ],
         "training": [
             *piece("{} rounds", "rounds"),
             *piece("{} steps × batch {}", "local.steps", "local.batch_size"),

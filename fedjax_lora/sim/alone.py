@@ -58,7 +58,7 @@ def network_alone(make_parts: MakeParts, world: World, state: FedState, rounds: 
       rounds: how many; static.
     """
     parts = make_parts(state.numbers)
-    ranks, bits = state.clients.rank, offered_bits(parts, state)
+    ranks, bits = state.clients.rank, offered_bits(parts, state, state.clients.rank)
     client_weights = parts.client_weight(world.data.count)
     downlink = payload.bits(payload.dense_size(state.adapters, _scope(parts, state, parts.rank, "received")), ())
     drawn = draw_channel(

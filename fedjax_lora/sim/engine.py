@@ -27,6 +27,7 @@ from fedjax_lora.sim.options import EngineConfig
 from fedjax_lora.sim.parts import Layout, MakeParts, Parts, World
 from fedjax_lora.sim.placement import state_shardings
 from fedjax_lora.sim.round import make_round
+from fedjax_lora.sim.running import first_running
 from fedjax_lora.training.personal import deployed, extract
 
 
@@ -45,7 +46,7 @@ def first_state(make_parts: MakeParts, num_clients: int, key: Array, numbers: Nu
         },
     )
     clients = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_clients, *jnp.shape(x))), one)
-    return FedState(
+    state = FedState(
         key=run_key,
         round=jnp.int32(0),
         numbers=dict(numbers),
@@ -61,6 +62,7 @@ def first_state(make_parts: MakeParts, num_clients: int, key: Array, numbers: Nu
         },
         clients=dataclasses.replace(clients, rank=parts.ranks),
     )
+    return dataclasses.replace(state, methods={**state.methods, "arrival": first_running(parts, state)})
 
 
 class Facts(NamedTuple):

@@ -79,8 +79,8 @@ def make_evaluate(model: Model, adapter: Adapter, task: Task, batch_size: int, l
 def of_clients(task: Task, data: Dataset, scores: Mapping[str, Array]) -> ClientAccuracy | None:
     """The accuracy of one model where each client would use it, from its scores of the held-out pool.
 
-    An example has the weight of `Task.weigh`; None where all clients weigh alike. Of a population that is sampled, SCORED
-    clients are scored.
+    An example has the weight of `Task.weigh`; None where all clients weigh alike. Of a population that is sampled,
+    SCORED clients are scored.
     """
     weigh = task.weigh
     if weigh is None:
@@ -95,7 +95,7 @@ def of_clients(task: Task, data: Dataset, scores: Mapping[str, Array]) -> Client
 
 
 def scored_clients(data: Dataset) -> tuple[Array, Array]:
-    """Rows and number of the examples of the clients that are scored: all, or SCORED of a population that is sampled."""
+    """Rows and number of examples of the clients that are scored: all, or SCORED of a population that is sampled."""
     if isinstance(data.index, Sampled):
         number = min(data.count.shape[0], SCORED)
         return data.index[jnp.arange(number)], data.count[:number]

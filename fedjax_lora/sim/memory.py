@@ -43,6 +43,7 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
     world, state, activation_bytes, num_layers, local, engine = needs
     base, adapters = trees.num_bytes(world.base), trees.num_bytes(state.adapters)
     clients = trees.num_bytes((state.clients, state.methods["wireless"]))
+    running = trees.num_bytes(state.methods["arrival"])
     num_clients, num_tests = world.data.count.shape[0], world.data.test["label"].shape[0]
     cohort = layout.padded_cohort if layout.in_order else layout.padded_cohort // layout.num_devices
     # The backward pass works on one layer beside what is kept of all; a forward pass holds half of a layer at a time.
@@ -54,7 +55,7 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
     in_training = [
         Term(
             cohort * (ADAPTERS_OF_A_CLIENT * adapters + clients / num_clients),
-            f"lower clients.per_round, got {layout.cohort_size}",
+            f"lower {'clients.per_round' if layout.running is None else 'arrival.buffer'}, got {layout.cohort_size}",
             "adapters of the cohort",
         ),
         Term(
@@ -75,7 +76,9 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
         # A run begins with a copy of its state.
         Term(2 * clients / split, f"lower clients.count, got {num_clients}", "state of the clients"),
         Term(
-            2 * (trees.num_bytes(state) - clients), f"lower lora.max_rank, got {max_rank(state.adapters)}", "adapters"
+            2 * (trees.num_bytes(state) - clients - running),
+            f"lower lora.max_rank, got {max_rank(state.adapters)}",
+            "adapters",
         ),
         # The bits of each client, up and down, of all rounds between two evaluations.
         Term(
@@ -83,4 +86,7 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
         ),
         *max(in_training, in_evaluation, key=total),
     ]
+    if layout.running is not None:
+        less = f"lower clients.per_round, got {layout.running}"
+        of_a_trial.append(Term(2 * running, less, "models of running clients"))
     return [*shared, *(term._replace(bytes=trials * term.bytes) for term in of_a_trial)]

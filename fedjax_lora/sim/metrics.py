@@ -57,8 +57,17 @@ def observe(
         dropped_energy=over_arrived(upload.dropped_energy),
         tail_energy=jax.vmap(over_arrived, in_axes=1)(offers.tail_energy),
         orthogonality=over_arrived(trained.orthogonality),
-        methods={f"control/{name}": value for name, value in report.items() if name not in _OWN} | _of_server(cohort),
+        methods={f"control/{name}": value for name, value in report.items() if name not in _OWN}
+        | _of_server(cohort)
+        | _of_arrivals(cohort, over_arrived),
     )
+
+
+def _of_arrivals(cohort: Cohort, over_arrived: Callable[[Array], Array]) -> dict[str, Array]:
+    """Where clients begin at times of their own: the mean number of steps since the participants did."""
+    if cohort.arrivals is None:
+        return {}
+    return {"arrival/staleness": over_arrived((cohort.round - cohort.arrivals.version).astype(jnp.float32))}
 
 
 def _of_server(cohort: Cohort) -> dict[str, Array]:

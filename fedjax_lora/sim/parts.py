@@ -23,7 +23,7 @@ from fedjax_lora.core.learning import (
     Trainer,
     Work,
 )
-from fedjax_lora.core.network import Controller, Decision, Delivery, Radio, Wireless
+from fedjax_lora.core.network import Arrival, Controller, Decision, Delivery, Radio, Wireless
 from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.sides import Side
 from fedjax_lora.core.types import Adapters, Base, Dataset, Packing, Scope
@@ -47,6 +47,8 @@ class Layout(NamedTuple):
     one_rank: whether all clients have the structural rank, in every round.
     packing: of the batches of evaluation; None where nothing is packed.
     in_order: whether clients are worked on, and added, alike on any number of devices.
+    running: clients that run at once, where they begin and end at times of their own; a cohort is then of those that
+      the server takes. None where all of a cohort begin and end together.
     """
 
     cohort_size: int
@@ -56,6 +58,7 @@ class Layout(NamedTuple):
     one_rank: bool
     packing: Packing | None = None
     in_order: bool = False
+    running: int | None = None
 
     @property
     def num_devices(self) -> int:
@@ -84,6 +87,7 @@ class Parts(NamedTuple):
     layer_ranks: module name -> `[layers]`, the most components that a layer has, of those that cross the air; `{}`
       where all layers have R. `rank` is the largest of all layers.
     layer_scales: module name -> `[L]`, by what a layer's product is scaled; `{}` where it is by s.
+    arrival: when the server steps.
     """
 
     model: Model
@@ -106,6 +110,7 @@ class Parts(NamedTuple):
     side: Side | None = None
     layer_ranks: Mapping[str, Array] = {}
     layer_scales: Mapping[str, Array] = {}
+    arrival: Arrival = Arrival()
 
     def scope_on_air(self, ranks: Array, live: Live) -> Scope:
         """The parts `live` of the ranks `[R]`, as far as the layers that cross the air have them."""
@@ -120,6 +125,22 @@ MakeParts = Callable[[Numbers], Parts]
 """From the traced numbers of a run to its records; called inside the program."""
 
 
+class Arrivals(NamedTuple):
+    """How the updates of a cohort come in whose clients began at times of their own; leaves are `[C, ...]`.
+
+    places: of `Running`; padding has the number of all places. starts: what each client started from.
+    version: the step after which it started. discount: what its change counts. decision: what was decided then.
+    waited_s: scalar, seconds since the last step of the server.
+    """
+
+    places: Array
+    starts: Adapters
+    version: Array
+    discount: Array
+    decision: Decision
+    waited_s: Array
+
+
 class Cohort(NamedTuple):
     """Who takes part in a round, and with what.
 
@@ -128,7 +149,9 @@ class Cohort(NamedTuple):
     ranks: `[C, R]` masks of their ranks in use. sends: the parts of the adapters that all of them send.
     start: the adapters that are broadcast to them. downlink: `[C]` bits.
     work: `[C]` of their training. radio: what control knows of the network.
+    round: steps of the server before this one.
     controller: its state after it has chosen them. exchange: `[C]` of what passes while they train; None for nothing.
+    arrivals: where clients begin and end at times of their own; None where all started from `start`.
     """
 
     ids: Array
@@ -141,8 +164,10 @@ class Cohort(NamedTuple):
     downlink: Count
     work: Work
     radio: Radio
+    round: Array
     controller: Any = ()
     exchange: Exchange | None = None
+    arrivals: Arrivals | None = None
 
     def scope(self, ranks: Array) -> Scope:
         """What a client with the ranks `[R]` sends."""

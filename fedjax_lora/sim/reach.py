@@ -11,8 +11,7 @@ from fedjax_lora.core.keys import round_keys
 from fedjax_lora.core.types import FedState
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.parts import MakeParts, World
-from fedjax_lora.sim.round import draw_channel
-from fedjax_lora.sim.selection import population
+from fedjax_lora.sim.selection import draw_channel, population
 from fedjax_lora.wireless.latency import transfer_time_s
 from fedjax_lora.wireless.rate import uplink_rate
 

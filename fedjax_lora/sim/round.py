@@ -19,8 +19,9 @@ from fedjax_lora.core.network import Decision, Delivery, Observation, Outcome
 from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState, Metrics
 from fedjax_lora.sim.merged import current_base
 from fedjax_lora.sim.metrics import observe
-from fedjax_lora.sim.parts import Cohort, Local, MakeParts, Offers, Parts, Uplink, Upload, World
-from fedjax_lora.sim.selection import choose_cohort, correction_bits, normalised, waited_s
+from fedjax_lora.sim.parts import Arrivals, Cohort, Local, MakeParts, Offers, Parts, Uplink, Upload, World
+from fedjax_lora.sim.running import begin, begin_again, first_to_end, rebased
+from fedjax_lora.sim.selection import choose_cohort, correction_bits, draw_channel, normalised, seen_alone, waited_s
 from fedjax_lora.sparsifiers import payload, transforms
 from fedjax_lora.training.personal import extract
 
@@ -36,11 +37,13 @@ def make_round(make_parts: MakeParts) -> RoundFn:
     def round_fn(world: World, state: FedState) -> tuple[FedState, Metrics]:
         parts, keys = make_parts(state.numbers), round_keys(state.key, state.round)
 
-        # 1. Draw the channel.
-        state = draw_channel(parts, state, keys.channel)
-
-        # 2. Choose the cohort, and broadcast to it.
-        cohort = choose_cohort(parts, world, state, keys)
+        # 1. Draw the channel, and 2. choose the cohort, and broadcast to it; or take those who end first.
+        if parts.layout.running is None:
+            state = draw_channel(parts, state, keys.channel, seen_alone(parts, state, keys))
+            cohort = choose_cohort(parts, world, state, keys)
+        else:
+            state = begin(parts, world, state, keys)
+            cohort = first_to_end(parts, world, state, keys)
 
         # 3. Train locally; who diverged is left out from here on.
         local = train_locally(parts, world, state, cohort)
@@ -61,23 +64,21 @@ def make_round(make_parts: MakeParts) -> RoundFn:
     return round_fn
 
 
-def draw_channel(parts: Parts, state: FedState, key: Array) -> FedState:
-    """Step 1: the state with the round's channels of all K clients."""
-    ids = jnp.arange(state.clients.rank.shape[0])
-    channels = parts.wireless.step(state.methods["wireless"], key, ids)
-    return dataclasses.replace(state, methods={**state.methods, "wireless": channels})
-
-
 def train_locally(parts: Parts, world: World, state: FedState, cohort: Cohort) -> Local:
     """Step 3: local training, with what diverged or is padding put back to the broadcast."""
     here = cohort.present & (cohort.radio.snr_hz > 0)
-    trained = train_cohort(parts, world, state, cohort.start, cohort.clients, here)
+    if cohort.arrivals is None:
+        trained = train_cohort(parts, world, state, cohort.start, cohort.clients, here)
+    else:
+        trained = train_apart(parts, world, state, cohort, cohort.arrivals)
+    starts, axis = started(cohort)
     finite = jax.vmap(trees.fits_float32)(trained.adapters)
     active = cohort.present & finite
-    adapters = keep_where(active, trained.adapters, cohort.start)
+    adapters = keep_where(active, trained.adapters, starts)
     shown = adapters
     if parts.aggregator.personal:  # else what a client holds is what it sends, and a copy is saved
-        shown = jax.vmap(lambda own, ranks: cohort.scope(ranks).select(own, cohort.start))(adapters, cohort.ranks)
+        within = jax.vmap(lambda own, start, ranks: cohort.scope(ranks).select(own, start), (0, axis, 0))
+        shown = within(adapters, starts, cohort.ranks)
     return Local(
         trained=trained._replace(adapters=adapters),
         shown=shown,
@@ -89,7 +90,26 @@ def train_locally(parts: Parts, world: World, state: FedState, cohort: Cohort) -
 
 def train_cohort(parts: Parts, world: World, state: FedState, start: Adapters, clients: Client, here: Array) -> Trained:
     """Local training of every client of the cohort: leaves `[C, ...]`; who is not here is nothing to the others."""
-    given = Broadcast(
+    given = given_to(parts, world, state, start)
+    if parts.trainer.together is not None:
+        return parts.trainer.together(given, clients, here)
+    return parts.layout.map(parts.trainer.train, given, clients, parts.layout.chunk)
+
+
+def train_apart(parts: Parts, world: World, state: FedState, cohort: Cohort, arrivals: Arrivals) -> Trained:
+    """`train_cohort` of clients that each started from a model, and in a round, of its own."""
+
+    def train(given: Broadcast, item: tuple[Client, Adapters, Array]) -> Trained:
+        client, start, number = item
+        return parts.trainer.train(given._replace(adapters=start, round=number), client)
+
+    items = cohort.clients, arrivals.starts, arrivals.version
+    return parts.layout.map(train, given_to(parts, world, state, cohort.start), items, parts.layout.chunk)
+
+
+def given_to(parts: Parts, world: World, state: FedState, start: Adapters) -> Broadcast:
+    """What every client is given that starts from these adapters."""
+    return Broadcast(
         base=current_base(parts, world, state),
         pool=world.data.train,
         adapters=start,
@@ -98,9 +118,6 @@ def train_cohort(parts: Parts, world: World, state: FedState, start: Adapters, c
         scale=parts.scale,
         round=state.round,
     )
-    if parts.trainer.together is not None:
-        return parts.trainer.together(given, clients, here)
-    return parts.layout.map(parts.trainer.train, given, clients, parts.layout.chunk)
 
 
 def importance(parts: Parts, cohort: Cohort, local: Local) -> Offers:
@@ -113,11 +130,13 @@ def importance(parts: Parts, cohort: Cohort, local: Local) -> Offers:
         bits = payload.bits(found.size, parts.transforms) + correction_bits(parts, start, scope)
         return Offers(found.tail_energy, bits.float32())
 
-    return _map_cohort(parts, offer, (cohort.start, cohort.sends), (local.shown, cohort.ranks))
+    return _map_cohort(parts, offer, cohort, (local.shown, cohort.ranks))
 
 
 def control(parts: Parts, cohort: Cohort, local: Local, offers: Offers) -> Decision:
-    """Step 5: kept ranks and bandwidth of each client, as the controller has it."""
+    """Step 5: kept ranks and bandwidth of each client, as the controller has it, or had when the client began."""
+    if cohort.arrivals is not None:
+        return cohort.arrivals.decision
     observation = Observation(
         radio=cohort.radio,
         weights=normalised(local.weight * local.active),
@@ -150,14 +169,17 @@ def sparsify(parts: Parts, cohort: Cohort, local: Local, kept: Array, key: Array
 
     memory = cohort.clients.methods["sparsifier"]
     items = local.shown, memory, kept, cohort.ranks, client_keys(key, cohort.ids)
-    upload = _map_cohort(parts, send, (cohort.start, cohort.sends), items)
+    upload = _map_cohort(parts, send, cohort, items)
     return upload._replace(bits=count.where(local.active, upload.bits, Count.of(0)))
 
 
-def _map_cohort(parts: Parts, work: Callable[..., Any], shared: Any, items: Any) -> Any:
-    layout = parts.layout
+def _map_cohort(parts: Parts, work: Callable[..., Any], cohort: Cohort, items: Any) -> Any:
+    """`work((start, sends), item)` of every client of the cohort."""
+    layout, starts = parts.layout, cohort.arrivals and cohort.arrivals.starts
     chunk = layout.chunk if layout.in_order else max(layout.chunk, SPARSIFIED_AT_ONCE)
-    return layout.map(work, shared, items, chunk)
+    if starts is None:
+        return layout.map(work, (cohort.start, cohort.sends), items, chunk)
+    return layout.map(lambda sends, item: work((item[0], sends), item[1]), cohort.sends, (starts, items), chunk)
 
 
 def transmit(parts: Parts, cohort: Cohort, local: Local, decision: Decision, upload: Upload) -> Uplink:
@@ -176,13 +198,15 @@ def transmit(parts: Parts, cohort: Cohort, local: Local, decision: Decision, upl
         upload=upload,
         delivery=delivery,
         arrived=local.active & delivery.delivered,
-        latency_s=round_latency(delivery, local.active, parts.trainer.in_turn),
+        latency_s=cohort.arrivals.waited_s
+        if cohort.arrivals
+        else round_latency(delivery, local.active, parts.trainer.in_turn),
     )
 
 
 def average(parts: Parts, cohort: Cohort, local: Local, uplink: Uplink, key: Array) -> Aggregate:
     """Step 8, as the aggregator has it."""
-    held, received = local.shown, uplink.upload.received
+    held, received = rebased(cohort, local.shown, uplink.upload.received)
     if not parts.layout.one_rank:  # else b is zero beyond the ranks in use, and two copies are saved
         held, theirs = (jax.vmap(own_product)(adapters, cohort.ranks) for adapters in (held, received.adapters))
         received = dataclasses.replace(received, adapters=theirs)
@@ -219,7 +243,8 @@ def advance(
         },
         clients=clients,
     )
-    return after, report
+    running = begin_again(parts, state, after, cohort)
+    return dataclasses.replace(after, methods={**after.methods, "arrival": running}), report
 
 
 def step_server(parts: Parts, state: FedState, cohort: Cohort, aggregate: Aggregate) -> tuple[Adapters, Any]:
@@ -237,8 +262,9 @@ def step_server(parts: Parts, state: FedState, cohort: Cohort, aggregate: Aggreg
 def remember(parts: Parts, state: FedState, cohort: Cohort, local: Local, uplink: Uplink) -> ClientState:
     """What all clients carry on; only for those of the cohort who were heard it is new."""
     own, trained, next_rank = cohort.clients, local.trained, parts.aggregator.next_rank
+    starts, axis = started(cohort)
     new = ClientState(
-        rank=jax.vmap(next_rank, (None, 0, 0))(cohort.start, trained.adapters, own.rank) if next_rank else own.rank,
+        rank=jax.vmap(next_rank, (axis, 0, 0))(starts, trained.adapters, own.rank) if next_rank else own.rank,
         personal=extract(trained.adapters, parts.aggregator.personal),
         methods={
             "sparsifier": uplink.upload.memory,
@@ -256,9 +282,14 @@ def mean_change(new: Any, old: Any) -> Any:
     return jax.tree.map(lambda x, y: jnp.mean(x - y, axis=0), new, old)
 
 
-def keep_where(active: Array, trained: Adapters, start: Adapters) -> Adapters:
-    """The trained adapters `[C, ...]` of the active clients; the broadcast for the others."""
-    return jax.tree.map(lambda x, x0: jnp.where(active.reshape((-1,) + (1,) * x0.ndim), x, x0), trained, start)
+def started(cohort: Cohort) -> tuple[Adapters, int | None]:
+    """What the clients started from, and the axis of them: None where all started from the same."""
+    return (cohort.start, None) if cohort.arrivals is None else (cohort.arrivals.starts, 0)
+
+
+def keep_where(active: Array, trained: Adapters, starts: Adapters) -> Adapters:
+    """The trained adapters `[C, ...]` of the active clients; of the others what they started from, see `started`."""
+    return jax.tree.map(lambda x, x0: jnp.where(active.reshape((-1,) + (1,) * (x.ndim - 1)), x, x0), trained, starts)
 
 
 def own_product(adapters: Adapters, ranks: Array) -> Adapters:

@@ -1,10 +1,11 @@
 """Who takes part in a round, and what each is sent: from all K clients to the cohort."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from fedjax_lora.adapters.lora import max_rank, rank_mask
 from fedjax_lora.core import count, trees
@@ -18,12 +19,56 @@ from fedjax_lora.sim.parts import Cohort, Parts, World
 from fedjax_lora.sparsifiers import payload
 
 
+def seen_alone(parts: Parts, state: FedState, keys: RoundKeys) -> Array | None:
+    """`[C]` clients of the cohort, where no other's channel is looked at in the round; None where all are."""
+    if parts.controller.schedule is not None or parts.layout.everyone:
+        return None
+    return sample(parts, state, keys)[0]
+
+
+def sample(parts: Parts, state: FedState, keys: RoundKeys) -> tuple[Array, Array]:
+    """A cohort that nobody chooses: all, or a uniform sample, see `choose`."""
+    layout, number = parts.layout, state.clients.rank.shape[0]
+    ids = jnp.arange(number, dtype=jnp.int32)
+    priority = None if layout.everyone else jax.vmap(jax.random.uniform)(client_keys(keys.cohort, ids))
+    return choose(priority, number, layout.cohort_size, layout.padded_cohort)
+
+
+def draw_channel(parts: Parts, state: FedState, key: Array, ids: Array | None = None) -> FedState:
+    """Step 1: the state with the round's channels of all K clients.
+
+    Where the network forgets, only those of the clients `ids` `[C]` are drawn, if these are given.
+    """
+    step, every = parts.wireless.step, jnp.arange(state.clients.rank.shape[0])
+
+    def of_cohort(channels: Any) -> Any:
+        drawn = step(trees.take(channels, ids), key, ids)
+        return jax.tree.map(lambda whole, row: whole.at[ids].set(row, mode="drop"), channels, drawn)
+
+    channels = state.methods["wireless"]
+    if ids is None or parts.wireless.forgets is False:
+        channels = step(channels, key, every)
+    else:
+        channels = lax.cond(parts.wireless.forgets, of_cohort, lambda channels: step(channels, key, every), channels)
+    return dataclasses.replace(state, methods={**state.methods, "wireless": channels})
+
+
 def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> Cohort:
     """Step 2 and the broadcast: who takes part, what each sends, and when it can begin to."""
-    layout, channels = parts.layout, state.methods["wireless"]
-    priority, controller = schedule(parts, world, state, keys)
-    ids, present = choose(priority, state.clients.rank.shape[0], layout.cohort_size, layout.padded_cohort)
-    own, wireless = trees.take((state.clients, channels), ids)
+    layout, controller = parts.layout, state.methods["control"]
+    if parts.controller.schedule is None:
+        ids, present = sample(parts, state, keys)
+    else:
+        seen = population(parts, world, state, keys)
+        priority, controller = parts.controller.schedule(controller, keys.cohort, seen)
+        ids, present = choose(priority, state.clients.rank.shape[0], layout.cohort_size, layout.padded_cohort)
+    return cohort_of(parts, world, state, keys, ids, present)._replace(controller=controller)
+
+
+def cohort_of(parts: Parts, world: World, state: FedState, keys: RoundKeys, ids: Array, present: Array) -> Cohort:
+    """The cohort of these clients, `[C]`, see `choose`."""
+    layout = parts.layout
+    own, wireless = trees.take((state.clients, state.methods["wireless"]), ids)
     ranks = jax.vmap(rank_mask, (0, None))(own.rank, max_rank(state.adapters))
     start, downlink = broadcast(parts, state, ranks)
     examples = world.data.count[ids]
@@ -42,7 +87,8 @@ def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) 
         downlink=downlink,
         work=work,
         radio=radio if exchange is None else with_shared(radio, present, parts.trainer.in_turn),
-        controller=controller,
+        round=state.round,
+        controller=state.methods["control"],
         exchange=exchange,
     )
 
@@ -93,22 +139,12 @@ def work_of(
     return work, exchange
 
 
-def schedule(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> tuple[Array | None, Any]:
-    """`[K]` priorities of the clients, None where all take part and nobody chooses, and the controller's state."""
-    ids, controller = jnp.arange(state.clients.rank.shape[0], dtype=jnp.int32), parts.controller
-    control_state = state.methods["control"]
-    if controller.schedule is None:
-        everyone = parts.layout.everyone
-        return None if everyone else jax.vmap(jax.random.uniform)(client_keys(keys.cohort, ids)), control_state
-    return controller.schedule(control_state, keys.cohort, population(parts, world, state, keys))
-
-
 def population(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> Population:
     """All clients in a round, as a controller sees them before any of them trains."""
     own, data, ids = state.clients, world.data, jnp.arange(state.clients.rank.shape[0], dtype=jnp.int32)
     clients = Client(data.index[ids], data.count, client_keys(keys.local, ids), own.rank, own.personal, own.methods)
     work, _ = work_of(parts, world, state, clients, state.methods["wireless"])
-    bits = offered_bits(parts, state)
+    bits = offered_bits(parts, state, own.rank)
     return Population(
         ids=ids,
         radio=parts.wireless.observe(state.methods["wireless"], work, jnp.zeros(ids.shape), jnp.ones(ids.shape, bool)),
@@ -119,8 +155,8 @@ def population(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> 
     )
 
 
-def offered_bits(parts: Parts, state: FedState) -> Array:
-    """`[K, R + 1]` float32 bits of an upload of 0 ... R ranks of each client, by shapes alone."""
+def offered_bits(parts: Parts, state: FedState, rank: Array) -> Array:
+    """`[K, R + 1]` float32 bits of an upload of 0 ... R ranks of clients of these ranks `[K]`, by shapes alone."""
     known, traffic = parts.on_air(state.adapters), parts.aggregator.traffic(state.round, parts.layout.everyone)
 
     def of_client(rank: Array) -> Array:
@@ -128,7 +164,7 @@ def offered_bits(parts: Parts, state: FedState) -> Array:
         bits = payload.bits(parts.sparsifier.offer(known, known, scope).size, parts.transforms)
         return (bits + correction_bits(parts, known, scope)).float32()
 
-    return jax.vmap(of_client)(state.clients.rank)
+    return jax.vmap(of_client)(rank)
 
 
 def broadcast(parts: Parts, state: FedState, ranks: Array) -> tuple[Adapters, Count]:

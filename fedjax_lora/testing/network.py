@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lora.core.methods import Context
-from fedjax_lora.core.network import Controller, Outcome, Population, Wireless
+from fedjax_lora.core.network import Arrival, Controller, Outcome, Population, Wireless
 from fedjax_lora.testing import examples
 from fedjax_lora.testing.laws import Subject, close, named, rows, same_form
 
@@ -157,3 +157,26 @@ WIRELESS = named(
     who_is_absent_costs_nothing,
     more_bits_take_no_less_time,
 )
+
+# -------------------------------------------------------------------------------------------------------- arrivals
+
+
+def exercise_arrival(method: Arrival, context: Context) -> Any:
+    """What changes count, from those that are on time to late ones."""
+    del context
+    return method.discount(jnp.arange(5.0))
+
+
+def who_is_on_time_counts_in_full(subject: Subject) -> None:
+    """A discount is 1 of a client that began after the last step, in (0, 1] later, and never rises."""
+    found = np.asarray(subject.record.discount(jnp.arange(5.0)))
+    assert found.shape == (5,) and found[0] == 1 and (found > 0).all() and (np.diff(found) <= 0).all(), found.tolist()
+
+
+def a_step_takes_clients_that_run(subject: Subject) -> None:
+    """It takes one at least, and no more than run at once; or it is a round."""
+    takes, most = subject.record.takes, subject.context.cohort_size
+    assert takes is None or 1 <= takes <= most, f"got {takes}"
+
+
+ARRIVAL = named(who_is_on_time_counts_in_full, a_step_takes_clients_that_run)

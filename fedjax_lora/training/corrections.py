@@ -108,6 +108,6 @@ METHODS = (
         "scaffold",
         ScaffoldConfig,
         scaffold,
-        needs=frozenset({"one_rank", "plain_sgd", "unclipped", "shared_b", "fixed_basis", "trained_apart"}),
+        needs=frozenset({"one_rank", "plain_sgd", "unclipped", "shared_b", "fixed_basis", "trained_apart", "in_step"}),
     ),
 )

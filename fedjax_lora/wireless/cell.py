@@ -215,7 +215,8 @@ def make(options: WirelessConfig, context: Context) -> Wireless:
             delivered=here & (failed[:, -1] == 0) & jnp.isfinite(end_s),
         )
 
-    return Wireless(cell.init, cell.step, observe, deliver)
+    forgets = jnp.asarray(options.fading_correlation) == 0
+    return Wireless(cell.init, cell.step, observe, deliver, forgets)
 
 
 METHOD = Method("wireless", "cell", WirelessConfig, make)

@@ -145,7 +145,7 @@ def test_more_shards_a_client_than_examples_are_refused():
     [
         (
             lambda: PartitionConfig(kind="even"),
-            r"^kind must be one of iid, dirichlet, shards, natural, flwr, got 'even'$",
+            r"^kind must be one of iid, dirichlet, shards, natural, flwr, sampled, got 'even'$",
         ),
         (lambda: PartitionConfig(alpha=0.0), r"^alpha must be positive and finite, got 0.0$"),
         (lambda: PartitionConfig(alpha=float("nan")), r"^alpha must be positive and finite, got nan$"),

@@ -31,7 +31,7 @@ def test_rows_are_a_pure_function_of_seed_and_id():
 
 @pytest.mark.parametrize("alpha", [0.3, 5.0])
 def test_shares_of_labels_have_the_moments_of_the_dirichlet(alpha):
-    """Closed form: of a label with mean share p, a share has variance p (1 - p) / (a + 1), of the concentrations' sum a."""
+    """Closed form: a share of mean p has the variance p (1 - p) / (a + 1), where the concentrations sum to a."""
     clients, number = sampled(LABELS, examples=200, alpha=alpha, seed=0), 4000
     shares = label_counts(clients, jnp.arange(number)) / 200
     mean = np.array([0.2, 0.6, 0.2])

@@ -75,6 +75,12 @@ SETTINGS = {
         "control={name: split_lyapunov, V: 1e-6, latency_budget_s: null, energy_budget_j: 0.001}",
     ),
     "proportional_fair": ("control={name: proportional_fair, keep_ratio: 0.7}", "clients.per_round=3"),
+    "buffered, of a sampled population": (
+        "arrival={name: buffered, buffer: 2, exponent: 0.7}",
+        "clients.partition={kind: sampled, examples: 5}",
+        "clients.per_round=4",
+        "server={name: momentum}",
+    ),
     "min_latency": ("control={name: min_latency, keep_ratio: 0.7}", "clients.per_round=3"),
 }
 """What differs from `toy.SETTINGS` -> overrides."""

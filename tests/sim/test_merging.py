@@ -16,9 +16,8 @@ from fedjax_lora.core.keys import round_keys
 from fedjax_lora.core.learning import Broadcast, Client
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.io import checkpoint
-from fedjax_lora.sim.cohort import choose
 from fedjax_lora.sim.merged import current_base
-from fedjax_lora.sim.selection import schedule
+from fedjax_lora.sim.selection import sample
 from toy import broadcast, client, config, parts, simulation
 
 
@@ -103,7 +102,7 @@ def test_clients_that_keep_their_factors_compute_and_count_by_their_changes():
     head, merged = state.adapters.head, {name: np.zeros(leaf.shape) for name, leaf in state.merged.items()}
     for number in range(3):
         keys = round_keys(state.key, state.round)
-        cohort, _ = choose(schedule(parts(sim), sim.world, state, keys)[0], 6, 4, 4)
+        cohort, _ = sample(parts(sim), state, keys)
         weight = np.asarray(data.count)[cohort] / np.asarray(data.count)[cohort].sum()
         heads, change = [], dict.fromkeys(merged, 0.0)
         for p, k in zip(weight, map(int, cohort), strict=True):

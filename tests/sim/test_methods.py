@@ -11,9 +11,8 @@ from fedjax_lora.adapters.lora import effective, rank_mask
 from fedjax_lora.aggregation import rolora
 from fedjax_lora.core import trees
 from fedjax_lora.core.keys import client_keys, round_keys
-from fedjax_lora.sim.cohort import choose
 from fedjax_lora.sim.round import train_cohort
-from fedjax_lora.sim.selection import schedule
+from fedjax_lora.sim.selection import sample
 from fedjax_lora.tasks.classification import label_weights
 from fedjax_lora.training.personal import compose, deployed
 from oracles.contexts import context
@@ -170,7 +169,7 @@ def test_hetlora_prunes_the_ranks_of_those_who_took_part():
     np.testing.assert_array_equal(first.clients.rank, ranks)
     second, _ = sim.run(first, 1)
     keys = round_keys(first.key, first.round)
-    cohort, _ = choose(schedule(parts(sim), sim.world, first, keys)[0], 6, 4, 4)
+    cohort, _ = sample(parts(sim), first, keys)
     own = clients(sim, first, cohort, client_keys(keys.local, cohort))
     given = sim.world, first, first.adapters, own, jnp.ones(4, bool)
     trained = jax.jit(lambda *given: train_cohort(parts(sim), *given).adapters)(*given)

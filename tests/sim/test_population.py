@@ -29,7 +29,7 @@ def test_a_sampled_population_runs_as_its_own_table_does():
 
 
 def test_no_array_is_of_clients_and_rows():
-    """By shapes: at a million clients, what is kept of each in world and state takes 36 bytes, and nothing has a second axis."""
+    """By shapes: what is kept of each of a million clients takes 24 bytes, and has no second axis."""
     sim = toy.simulation(*POPULATION[:1], "clients.count=1000000", "clients.per_round=3")
     state = jax.eval_shape(sim.program.start, jax.random.key(0), sim.numbers)
     of_clients = [leaf for leaf in jax.tree.leaves((sim.world.data, state)) if leaf.shape[:1] == (1_000_000,)]

@@ -31,7 +31,7 @@ def varied(numbers, by):
 def test_every_method_is_in_the_settings():
     """Oracle: the catalogue."""
     made = [config(*overrides) for overrides in SETTINGS.values()]
-    for slot in ("sparsifier", "aggregation", "control", "drift", "server", "training"):
+    for slot in ("sparsifier", "aggregation", "control", "arrival", "drift", "server", "training"):
         every = {method.name for method in METHODS if method.slot == slot}
         assert every == {getattr(one, slot).name for one in made}
 

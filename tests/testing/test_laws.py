@@ -32,6 +32,7 @@ MORE = {
     "tsfa": [{}, {"energy_budget_j": 0.1}],
     "soft": [{}, {"error_feedback": True}, {"send": "factors", "missing": "zero", "budget": "global"}],
     "fedex": [{}, {"start": "reinit"}, {"start": "keep"}],
+    "buffered": [{"buffer": 2}, {"buffer": 4, "staleness": "constant"}],
     "cell": [{"csi": "estimated", "retransmissions": 1, "fading": "rician", "downlink": True}],
 }
 """Method -> options that are other code than its defaults."""
