@@ -48,7 +48,8 @@ class Foreseen(NamedTuple):
     machine's memory is shared by its devices, of the process. memory_from, time_from: who says so.
     kinds: what is held -> bytes on one device, by shapes alone.
     flop, bytes: of the products of a round, on all devices. round_s: seconds of a round.
-    cohort, chunk: as the run has them. trials: that fit side by side on all devices.
+    cohort, chunk: as the run has them; cohort_key: of the configuration, that the former is of.
+    trials: that fit side by side on all devices.
     fitting: the largest cohort and chunk that fit, where these do not; None where none do, or these do.
     """
 
@@ -63,6 +64,7 @@ class Foreseen(NamedTuple):
     round_s: float | None
     time_from: str
     cohort: int
+    cohort_key: str
     chunk: int
     trials: int
     fitting: dict[str, int] | None
@@ -87,7 +89,7 @@ class Foreseen(NamedTuple):
             fitting = "no cohort fits"
             if self.fitting:
                 fitting = (
-                    f"the largest that fits: clients.per_round={self.fitting['cohort']}, "
+                    f"the largest that fits: {self.cohort_key}={self.fitting['cohort']}, "
                     f"engine.client_chunk={self.fitting['chunk']}"
                 )
             found.append(fitting)
@@ -129,6 +131,7 @@ def dry_run(config: ExperimentConfig, target: Target | None, methods: Sequence[M
         round_s=needed.round_s,
         time_from=needed.time_from,
         cohort=layout.cohort_size,
+        cohort_key=layout.cohort_key,
         chunk=layout.chunk,
         trials=layout.num_devices * _trials(simulation, layout, room),
         fitting=None if fits else _fitting(simulation, layout, room / factor),

@@ -55,7 +55,7 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
     in_training = [
         Term(
             cohort * (ADAPTERS_OF_A_CLIENT * adapters + clients / num_clients),
-            f"lower {'clients.per_round' if layout.running is None else 'arrival.buffer'}, got {layout.cohort_size}",
+            f"lower {layout.cohort_key}, got {layout.cohort_size}",
             "adapters of the cohort",
         ),
         Term(

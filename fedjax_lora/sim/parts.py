@@ -61,6 +61,11 @@ class Layout(NamedTuple):
     running: int | None = None
 
     @property
+    def cohort_key(self) -> str:
+        """The key of the configuration that `cohort_size` is of."""
+        return "clients.per_round" if self.running is None else "arrival.buffer"
+
+    @property
     def num_devices(self) -> int:
         """How many share the clients of one run."""
         return self.mesh.shape[CLIENTS]

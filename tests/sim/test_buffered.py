@@ -1,10 +1,16 @@
 """Buffered arrivals: rounds as the limit of a full buffer, and a loop over events for all else."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import toy
+from fedjax_lora.core.errors import ConfigError
+from fedjax_lora.core.exchange import Received
+from fedjax_lora.core.types import Adapters
+from fedjax_lora.sim.parts import Arrivals, Cohort
+from fedjax_lora.sim.running import rebased
 
 ALIKE = ("control={name: ideal, keep_ratio: 0.7}", "wireless={cpu_hz_min: 1e9, cpu_hz_max: 1e9}", "sparsifier=dense")
 OF_CLIENTS = "clients.partition={kind: sampled, examples: 9}"
@@ -50,8 +56,54 @@ def test_waits_and_staleness_are_those_of_a_loop_over_events(buffer):
     sim = toy.simulation(*of)
     state = sim.init(jax.random.key(1))
     waits, staleness = events(8e7 / np.asarray(state.methods["wireless"].cpu_hz, np.float64), buffer, 6)
-    _, steps = sim.run(state, 6)
+    (last, steps), (middle, _) = sim.run(state, 6), sim.run(state, 3)
     np.testing.assert_allclose(steps.latency_s, waits, rtol=1e-4)
     np.testing.assert_allclose(steps.methods["arrival/staleness"], staleness)
     assert buffer == 1 or max(staleness) > 0
     np.testing.assert_array_equal(steps.participants, buffer)
+    again = sim.run(middle, 3)[0]  # bit for bit
+    jax.tree.map(np.testing.assert_array_equal, again.methods["arrival"], last.methods["arrival"])
+
+
+def test_a_change_counts_by_its_staleness_on_the_newest_model():
+    """By hand: of two clients, one on time and one two steps late at (1 + 2)^-0.5, whose changes are added to 10."""
+    cohort = _cohort(version=jnp.array([3, 1]), discount=jnp.array([1.0, 3**-0.5]))
+    trained = _filled(jnp.array([11.0, 7.0]))
+    held, received = rebased(cohort, trained, Received(trained, {}))
+    for found in (held, received.adapters):
+        np.testing.assert_allclose(found.head["bias"][:, 0], [11.0, 10 + (7 - 5) * 3**-0.5], rtol=1e-6)
+    assert rebased(cohort._replace(arrivals=None), trained, Received(trained, {}))[0] is trained
+
+
+def _filled(values):
+    return Adapters(modules={}, head={"bias": jnp.broadcast_to(values[..., None], (*values.shape, 3))})
+
+
+def _cohort(version, discount):
+    """A cohort before round 3: the newest model is 10 everywhere, and the clients started from 10 and 5."""
+    given = dict.fromkeys(Cohort._fields)
+    arrivals = dict.fromkeys(Arrivals._fields) | {"starts": _filled(jnp.array([10.0, 5.0]))}
+    arrivals |= {"version": version, "discount": discount}
+    return Cohort(**given | {"start": _filled(jnp.array(10.0)), "round": 3, "arrivals": Arrivals(**arrivals)})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (("arrival={name: buffered, buffer: 7}",), "arrival.buffer must be at most 6, the clients that run at once"),
+        (("arrival={name: buffered, buffer: 0}",), "buffer must be at least 1, got 0"),
+        (("arrival={name: buffered, exponent: -1}",), "exponent must be between 0 and 100, got -1.0"),
+        (
+            ("arrival={name: buffered, buffer: 2}", "control=round_robin"),
+            "control.name is round_robin, which needs clients that begin and end each round together",
+        ),
+        (
+            ("arrival={name: buffered, buffer: 2}", "training={name: split, device_layers: 1}"),
+            "arrival.name is buffered, which needs clients that hold all adapters",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(overrides, line):
+    with pytest.raises(ConfigError) as caught:
+        toy.simulation(*overrides)
+    assert line in str(caught.value) and "\n" not in str(caught.value)

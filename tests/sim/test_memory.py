@@ -6,13 +6,16 @@ import jax
 import numpy as np
 import pytest
 
+from fedjax_lora.config.assemble import build
 from fedjax_lora.core import memory
 from fedjax_lora.core.errors import ConfigError
 from fedjax_lora.core.keys import round_keys
 from fedjax_lora.core.memory import Term
+from fedjax_lora.sim.cohort import device_mesh
+from fedjax_lora.sim.memory import run_terms
 from fedjax_lora.sim.round import train_cohort
 from fedjax_lora.sim.selection import choose_cohort
-from toy import parts, simulation
+from toy import config, parts, simulation
 
 
 class Accelerator:
@@ -52,6 +55,26 @@ def test_a_containers_limit_counts_where_it_is_below_the_machines(monkeypatch, t
     np.testing.assert_allclose(memory.available_bytes(), machine, rtol=0.5)
     files[1].write_text("12345\n")
     assert memory.available_bytes() == 12345
+
+
+@pytest.mark.parametrize("overrides", [(), ("arrival={name: buffered, buffer: 2}",)])
+def test_what_a_population_keeps_is_foreseen_by_kind(overrides):
+    """By hand: two copies of the memory and channels of a million clients, and of the models that three run with."""
+    of = ("clients={count: 1000000, per_round: 3}", "clients.partition={kind: sampled, examples: 6}", *overrides)
+    sim = build(config(*of, "sparsifier={name: soft, error_feedback: true}"), draft=True)
+    terms = {
+        term.kind: term
+        for term in run_terms(sim.needs, sim.layout._replace(mesh=device_mesh(devices=jax.devices()[:1])))
+    }
+    factors = sum(4 * leaf.size for leaf in jax.tree.leaves(sim.needs.state.adapters.modules))
+    assert terms["state of the clients"].bytes == 2e6 * (factors + 4 + 4 + 8 + 4)
+    assert terms["state of the clients"].remedy == "lower clients.count, got 1000000"
+    if overrides:
+        models = sum(4 * leaf.size for leaf in jax.tree.leaves(sim.needs.state.adapters))
+        assert terms["models of running clients"].bytes == 2 * 3 * (models + 6 * 4 + 1)
+        assert terms["models of running clients"].remedy == "lower clients.per_round, got 3"
+    else:
+        assert "models of running clients" not in terms
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from PIL import Image
 from fedjax_lora.adapters import lora
 from fedjax_lora.aggregation import fedit
 from fedjax_lora.config.catalogue import METHODS, SLOTS
-from fedjax_lora.control import fixed, uniform
+from fedjax_lora.control import arrival, fixed, uniform
 from fedjax_lora.core.count import Count
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Options, traced
@@ -327,7 +327,16 @@ def names_the_wrong_shape(record, options):
 
 SOFT_WITH_MEMORY = soft.SoftConfig(error_feedback=True)
 
+
 # The oracle of each row is by hand: the one law that it breaks first.
+def counts_late_ones_more(record, options):
+    return record._replace(discount=lambda staleness: 1.0 + staleness)
+
+
+def takes_more_than_run(record, options):
+    return record._replace(takes=examples.COHORT_SIZE + 1)
+
+
 WRONG = [
     (turned_the_wrong_way, dense.METHOD, "what is kept whole arrives whole"),
     (sends_nothing, dense.METHOD, "what is kept whole arrives whole"),
@@ -340,6 +349,8 @@ WRONG = [
     (looks_at_the_absent, fedit.METHOD, "who is absent changes nothing"),
     (gives_too_much_band, fixed.METHOD, "shares are of the band"),
     (favours_the_first, uniform.METHOD, "no order of the cohort is special"),
+    (counts_late_ones_more, arrival.METHODS[0], "who is on time counts in full"),
+    (takes_more_than_run, arrival.METHODS[0], "a step takes clients that run"),
     (drawn_by_place, cell.METHOD, "a client is known by its name"),
     (pays_for_the_absent, cell.METHOD, "who is absent costs nothing"),
     (moves_from_rest, optimizers.METHODS[0], "a server that is told nothing stays"),
