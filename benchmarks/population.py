@@ -54,6 +54,7 @@ def measured(populations: list[int], options: argparse.Namespace) -> dict[str, A
         note(f"rounds {turn * options.turn + 1} to {(turn + 1) * options.turn}")
         for clients, remote in remotes.items():
             seconds[clients].append(remote.call("rounds", options.turn) / options.turn)
+    others = quiet.share_of_others()
     rows = [{**remotes[clients].call("describe"), "round_s": spread(seconds[clients])} for clients in populations]
     for remote in remotes.values():
         remote.__exit__()
@@ -62,7 +63,7 @@ def measured(populations: list[int], options: argparse.Namespace) -> dict[str, A
     return {
         "workload": shape | {"rounds": options.rounds},
         "populations": rows,
-        "cpu_share_of_others": quiet.share_of_others(),
+        "cpu_share_of_others": others,
         "round_s_of_largest_over_smallest": ratio,
         "peak_memory_bytes": peak,
         "holds": {"memory": peak < LIMIT_BYTES, "time": ratio < MOST_RATIO},

@@ -57,6 +57,7 @@ def test_a_containers_limit_counts_where_it_is_below_the_machines(monkeypatch, t
     assert memory.available_bytes() == 12345
 
 
+@pytest.mark.filterwarnings("ignore:sparsifier")  # error feedback where clients sit out rounds: known to harm
 @pytest.mark.parametrize("overrides", [(), ("arrival={name: buffered, buffer: 2}",)])
 def test_what_a_population_keeps_is_foreseen_by_kind(overrides):
     """By hand: two copies of the memory and channels of a million clients, and of the models that three run with."""
@@ -66,12 +67,11 @@ def test_what_a_population_keeps_is_foreseen_by_kind(overrides):
         term.kind: term
         for term in run_terms(sim.needs, sim.layout._replace(mesh=device_mesh(devices=jax.devices()[:1])))
     }
-    factors = sum(4 * leaf.size for leaf in jax.tree.leaves(sim.needs.state.adapters.modules))
-    assert terms["state of the clients"].bytes == 2e6 * (factors + 4 + 4 + 8 + 4)
+    model = sum(4 * leaf.size for leaf in jax.tree.leaves(sim.needs.state.adapters))
+    assert terms["state of the clients"].bytes == 2e6 * (model + 4 + 4 + 8 + 4)
     assert terms["state of the clients"].remedy == "lower clients.count, got 1000000"
     if overrides:
-        models = sum(4 * leaf.size for leaf in jax.tree.leaves(sim.needs.state.adapters))
-        assert terms["models of running clients"].bytes == 2 * 3 * (models + 6 * 4 + 1)
+        assert terms["models of running clients"].bytes == 2 * 3 * (model + 6 * 4 + 1)
         assert terms["models of running clients"].remedy == "lower clients.per_round, got 3"
     else:
         assert "models of running clients" not in terms
