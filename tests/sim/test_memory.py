@@ -71,7 +71,7 @@ def test_what_a_population_keeps_is_foreseen_by_kind(overrides):
     assert terms["state of the clients"].bytes == 2e6 * (model + 4 + 4 + 8 + 4)
     assert terms["state of the clients"].remedy == "lower clients.count, got 1000000"
     if overrides:
-        assert terms["models of running clients"].bytes == 2 * 3 * (model + 6 * 4 + 1)
+        assert terms["models of running clients"].bytes == 2 * 3 * (model + 5 * 4 + 1)
         assert terms["models of running clients"].remedy == "lower clients.per_round, got 3"
     else:
         assert "models of running clients" not in terms
