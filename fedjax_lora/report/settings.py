@@ -82,6 +82,7 @@ def _pieces(config: Mapping[str, Any]) -> dict[str, list[_Piece]]:
     spread = {
         "dirichlet": ("dirichlet {}", "clients.partition.alpha"),
         "shards": ("{} shards a client", "clients.partition.shards_per_client"),
+        "sampled": ("{} examples drawn by each", "clients.partition.examples"),
     }.get(config.get("clients.partition.kind", ""), ("{}", "clients.partition.kind"))
     tokens = piece("at most {} tokens", "data.max_length", by="data.train")
     return {
@@ -107,7 +108,7 @@ def _pieces(config: Mapping[str, Any]) -> dict[str, list[_Piece]]:
         ],
         "control": [
             *section("control", "name", "keep_ratio", "latency_budget_s"),
-            *section("arrival", "name", "buffer"),
+            *section("arrival"),
         ],
         "training": [
             *piece("{} rounds", "rounds"),
