@@ -65,7 +65,8 @@ class ClientsConfig:
     """The clients and their data.
 
     count: K, clients in all.
-    per_round: C, clients of one round's cohort; None for all.
+    per_round: C, clients of one round's cohort, or that run at once where each begins at a time of its own; None for
+      all.
     weighting: of the average: by each client's number of examples, as FedAvg does, or all alike. Since every client
       takes as many local steps as any other, `equal` weighs them by work; it is steadier where sizes differ much.
     partition: how the training examples are spread over them.

@@ -41,16 +41,21 @@ def draw_channel(parts: Parts, state: FedState, key: Array, ids: Array | None = 
     """
     step, every = parts.wireless.step, jnp.arange(state.clients.rank.shape[0])
 
-    def of_cohort(channels: Any) -> Any:
-        drawn = step(trees.take(channels, ids), key, ids)
-        return jax.tree.map(lambda whole, row: whole.at[ids].set(row, mode="drop"), channels, drawn)
+    def drawn(channels: Any) -> FedState:
+        return dataclasses.replace(state, methods={**state.methods, "wireless": channels})
+
+    def of_all(channels: Any) -> Any:
+        return step(channels, key, every)
 
     channels = state.methods["wireless"]
     if ids is None or parts.wireless.forgets is False:
-        channels = step(channels, key, every)
-    else:
-        channels = lax.cond(parts.wireless.forgets, of_cohort, lambda channels: step(channels, key, every), channels)
-    return dataclasses.replace(state, methods={**state.methods, "wireless": channels})
+        return drawn(of_all(channels))
+
+    def of_cohort(channels: Any) -> Any:
+        own = step(trees.take(channels, ids), key, ids)
+        return jax.tree.map(lambda whole, row: whole.at[ids].set(row, mode="drop"), channels, own)
+
+    return drawn(lax.cond(parts.wireless.forgets, of_cohort, of_all, channels))
 
 
 def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) -> Cohort:
