@@ -5,9 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import toy
+from fedjax_lora.core.keys import round_keys
 from fedjax_lora.sim.evaluate import SCORED, scored_clients
+from fedjax_lora.sim.selection import draw_channel, seen_alone
 
 POPULATION = ("clients.partition={kind: sampled, examples: 6}", "clients.count=50", "clients.per_round=3")
 
@@ -37,3 +40,20 @@ def test_no_array_is_of_clients_and_rows():
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in of_clients) == 24_000_000
     rows, count = scored_clients(sim.world.data)
     assert rows.shape == (SCORED, 6) and count.shape == (SCORED,)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5])
+def test_a_round_draws_the_channels_of_its_cohort_or_of_all(correlation):
+    """Oracle: a step of all clients; without a memory of the fading those who are not seen keep what they had."""
+    sim = toy.simulation("clients.per_round=3", f"wireless.fading_correlation={correlation}")
+    parts, state = toy.parts(sim), sim.init(jax.random.key(0))
+    keys = round_keys(state.key, state.round)
+    ids = seen_alone(parts, state, keys)
+    assert ids is not None
+    found, every, before = (
+        np.asarray(one.methods["wireless"].fading)
+        for one in (draw_channel(parts, state, keys.channel, ids), draw_channel(parts, state, keys.channel), state)
+    )
+    assert (every != before).all()
+    seen = np.isin(np.arange(6), ids) | (correlation > 0)
+    np.testing.assert_array_equal(found, np.where(seen, every, before))
