@@ -24,8 +24,8 @@ from fedjax_lora.sim.selection import choose_cohort, correction_bits, normalised
 from fedjax_lora.sparsifiers import payload, transforms
 from fedjax_lora.training.personal import extract
 
-SPARSIFIED_AT_ONCE = 32
-"""Clients on each device, or a whole chunk of training: few enough for memory, and one at a time is slow."""
+SPARSIFIED_BYTES = 2**24
+"""Of the cohort's arrays that each device sparsifies at once, or a whole chunk of training: small steps are slow."""
 
 RoundFn = Callable[[World, FedState], tuple[FedState, Metrics]]
 
@@ -156,8 +156,14 @@ def sparsify(parts: Parts, cohort: Cohort, local: Local, kept: Array, key: Array
 
 def _map_cohort(parts: Parts, work: Callable[..., Any], shared: Any, items: Any) -> Any:
     layout = parts.layout
-    chunk = layout.chunk if layout.in_order else max(layout.chunk, SPARSIFIED_AT_ONCE)
+    chunk = layout.chunk if layout.in_order else max(layout.chunk, sparsified_at_once(items))
     return layout.map(work, shared, items, chunk)
+
+
+def sparsified_at_once(items: Any) -> int:
+    """Clients, on the leading axis of the leaves, that take SPARSIFIED_BYTES; at least one."""
+    leaves = jax.tree.leaves(items)
+    return max(SPARSIFIED_BYTES * leaves[0].shape[0] // sum(leaf.size * leaf.dtype.itemsize for leaf in leaves), 1)
 
 
 def transmit(parts: Parts, cohort: Cohort, local: Local, decision: Decision, upload: Upload) -> Uplink:
