@@ -58,7 +58,7 @@ class ModelConfig(Options):
             raise ValueError("pretrained must be a folder or a Hugging Face model id, got ''")
         if self.activation_dtype != "float32" and self.compute_dtype == "float32":
             raise ValueError(
-                f"activation_dtype must be float32 where compute_dtype is float32, got {self.activation_dtype}"
+                f"activation_dtype must be float32 where compute_dtype is float32, got {self.activation_dtype!r}"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")

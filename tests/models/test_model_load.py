@@ -406,6 +406,7 @@ def test_save_and_restore_give_the_same_tree_round_trip(tmp_path):
         ({"name": "vit"}, "^name must be 'vit-tiny', got 'vit'$"),
         ({"pooling": "max"}, "pooling must be one of mean, cls, last, got 'max'"),
         ({"compute_dtype": "float16"}, "compute_dtype must be one of float32, bfloat16, got 'float16'"),
+        ({"activation_dtype": "bfloat16"}, "^activation_dtype must be float32 where .* is float32, got 'bfloat16'$"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"pretrained": ""}, "pretrained must be a folder or a Hugging Face model id, got ''"),
     ],
