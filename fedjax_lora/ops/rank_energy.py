@@ -33,7 +33,7 @@ class RankEnergy(NamedTuple):
 def rank_energy(
     x: Array, x0: Array, *, axis: Literal[-2, -1], implementation: Implementation | None = None
 ) -> RankEnergy:
-    """Energies of each rank of a factor and of its change; differentiable in both.
+    """Energies of each rank of a factor and of its change; differentiable in both, backward.
 
     Args:
       x: `[..., n, R]` with axis -2, or `[..., R, n]` with axis -1.
@@ -63,7 +63,7 @@ def _by_xla(x: Array, x0: Array, *, axis: int, target: Target) -> RankEnergy:
 
     XLA makes a pass for each of three sums there, and of one long sum no vector.
     """
-    if target != "interpreter":
+    if target != "interpreter" or not x.dtype == x0.dtype == jnp.float32:
         return _reference(x, x0, axis)
     place, width = x.ndim + axis, x.shape[axis]
     rows = next((rows for rows in range(ROWS, 1, -1) if width % rows == 0), width)
@@ -73,7 +73,7 @@ def _by_xla(x: Array, x0: Array, *, axis: int, target: Target) -> RankEnergy:
         return tuple(total + term for total, term in zip(sums, terms, strict=True))
 
     terms = _terms(x.reshape(folded), x0.reshape(folded))
-    sums = lax.reduce(terms, (jnp.zeros((), x.dtype),) * 3, add, (place,))
+    sums = lax.reduce(terms, (jnp.float32(0.0),) * 3, add, (place,))
     return RankEnergy(*(jnp.sum(part, axis) for part in sums))
 
 
