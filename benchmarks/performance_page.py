@@ -20,17 +20,20 @@ PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 def real_sentences(results: Path) -> str:
     """The round on a text, beside the loop."""
     rows = []
-    for name in ("round_throughput_text", "round_throughput_joined"):
-        if held := read(results, name):
-            found, work = held["results"]["float32"], held["workload"]
+    kinds = ("text", "joined")
+    for name in (f"round_throughput_{kind}{machine}" for machine in ("", "_amx") for kind in kinds):
+        held = read(results, name)
+        for dtype, found in held.get("results", {}).items():
+            work = held["workload"]
             what = "SST-2" if work["joined"] == 1 else f"{work['joined']} of SST-2 joined"
             tokens = found["round"]["tokens"] / found["round"]["samples"]
             rates = [found[side]["samples_per_s"]["median"] for side in ("engine", "peer")]
             shares = map(percent, matrix_shares(found))
-            row = [f"{what}, at most {work['length']}", f"{tokens:.0f}", *(f"{rate:.0f}" for rate in rates)]
+            row = [held["environment"]["cpu"], dtype, f"{what}, at most {work['length']}", f"{tokens:.0f}"]
+            row += [f"{rate:.0f}" for rate in rates]
             rows.append([*row, times(found["ratio"]), *shares, seconds(found["engine"]["compile_s"])])
-    head = ["sentences", "real tokens", "samples/s", "the loop", "ratio, median and extremes"]
-    return table([*head, "of the matrix rate", "the loop's", "compiling"], rows)
+    head = ["processor", "products in", "sentences", "real tokens", "samples/s", "the loop"]
+    return table([*head, "ratio, median and extremes", "of the matrix rate", "the loop's", "compiling"], rows)
 
 
 def fixed_length(results: Path) -> str:
@@ -119,20 +122,32 @@ def accelerators(results: Path) -> str:
     rows = []
     for path in sorted(results.glob("accelerator*.json")):
         parts = json.loads(path.read_text())["parts"]
+        device = parts["ceilings"]["device"]
         for name, part in parts.items():
-            if "frozen_model_alone_samples_per_s" in part:
-                best = max(part["rows"], key=lambda row: row["samples_per_s"])
-                frozen, rate = part["frozen_model_alone_samples_per_s"], parts["ceilings"]["bfloat16, TFLOP/s"]
-                share = percent(best["tflops"] / rate) if part["dtype"] == "bfloat16" else "–"
-                rates = f"{best['samples_per_s']:,.0f}", f"{best['tflops']:.0f}", share
-                alone = f"{frozen / best['samples_per_s']:.2f}×"
-                rows.append([parts["ceilings"]["device"], name, f"{best['client_chunk']}", *rates, alone])
+            if "dtype" in part:
+                rows += [[device, name, *_round(part, row, parts["ceilings"])] for row in part["rows"]]
         for name, rate in parts.get("peer", {}).items():
             if name.endswith(", samples/s"):
                 how = f"minilm by the loop, {name.removesuffix(', samples/s')}"
-                rows.append([parts["ceilings"]["device"], how, "–", f"{rate:,.0f}", "–", "–", "–"])
-    head = ["device", "round of", "best chunk", "samples/s", "TFLOP/s", "of the matrix rate", "frozen model alone"]
-    return table(head, rows)
+                rows.append([device, how, "–", "–", "–", f"{rate:,.0f}", "–", "–", "–"])
+    head = ["device", "round of", "activations", "layers", "clients at once", "samples/s", "TFLOP/s"]
+    return table([*head, "of the matrix rate", "frozen model alone"], rows)
+
+
+def _round(part: dict[str, Any], row: dict[str, Any], ceilings: dict[str, Any]) -> list[str]:
+    """Columns of one row of a part; files made before there were options have none."""
+    options = row.get("options", {})
+    low, best = part["dtype"] == "bfloat16", max(part["rows"], key=lambda row: row["samples_per_s"])
+    alone = row is best and "frozen_model_alone_samples_per_s" in part
+    return [
+        options.get("activation_dtype", "float32"),
+        "one by one" if options.get("unroll") else "a loop",
+        f"{row['client_chunk']}",
+        f"{row['samples_per_s']:,.0f}",
+        f"{row['tflops']:.0f}",
+        percent(row["tflops"] / ceilings["bfloat16, TFLOP/s"]) if low else "–",
+        f"{part['frozen_model_alone_samples_per_s'] / row['samples_per_s']:.2f}×" if alone else "–",
+    ]
 
 
 def short(results: Path) -> str:

@@ -15,7 +15,7 @@ from fedjax_lora.core.exchange import Sparsifier
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.types import Adapters, Factors, Scope
 from fedjax_lora.sim.cohort import CLIENTS, device_mesh, map_over_devices
-from fedjax_lora.sim.round import SPARSIFIED_AT_ONCE
+from fedjax_lora.sim.round import sparsified_at_once
 from fedjax_lora.sparsifiers import payload
 from fedjax_lora.sparsifiers.soft import importance
 from fedjax_lora.sparsifiers.svd import full_svd, thin_svd
@@ -67,9 +67,9 @@ def cohort(drawn: Drawn) -> Cohort:
     return Cohort(Adapters({"query": start}, {}), Adapters({"query": trained}, {}))
 
 
-def at_once(clients: int) -> int:
+def at_once(items: Any, clients: int) -> int:
     """Clients that a device computes together: on a CPU as in a round, elsewhere all."""
-    return SPARSIFIED_AT_ONCE if jax.devices()[0].platform == "cpu" else -(-clients // jax.device_count())
+    return sparsified_at_once(items) if jax.devices()[0].platform == "cpu" else -(-clients // jax.device_count())
 
 
 def made(method: Method, like: Adapters, clients: int) -> Sparsifier:
@@ -112,7 +112,7 @@ def _compiled(work: Callable, start: Adapters, items: Any, clients: int) -> Prog
     mesh = device_mesh()
     items = jax.block_until_ready(jax.device_put(items, NamedSharding(mesh, P(CLIENTS))))
     started = time.perf_counter()
-    mapped = functools.partial(map_over_devices, work, chunk=at_once(clients), mesh=mesh)
+    mapped = functools.partial(map_over_devices, work, chunk=at_once(items, clients), mesh=mesh)
     program = jax.jit(mapped).lower(start, items).compile()
     compile_s = time.perf_counter() - started
     return Program(functools.partial(program, start, items), compile_s)

@@ -104,7 +104,7 @@ def _build(config: ExperimentConfig, catalogue: Catalogue, draft: bool) -> Simul
     context = context._replace(like=like)
     layout = _layout(config, catalogue, context)
     padded = functools.partial(_parts, structure, catalogue, context, begin, layout)
-    activations = client_activations(config, padded, numbers, world, like)
+    activations = client_activations(config, catalogue, padded, numbers, world, like)
     layout = layout._replace(chunk=chunk_size(config.engine, layout, activations))
     if model.packs and "attention_mask" in examples.train:
         context, layout = _packed(config, context, layout, examples)

@@ -24,6 +24,7 @@ def read_examples(config: ExperimentConfig, catalogue: Catalogue) -> sources.Exa
         return source.load(None, "", learns)
     shape = load.read_shape(pretrained)
     if source.tokenizes:
+        load.check_inputs(shape, pretrained, None)
         layers.check_length(shape.max_positions, data.max_length)
         examples = source.load(load.load_tokenizer(pretrained), pretrained, learns)
     else:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from fedjax_lora.config.catalogue import Catalogue
 from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.core.numbers import Numbers, split
 from fedjax_lora.core.types import Adapters
@@ -16,16 +17,29 @@ from fedjax_lora.sim.parts import MakeParts, World
 _ACTIVATIONS: dict[Any, int] = {}
 """Bytes of one client's activations, by all that decides about them: a sweep over other keys asks for the same."""
 
+_DECISIVE = ("model", "adapter", "task", "training", "aggregation")
+"""Slots that decide about a client's activations."""
+
 
 def client_activations(
-    config: ExperimentConfig, make_parts: MakeParts, numbers: Numbers, world: World, like: Adapters
+    config: ExperimentConfig,
+    catalogue: Catalogue,
+    make_parts: MakeParts,
+    numbers: Numbers,
+    world: World,
+    like: Adapters,
 ) -> int:
     """Bytes of one client's activations in training."""
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (like, world.base, world.data.train))
-    decisive = (split(config.model)[0], split(config.aggregation)[0], config.local.batch_size, str(shapes))
-    if decisive not in _ACTIVATIONS:
-        _ACTIVATIONS[decisive] = activation_bytes(make_parts, numbers, world, like, config.local.batch_size)
-    return _ACTIVATIONS[decisive]
+    slots = tuple(split(getattr(config, slot))[0] for slot in _DECISIVE)
+    decisive = (catalogue, slots, config.local.batch_size, str(shapes))
+    try:
+        known = _ACTIVATIONS.get(decisive)
+    except TypeError:  # options of a user's own that have no hash
+        return activation_bytes(make_parts, numbers, world, like, config.local.batch_size)
+    if known is None:
+        known = _ACTIVATIONS[decisive] = activation_bytes(make_parts, numbers, world, like, config.local.batch_size)
+    return known
 
 
 _PROGRAMS: collections.OrderedDict[Any, Program] = collections.OrderedDict()

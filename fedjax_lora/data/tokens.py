@@ -129,8 +129,8 @@ def _tokenize_table(
     """`tokenize`, whose mistakes name a line of the file."""
     if kind == "continued" and tokenizer.eos_token_id is None:
         raise ValueError(
-            "model.pretrained must have a tokenizer with a token that ends a text (eos_token) for a task that learns "
-            "next_token, got one without"
+            "model.pretrained must be a model of the next token, whose tokenizer has one that ends a text (eos_token), "
+            "for a task that learns next_token, got one without"
         )
     try:
         tokens = tokenize(tokenizer, kind, rows, max_length)

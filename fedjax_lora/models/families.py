@@ -42,6 +42,13 @@ CLASSES: dict[str, str] = {
 _CLASS = re.compile(rf"({'|'.join(CLASSES)})(Model|LMHeadModel|For[A-Z]\w*)")
 
 
+def agrees(model_type: str, architectures: Any) -> bool:
+    """Whether one of the classes is of the family, by how their names begin, or none is named."""
+    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    begins = tuple(begin for begin, known in CLASSES.items() if known == model_type)
+    return not names or any(name.startswith(begins) for name in names)
+
+
 def model_type(architectures: Any) -> str | None:
     """The `model_type` of the first class that is of a known family; None where there is none."""
     names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []

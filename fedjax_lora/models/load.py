@@ -58,7 +58,7 @@ class ModelConfig(Options):
             raise ValueError("pretrained must be a folder or a Hugging Face model id, got ''")
         if self.activation_dtype != "float32" and self.compute_dtype == "float32":
             raise ValueError(
-                f"activation_dtype must be float32 where compute_dtype is float32, got {self.activation_dtype}"
+                f"activation_dtype must be float32 where compute_dtype is float32, got {self.activation_dtype!r}"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
@@ -81,7 +81,7 @@ def make(options: ModelConfig, context: Context) -> Model:
     parts = context.made["task"], context.made["adapter"]
     if options.pretrained is not None:
         found = read_pretrained(options, options.pretrained, parts[0].learns)
-        _check_inputs(found, options.pretrained, context)
+        check_inputs(found.shape, options.pretrained, context.image_shape)
         return found.family.make(found.shape, *parts)._replace(weights=found.weights)
     if context.image_shape is None:
         raise ValueError("model.pretrained must be a folder or a Hugging Face model id for text, got None")
@@ -93,9 +93,12 @@ def _ours(options: ModelConfig) -> dict[str, Any]:
     return {name: getattr(options, name) for name in _OURS}
 
 
-def _check_inputs(found: "Pretrained", pretrained: str, context: Context) -> None:
-    """Raise ValueError for a model of text where there are images or the other way round, or of other images."""
-    takes, given = found.shape.image_shape, context.image_shape
+def check_inputs(shape: Any, pretrained: str, given: tuple[int, int, int] | None) -> None:
+    """Raise ValueError for a model of text where there are images or the other way round, or of other images.
+
+    given: shape of the images; None for text.
+    """
+    takes = shape.image_shape
     if (takes is None) != (given is None):
         reads, are = ("text", "images") if takes is None else ("images", "text")
         raise ValueError(
@@ -247,6 +250,11 @@ def _family(folder: Path) -> Family:
         known, of = ", ".join(FAMILIES), f" and architectures {architectures!r}" if model_type is None else ""
         raise ValueError(
             f"model.pretrained must have a model_type among {known} in config.json, got {model_type!r}{of} in {folder}"
+        )
+    if not families.agrees(model_type, architectures):
+        raise ValueError(
+            f"model.pretrained must have architectures of its model_type {model_type!r} in config.json, got "
+            f"{architectures!r} in {folder}"
         )
     return FAMILIES[model_type]
 

@@ -87,7 +87,9 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     # os.path.isfile is just false for a name that no file system takes.
     chosen = next((name for name in choices if Path(name).name == name and os.path.isfile(folder / name)), None)
     if chosen is None:
-        raise ValueError(f"model.pretrained must hold {' or '.join(choices)}, got {folder} without")
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        without = f"without, but {pickles[0]}, a pickle, which is never read" if pickles else "without"
+        raise ValueError(f"model.pretrained must hold {' or '.join(choices)}, got {folder} {without}")
     tensors = {}
     for shard in _shards(folder / chosen) if chosen.endswith(".index.json") else (chosen,):
         with _open(folder / shard) as handle:
@@ -98,8 +100,13 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 def _shards(index: Path) -> list[str]:
     """Names of the files that an index lists, all beside it."""
     shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(Path(str(shard)).name == shard for shard in shards.values()):
+    if not isinstance(shards, dict):
         raise ValueError(f"model.pretrained must map tensors to files beside it in {index}")
+    for tensor, shard in shards.items():
+        if shard == ".." or Path(str(shard)).name != shard:
+            raise ValueError(
+                f"model.pretrained must map tensors to files beside it in {index}, got {shard!r} for {tensor!r}"
+            )
     return sorted(set(shards.values()))
 
 

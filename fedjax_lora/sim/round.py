@@ -25,8 +25,8 @@ from fedjax_lora.sim.selection import choose_cohort, correction_bits, draw_chann
 from fedjax_lora.sparsifiers import payload, transforms
 from fedjax_lora.training.personal import extract
 
-SPARSIFIED_AT_ONCE = 32
-"""Clients on each device, or a whole chunk of training: few enough for memory, and one at a time is slow."""
+SPARSIFIED_BYTES = 2**24
+"""Of the cohort's arrays that each device sparsifies at once, or a whole chunk of training: small steps are slow."""
 
 RoundFn = Callable[[World, FedState], tuple[FedState, Metrics]]
 
@@ -176,10 +176,16 @@ def sparsify(parts: Parts, cohort: Cohort, local: Local, kept: Array, key: Array
 def _map_cohort(parts: Parts, work: Callable[..., Any], cohort: Cohort, items: Any) -> Any:
     """`work((start, sends), item)` of every client of the cohort."""
     layout, starts = parts.layout, cohort.arrivals and cohort.arrivals.starts
-    chunk = layout.chunk if layout.in_order else max(layout.chunk, SPARSIFIED_AT_ONCE)
+    chunk = layout.chunk if layout.in_order else max(layout.chunk, sparsified_at_once(items))
     if starts is None:
         return layout.map(work, (cohort.start, cohort.sends), items, chunk)
     return layout.map(lambda sends, item: work((item[0], sends), item[1]), cohort.sends, (starts, items), chunk)
+
+
+def sparsified_at_once(items: Any) -> int:
+    """Clients, on the leading axis of the leaves, that take SPARSIFIED_BYTES; at least one."""
+    leaves = jax.tree.leaves(items)
+    return max(SPARSIFIED_BYTES * leaves[0].shape[0] // sum(leaf.size * leaf.dtype.itemsize for leaf in leaves), 1)
 
 
 def transmit(parts: Parts, cohort: Cohort, local: Local, decision: Decision, upload: Upload) -> Uplink:

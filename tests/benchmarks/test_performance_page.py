@@ -35,7 +35,7 @@ def test_numbers_are_those_of_the_files_and_text_outside_stays(benchmark, tmp_pa
     (tmp_path / "short" / "sweep_throughput.json").write_text(json.dumps({"environment": machine, "parts": sweep}))
     page = module.rewritten(toy_page(module), tmp_path)
     lines = page.splitlines()
-    assert "| SST-2, at most 64 | 24 | 78 | 42 | 1.78× (1.45–2.11) | 50 % | 25 % | 28.7 s |" in lines
+    assert "| A | float32 | SST-2, at most 64 | 24 | 78 | 42 | 1.78× (1.45–2.11) | 50 % | 25 % | 28.7 s |" in lines
     assert "| network | 2 | 3.14 | 1.00× | 12.3 ms |" in lines
     assert "B, 2 cores, commit `abc`." in lines
     assert "| `sweep_throughput.py` | trials of network, 2 at once | 3.14 a second |" in lines

@@ -335,7 +335,7 @@ def test_the_test_table_must_hold_the_columns_and_labels_of_train(reads):
 def test_a_tokenizer_without_an_end_cannot_continue_texts(reads):
     rows, message = (
         [{"text": "a"}],
-        r"^model\.pretrained must have a tokenizer with a token that ends a text \(eos_token\)",
+        r"^model\.pretrained must be a model of the next token, whose tokenizer has one that ends a text \(eos_token\)",
     )
     with pytest.raises(ValueError, match=message):
         reads("next_token", rows, rows, bert_like())

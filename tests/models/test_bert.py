@@ -313,3 +313,19 @@ def test_activations_in_bfloat16_cross_the_layers_and_are_near_float32():
     for low, full in zip(*map(jax.tree.leaves, found.values()), strict=True):
         assert low.dtype == full.dtype == jnp.float32
         assert 0 < jnp.linalg.norm(low - full) < 0.05 * jnp.linalg.norm(full)
+
+
+def test_layers_compiled_one_after_another_equal_the_loop():
+    """Oracle: the loop over layers, which the lowered program has and the other has not."""
+    batch, found = text_batch(), {}
+    for unroll in (False, True):
+        model = build(dataclasses.replace(CONFIG, unroll=unroll))
+        base, adapters = model.init(jax.random.key(0)), random_adapters(model)
+
+        def loss(adapters, model=model, base=base):
+            return cross_entropy(model.apply(base, adapters, batch), batch["label"])
+
+        program = jax.jit(jax.value_and_grad(loss)).lower(adapters)
+        assert ("stablehlo.while" in program.as_text()) != unroll
+        found[unroll] = program.compile()(adapters)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), *found.values())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from typing import Literal
 
 import jax
@@ -406,6 +407,7 @@ def test_save_and_restore_give_the_same_tree_round_trip(tmp_path):
         ({"name": "vit"}, "^name must be 'vit-tiny', got 'vit'$"),
         ({"pooling": "max"}, "pooling must be one of mean, cls, last, got 'max'"),
         ({"compute_dtype": "float16"}, "compute_dtype must be one of float32, bfloat16, got 'float16'"),
+        ({"activation_dtype": "bfloat16"}, "^activation_dtype must be float32 where .* is float32, got 'bfloat16'$"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"pretrained": ""}, "pretrained must be a folder or a Hugging Face model id, got ''"),
     ],
@@ -496,3 +498,41 @@ def test_a_model_with_code_of_its_own_is_refused(folder):
     (folder / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=r"without code of its own \(trust_remote_code\), got auto_map in"):
         build(folder)
+
+
+def test_a_model_type_and_classes_of_another_family_are_refused(folder):
+    fields = json.loads((folder / "config.json").read_text())
+    for classes in ([], ["BertForPreTraining"], ["Odd", "BertOfMyOwn"]):
+        (folder / "config.json").write_text(json.dumps({**fields, "model_type": "bert", "architectures": classes}))
+        load.read_shape(str(folder))
+    (folder / "config.json").write_text(json.dumps({**fields, "model_type": "bert", "architectures": ["T5Model"]}))
+    with pytest.raises(
+        ValueError, match=r"^model.pretrained must have architectures of its model_type 'bert' in .* got \['T5"
+    ):
+        load.read_shape(str(folder))
+
+
+def test_a_pickle_is_named_and_not_read(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"without, but pytorch_model.bin, a pickle, which is never read$"):
+        safetensors.tensor_files(folder)
+
+
+@pytest.mark.parametrize("outside", ["../other.safetensors", "/etc/passwd", "..", "a/b.safetensors"])
+def test_a_shard_outside_of_the_folder_is_named(folder, outside):
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"embeddings.word_embeddings.weight": outside}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"beside it in .*, got {re.escape(repr(outside))} for 'embeddings.word_emb"):
+        safetensors.tensor_files(folder)
+
+
+def test_a_model_of_images_where_there_is_text_is_refused(tmp_path):
+    """Before the text is read, which such a model has no table of positions for."""
+    transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=1, image_size=4, patch_size=2)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(
+        ValueError, match=r"^model.pretrained must be a model of text here, since the data are text, got one"
+    ):
+        load.check_inputs(load.read_shape(str(tmp_path)), str(tmp_path), None)

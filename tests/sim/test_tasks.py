@@ -163,3 +163,9 @@ def test_classification_and_the_worst_tenth_of_the_clients():
 def test_a_model_without_logits_is_refused_in_one_line():
     with pytest.raises(fl.ConfigError, match=r"^task.name must not be causal_lm where the model has no logits of the"):
         outcome("causal_lm", "next_token", silent=True)
+
+
+def test_a_model_is_asked_anew_where_another_has_its_name():
+    """The second is refused though the first, of the same name and shapes, has logits."""
+    outcome("causal_lm", "next_token")
+    test_a_model_without_logits_is_refused_in_one_line()
