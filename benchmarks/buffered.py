@@ -112,6 +112,7 @@ def draw(runs: dict[str, Any], target: float, path: Path) -> None:
         panel.set_xlabel(label)
         panel.grid(color="#dddddd", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_xscale("log")
     panels[0].set_ylabel("test accuracy")
     panels[0].legend(frameon=False, fontsize=8)
     figure.savefig(path)
