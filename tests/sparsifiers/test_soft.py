@@ -338,3 +338,15 @@ def test_config_names_field_and_value(options, message):
     with pytest.raises(ValueError) as error:
         SoftConfig(**options)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 64, ranks.COUNTED + 1])
+def test_the_largest_are_those_of_a_stable_sort_numpy(size):
+    """With equals, infinities and NaN, which comes first."""
+    scores = np.round(np.random.default_rng(0).normal(size=(40, size)), 1).astype(np.float32)
+    scores[0], scores[1, 0], scores[2, -1], scores[3] = -1, np.inf, np.nan, np.nan
+    found = ranks.largest(jnp.asarray(scores), jnp.uint32(min(3, size)))
+    order = np.argsort(-np.where(np.isnan(scores), np.inf, scores), axis=-1, kind="stable")
+    expected = np.zeros_like(scores)
+    np.put_along_axis(expected, order[:, :3], 1.0, axis=-1)
+    np.testing.assert_array_equal(found, expected)
