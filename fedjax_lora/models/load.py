@@ -246,6 +246,11 @@ def _family(folder: Path) -> Family:
         raise ValueError(
             f"model.pretrained must be a model without code of its own (trust_remote_code), got auto_map in {folder}"
         )
+    if fields.get("quantization_config"):
+        raise ValueError(
+            "model.pretrained must have weights that are not quantized, got a quantization_config in config.json of "
+            f"{folder}"
+        )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known, of = ", ".join(FAMILIES), f" and architectures {architectures!r}" if model_type is None else ""
         raise ValueError(

@@ -536,3 +536,12 @@ def test_a_model_of_images_where_there_is_text_is_refused(tmp_path):
         ValueError, match=r"^model.pretrained must be a model of text here, since the data are text, got one"
     ):
         load.check_inputs(load.read_shape(str(tmp_path)), str(tmp_path), None)
+
+
+def test_quantized_weights_are_refused(folder):
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "quantization_config": {"load_in_4bit": True}}))
+    with pytest.raises(
+        ValueError, match=r"weights that are not quantized, got a quantization_config in config.json of "
+    ):
+        build(folder)
