@@ -184,6 +184,8 @@ class Metrics:
     queue_s, energy_queue_j: virtual queues after the round; 0 where the controller has none.
     keep_ratio_mean, kept_ranks_mean: what control planned and what was sent, over the participants.
     participants: clients whose update entered the average.
+    absent_weight: 1 minus the participants' part of the weight of all clients, by `clients.weighting`: 0 where all took
+      part. Its square is what the round costs in the bound of docs/split.md.
     outages: scheduled clients whose upload did not arrive.
     nonfinite_clients: clients left out because their update was not finite.
     sparsification_error, covariance_error: norms of the two terms that separate the server's product from the
@@ -211,6 +213,7 @@ class Metrics:
     keep_ratio_mean: Array
     kept_ranks_mean: Array
     participants: Array
+    absent_weight: Array
     outages: Array
     nonfinite_clients: Array
     sparsification_error: Array

@@ -28,6 +28,7 @@ FIELDS = {
     "keep_ratio_mean": "keep_ratio_mean",
     "kept_ranks_mean": "kept_ranks_mean",
     "participants": "participants",
+    "absent_weight": "absent_weight",
     "outages": "outages",
     "nonfinite_clients": "nonfinite_clients",
     "sparsification_error": "sparsification_error",

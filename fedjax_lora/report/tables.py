@@ -27,7 +27,11 @@ def summary_rows(runs: Sequence[Run]) -> list[Row]:
         (number.label, [number.of(summary) for summary in summaries])
         for number in [*_headline(summaries), *_worth_showing(_DETAILS, summaries)]
     ]
-    return [*setting_rows(runs, differing_keys(runs)), *results, ("participants a round", list(map(_present, runs)))]
+    present = [
+        ("participants a round", [_mean(run, "participants") for run in runs]),
+        ("absent weight a round", [_mean(run, "absent_weight") for run in runs]),
+    ]
+    return [*setting_rows(runs, differing_keys(runs)), *results, *present]
 
 
 def setting_rows(runs: Sequence[Run], keys: Iterable[str]) -> list[Row]:
@@ -116,10 +120,10 @@ def _worth_showing(numbers: Iterable[Number], summaries: Sequence[_Summary]) -> 
     return [number for number in numbers if any(map(number.worth, summaries))]
 
 
-def _present(run: Run) -> Shown:
-    """Participants of a round, on average."""
-    counts = [line["participants"] for line in run.metrics if line.get("participants") is not None]
-    return formats.number(sum(counts) / len(counts)) if counts else Shown(MISSING)
+def _mean(run: Run, name: str) -> Shown:
+    """A metric of all rounds, on average."""
+    values = [line[name] for line in run.metrics if line.get(name) is not None]
+    return formats.number(sum(values) / len(values)) if values else Shown(MISSING)
 
 
 def _accurate(summary: _Summary) -> bool:

@@ -24,10 +24,11 @@ def observe(
     uplink: Uplink,
     aggregate: Aggregate,
     report: Mapping[str, Array],
+    everyone: Array,
 ) -> Metrics:
     """The metrics of the round; evaluation, which is not of every round, adds its own.
 
-    report: of the controller, see `Controller.update`.
+    report: of the controller, see `Controller.update`. everyone: the weight of all clients together.
     """
     upload, delivery, arrived, trained = uplink.upload, uplink.delivery, uplink.arrived, local.trained
     heard = cohort.radio.snr_hz > 0
@@ -50,6 +51,7 @@ def observe(
         keep_ratio_mean=over_arrived(uplink.decision.kept / cohort.clients.rank),
         kept_ranks_mean=over_arrived(upload.kept_ranks),
         participants=jnp.sum(arrived),
+        absent_weight=(everyone - jnp.sum(local.weight * arrived)) / everyone,
         outages=jnp.sum(local.active & ~delivery.delivered),
         nonfinite_clients=jnp.sum(cohort.present & ~local.finite),
         sparsification_error=aggregate.sparsification_error,

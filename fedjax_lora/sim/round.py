@@ -59,7 +59,8 @@ def make_round(make_parts: MakeParts) -> RoundFn:
         # 8. Aggregate, step the server, update the controller.
         aggregate = average(parts, cohort, local, uplink, keys.aggregate)
         after, report = advance(parts, state, cohort, local, uplink, aggregate)
-        return after, observe(after, cohort, local, offers, uplink, aggregate, report)
+        everyone = jnp.sum(parts.client_weight(world.data.count))
+        return after, observe(after, cohort, local, offers, uplink, aggregate, report, everyone)
 
     return round_fn
 

@@ -44,6 +44,7 @@ CONTRACT = [
     "keep_ratio_mean",
     "kept_ranks_mean",
     "participants",
+    "absent_weight",
     "outages",
     "nonfinite_clients",
     "sparsification_error",
@@ -238,8 +239,8 @@ def test_a_damaged_log_is_an_error_that_names_the_line(run):
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        ('"uplink_bits"', '"uplink_bitr"', "must hold 22 fields, of a round and no others, got .*uplink_bit"),
-        ('"eval_loss": 1.1, ', "", "must hold 22 fields, .* got no 'eval_loss'"),
+        ('"uplink_bits"', '"uplink_bitr"', "must hold 23 fields, of a round and no others, got .*uplink_bit"),
+        ('"eval_loss": 1.1, ', "", "must hold 23 fields, .* got no 'eval_loss'"),
         ('"eval_loss": 1.1', '"eval_loss": "1.1"', "must hold a number or null as 'eval_loss', got '1.1'"),
         ('"eval_loss": 1.1', '"eval_loss": true', "a number or null as 'eval_loss', got 'True'"),
         ('"eval_loss": 1.1', '"eval_loss": [1.1]', "a number or null as 'eval_loss'"),

@@ -70,6 +70,7 @@ def test_a_report_of_one_run_shows_the_values_of_its_log(tmp_path):
         "uplink": "6 Gbit",
         "downlink": "42 bit",
         "participants a round": "3.5",
+        "absent weight a round": "0.5",
         "wall time, s": "12.5",
         "of it compiling, s": "2",
         "samples/s": MISSING,

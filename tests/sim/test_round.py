@@ -178,6 +178,8 @@ def test_a_diverged_client_is_counted_and_poisons_nothing():
     assert bool(trees.fits_float32(after.adapters))
     assert np.isfinite(metrics.train_loss).all()
     assert (metrics.client_uplink_bits[:, 2] == 0).all()
+    count = np.asarray(data.count)
+    np.testing.assert_allclose(metrics.absent_weight, count[2] / count.sum(), rtol=1e-6)  # by hand
     # Oracle: the same round in which that client has no data at all has the same average.
     absent = dataclasses.replace(sim.world.data, train={**data.train, "image": jnp.nan_to_num(poisoned)})
     loop = _average_without(sim, dataclasses.replace(sim.world, data=absent), state, 2)
@@ -213,13 +215,15 @@ def _average_without(sim, world, state, left_out):
 
 
 def test_partial_participation_counts_and_charges_only_the_cohort():
-    sim = simulation("clients.per_round=2")
+    sim = simulation("clients.per_round=2", "clients.weighting=equal")
     _, metrics = sim.run(sim.init(jax.random.key(1)), 4)
     assert metrics.participants.tolist() == [2] * 4
+    np.testing.assert_allclose(metrics.absent_weight, 4 / 6, rtol=1e-6)  # by hand: 4 of 6 are absent
     assert metrics.client_uplink_bits.shape == (4, 2)
     full = simulation()
     _, whole = full.run(full.init(jax.random.key(1)), 1)
     assert (metrics.uplink_bits * 3 == whole.uplink_bits).all()
+    assert whole.absent_weight.tolist() == [0.0]
 
 
 def test_accounting_of_latency_and_keep_ratio_by_hand(reference):

@@ -272,6 +272,7 @@ def test_the_schedule_keeps_the_long_term_latency():
     # By hand: rounds 1 ... 12 in proportion to their number, and the square of the devices that are absent.
     gamma = 2 * np.arange(1, 13) / 13
     np.testing.assert_allclose(metrics.methods["control/round_weight"], gamma, rtol=1e-6)
+    np.testing.assert_allclose(metrics.absent_weight, 1 - metrics.participants / 6, rtol=1e-6, atol=1e-7)
     absence = gamma * (1 - metrics.participants / 6) ** 2
     np.testing.assert_allclose(metrics.methods["control/absence"], absence, rtol=1e-4, atol=1e-7)
 
