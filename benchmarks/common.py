@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
@@ -74,6 +74,10 @@ class Workload:
     text: Path | None = None
     joined: int = 1
     threads: int = dataclasses.field(default_factory=lambda: len(os.sched_getaffinity(0)))
+
+    engine: ClassVar[str] = "engine:Engine"
+    peer: ClassVar[str] = "peer:Peer"
+    """`module:class` of each side."""
 
     def __post_init__(self):
         for field in ("clients", "steps", "batch", "joined", "threads"):

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.control.fixed import FixedConfig
 from fedjax_lora.control.ideal import IdealConfig
 from fedjax_lora.core.keys import client_keys, round_keys
+from fedjax_lora.core.methods import Method
 from fedjax_lora.core.types import FedState
 from fedjax_lora.data.batches import local_batches
 from fedjax_lora.data.partition import ClientsConfig, PartitionConfig
@@ -80,34 +82,34 @@ class Engine(Rounds):
         started = time.perf_counter()
         self._workload = workload
         self._dtype = dtype
-        self._simulation = build(
-            ExperimentConfig(
-                model=ModelConfig(pretrained=workload.model, compute_dtype=dtype, **model),
-                lora=LoraConfig(max_rank=RANK, rank=RANK, alpha=ALPHA, targets=TARGETS),
-                data=DataConfig(
-                    source="tsv",
-                    train=str(workload.train_file(folder)),
-                    test=str(workload.test_file(folder)),
-                    max_length=workload.length,
-                ),
-                clients=ClientsConfig(count=workload.clients, partition=PartitionConfig(kind="iid")),
-                local=LocalConfig(
-                    steps=workload.steps,
-                    batch_size=workload.batch,
-                    optimizer=OptimizerConfig(name="adamw", learning_rate=LEARNING_RATE),
-                ),
-                sparsifier=SoftConfig() if wireless else DenseConfig(),
-                control=FixedConfig(keep_ratio=0.5) if wireless else IdealConfig(),
-                engine=EngineConfig(client_chunk=client_chunk, eval_every=1, eval_batch_size=2),
-            )
+        data, methods = self._data(folder)
+        config = ExperimentConfig(
+            model=ModelConfig(pretrained=workload.model, compute_dtype=dtype, **model),
+            lora=LoraConfig(max_rank=RANK, rank=RANK, alpha=ALPHA, targets=TARGETS),
+            data=data,
+            clients=ClientsConfig(count=workload.clients, partition=PartitionConfig(kind="iid")),
+            local=LocalConfig(
+                steps=workload.steps,
+                batch_size=workload.batch,
+                optimizer=OptimizerConfig(name="adamw", learning_rate=LEARNING_RATE),
+            ),
+            sparsifier=SoftConfig() if wireless else DenseConfig(),
+            control=FixedConfig(keep_ratio=0.5) if wireless else IdealConfig(),
+            engine=EngineConfig(client_chunk=client_chunk, eval_every=1, eval_batch_size=2),
         )
-        if workload.text is None and not np.all(self._simulation.world.data.train["attention_mask"]):
-            raise RuntimeError(
-                "a sentence does not fill its length: the tokenizer splits words otherwise than foreseen"
-            )
+        self._simulation = build(config, methods)
         self._state = self._simulation.init(jax.random.key(0))
         self._setup_s = time.perf_counter() - started
         self._simulation.compile(self._state)
+        if workload.text is None and not np.all(self.tokens()[1]):
+            raise RuntimeError(
+                "a sentence does not fill its length: the tokenizer splits words otherwise than foreseen"
+            )
+
+    def _data(self, folder: Path) -> tuple[Any, Sequence[Method]]:
+        """Options of the data, and the methods beside the package's own."""
+        files = {"train": str(self._workload.train_file(folder)), "test": str(self._workload.test_file(folder))}
+        return DataConfig(source="tsv", max_length=self._workload.length, **files), ()
 
     def adapters(self) -> dict[str, np.ndarray]:
         """Global factors and head by name, as in `base.Adapters`."""

@@ -7,7 +7,7 @@ and head, no dropout, fresh optimizer state for every client, a plain average of
 import contextlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,11 @@ from common import (
 )
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BertModel
+from transformers import BertModel, PreTrainedModel
 from transformers.utils import logging
+
+MODULES = {**{name: name for name in TARGETS}, "q_proj": "query", "v_proj": "value"}
+"""What an adapted matrix is called in `transformers` -> what it is called here."""
 
 
 def quiet() -> None:
@@ -48,19 +51,25 @@ class Classifier(nn.Module):
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
-        lora = LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=list(TARGETS), lora_dropout=0.0)
-        self.encoder = get_peft_model(bert, lora)
+        self.encoder = adapted(bert, TARGETS, settings)
         self.head = nn.Linear(bert.config.hidden_size, num_classes)
-        if settings.frozen == "bfloat16":
-            for name, module in self.encoder.named_modules():
-                if isinstance(module, nn.Linear) and "lora_" not in name:
-                    module.to(torch.bfloat16)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """`[B, classes]` logits."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask[:, :, None].to(hidden.dtype)
         return self.head((hidden * mask).sum(1) / mask.sum(1).clamp(min=1))
+
+
+def adapted(model: PreTrainedModel, targets: Sequence[str], settings: PeerSettings) -> nn.Module:
+    """The model with LoRA by PEFT, its frozen matrices held as the settings have it."""
+    lora = LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=list(targets), lora_dropout=0.0)
+    encoder = get_peft_model(model, lora)
+    if settings.frozen == "bfloat16":
+        for name, module in encoder.named_modules():
+            if isinstance(module, nn.Linear) and "lora_" not in name:
+                module.to(torch.bfloat16)
+    return encoder
 
 
 class Peer:
@@ -82,7 +91,7 @@ class Peer:
         self._dtype = dtype
         self._settings = settings
         self._device = device
-        self._model = Classifier(workload.model, 2, settings).to(device).train()
+        self._model = self._made().to(device).train()
         self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         self._logits: Callable[..., torch.Tensor] = (
             torch.compile(self._model, dynamic=workload.text is not None) if settings.compile else self._model
@@ -97,7 +106,7 @@ class Peer:
             name: torch.tensor(np.ascontiguousarray(_pick(adapters, name).T), device=self._device)
             for name in self._trained
         }
-        self._input_ids, self._mask = (torch.tensor(x, dtype=torch.long, device=self._device) for x in tokens)
+        self._hold(tokens)
         self._labels = torch.tensor(labels, dtype=torch.long, device=self._device)
         started = time.perf_counter()
         self._train_client(np.zeros((1, self._workload.batch), np.int64))
@@ -151,14 +160,26 @@ class Peer:
         total = torch.zeros((), device=self._device)
         for batch in torch.from_numpy(rows).long().to(self._device):
             with self._precision():
-                longest = int(self._mask[batch].sum(1).max())  # dynamic padding
-                logits = self._logits(self._input_ids[batch, :longest], self._mask[batch, :longest])
+                logits = self._logits(*self._inputs(batch))
             loss = nn.functional.cross_entropy(logits.float(), self._labels[batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             total += loss.detach()
         return float(total) / len(rows)
+
+    def _made(self) -> nn.Module:
+        """The model."""
+        return Classifier(self._workload.model, 2, self._settings)
+
+    def _hold(self, tokens: tuple[np.ndarray, np.ndarray]) -> None:
+        """Keep the pool's inputs."""
+        self._input_ids, self._mask = (torch.tensor(x, dtype=torch.long, device=self._device) for x in tokens)
+
+    def _inputs(self, batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the model takes of these rows of the pool."""
+        longest = int(self._mask[batch].sum(1).max())  # dynamic padding
+        return self._input_ids[batch, :longest], self._mask[batch, :longest]
 
     def _precision(self) -> contextlib.AbstractContextManager:
         if self._dtype == "float32":
@@ -172,5 +193,5 @@ def _pick(adapters: dict[str, np.ndarray], name: str) -> np.ndarray:
     if parts[0] == "head":
         return adapters["head/w" if parts[1] == "weight" else "head/b"]
     factor = next(part for part in parts if part.startswith("lora_"))[-1].lower()
-    module = next(part for part in parts if part in TARGETS)
-    return adapters[f"{module}/{factor}"][int(parts[parts.index("layer") + 1])]
+    module = next(MODULES[part] for part in parts if part in MODULES)
+    return adapters[f"{module}/{factor}"][int(next(part for part in parts if part.isdigit()))]

@@ -1,4 +1,4 @@
-"""A BERT folder of random weights in the shape of a known model, for what depends on shapes alone.
+"""A folder of random weights in the shape of a known model, for what depends on shapes alone.
 
 Run as `python benchmarks/random_model.py roberta-base FOLDER`, and give the folder to another benchmark as `--model`.
 """
@@ -12,26 +12,47 @@ import common
 import jax
 from safetensors.numpy import save_file
 
-from fedjax_lora.models import bert, table
+from fedjax_lora.models import bert, table, vit
 
 SHAPES = {
     "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
+    "vit-b": {
+        "num_hidden_layers": 12,
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "image_size": 224,
+        "patch_size": 16,
+        "num_channels": 3,
+    },
+    "vit-small": {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "image_size": 32,
+        "patch_size": 8,
+        "num_channels": 3,
+    },
     "roberta-base": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
 }
-"""By whose shape it is; the family is BERT throughout."""
+"""By whose shape it is; the family is ViT where there are images, else BERT."""
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 
 
 def save(folder: Path, tokenizer: Path, shape: dict[str, int]) -> None:
-    """Write `config.json`, weights and the tokenizer of another folder, whose vocabulary is BERT's 30,522 words."""
+    """Write `config.json`, weights and, for text, the tokenizer of a folder, of BERT's 30,522 words."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER:
+    of_images = "image_size" in shape
+    for name in () if of_images else TOKENIZER:
         if (tokenizer / name).exists():
             shutil.copy(tokenizer / name, folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 30522, **shape}))
-    config = bert.shape(shape)
-    rows = bert.weights(config)
+    fields = {"model_type": "vit"} if of_images else {"model_type": "bert", "vocab_size": 30522}
+    (folder / "config.json").write_text(json.dumps({**fields, **shape}))
+    family = vit if of_images else bert
+    config = family.shape(shape)
+    rows = family.weights(config)
     tensors = table.tensors(rows, table.init(rows, jax.random.key(0), config.num_layers, config.compute_dtype))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 

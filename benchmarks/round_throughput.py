@@ -48,16 +48,20 @@ def main() -> None:
     """Measure what the command line asks for."""
     options = _parser().parse_args()
     shape = workload(options)
+    described = {**vars(shape), "text": shape.text and shape.text.name, "model": Path(shape.model).parent.name}
+    emit(measured("round_throughput", shape, described, options), options.out)
+
+
+def measured(name: str, shape: Workload, described: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """The result of a benchmark: both sides in each dtype. options: of `measuring_arguments`."""
     result: dict[str, Any] = {
-        "benchmark": "round_throughput",
+        "benchmark": name,
         "environment": environment(),
         "workload": {
-            **vars(shape),
-            "text": shape.text and shape.text.name,
-            "model": Path(shape.model).parent.name,
+            **described,
             "samples_per_round": shape.samples,
             "engine": "dense sparsifier, ideal control: nothing is left out, as in the peer; its error norms, "
-            "diagnostics and an evaluation on two sentences are inside its times",
+            "diagnostics and an evaluation on two examples are inside its times",
         },
         "flop_model": {"formula": FLOP_FORMULA},
         "results": {},
@@ -67,24 +71,29 @@ def main() -> None:
         shape.write(folder)
         for dtype in options.dtypes:
             result["results"][dtype] = _measure(shape, folder, dtype, options)
-    emit(result, options.out)
+    return result
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     workload_arguments(parser, clients=32)
+    measuring_arguments(parser)
+    return parser
+
+
+def measuring_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of how it is measured."""
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds of each side (%(default)s)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of the matrix products (both)")
     parser.add_argument("--skip-peer", action="store_true", help="measure the engine alone")
     parser.add_argument("--skip-compile", action="store_true", help="leave torch.compile out of the peer's tuning")
     parser.add_argument("--skip-sweep", action="store_true", help="leave out the sweep of client_chunk")
-    return parser
 
 
 def _measure(shape: Workload, folder: Path, dtype: Dtype, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one dtype."""
     note(f"{dtype}: building the engine")
-    with Remote("engine:Engine", **_engine_arguments(shape, folder, dtype, "auto")) as engine:
+    with Remote(shape.engine, **_engine_arguments(shape, folder, dtype, "auto")) as engine:
         lengths = engine.call("tokens")[1].sum(1).tolist()
         work = RoundWork(shape.samples, sum(lengths), shape.flop(lengths))
         if options.skip_peer:
@@ -125,7 +134,7 @@ def _side_by_side(
     settings = PeerSettings(best["attention"], best["frozen"], best["compile"])
 
     note(f"{dtype}: {CHECKED_ROUNDS} rounds to check, {options.repeats} to time")
-    with Remote("peer:Peer", workload=shape, dtype=dtype, settings=settings) as peer:
+    with Remote(shape.peer, workload=shape, dtype=dtype, settings=settings) as peer:
         compile_s = peer.call("start", *begin)
         losses = [_pair(engine, peer)[1] for _ in range(CHECKED_ROUNDS)]
         distance = peer.call("adapters_distance", engine.call("adapters"))
@@ -173,7 +182,7 @@ def _tune(shape: Workload, rows: Any, dtype: Dtype, begin: tuple, with_compile: 
     tried = []
     for settings in _candidates(dtype, with_compile):
         try:
-            with Remote("peer:Peer", workload=shape, dtype=dtype, settings=settings) as peer:
+            with Remote(shape.peer, workload=shape, dtype=dtype, settings=settings) as peer:
                 peer.call("start", *begin)
                 fastest = min(peer.call("round", rows)[0] for _ in range(3))
             found: dict[str, Any] = {"samples_per_s": rows.size / fastest}
@@ -215,7 +224,7 @@ def _sweep(shape: Workload, folder: Path, dtype: Dtype) -> list[dict[str, Any]]:
         if swept and 2 * swept[-1]["peak_memory_bytes"] > available_memory_bytes():
             note(f"{dtype}: client_chunk {chunk} and above are left out, for lack of memory")
             break
-        with Remote("engine:Engine", **_engine_arguments(shape, folder, dtype, chunk)) as engine:
+        with Remote(shape.engine, **_engine_arguments(shape, folder, dtype, chunk)) as engine:
             engine.call("round")
             rates = [shape.samples / engine.call("round")[0] for _ in range(SWEEP_ROUNDS)]
             swept.append(
