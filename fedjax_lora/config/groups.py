@@ -88,8 +88,9 @@ def _built(
             refused[places[first]] = error
     if simulation is None:
         return [], refused
-    labels = np.asarray(simulation.world.data.train["label"])
-    partitions, undrawn = _partitions(configs, labels, simulation.facts.holders)
+    labels, holders = simulation.facts.labels, simulation.facts.holders
+    assert labels is not None  # it is built of examples
+    partitions, undrawn = _partitions(configs, labels, holders)
     refused |= {places[i]: error for i, error in undrawn.items()}
     width = max(len(padded_index(drawn)[0]) for drawn in partitions.values())
     groups = []
