@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from fedjax_lora.adapters import layer_ranks, targets
 from fedjax_lora.adapters.layer_ranks import LayerRanks
 from fedjax_lora.adapters.lora import start_from
-from fedjax_lora.config.beginning import Begin, given_adapters
 from fedjax_lora.config import host_pool
+from fedjax_lora.config.beginning import Begin, given_adapters
 from fedjax_lora.config.catalogue import Catalogue, check, notes
 from fedjax_lora.config.examples import facts_of
 from fedjax_lora.config.examples import read_examples as read_examples
@@ -249,9 +249,7 @@ def _context(config: ExperimentConfig, examples: sources.Examples) -> Context:
     )
 
 
-def _layout(
-    config: ExperimentConfig, catalogue: Catalogue, context: Context, examples: sources.Examples
-) -> Layout:
+def _layout(config: ExperimentConfig, catalogue: Catalogue, context: Context, examples: sources.Examples) -> Layout:
     made = records(config, catalogue, context)
     host_pool.check(config, made, examples.test)
     takes, at_once = made["arrival"].takes, context.cohort_size

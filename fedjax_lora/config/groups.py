@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_lora.config import host_pool
 from fedjax_lora.config.assemble import build, filled, without_draws
 from fedjax_lora.config.catalogue import Catalogue, notes
 from fedjax_lora.config.experiment import ExperimentConfig
@@ -82,6 +83,7 @@ def _built(
     simulation, first = None, 0
     for first, config in enumerate(configs):
         try:
+            host_pool.check_sweep(config)
             simulation = build(config, methods)
             break
         except (ValueError, OSError) as error:

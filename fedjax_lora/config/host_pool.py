@@ -31,7 +31,8 @@ def check(config: ExperimentConfig, made: dict[str, Any], test: Pool) -> None:
     """Refuse what needs more of the pool than the cohorts that are known before a segment.
 
     Args:
-      config: of an experiment. made: slot -> record.
+      config: of an experiment.
+      made: slot -> its record.
       test: the held-out pool.
 
     Raises:
@@ -51,6 +52,12 @@ def check(config: ExperimentConfig, made: dict[str, Any], test: Pool) -> None:
         if why:
             name = getattr(config, slot).name
             raise ConfigError(f"engine.data must be device where {slot}.{key_of(slot)} is {name}, {why}, got 'host'")
+
+
+def check_sweep(config: ExperimentConfig) -> None:
+    """Raise ConfigError where trials side by side would share a pool that is on the host."""
+    if config.engine.data != "device":
+        raise ConfigError(f"engine.data must be device in a sweep, got {config.engine.data!r}")
 
 
 def _weighs_by_label(task: Any, test: Pool) -> bool:

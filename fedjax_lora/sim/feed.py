@@ -80,6 +80,7 @@ class Feed:
           everywhere: the sharding of what each device holds whole.
         """
         words, starts = np.asarray(jax.random.key_data(key)), done + np.cumsum([0, *numbers])
+        world = dataclasses.replace(world, data=dataclasses.replace(world.data, train={}))  # which is held no longer
         with ThreadPoolExecutor(1) as thread:
 
             def ask(segment: int) -> Any:
@@ -93,7 +94,7 @@ class Feed:
                 train, ids, rows = ready.result()
                 index = dataclasses.replace(world.data.index, ids=ids, rows=rows)
                 yield dataclasses.replace(world, data=dataclasses.replace(world.data, train=train, index=index))
-                del ready, train, ids, rows, index  # else there would be three on the device
+                del ready, train, ids, rows, index  # or three parts would be on the device
 
     def cohorts(self, layout: Layout, words: np.ndarray, done: int, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The clients of the rounds after `done`: `[m]` ids in increasing order, and their rows `[m, n]` of the pool.
