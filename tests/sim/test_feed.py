@@ -139,7 +139,7 @@ def test_what_needs_more_than_known_cohorts_is_refused_in_one_line(setting, line
 
 
 def test_a_plan_and_a_sweep_are_refused_in_one_line():
-    with pytest.raises(ConfigError, match="^engine.data must be device, for a plan, got 'host'$"):
+    with pytest.raises(ConfigError, match=r"^engine\.data must be device, for a plan, got 'host'$"):
         planner.check(load_config(None, [HOST, "control.name=tsfa", "control.latency_budget_s=1"]))
     groups, refused = grouped([toy.config(HOST, f"seed={seed}") for seed in (1, 2)])
     assert groups == [] and sorted(refused) == [0, 1]
