@@ -19,15 +19,16 @@ from fedjax_lora.sim.memory import run_terms
 from fedjax_lora.sim.selection import sample
 
 HOST = "engine.data=host"
-POPULATION = ("clients.partition={kind: sampled, examples: 6}", "clients.count=50", "clients.per_round=3")
+POPULATION = ("clients.partition={kind: sampled, examples: 6}", "clients.count=50", "clients.per_round=3", "rounds=8")
 CASES = {
     "drawn from ids": POPULATION,
     "listed, with parts of their own and padding": (
         "clients.per_round=3",
         "engine.client_chunk=2",
         "aggregation.name=fedsa",
+        "rounds=8",
     ),
-    "everyone": (),
+    "everyone": ("rounds=8",),
 }
 
 
@@ -43,7 +44,7 @@ def same(found, expected) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_bits_are_those_of_a_pool_on_the_device(case):
     """Oracle: the same configuration with the pool on the device; two whole segments and a part of one."""
-    host, device = (toy.simulation(*CASES[case], *more, "rounds=8") for more in ([HOST], []))
+    host, device = (toy.simulation(*CASES[case], *more) for more in ([HOST], []))
     state = host.init(jax.random.key(3))
     found, expected = host.run(state, 8), device.run(state, 8)
     same(found, expected)
@@ -52,7 +53,7 @@ def test_bits_are_those_of_a_pool_on_the_device(case):
 
 def test_a_run_goes_on_from_the_middle_of_a_segment():
     """Oracle: the run in one go, with the pool on the device; and its state scored alone."""
-    host, device = (toy.simulation(*POPULATION, *more, "rounds=8") for more in ([HOST], []))
+    host, device = (toy.simulation(*POPULATION, *more) for more in ([HOST], []))
     state = host.init(jax.random.key(4))
     middle, _ = host.run(state, 2)
     found, rows = host.run(middle, 6)
