@@ -88,9 +88,10 @@ class Feed:
                 ids, rows = self.cohorts(layout, words, int(starts[segment]), numbers[segment])
                 return thread.submit(self._part, ids, rows, everywhere)
 
-            asked = ask(0) if numbers else None
-            for segment in range(len(numbers)):
-                ready, asked = asked, ask(segment + 1) if segment + 1 < len(numbers) else None
+            following = map(ask, range(len(numbers)))  # each when it is its turn
+            asked = next(following, None)
+            while asked is not None:
+                ready, asked = asked, next(following, None)
                 train, ids, rows = ready.result()
                 index = dataclasses.replace(world.data.index, ids=ids, rows=rows)
                 yield dataclasses.replace(world, data=dataclasses.replace(world.data, train=train, index=index))

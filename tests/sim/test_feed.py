@@ -15,6 +15,8 @@ from fedjax_lora.config.groups import grouped
 from fedjax_lora.core import trees
 from fedjax_lora.core.errors import ConfigError
 from fedjax_lora.core.keys import round_keys
+from fedjax_lora.sim.engine import Simulation
+from fedjax_lora.sim.feed import Feed
 from fedjax_lora.sim.memory import run_terms
 from fedjax_lora.sim.selection import sample
 
@@ -26,10 +28,16 @@ CASES = {
         "clients.per_round=3",
         "engine.client_chunk=2",
         "aggregation.name=fedsa",
+        "sparsifier.name=dense",
         "rounds=8",
     ),
     "everyone": ("rounds=8",),
 }
+
+
+def feed_of(sim: Simulation) -> Feed:
+    assert sim.feed is not None
+    return sim.feed
 
 
 def same(found, expected) -> None:
@@ -66,8 +74,8 @@ def test_a_run_goes_on_from_the_middle_of_a_segment():
 def test_the_device_holds_what_a_segment_needs():
     """Oracle: 9 clients of 6 examples, by hand: in the program's arguments, and in what is alive beside it."""
     sim = toy.simulation(*POPULATION, HOST)
-    feed, known = sim.feed, {id(array) for array in jax.live_arrays()}
-    assert feed is not None and (feed.clients, feed.examples) == (9, 54)
+    feed, known = feed_of(sim), {id(array) for array in jax.live_arrays()}
+    assert (feed.clients, feed.examples) == (9, 54)
     state = sim.init(jax.random.key(0))
     shapes = [leaf.shape for leaf in jax.tree.leaves(sim.program.lower(sim.world, state).in_avals)]
     size = len(feed.pool["label"])
@@ -83,7 +91,7 @@ def test_the_part_of_a_segment_holds_the_examples_of_its_cohorts():
     """Oracle: the round's own choice, round by round, and the rows that clients draw from their ids."""
     sim, device = (toy.simulation(*POPULATION, *more) for more in ([HOST], []))
     state, whole = sim.init(jax.random.key(5)), device.world.data
-    worlds = sim.feed.worlds(sim.world, sim.layout, state.key, 1, [2], sim.program.everywhere)
+    worlds = feed_of(sim).worlds(sim.world, sim.layout, state.key, 1, [2], sim.program.everywhere)
     (data,) = (world.data for world in worlds)
     for number in (1, 2):
         ids = sample(sim.layout, 50, round_keys(state.key, np.int32(number)))[0]
@@ -94,7 +102,8 @@ def test_the_part_of_a_segment_holds_the_examples_of_its_cohorts():
 def test_the_next_part_is_made_while_a_segment_runs(monkeypatch):
     """Oracle: a part that is made before it is asked for."""
     sim = toy.simulation(*POPULATION, HOST)
-    second, made, calls = threading.Event(), sim.feed._part, []
+    feed, second, calls = feed_of(sim), threading.Event(), []
+    made = feed._part
 
     def part(*given):
         calls.append(given)
@@ -102,9 +111,9 @@ def test_the_next_part_is_made_while_a_segment_runs(monkeypatch):
             second.set()
         return made(*given)
 
-    monkeypatch.setattr(sim.feed, "_part", part)
+    monkeypatch.setattr(feed, "_part", part)
     key = sim.init(jax.random.key(0)).key
-    worlds = sim.feed.worlds(sim.world, sim.layout, key, 0, [3, 3, 3], sim.program.everywhere)
+    worlds = feed.worlds(sim.world, sim.layout, key, 0, [3, 3, 3], sim.program.everywhere)
     next(worlds)
     assert second.wait(60) and len(calls) == 2
     assert len(list(worlds)) == 2 and len(calls) == 3
@@ -119,7 +128,7 @@ def test_memory_is_foreseen_where_it_is():
     assert held == trees.num_bytes(data) + trees.num_bytes((data.train, data.index.ids, data.index.rows))
     small = Target("small", Chip(1e12, 1e12, 1e9, "this test"), 1, None)
     found = dry_run.dry_run(settings, small)
-    assert found.host_bytes == sum(leaf.nbytes for leaf in sim.feed.pool.values()) and found.kinds["data"] == held
+    assert found.host_bytes == sum(leaf.nbytes for leaf in feed_of(sim).pool.values()) and found.kinds["data"] == held
     assert any(line.startswith("on the host: training pool ") for line in found.lines())
     assert not any("on the host" in line for line in dry_run.dry_run(toy.config(), small).lines())
 
