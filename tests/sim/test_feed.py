@@ -3,6 +3,7 @@
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -44,7 +45,7 @@ def same(found, expected) -> None:
     """Bit for bit, NaN where the other is."""
 
     def words(leaf):
-        return np.asarray(jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+        return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
 
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(words(x), words(y)), found, expected)
 
@@ -94,7 +95,7 @@ def test_the_part_of_a_segment_holds_the_examples_of_its_cohorts():
     worlds = feed_of(sim).worlds(sim.world, sim.layout, state.key, 1, [2], sim.program.everywhere)
     (data,) = (world.data for world in worlds)
     for number in (1, 2):
-        ids = sample(sim.layout, 50, round_keys(state.key, np.int32(number)))[0]
+        ids = sample(sim.layout, 50, round_keys(state.key, jnp.int32(number)))[0]
         for name, leaf in data.train.items():
             np.testing.assert_array_equal(leaf[data.index[ids]], whole.train[name][whole.index[ids]])
 
