@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import toy
-from fedjax_lora.app import dry_run, planner
+from fedjax_lora.app import cli, dry_run, planner
 from fedjax_lora.app.targets import Chip, Target
 from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import load_config
@@ -70,6 +70,21 @@ def test_a_run_goes_on_from_the_middle_of_a_segment():
     same(found, expected)
     np.testing.assert_array_equal(rows.train_loss, told.train_loss[2:])
     same(host.scores(found), device.scores(expected))
+
+
+def test_a_folder_is_continued(tmp_path, monkeypatch):
+    """Oracle: the metrics of a run in one go, with the pool on the device, byte for byte."""
+
+    def run(name: str, place: str, rounds: int, *options: str) -> bytes:
+        settings = [*POPULATION, "local.optimizer.schedule=constant", f"engine.data={place}"]
+        simulation = toy.simulation(*settings)
+        monkeypatch.setattr("fedjax_lora.app.runner.build", lambda config, methods: simulation)
+        values = [*toy.SETTINGS, *settings, f"rounds={rounds}"]
+        assert cli.main(["run", "--quiet", "--out", str(tmp_path / name), *options, "--set", *values]) == 0
+        return (tmp_path / name / "metrics.jsonl").read_bytes()
+
+    whole, part = run("whole", "device", 6), run("more", "host", 3)
+    assert whole.startswith(part) and run("more", "host", 6, "--resume") == whole
 
 
 def test_the_device_holds_what_a_segment_needs():
