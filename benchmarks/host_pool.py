@@ -1,6 +1,6 @@
 """Memory and time of a round with the training pool on the device, and on the host.
 
-Run as `python benchmarks/host_pool.py`: a cohort of 64 of 100,000 clients, each of 32 examples of a synthetic pool of
+Run as `python benchmarks/host_pool.py`: a cohort of 16 of 100,000 clients, each of 32 examples of a synthetic pool of
 2 GB. Each place of the pool has a process of its own, whose memory is a result; they take turns, so that both see the
 same load.
 """
@@ -20,9 +20,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pool-mb", type=int, default=2000, help="of images (%(default)s)")
     parser.add_argument("--clients", type=int, default=100_000, help="in all (%(default)s)")
-    parser.add_argument("--cohort", type=int, default=64, help="clients of a round (%(default)s)")
-    parser.add_argument("--turns", type=int, default=6, help="of each place, after one (%(default)s)")
-    parser.add_argument("--turn", type=int, default=5, help="rounds of a segment; a turn has two (%(default)s)")
+    parser.add_argument("--cohort", type=int, default=16, help="clients of a round (%(default)s)")
+    parser.add_argument("--turns", type=int, default=3, help="of each place, after one (%(default)s)")
+    parser.add_argument("--turn", type=int, default=2, help="rounds of a segment; a turn has two (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a toy size")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the JSON there too")
     options = parser.parse_args()
