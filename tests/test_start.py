@@ -160,10 +160,17 @@ def test_the_cache_is_shown_and_cleared_without_the_files_of_others(monkeypatch,
         f"programs/jit__normal-{'1b' * 32}-cache": 100_000,
         f"tokens-{'2c' * 32}.safetensors": 300_000,
         f"tokens-{'2c' * 32}.safetensorsx1y2.part": 0,
+        f"pool-{'4e' * 32}.npy": 400_000,
         f"pretrained-{'3d' * 8}.safetensors": 800_000,
         f".pretrained-{'3d' * 8}.safetensors.partial-17": 0,
     }
-    others = ["notes.txt", "tokens-mine.safetensors", "programs/notes.txt", "elsewhere/programs/x-cache"]
+    others = [
+        "notes.txt",
+        "tokens-mine.safetensors",
+        "pool-mine.npy",
+        "programs/notes.txt",
+        "elsewhere/programs/x-cache",
+    ]
     for name, size in {**ours, **dict.fromkeys(others, 5)}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x" * size)
@@ -172,6 +179,7 @@ def test_the_cache_is_shown_and_cleared_without_the_files_of_others(monkeypatch,
     lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "2 files, 1.6 MB" in lines["programs"] and str(tmp_path / "programs") in lines["programs"]
     assert "2 files, 0.3 MB" in lines["tokens"] and "2 files, 0.8 MB" in lines["pretrained models"]
+    assert "1 files, 0.4 MB" in lines["training pools"]
     assert cli.main(["cache", "--clear"]) == 0
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(others)
     assert "cleared" in capsys.readouterr().out

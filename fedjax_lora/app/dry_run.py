@@ -16,7 +16,7 @@ from fedjax_lora.app.runner import device_name, peak_memory_bytes
 from fedjax_lora.app.targets import Chip, Target
 from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import ExperimentConfig
-from fedjax_lora.core import memory
+from fedjax_lora.core import memory, trees
 from fedjax_lora.core.methods import Method
 from fedjax_lora.sim.chunk import ACCELERATOR_SHARE, choose_chunk
 from fedjax_lora.sim.cohort import CLIENTS, TRIALS, device_mesh
@@ -47,6 +47,7 @@ class Foreseen(NamedTuple):
     target: devices. fits: whether their memory holds it. needed_bytes, available_bytes: of one device or, where this
     machine's memory is shared by its devices, of the process. memory_from, time_from: who says so.
     kinds: what is held -> bytes on one device, by shapes alone.
+    host_bytes: of the training pool, where that is on the host; else 0.
     flop, bytes: of the products of a round, on all devices. round_s: seconds of a round.
     cohort, chunk: as the run has them; cohort_key: of the configuration, that the former is of.
     trials: that fit side by side on all devices.
@@ -59,6 +60,7 @@ class Foreseen(NamedTuple):
     available_bytes: float
     memory_from: str
     kinds: dict[str, float]
+    host_bytes: float
     flop: float
     bytes: float
     round_s: float | None
@@ -82,6 +84,7 @@ class Foreseen(NamedTuple):
         found = [
             f"{self.target}: {fits}, {_bytes(self.needed_bytes)} of {_bytes(self.available_bytes)}, {self.memory_from}",
             "on each device: " + ", ".join(f"{kind} {_bytes(size)}" for kind, size in kinds),
+            *([f"on the host: training pool {_bytes(self.host_bytes)}"] if self.host_bytes else []),
             f"a round: {self.flop:.3g} FLOP and {_bytes(self.bytes)} in its products; {seconds}, {self.time_from}",
             f"{self.cohort} clients a round, {self.chunk} at once on each device; {self.trials} trials side by side",
         ]
@@ -126,6 +129,7 @@ def dry_run(config: ExperimentConfig, target: Target | None, methods: Sequence[M
         available_bytes=needed.available_bytes,
         memory_from=needed.memory_from,
         kinds=kinds,
+        host_bytes=trees.num_bytes(simulation.feed.pool) if simulation.feed else 0.0,
         flop=work.flop,
         bytes=work.bytes,
         round_s=needed.round_s,

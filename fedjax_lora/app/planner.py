@@ -48,6 +48,7 @@ NEEDS = frozenset(
         "whole_at_client",  # the draws know of no exchange while clients train
         "in_step",  # the draws know of no clients that are late
         "listed_examples",  # of each client some are held out
+        "whole_pool",  # by rows of it
     }
 )
 """Properties of an experiment that the offline stage takes for granted, see `config.properties`."""

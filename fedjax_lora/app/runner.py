@@ -35,8 +35,9 @@ from fedjax_lora.io.run_files import read_metrics, read_summary
 from fedjax_lora.io.summary import nothing_learned
 from fedjax_lora.io.times import Times
 from fedjax_lora.report.html import write_report
-from fedjax_lora.sim.engine import Facts, Scores, Simulation
+from fedjax_lora.sim.engine import Facts, Simulation
 from fedjax_lora.sim.reach import reach_notes
+from fedjax_lora.sim.scores import Scores
 
 
 def run(

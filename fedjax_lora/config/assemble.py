@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from fedjax_lora.adapters import layer_ranks, targets
 from fedjax_lora.adapters.layer_ranks import LayerRanks
 from fedjax_lora.adapters.lora import start_from
+from fedjax_lora.config import host_pool
 from fedjax_lora.config.beginning import Begin, given_adapters
 from fedjax_lora.config.catalogue import Catalogue, check, notes
 from fedjax_lora.config.examples import facts_of
@@ -27,7 +28,7 @@ from fedjax_lora.core.numbers import Numbers, fill, split
 from fedjax_lora.core.sides import Side, TrainingOptions
 from fedjax_lora.core.types import Adapters, Base, Factors
 from fedjax_lora.data import sources
-from fedjax_lora.data.batches import evaluation_batches, federated_dataset
+from fedjax_lora.data.batches import evaluation_batches
 from fedjax_lora.data.packing import packing_of
 from fedjax_lora.data.partition import Partition, PartitionConfig, partition
 from fedjax_lora.sim import memory
@@ -99,11 +100,12 @@ def _build(config: ExperimentConfig, catalogue: Catalogue, draft: bool) -> Simul
     model = records(config, catalogue, context, ("task", "adapter", "model"))["model"]
     base, head = _weights(config, catalogue, context, model, examples)
     begin = Begin(head, given_adapters(config, model, base, examples.class_names))
-    world = World(base=base, data=federated_dataset(examples, split_data))
+    data, feed = host_pool.dataset(config, examples, split_data)
+    world = World(base=base, data=data)
     structure, numbers = split(config)
     like = jax.eval_shape(lambda key: _initial_adapters(config, catalogue, context, begin)(key), jax.random.key(0))
     context = context._replace(like=like)
-    layout = _layout(config, catalogue, context)
+    layout = _layout(config, catalogue, context, examples)
     padded = functools.partial(_parts, structure, catalogue, context, begin, layout)
     activations = client_activations(config, catalogue, padded, numbers, world, like)
     layout = layout._replace(chunk=chunk_size(config.engine, layout, activations))
@@ -113,7 +115,7 @@ def _build(config: ExperimentConfig, catalogue: Catalogue, draft: bool) -> Simul
     engine = dataclasses.replace(config.engine, eval_every=min(config.engine.eval_every, config.rounds))
     start = functools.partial(first_state, parts_of(layout), config.clients.count)
     state = jax.eval_shape(start, jax.random.key(0), numbers)
-    needs = memory.Needs(world, state, activations, model.num_layers, asked, engine)
+    needs = memory.Needs(world, state, activations, model.num_layers, asked, engine, feed)
     if not draft:
         machine.check(memory.run_terms(needs, layout), layout.num_devices)
     facts = facts_of(config, examples, split_data, base, begin)
@@ -129,6 +131,7 @@ def _build(config: ExperimentConfig, catalogue: Catalogue, draft: bool) -> Simul
             *_exact(config, catalogue, context), config.engine.eval_batch_size, layout.packing
         ),
         needs=needs,
+        feed=feed,
     )
 
 
@@ -247,8 +250,9 @@ def _context(config: ExperimentConfig, examples: sources.Examples) -> Context:
     )
 
 
-def _layout(config: ExperimentConfig, catalogue: Catalogue, context: Context) -> Layout:
+def _layout(config: ExperimentConfig, catalogue: Catalogue, context: Context, examples: sources.Examples) -> Layout:
     made = records(config, catalogue, context)
+    host_pool.check(config, made, examples.test)
     takes, at_once = made["arrival"].takes, context.cohort_size
     together = takes is None
     if not config.engine.error_norms:

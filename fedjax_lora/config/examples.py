@@ -50,5 +50,6 @@ def facts_of(
         truncated=examples.truncated,
         notes=examples.notes,
         holders=examples.clients,
+        labels=examples.train["label"],
         columns=examples.columns,
     )

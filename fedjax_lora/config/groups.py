@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_lora.config import host_pool
 from fedjax_lora.config.assemble import build, filled, without_draws
 from fedjax_lora.config.catalogue import Catalogue, notes
 from fedjax_lora.config.experiment import ExperimentConfig
@@ -82,14 +83,16 @@ def _built(
     simulation, first = None, 0
     for first, config in enumerate(configs):
         try:
+            host_pool.check_sweep(config)
             simulation = build(config, methods)
             break
         except (ValueError, OSError) as error:
             refused[places[first]] = error
     if simulation is None:
         return [], refused
-    labels = np.asarray(simulation.world.data.train["label"])
-    partitions, undrawn = _partitions(configs, labels, simulation.facts.holders)
+    labels, holders = simulation.facts.labels, simulation.facts.holders
+    assert labels is not None  # it is built of examples
+    partitions, undrawn = _partitions(configs, labels, holders)
     refused |= {places[i]: error for i, error in undrawn.items()}
     width = max(len(padded_index(drawn)[0]) for drawn in partitions.values())
     groups = []

@@ -49,6 +49,7 @@ PROPERTIES = {
     "free_broadcast": "a broadcast that takes no time",
     "listed_examples": "a list of who holds which examples",
     "in_step": "clients that begin and end each round together",
+    "whole_pool": "all examples on the device",
 }
 """What a method may need of the rest of an experiment, or break: property -> what is needed, in words."""
 
@@ -80,6 +81,7 @@ _FACTS = (
         lambda value, _: value == "sampled",
         "iid, dirichlet, shards, natural or flwr",
     ),
+    _Fact("engine.data", "whole_pool", lambda value, _: value == "host", "device"),
     _Fact("wire.bits", "exact_wire", lambda value, _: value < 32, "32"),
     _Fact(
         "clients.per_round",

@@ -108,7 +108,7 @@ def _pool(part: str, leaves: Mapping[str, Any], num_classes: int) -> Pool:
 
 
 def _array(name: str, given: Any) -> np.ndarray:
-    """`[N, ...]` float32 or int32, a copy."""
+    """`[N, ...]` float32 or int32, a copy but of what is so already and read-only, such as a file that is mapped."""
     try:
         array = np.asarray(given)
     except ValueError:  # rows of unequal length
@@ -120,13 +120,13 @@ def _array(name: str, given: Any) -> np.ndarray:
         )
     if kind == "f":
         with np.errstate(over="ignore"):
-            array = array.astype(np.float32)
+            array = array.astype(np.float32, copy=array.flags.writeable)
         if not np.isfinite(array).all():
             raise ValueError(f"{name} must be finite in float32, got {array[~np.isfinite(array)][0]}")
         return array
     if array.size and (array.min() < _INT32.min or array.max() > _INT32.max):
         raise ValueError(f"{name} must fit int32, got {array.max() if array.max() > _INT32.max else array.min()}")
-    return array.astype(np.int32)
+    return array.astype(np.int32, copy=array.flags.writeable)
 
 
 def _check_known(part: str, pool: Pool) -> None:

@@ -66,16 +66,20 @@ def federated_dataset(examples: Examples, partition: Partition) -> Dataset:
     Raises:
       ValueError: the partition was made for a larger pool.
     """
-    num_examples = len(examples.train["label"])
-    rows = partition.index.by_label if isinstance(partition.index, Sampled) else partition.index
-    if rows.max() >= num_examples:
-        raise ValueError(f"partition must hold rows of the training pool, 0 to {num_examples - 1}, got {rows.max()}")
+    check_rows(partition, len(examples.train["label"]))
     return Dataset(
         train={name: jnp.asarray(value) for name, value in examples.train.items()},
         index=jax.tree.map(jnp.asarray, padded_index(partition)),
         count=jnp.asarray(partition.count),
         test={name: jnp.asarray(value) for name, value in examples.test.items()},
     )
+
+
+def check_rows(partition: Partition, num_examples: int) -> None:
+    """Raise ValueError where the partition was made for a larger pool than of so many examples."""
+    rows = partition.index.by_label if isinstance(partition.index, Sampled) else partition.index
+    if rows.max() >= num_examples:
+        raise ValueError(f"partition must hold rows of the training pool, 0 to {num_examples - 1}, got {rows.max()}")
 
 
 def padded_index(partition: Partition, width: int | None = None) -> np.ndarray | Sampled:

@@ -1,4 +1,4 @@
-"""Where what is made once is kept: compiled programs, tokens, centrally trained models."""
+"""Where what is made once is kept: compiled programs, tokens, training pools, centrally trained models."""
 
 import os
 import re
@@ -12,6 +12,7 @@ _KEPT = {
     "programs": (_PROGRAMS, r"\w+-[0-9a-f]{64}-(cache|atime)"),
     "kernels tuned by XLA": (f"{_PROGRAMS}/xla_gpu_per_fusion_autotune_cache_dir", r".+"),
     "tokens": ("", r"tokens-[0-9a-f]{64}\.safetensors.*"),
+    "training pools": ("", r"pool-[0-9a-f]{64}\.npy.*"),
     "pretrained models": ("", r"\.?pretrained-[0-9a-f]{16}\.safetensors.*"),
 }
 """What is kept -> its folder in the cache and the names of its files, also of those that a kill left unfinished."""

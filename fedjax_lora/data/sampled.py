@@ -32,15 +32,19 @@ class Sampled:
     examples: n; static.
     """
 
-    seed: Array
-    concentration: Array
-    by_label: Array
-    first: Array
-    size: Array
+    seed: Array | np.uint32
+    concentration: Array | np.ndarray
+    by_label: Array | np.ndarray
+    first: Array | np.ndarray
+    size: Array | np.ndarray
     examples: int = struct.field(pytree_node=False)
 
     def __getitem__(self, ids: ArrayLike) -> Array:
         """`[..., n]` int32 rows of the clients `ids` `[...]`."""
+        return jnp.asarray(self.by_label)[self.places(ids)]
+
+    def places(self, ids: ArrayLike) -> Array:
+        """`[..., n]` int32, where in `by_label` the rows of the clients `ids` `[...]` stand; it is not read itself."""
         ids = jnp.asarray(ids)
         key = jax.random.fold_in(jax.random.key(self.seed), jnp.uint32(_PURPOSE))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids.ravel())
@@ -50,8 +54,8 @@ class Sampled:
         skew_key, label_key, row_key = jax.random.split(key, 3)
         share = jax.random.loggamma(skew_key, self.concentration)  # up to a common factor
         label = jax.random.categorical(label_key, share, shape=(self.examples,))
-        place = jax.random.randint(row_key, (self.examples,), 0, self.size[label])
-        return self.by_label[self.first[label] + place]
+        place = jax.random.randint(row_key, (self.examples,), 0, jnp.asarray(self.size)[label])
+        return jnp.asarray(self.first)[label] + place
 
     def hash(self, num_clients: int) -> str:
         """SHA-256 of all that decides about the rows of so many clients."""
@@ -61,7 +65,7 @@ class Sampled:
 
 
 def sampled(labels: np.ndarray, *, examples: int, alpha: float, seed: int) -> Sampled:
-    """Clients of a pool with these labels.
+    """Clients of a pool with these labels, on the host.
 
     Args:
       labels: `[N]` integers.
@@ -71,10 +75,10 @@ def sampled(labels: np.ndarray, *, examples: int, alpha: float, seed: int) -> Sa
     """
     _, label, size = np.unique(labels, return_inverse=True, return_counts=True)
     return Sampled(
-        seed=jnp.uint32(seed),
-        concentration=jnp.asarray(alpha * len(size) * size / len(labels), jnp.float32),
-        by_label=jnp.asarray(np.argsort(label, kind="stable"), jnp.int32),
-        first=jnp.asarray(np.cumsum(size) - size, jnp.int32),
-        size=jnp.asarray(size, jnp.int32),
+        seed=np.uint32(seed),
+        concentration=np.asarray(alpha * len(size) * size / len(labels), np.float32),
+        by_label=np.argsort(label, kind="stable").astype(np.int32),
+        first=(np.cumsum(size) - size).astype(np.int32),
+        size=size.astype(np.int32),
         examples=examples,
     )

@@ -9,9 +9,10 @@ from jax import Array, lax
 
 from fedjax_lora.core.types import FedState
 from fedjax_lora.planning.pilot import at_rank
-from fedjax_lora.sim.engine import Simulation, score
+from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.parts import World
 from fedjax_lora.sim.round import make_round
+from fedjax_lora.sim.scores import score
 
 
 class Rollout(NamedTuple):

@@ -19,15 +19,17 @@ from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.types import ClientState, FedState, Metrics
 from fedjax_lora.sim.chunk import chunk_size
 from fedjax_lora.sim.cohort import device_mesh, replicated
-from fedjax_lora.sim.evaluate import make_evaluate, make_evaluate_personal, of_clients, used_adapters
+from fedjax_lora.sim.evaluate import used_adapters
+from fedjax_lora.sim.feed import Feed
 from fedjax_lora.sim.full_gradient import FullGradient
 from fedjax_lora.sim.memory import Needs
 from fedjax_lora.sim.merged import current_base, nothing_merged
 from fedjax_lora.sim.options import EngineConfig
-from fedjax_lora.sim.parts import Layout, MakeParts, Parts, World
+from fedjax_lora.sim.parts import Layout, MakeParts, World
 from fedjax_lora.sim.placement import state_shardings
 from fedjax_lora.sim.round import make_round
 from fedjax_lora.sim.running import first_running
+from fedjax_lora.sim.scores import Scores, score, with_scores
 from fedjax_lora.training.personal import deployed, extract
 
 
@@ -76,7 +78,7 @@ class Facts(NamedTuple):
     class_names: name of each label, in the order of the head's columns.
     truncated: texts that were cut to the maximum length.
     notes: what a user should know of how the data were read.
-    holders: `[N]`, who holds each training example, where the data say so.
+    holders: `[N]`, who holds each training example, where the data say so. labels: `[N]`, by which others are dealt.
     columns: role -> column of the tables that were read; empty where these name no columns.
     """
 
@@ -90,33 +92,15 @@ class Facts(NamedTuple):
     initial_hash: str = ""
     notes: tuple[str, ...] = ()
     holders: np.ndarray | None = None
+    labels: np.ndarray | None = None
     columns: Mapping[str, str] = {}
 
 
-class Scores(NamedTuple):
-    """An evaluation: as `eval_loss`, `eval_accuracy`, `personal_accuracy` and `task/name` of `Metrics`.
-
-    more: name -> what else the task finds, and `worst_tenth_accuracy` where clients differ in it.
-    """
-
-    loss: Array
-    accuracy: Array
-    personal: Array
-    more: dict[str, Array]
-
-    def named(self, name: str) -> Array:
-        """`accuracy`, or what else the task finds by this name."""
-        return self.accuracy if name == "accuracy" else self.more[name]
-
-
-def with_scores(rows: Metrics, scores: Scores, number: int) -> Metrics:
-    """The first `number` rows, on the host, the last of them with the evaluation after it."""
-    metrics = jax.tree.map(lambda x: np.array(x[:number]), rows)
-    metrics.eval_loss[-1], metrics.eval_accuracy[-1] = scores.loss, scores.accuracy
-    metrics.personal_accuracy[-1] = scores.personal
-    for name, value in scores.more.items():
-        metrics.methods[f"task/{name}"] = np.append(np.full(number - 1, np.nan, np.float32), value)
-    return metrics
+def segment_lengths(done: int, rounds: int, eval_every: int) -> list[int]:
+    """Of the `rounds` after `done`, the number in each segment: one ends at each multiple of `eval_every`."""
+    last = done + rounds
+    ends = [*range(done - done % eval_every + eval_every, last, eval_every), *([last] if rounds > 0 else [])]
+    return [end - start for start, end in zip([done, *ends], ends, strict=False)]
 
 
 def make_segment(make_parts: MakeParts, eval_batch_size: int, max_rounds: int):
@@ -141,23 +125,6 @@ def make_segment(make_parts: MakeParts, eval_batch_size: int, max_rounds: int):
         return state, rows, score(make_parts(state.numbers), world, state, eval_batch_size)
 
     return segment
-
-
-def score(parts: Parts, world: World, state: FedState, batch_size: int) -> Scores:
-    """The evaluation of a state on the held-out pool of the world."""
-    base, adapters = current_base(parts, world, state), deployed(state.adapters, state.clients)
-    of = parts.model, parts.adapter, parts.task, batch_size, parts.layout
-    scores = make_evaluate(*of)(base, world.data.test, adapters, parts.rank, parts.scale)
-    more = parts.task.finish(scores, jnp.ones(world.data.test["label"].shape))
-    loss, accuracy, personal = more.pop("eval_loss"), more.pop("eval_accuracy"), jnp.float32(jnp.nan)
-    if parts.aggregator.personal:
-        clients = make_evaluate_personal(*of)(base, world.data, state.adapters, state.clients, parts.scale)
-        personal = clients.mean()
-    else:
-        clients = of_clients(parts.task, world.data, scores)
-    if clients is not None:
-        more["worst_tenth_accuracy"] = clients.worst_tenth()
-    return Scores(loss, accuracy, personal, more)
 
 
 class Program:
@@ -239,11 +206,12 @@ class Simulation:
     Attributes:
       program: what runs it; shared by simulations that differ in numbers, seed and data alone.
       numbers: the traced numbers of the configuration, see `core.numbers`.
-      world: frozen base and data, on the device.
+      world: frozen base and data, on the device; of a training pool on the host what the last segment needed.
       eval_every: rounds between evaluations.
       facts: what the run is of, see `Facts`.
       full_gradient: loss and gradient by the weights themselves, for what measures rather than trains.
       needs: of memory, see `sim.memory`.
+      feed: what brings the training pool from the host; None where it is on the device.
       compile_s: seconds that tracing and compiling took; 0 until the first run.
     """
 
@@ -256,6 +224,7 @@ class Simulation:
         facts: Facts,
         full_gradient: FullGradient,
         needs: Needs,
+        feed: Feed | None = None,
     ):
         self.program = program
         self.numbers = numbers
@@ -263,6 +232,7 @@ class Simulation:
         self.facts = facts
         self.full_gradient = full_gradient
         self.needs = needs
+        self.feed = feed
         self.compile_s = 0.0
         self.world = hosts.place(world, program.everywhere)
         self._compiled = None
@@ -320,11 +290,14 @@ class Simulation:
         """
         state = jax.tree.map(jnp.copy, self.program.place(state))
         self.compile(state)
-        done, last = int(state.round), int(state.round) + rounds
-        while done < last:
-            number = min(self.eval_every - done % self.eval_every, last - done)
+        done = int(state.round)
+        numbers = segment_lengths(done, rounds, self.eval_every)
+        worlds = None
+        if self.feed is not None:
+            worlds = self.feed.worlds(self.world, self.layout, state.key, done, numbers, self.program.everywhere)
+        for number in numbers:
+            self.world = self.world if worlds is None else next(worlds)
             state, metrics = self._run_segment(state, number)
-            done += number
             yield state, metrics
 
     def run(self, state: FedState, rounds: int, progress: bool = False) -> tuple[FedState, Metrics]:

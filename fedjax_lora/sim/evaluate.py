@@ -13,6 +13,7 @@ from fedjax_lora.core.learning import Adapter, Model, Task
 from fedjax_lora.core.types import Adapters, Base, Batch, ClientState, Dataset
 from fedjax_lora.data.batches import evaluation_batches, gather
 from fedjax_lora.data.packing import packed
+from fedjax_lora.data.pool import CohortRows
 from fedjax_lora.data.sampled import Sampled
 from fedjax_lora.sim.cohort import padded_size
 from fedjax_lora.sim.parts import Layout
@@ -86,20 +87,31 @@ def of_clients(task: Task, data: Dataset, scores: Mapping[str, Array]) -> Client
     if weigh is None:
         return None
 
-    def of_client(item: tuple[Array, Array]) -> tuple[Array, Array]:
-        rows, count = item
-        weight = weigh(gather(data.train, rows), count, data.test)
+    def of_client(item: tuple[Any, Array]) -> tuple[Array, Array]:
+        own, count = item
+        weight = weigh(own_examples(data, own), count, data.test)
         return task.finish(scores, weight)["eval_accuracy"], jnp.any(weight > 0)
 
     return ClientAccuracy(*lax.map(of_client, scored_clients(data), batch_size=_AT_ONCE))
 
 
-def scored_clients(data: Dataset) -> tuple[Array, Array]:
-    """Rows and number of examples of the clients that are scored: all, or SCORED of a population that is sampled."""
+def scored_clients(data: Dataset) -> tuple[Any, Array]:
+    """Rows and number of examples of the clients that are scored: all, or SCORED of a population that is sampled.
+
+    Where the training pool is on the host, it is the examples themselves, as far as they are at hand.
+    """
+    if isinstance(data.index, CohortRows):
+        own = data.index.scored
+        return own, data.count[: own["label"].shape[0]]
     if isinstance(data.index, Sampled):
         number = min(data.count.shape[0], SCORED)
         return data.index[jnp.arange(number)], data.count[:number]
     return data.index, data.count
+
+
+def own_examples(data: Dataset, own: Any) -> Batch:
+    """The examples `[n_max, ...]` of one of `scored_clients`."""
+    return own if isinstance(own, Mapping) else gather(data.train, own)
 
 
 def make_evaluate_personal(
@@ -118,16 +130,16 @@ def make_evaluate_personal(
     """
 
     def evaluate(base: Base, data: Dataset, adapters: Adapters, clients: ClientState, scale: Array) -> ClientAccuracy:
-        (rows, count), num_examples = scored_clients(data), _size(data.test)
+        (own, count), num_examples = scored_clients(data), _size(data.test)
         num_clients = count.shape[0]
         batches = evaluation_batches(num_examples, batch_size)
         size = padded_size(num_clients, 1, layout.num_devices)
-        items = clients.rank, clients.personal, rows, count
+        items = clients.rank, clients.personal, own, count
         items = jax.tree.map(lambda leaf: leaf[np.arange(size) % num_clients], items)
 
-        def score(shared, item: tuple[Array, Any, Array, Array]) -> ClientAccuracy:
+        def score(shared, item: tuple[Array, Any, Any, Array]) -> ClientAccuracy:
             base, data, adapters, scale = shared
-            rank, personal, rows, count = item
+            rank, personal, own, count = item
             used = used_adapters(adapter, compose(adapters, personal), rank, scale)
 
             def scored(batch: Batch) -> dict[str, Array]:
@@ -141,7 +153,7 @@ def make_evaluate_personal(
             if task.weigh is None:
                 weight = jnp.ones(num_examples)
             else:
-                weight = task.weigh(gather(data.train, rows), count, data.test)
+                weight = task.weigh(own_examples(data, own), count, data.test)
             return ClientAccuracy(task.finish(found, weight)["eval_accuracy"], jnp.any(weight > 0))
 
         found = layout.map(score, (base, data, adapters, scale), items, 1)

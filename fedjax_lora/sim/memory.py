@@ -6,6 +6,7 @@ from fedjax_lora.adapters.lora import max_rank
 from fedjax_lora.core import trees
 from fedjax_lora.core.memory import Term, total
 from fedjax_lora.core.types import FedState
+from fedjax_lora.sim.feed import Feed
 from fedjax_lora.sim.options import EngineConfig
 from fedjax_lora.sim.parts import Layout, World
 from fedjax_lora.training.local import LocalConfig
@@ -24,6 +25,7 @@ class Needs(NamedTuple):
     activation_bytes: what the backward pass of one client keeps, see `sim.chunk`.
     num_layers: L of the model, which work one after the other.
     local, engine: as they were asked for; a batch takes no more than what fills it.
+    feed: what brings the training pool from the host; None where it is on the device.
     """
 
     world: World
@@ -32,6 +34,7 @@ class Needs(NamedTuple):
     num_layers: int
     local: LocalConfig
     engine: EngineConfig
+    feed: Feed | None = None
 
 
 def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
@@ -40,7 +43,7 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
     A low estimate: what XLA adds to it is not known before it has compiled. Of so many trials at once on each device,
     only the frozen base and the data are shared.
     """
-    world, state, activation_bytes, num_layers, local, engine = needs
+    world, state, activation_bytes, num_layers, local, engine, feed = needs
     base, adapters = trees.num_bytes(world.base), trees.num_bytes(state.adapters)
     clients = trees.num_bytes((state.clients, state.methods["wireless"]))
     running = trees.num_bytes(state.methods["arrival"])
@@ -68,9 +71,12 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
         Term(tested * example, f"lower engine.eval_batch_size, got {engine.eval_batch_size}", "evaluation")
     ]
     split = layout.num_devices if not layout.in_order and num_clients % layout.num_devices == 0 else 1
+    data = trees.num_bytes(world.data)
+    if feed is not None:  # what the next segment needs comes while one runs
+        data += trees.num_bytes((world.data.train, world.data.index.ids, world.data.index.rows))
     shared = [
         Term(base * (2 if state.merged else 1), "take a smaller model.pretrained", "frozen base"),
-        Term(trees.num_bytes(world.data), "lower data.max_length, or take less data", "data"),
+        Term(data, _less_data(feed), "data"),
     ]
     of_a_trial = [
         # A run begins with a copy of its state.
@@ -90,3 +96,9 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
         less = f"lower clients.per_round, got {layout.running}"
         of_a_trial.append(Term(2 * running, less, "models of running clients"))
     return [*shared, *(term._replace(bytes=trials * term.bytes) for term in of_a_trial)]
+
+
+def _less_data(feed: Feed | None) -> str:
+    if feed is None:
+        return "set engine.data to host, lower data.max_length, or take less data"
+    return f"lower engine.eval_every, got {feed.rounds}, or data.max_length"

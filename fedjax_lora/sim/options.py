@@ -1,7 +1,9 @@
 """Options of the engine."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
+
+Place = Literal["device", "host"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -12,6 +14,8 @@ class EngineConfig:
     trials_at_once: trials of a sweep that run side by side in one program; `auto` runs as many as fit the device.
     eval_every: rounds between evaluations (and checkpoints).
     eval_batch_size: examples of one evaluation step.
+    data: where the training pool is: whole on each `device`, or on the `host`, where a device holds what the cohorts of
+      the running rounds need, and of the next ones: between two evaluations, that is.
     error_norms: whether `sparsification_error` and `covariance_error` are measured. That takes all updates of a round
       at once; else each is added to the average as it comes, and a round holds one copy of its clients' adapters.
     reproducible: clients are gathered and added in their order, `client_chunk` at a time: bits depend neither on the
@@ -22,6 +26,7 @@ class EngineConfig:
     trials_at_once: int | Literal["auto"] = "auto"
     eval_every: int = 5
     eval_batch_size: int = 64
+    data: Place = "device"
     error_norms: bool = True
     reproducible: bool = False
 
@@ -34,6 +39,8 @@ class EngineConfig:
             raise ValueError("error_norms must be true where reproducible is true, got False")
         if self.trials_at_once != "auto" and self.trials_at_once < 1:
             raise ValueError(f"trials_at_once must be 'auto' or at least 1, got {self.trials_at_once}")
+        if self.data not in get_args(Place):
+            raise ValueError(f"data must be one of {', '.join(get_args(Place))}, got {self.data!r}")
         if self.eval_every < 1:
             raise ValueError(f"eval_every must be at least 1, got {self.eval_every}")
         if self.eval_batch_size < 1:

@@ -15,7 +15,7 @@ from fedjax_lora.core.learning import Client, Exchange, Work, split_work
 from fedjax_lora.core.network import Population, Radio
 from fedjax_lora.core.types import Adapters, FedState, Scope
 from fedjax_lora.sim.cohort import choose
-from fedjax_lora.sim.parts import Cohort, Parts, World
+from fedjax_lora.sim.parts import Cohort, Layout, Parts, World
 from fedjax_lora.sparsifiers import payload
 
 
@@ -23,15 +23,14 @@ def seen_alone(parts: Parts, state: FedState, keys: RoundKeys) -> Array | None:
     """`[C]` clients of the cohort, where no other's channel is looked at in the round; None where all are."""
     if parts.controller.schedule is not None or parts.layout.everyone:
         return None
-    return sample(parts, state, keys)[0]
+    return sample(parts.layout, state.clients.rank.shape[0], keys)[0]
 
 
-def sample(parts: Parts, state: FedState, keys: RoundKeys) -> tuple[Array, Array]:
+def sample(layout: Layout, num_clients: int, keys: RoundKeys) -> tuple[Array, Array]:
     """A cohort that nobody chooses: all, or a uniform sample, see `choose`."""
-    layout, number = parts.layout, state.clients.rank.shape[0]
-    ids = jnp.arange(number, dtype=jnp.int32)
+    ids = jnp.arange(num_clients, dtype=jnp.int32)
     priority = None if layout.everyone else jax.vmap(jax.random.uniform)(client_keys(keys.cohort, ids))
-    return choose(priority, number, layout.cohort_size, layout.padded_cohort)
+    return choose(priority, num_clients, layout.cohort_size, layout.padded_cohort)
 
 
 def draw_channel(parts: Parts, state: FedState, key: Array, ids: Array | None = None) -> FedState:
@@ -62,7 +61,7 @@ def choose_cohort(parts: Parts, world: World, state: FedState, keys: RoundKeys) 
     """Step 2 and the broadcast: who takes part, what each sends, and when it can begin to."""
     layout, controller = parts.layout, state.methods["control"]
     if parts.controller.schedule is None:
-        ids, present = sample(parts, state, keys)
+        ids, present = sample(layout, state.clients.rank.shape[0], keys)
     else:
         seen = population(parts, world, state, keys)
         priority, controller = parts.controller.schedule(controller, keys.cohort, seen)

@@ -25,10 +25,11 @@ from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.types import Dataset, FedState, Metrics
 from fedjax_lora.sim.chunk import chunk_size
 from fedjax_lora.sim.cohort import TRIALS, device_mesh
-from fedjax_lora.sim.engine import Scores, Simulation, with_scores
+from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.memory import Needs, run_terms
 from fedjax_lora.sim.parts import Layout, World
 from fedjax_lora.sim.placement import state_shardings
+from fedjax_lora.sim.scores import Scores, with_scores
 
 MEMORY_SHARE = 0.35
 """Share of the memory at hand that trials at once may fill by what is foreseen, which is a low estimate: a trial took

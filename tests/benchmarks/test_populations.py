@@ -1,4 +1,4 @@
-"""Benchmarks of populations and of buffered steps at toy size: a result's numbers against each other."""
+"""Benchmarks of populations, pools and buffered steps at toy size: a result's numbers against each other."""
 
 import json
 import os
@@ -29,6 +29,18 @@ def test_populations_take_turns_and_say_what_they_hold():
     assert small["rounds"] == large["rounds"] == 3
     assert found["peak_memory_bytes"] == max(small["peak_memory_bytes"], large["peak_memory_bytes"])
     assert found["holds"]["time"] == (found["round_s_of_largest_over_smallest"] < 1.1)
+
+
+def test_a_pool_on_the_host_is_on_the_device_in_part():
+    """Oracles: the whole pool, and 2 clients of 32 examples of 4 KiB and a label; the losses of both places, equal."""
+    found = run("host_pool.py")
+    device, host = found["places"]["device"], found["places"]["host"]
+    assert device["pool_bytes_on_each_device"] == found["pool_bytes"] > 7_900_000
+    assert host["pool_bytes_on_each_device"] == 2 * 32 * 4100
+    assert host["train_loss"] == device["train_loss"]
+    assert found["round_s_of_host_over_device"] == pytest.approx(
+        host["round_s"]["median"] / device["round_s"]["median"]
+    )
 
 
 def test_rounds_and_buffered_steps_have_as_many_updates(tmp_path):

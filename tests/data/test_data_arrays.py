@@ -51,6 +51,14 @@ def test_later_changes_of_the_arrays_do_not_reach_the_examples_invariance():
     np.testing.assert_array_equal(load(method).train["image"], before)
 
 
+def test_a_file_that_is_mapped_stays_mapped(tmp_path):
+    """Oracle: the memory is that of the file."""
+    np.save(tmp_path / "image.npy", np.ones((4, 8, 8, 1), np.float32))
+    image = np.load(tmp_path / "image.npy", mmap_mode="r")
+    train = {"image": image, "label": np.array([0, 1, 0, 1])}
+    assert np.shares_memory(load(arrays(train)).train["image"], image)
+
+
 def test_the_fingerprint_is_of_content_and_names_counting():
     train = images()
     other = {**train, "image": train["image"] + 1e-3}

@@ -14,8 +14,8 @@ from fedjax_lora.core.keys import round_keys
 from fedjax_lora.core.methods import Context
 from fedjax_lora.data.batches import hold_out
 from fedjax_lora.planning import pilot
-from fedjax_lora.sim.engine import score
 from fedjax_lora.sim.round import sparsify, train_locally
+from fedjax_lora.sim.scores import score
 from fedjax_lora.sim.selection import choose_cohort, normalised
 from toy import simulation
 

@@ -102,7 +102,7 @@ def test_clients_that_keep_their_factors_compute_and_count_by_their_changes():
     head, merged = state.adapters.head, {name: np.zeros(leaf.shape) for name, leaf in state.merged.items()}
     for number in range(3):
         keys = round_keys(state.key, state.round)
-        cohort, _ = sample(parts(sim), state, keys)
+        cohort, _ = sample(sim.layout, 6, keys)
         weight = np.asarray(data.count)[cohort] / np.asarray(data.count)[cohort].sum()
         heads, change = [], dict.fromkeys(merged, 0.0)
         for p, k in zip(weight, map(int, cohort), strict=True):

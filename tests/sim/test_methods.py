@@ -169,7 +169,7 @@ def test_hetlora_prunes_the_ranks_of_those_who_took_part():
     np.testing.assert_array_equal(first.clients.rank, ranks)
     second, _ = sim.run(first, 1)
     keys = round_keys(first.key, first.round)
-    cohort, _ = sample(parts(sim), first, keys)
+    cohort, _ = sample(sim.layout, 6, keys)
     own = clients(sim, first, cohort, client_keys(keys.local, cohort))
     given = sim.world, first, first.adapters, own, jnp.ones(4, bool)
     trained = jax.jit(lambda *given: train_cohort(parts(sim), *given).adapters)(*given)
