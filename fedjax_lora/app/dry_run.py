@@ -19,7 +19,7 @@ from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.core import memory
 from fedjax_lora.core.methods import Method
 from fedjax_lora.sim.chunk import ACCELERATOR_SHARE, choose_chunk
-from fedjax_lora.sim.cohort import CLIENTS, TRIALS, device_mesh
+from fedjax_lora.sim.cohort import CLIENTS, MODEL, TRIALS, device_mesh, mesh_shape
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.memory import run_terms
 from fedjax_lora.sim.parts import Layout
@@ -116,7 +116,7 @@ def dry_run(config: ExperimentConfig, target: Target | None, methods: Sequence[M
     kinds: dict[str, float] = {}
     for term in terms:
         kinds[term.kind] = kinds.get(term.kind, 0.0) + term.bytes
-    sharing = layout.num_devices if target is None and jax.devices()[0].platform == "cpu" else 1
+    sharing = layout.mesh.size if target is None and jax.devices()[0].platform == "cpu" else 1
     room = needed.available_bytes / sharing
     factor = max(needed.bytes / sharing / memory.total(terms), 1.0)
     return Foreseen(
@@ -150,9 +150,9 @@ def _layout(simulation: Simulation, target: Target | None) -> Layout:
     if target is None:
         return layout
     if target.devices is None:
-        mesh: Any = AbstractMesh((1, target.chips), (TRIALS, CLIENTS))
+        mesh: Any = _abstract(*mesh_shape(target.chips, model=layout.model_devices))
     else:
-        mesh = device_mesh(devices=target.devices)
+        mesh = device_mesh(devices=target.devices, model=layout.model_devices)
     layout = layout._replace(mesh=mesh)
     cohort = -(-layout.cohort_size // (1 if layout.in_order else layout.num_devices))
     if needs.engine.client_chunk != "auto":
@@ -224,13 +224,18 @@ def _roof(chip: Chip) -> str:
 
 def _trials(simulation: Simulation, layout: Layout, room_bytes: float) -> int:
     """How many trials one device holds, each of which it has to itself; at least 1."""
-    alone = layout._replace(mesh=AbstractMesh((1, 1), (TRIALS, CLIENTS)), chunk=1)  # pyright: ignore[reportArgumentType]
+    alone = layout._replace(mesh=_abstract(1, 1, layout.model_devices), chunk=1)
     numbers = range(1, MOST_TRIALS // layout.num_devices + 1)
 
     def held(number: int) -> float:
         return memory.total(run_terms(simulation.needs, alone, number))
 
     return max(bisect.bisect_right(numbers, MEMORY_SHARE * room_bytes, key=held), 1)
+
+
+def _abstract(trials: int, clients: int, model: int) -> Any:
+    """A mesh of so many devices, of which there are none."""
+    return AbstractMesh((trials, clients, model), (TRIALS, CLIENTS, MODEL))
 
 
 def _fitting(simulation: Simulation, layout: Layout, room_bytes: float) -> dict[str, int] | None:

@@ -8,6 +8,7 @@ from fedjax_lora.core.memory import Term, total
 from fedjax_lora.core.types import FedState
 from fedjax_lora.sim.options import EngineConfig
 from fedjax_lora.sim.parts import Layout, World
+from fedjax_lora.sim.placement import base_bytes
 from fedjax_lora.training.local import LocalConfig
 
 ADAPTERS_OF_A_CLIENT = 3
@@ -20,7 +21,7 @@ ADAPTERS_IN_TRAINING = 4
 class Needs(NamedTuple):
     """What decides about the memory of a run, beside its layout.
 
-    world, state: of the run; of the latter only shapes are used.
+    world, state: of the run; of the latter, and of the frozen base, only shapes are used.
     activation_bytes: what the backward pass of one client keeps, see `sim.chunk`.
     num_layers: L of the model, which work one after the other.
     local, engine: as they were asked for; a batch takes no more than what fills it.
@@ -41,7 +42,7 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
     only the frozen base and the data are shared.
     """
     world, state, activation_bytes, num_layers, local, engine = needs
-    base, adapters = trees.num_bytes(world.base), trees.num_bytes(state.adapters)
+    base, adapters = base_bytes(world.base, layout), trees.num_bytes(state.adapters)
     clients = trees.num_bytes((state.clients, state.methods["wireless"]))
     running = trees.num_bytes(state.methods["arrival"])
     num_clients, num_tests = world.data.count.shape[0], world.data.test["label"].shape[0]
