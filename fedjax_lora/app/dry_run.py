@@ -1,6 +1,7 @@
 """What a run would take, without running it: memory, arithmetic and time of a round, and what fits side by side."""
 
 import bisect
+import dataclasses
 import math
 import os
 import re
@@ -17,12 +18,14 @@ from fedjax_lora.app.targets import Chip, Target
 from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.core import memory
+from fedjax_lora.core.errors import ConfigError
 from fedjax_lora.core.methods import Method
 from fedjax_lora.sim.chunk import ACCELERATOR_SHARE, choose_chunk
 from fedjax_lora.sim.cohort import CLIENTS, MODEL, TRIALS, device_mesh, mesh_shape
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.memory import run_terms
 from fedjax_lora.sim.parts import Layout
+from fedjax_lora.sim.placement import base_bytes
 from fedjax_lora.sim.round import make_round
 from fedjax_lora.sim.trials import MEMORY_SHARE
 from fedjax_lora.sim.work import Work, work_of
@@ -51,6 +54,8 @@ class Foreseen(NamedTuple):
     cohort, chunk: as the run has them; cohort_key: of the configuration, that the former is of.
     trials: that fit side by side on all devices.
     fitting: the largest cohort and chunk that fit, where these do not; None where none do, or these do.
+    model_devices: the fewest of the target's devices that hold the frozen base together; None where one does, or as many as
+      are asked for, or all do not.
     """
 
     target: str
@@ -68,6 +73,7 @@ class Foreseen(NamedTuple):
     chunk: int
     trials: int
     fitting: dict[str, int] | None
+    model_devices: int | None = None
 
     def document(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -93,6 +99,10 @@ class Foreseen(NamedTuple):
                     f"engine.client_chunk={self.fitting['chunk']}"
                 )
             found.append(fitting)
+        if self.model_devices is not None:
+            found.append(
+                f"the frozen base alone does not fit a device: engine.model_devices={self.model_devices} would"
+            )
         return found
 
 
@@ -102,8 +112,10 @@ def dry_run(config: ExperimentConfig, target: Target | None, methods: Sequence[M
     Raises:
       ConfigError: the configuration is refused, as `build` does.
     """
-    simulation = build(config, methods, draft=True)
-    layout = _layout(simulation, target)
+    here = 1 if target is not None else config.engine.model_devices  # a target's devices are not at hand
+    engine = dataclasses.replace(config.engine, model_devices=here)
+    simulation = build(dataclasses.replace(config, engine=engine), methods, draft=True)
+    layout = _layout(simulation, target, config.engine.model_devices)
     terms = run_terms(simulation.needs, layout)
     work = round_work(simulation)
     if target is None:
@@ -135,6 +147,7 @@ def dry_run(config: ExperimentConfig, target: Target | None, methods: Sequence[M
         chunk=layout.chunk,
         trials=layout.num_devices * _trials(simulation, layout, room),
         fitting=None if fits else _fitting(simulation, layout, room / factor),
+        model_devices=_model_devices(simulation, layout, room),
     )
 
 
@@ -144,15 +157,20 @@ def round_work(simulation: Simulation) -> Work:
     return work_of(make_round(program.make_parts), simulation.world, simulation.needs.state)
 
 
-def _layout(simulation: Simulation, target: Target | None) -> Layout:
-    """The layout on the target, with as many clients at once as its memory is said to hold."""
+def _layout(simulation: Simulation, target: Target | None, model: int) -> Layout:
+    """The layout on the target, with as many clients at once as its memory is said to hold.
+
+    model: devices that hold one frozen base together.
+    """
     layout, needs = simulation.layout, simulation.needs
     if target is None:
         return layout
-    if target.devices is None:
-        mesh: Any = _abstract(*mesh_shape(target.chips, model=layout.model_devices))
-    else:
-        mesh = device_mesh(devices=target.devices, model=layout.model_devices)
+    try:
+        mesh: Any = _abstract(*mesh_shape(target.chips, model=model))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if target.devices is not None:
+        mesh = device_mesh(devices=target.devices, model=model)
     layout = layout._replace(mesh=mesh)
     cohort = -(-layout.cohort_size // (1 if layout.in_order else layout.num_devices))
     if needs.engine.client_chunk != "auto":
@@ -231,6 +249,19 @@ def _trials(simulation: Simulation, layout: Layout, room_bytes: float) -> int:
         return memory.total(run_terms(simulation.needs, alone, number))
 
     return max(bisect.bisect_right(numbers, MEMORY_SHARE * room_bytes, key=held), 1)
+
+
+def _model_devices(simulation: Simulation, layout: Layout, room_bytes: float) -> int | None:
+    """The fewest devices that hold the frozen base in so many bytes on each, where those asked for do not."""
+    devices, base = layout.mesh.size, simulation.needs.world.base
+
+    def held(number: int) -> int:
+        return base_bytes(base, layout._replace(mesh=_abstract(*mesh_shape(devices, model=number))))
+
+    if held(layout.model_devices) <= room_bytes:
+        return None
+    numbers = (number for number in range(1, devices + 1) if devices % number == 0)
+    return next((number for number in numbers if held(number) <= room_bytes), None)
 
 
 def _abstract(trials: int, clients: int, model: int) -> Any:

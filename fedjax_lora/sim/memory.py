@@ -52,6 +52,7 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
     example = activation_bytes / min(local.batch_size, int(world.data.count.max())) / num_layers / 2
     tested = min(engine.eval_batch_size, -(-num_tests // layout.num_devices))
 
+    more = f"take a smaller model.pretrained, or raise engine.model_devices, got {layout.model_devices}"
     several = f"lower engine.client_chunk, got {engine.client_chunk}"
     in_training = [
         Term(
@@ -70,7 +71,7 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
     ]
     split = layout.num_devices if not layout.in_order and num_clients % layout.num_devices == 0 else 1
     shared = [
-        Term(base * (2 if state.merged else 1), "take a smaller model.pretrained", "frozen base"),
+        Term(base * (2 if state.merged else 1), more, "frozen base"),
         Term(trees.num_bytes(world.data), "lower data.max_length, or take less data", "data"),
     ]
     of_a_trial = [
