@@ -54,8 +54,8 @@ class Foreseen(NamedTuple):
     cohort, chunk: as the run has them; cohort_key: of the configuration, that the former is of.
     trials: that fit side by side on all devices.
     fitting: the largest cohort and chunk that fit, where these do not; None where none do, or these do.
-    model_devices: the fewest of the target's devices that hold the frozen base together; None where one does, or as many as
-      are asked for, or all do not.
+    model_devices: the fewest devices that hold the frozen base together, where as many as are asked for do not; None
+      where these do, or all do not.
     """
 
     target: str
@@ -100,9 +100,7 @@ class Foreseen(NamedTuple):
                 )
             found.append(fitting)
         if self.model_devices is not None:
-            found.append(
-                f"the frozen base alone does not fit a device: engine.model_devices={self.model_devices} would"
-            )
+            found.append(f"the frozen base alone does not fit: it does with engine.model_devices={self.model_devices}")
         return found
 
 

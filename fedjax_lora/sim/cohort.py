@@ -64,8 +64,8 @@ def map_over_devices(
     """`work(shared, item)` for every item of the leading axis (clients, batches), `chunk` at a time on each device.
 
     `shared` is never given an axis. The leading axis is a multiple of `chunk` times the number of devices, see
-    `padded_size`. `of_model` is whether the frozen base is in `shared`: the compiler then shares the work of an item among
-    the devices of the axis `model`, which each do all of it else.
+    `padded_size`. `of_model` is whether the frozen base is in `shared`: the compiler then shares the work of an item
+    among the devices of the axis `model`, which each do all of it else.
     """
 
     def on_one_device(shared: Any, items: Any) -> Any:

@@ -34,8 +34,8 @@ def world_shardings(like: World, layout: Layout) -> World:
 def base_shardings(like: Base, layout: Layout) -> Base:
     """The sharding of each frozen weight.
 
-    A matrix is split by its logical axes, see SPLIT; without such, along the longer of its last two axes that the devices
-    divide. Vectors are whole, and the axis of layers is never split.
+    A matrix is split by its logical axes, see SPLIT; without such, along the longer of its last two axes that the
+    devices divide. Vectors are whole, and the axis of layers is never split.
 
     Args:
       like: arrays or shapes.
@@ -74,8 +74,8 @@ def state_shardings(like: FedState, layout: Layout, lanes: bool = False) -> FedS
     """The sharding of each leaf of a state.
 
     What is of each client is split over the mesh axis `clients`, where its devices divide K, and what is merged into
-    matrices of the frozen base over `model`; all else is whole on each device, as is everything where clients are worked
-    on in order.
+    matrices of the frozen base over `model`; all else is whole on each device, as is everything where clients are
+    worked on in order.
 
     Args:
       like: arrays or shapes.

@@ -1,7 +1,7 @@
-"""A run on the devices at hand, told as JSON: `run_here.py SETTING ...`.
+"""A run on the devices at hand, told as JSON: `run_here.py TRIALS SETTING ...`.
 
-Of the run: its losses. Of the frozen base: the bytes of the largest weights that one device holds, in shares of all. Of the
-compiled program: elements of each result of an all-gather and of an all-reduce, and the bytes of its arguments.
+Of the run: its losses. Of each frozen weight: the share that the first device holds. Of the compiled program: elements
+of each result of an all-gather and of an all-reduce, and the bytes of its arguments on a device.
 """
 
 import json
