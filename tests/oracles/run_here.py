@@ -1,4 +1,4 @@
-"""A run on the devices at hand, told as JSON: `run_here.py TRIALS SETTING ...`.
+"""A run on the devices at hand, told as JSON: `run_here.py SETTING ...`.
 
 Of the run: its losses. Of each frozen weight: the share that the first device holds. Of the compiled program: elements
 of each result of an all-gather and of an all-reduce, and the bytes of its arguments on a device.
@@ -15,11 +15,9 @@ import jax
 import fedjax_lora as fl
 
 
-def told(settings: list[str], trials: int) -> dict[str, Any]:
-    """What `settings` come to; of so many trials side by side where there are several."""
+def told(settings: list[str]) -> dict[str, Any]:
+    """What two rounds by these settings come to."""
     simulation = fl.build(fl.load_config(None, settings))
-    if trials > 1:
-        return {"eval_loss": losses(simulation, trials)}
     state = simulation.init(jax.random.key(0))
     compiled = simulation.program.compiled(simulation.world, state)
     _, metrics = simulation.run(state, 2)
@@ -32,18 +30,6 @@ def told(settings: list[str], trials: int) -> dict[str, Any]:
         "summed": exchanged(text, "all-reduce"),
         "argument_bytes": analysis.argument_size_in_bytes,
     }
-
-
-def losses(simulation: fl.Simulation, trials: int) -> list[float]:
-    """Of trials that differ in their seeds alone, after a round."""
-    from fedjax_lora.sim.trials import Lanes, Trial
-
-    data = simulation.world.data
-    each = [Trial(simulation.numbers, seed, data.index, data.count) for seed in range(trials)]
-    lanes = Lanes(simulation, trials)
-    for _, rows in lanes.segments(each, lanes.init(each), 1):
-        return [float(row.eval_loss[-1]) for row in rows]
-    raise AssertionError("no segment")
 
 
 def held(base: Any) -> dict[str, float]:
@@ -64,4 +50,4 @@ def exchanged(text: str, operation: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    json.dump(told(sys.argv[2:], int(sys.argv[1])), sys.stdout)
+    json.dump(told(sys.argv[1:]), sys.stdout)

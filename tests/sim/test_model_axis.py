@@ -80,32 +80,41 @@ def test_a_number_of_devices_that_cannot_be_is_refused_in_one_line():
 MAPPED = """
 import json, jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-from fedjax_lora.sim.cohort import MODEL, device_mesh, map_over_devices
+from fedjax_lora.sim.cohort import MODEL, TRIALS, device_mesh, map_over_devices
 
-mesh = device_mesh(model=MODEL_DEVICES)
+mesh = device_mesh(2, model=MODEL_DEVICES)
 up, down = (0.3 * jnp.sin(jnp.arange(3.0 * 8 * 20)).reshape(3, *shape) for shape in ((8, 20), (20, 8)))
 shards = [NamedSharding(mesh, P(None, None, MODEL)), NamedSharding(mesh, P(None, MODEL))]
 base = [jax.device_put(w, shard) for w, shard in zip((up, down), shards)]
 
+def layer(x, w):
+    y = jax.lax.switch(jnp.int32(x[0, 0] > 0), [lambda x: x @ w[0], lambda x: 2 * x @ w[0]], x)
+    return x + jnp.tanh(y) @ w[1], None
+
 def loss(x, base):
-    return jnp.sum(jnp.cos(jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w[0]) @ w[1], None), x, base)[0]))
+    return jnp.sum(jnp.cos(jax.lax.scan(jax.checkpoint(layer), x, base)[0]))
 
 def gradient(base, x):
     return jax.grad(loss)(x, base)
 
-mapped = jax.jit(lambda base, x: map_over_devices(gradient, base, x, 2, mesh, of_model=True))
-x = jnp.cos(jnp.arange(8.0 * 5 * 8)).reshape(8, 5, 8)
-compiled = mapped.lower(base, x).compile()
+def trial(base, x):
+    return map_over_devices(gradient, base, x, 2, mesh, of_model=True)
+
+x = jnp.cos(jnp.arange(2 * 4 * 5 * 8.0)).reshape(2, 4, 5, 8)
+compiled = jax.jit(jax.vmap(trial, (None, 0), spmd_axis_name=TRIALS)).lower(base, x).compile()
 print(json.dumps([compiled(base, x).tolist(), compiled.as_text(), base[0].addressable_shards[0].data.size]))
 """
 
 
 def test_a_scan_over_split_layers_is_the_same_and_no_weights_are_gathered():
-    """Oracles: one device, and the compiled program, which exchanges sums of activations and no array of weights."""
+    """Oracles: one device, and the compiled program, which exchanges sums of activations and no array of weights.
+
+    Trials of clients, whose gradients go through a choice of branches in a loop over layers that is computed again.
+    """
     command = [sys.executable, "-c"]
     cases = [
         ([*command, MAPPED.replace("MODEL_DEVICES", str(model))], {"JAX_NUM_CPU_DEVICES": str(devices)})
-        for devices, model in ((1, 1), (4, 2))
+        for devices, model in ((1, 1), (8, 2))
     ]
     (alone, _, whole), (split, text, part) = map(json.loads, started(cases))
     np.testing.assert_allclose(split, alone, rtol=1e-5, atol=1e-5)
@@ -126,7 +135,7 @@ TEXT = [
     "data={source: tsv, max_length: 24}",
     "clients.count=4",
     "local={steps: 2, batch_size: 4, optimizer: {name: sgd, learning_rate: 0.5}}",
-    "lora={max_rank: 2, rank: 2, targets: [query, up]}",
+    "lora={max_rank: 2, rank: 2, targets: [query]}",
     "sparsifier=dense",
     "engine={eval_every: 2, eval_batch_size: 5, client_chunk: 1}",
 ]
@@ -145,9 +154,9 @@ def text(tmp_path_factory):
     return [*TEXT, *data, f"model.pretrained={save_bert(folder / 'bert', SHAPE)}"]
 
 
-def runs(settings, *model_devices, trials=1):
+def runs(settings, *model_devices):
     """What a run tells on one device, and on eight of which so many hold one base."""
-    command = [sys.executable, str(ROOT / "tests/oracles/run_here.py"), str(trials), *settings]
+    command = [sys.executable, str(ROOT / "tests/oracles/run_here.py"), *settings]
     several = [([*command, f"engine.model_devices={n}"], {"JAX_NUM_CPU_DEVICES": "8"}) for n in model_devices]
     return list(map(json.loads, started([(command, {}), *several])))
 
@@ -174,17 +183,3 @@ def test_a_run_on_digits_equals_one_device_and_its_mean_is_a_sum_over_devices():
     clients, rank, narrowest = 8, 4, 64
     assert max(whole["gathered"]) < clients * rank * narrowest
     assert whole["summed"].count(rank * narrowest) >= 3  # a and b of `query`, a of `up`, a layer at a time
-
-
-CHANGED = ["aggregation=flora", "training={name: split, device_layers: 1}", "model.compute_dtype=bfloat16"]
-
-
-@pytest.mark.parametrize("more", CHANGED)
-def test_methods_that_change_or_cut_the_base_run_on_split_weights(text, more):
-    one, two = runs([*text, more], 2)
-    np.testing.assert_allclose(two["train_loss"], one["train_loss"], rtol=2e-2 if "bfloat16" in more else 1e-4)
-
-
-def test_trials_side_by_side_run_on_split_weights(text):
-    one, two = runs(text, 2, trials=2)
-    np.testing.assert_allclose(two["eval_loss"], one["eval_loss"], rtol=1e-4)
