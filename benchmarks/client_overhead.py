@@ -28,7 +28,7 @@ QUIETLY = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
-    "PYTHONPATH": str(HERE),
+    "PYTHONPATH": f"{HERE}{os.pathsep}{HERE / 'peers'}",
 }
 
 
@@ -92,7 +92,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         result["tried"] = {peer.name: _tune(peer, folder, options) for peer in peers}
-        chosen = {peer: _fastest(result["tried"][peer.name]) for peer in peers}
+        chosen = {peer: fastest(result["tried"][peer.name]) for peer in peers}
         result["results"] = [_measure(clients, chosen, folder, options) for clients in options.clients]
     _table(result)
     emit(result, options.out)
@@ -116,7 +116,7 @@ def _peers(options: argparse.Namespace) -> list[Peer]:
     """Those whose python is given."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
     table = (
-        Peer("flower", options.flower_python, HERE / "peers/flower_digits.py", (), ("flwr", "ray", "torch", "numpy")),
+        Peer("flower", options.flower_python, HERE / "peers/flower_rounds.py", (), ("flwr", "ray", "torch", "numpy")),
         Peer("pfl", options.pfl_python, HERE / "peers/pfl_digits.py", torchrun, ("pfl", "torch", "numpy")),
     )
     return [peer for peer in table if peer.python is not None]
@@ -154,7 +154,8 @@ def _tune(peer: Peer, folder: Path, options: argparse.Namespace) -> list[dict[st
     return tried
 
 
-def _fastest(tried: list[dict[str, Any]]) -> Settings:
+def fastest(tried: list[dict[str, Any]]) -> Settings:
+    """The settings of the shortest round; RuntimeError where there was none."""
     done = [one for one in tried if "round_s" in one]
     if not done:
         raise RuntimeError(f"a peer ran at none of its settings: {tried[-1]['error']}")

@@ -1,7 +1,8 @@
 """Seconds and memory of a round by the number of clients, where equally many are trained at once.
 
-Time is to grow no faster than the clients (slope 1), and memory by a few copies of a client's adapters. Each number of
-clients is measured in a process of its own.
+Time is to grow no faster than the clients (slope 1), and memory by one copy of a client's adapters where updates are
+added up one by one, and by a few where the error norms are measured. Each number of clients is measured in a process of
+its own.
 """
 
 import argparse
@@ -18,9 +19,13 @@ MEMORIES = ("xla_bytes", "temp_bytes", "argument_bytes", "growth_bytes", "peak_m
 process has held in rounds, beyond what it held before; and the most that it, or the accelerator, has held at all."""
 
 
-def point(clients: int, options: argparse.Namespace) -> dict[str, Any]:
+SERIES = {"one_by_one": False, "error_norms": True}
+"""Name -> whether the error norms are measured."""
+
+
+def point(clients: int, error_norms: bool, options: argparse.Namespace) -> dict[str, Any]:
     """One number of clients: a round to warm up, and the timed ones."""
-    size = {"clients": clients, "steps": options.steps, "chunk": options.chunk}
+    size = {"clients": clients, "steps": options.steps, "chunk": options.chunk, "error_norms": error_norms}
     with tempfile.TemporaryDirectory() as folder, Remote("scaled:Clients", folder=Path(folder), **size) as remote:
         described = remote.call("describe")
         before = remote.call("peak_memory_bytes")
@@ -69,19 +74,26 @@ def main() -> None:
     if len(set(options.clients)) < 2:
         parser.error(f"--clients must be two different numbers or more, got {options.clients}")
     result = {"benchmark": "client_scaling", "environment": environment(), "steps": options.steps}
+    for name, error_norms in SERIES.items():
+        result[name] = series(name, error_norms, options)
+    emit(result, options.out)
+
+
+def series(name: str, error_norms: bool, options: argparse.Namespace) -> dict[str, Any]:
+    """All numbers of clients, and what grows with them."""
     rows = []
-    note("clients  compile s  round s   XLA MB  growth MB  process MB")
+    note(f"{name}: clients  compile s  round s   XLA MB  growth MB  process MB")
     for clients in options.clients:
-        row = point(clients, options)
+        row = point(clients, error_norms, options)
         rows.append(row)
         xla, growth, peak = (row.get(name, float("nan")) / 1e6 for name in ("xla_bytes", *MEMORIES[-2:]))
         note(f"{clients:7} {row['compile_s']:10.1f} {row['round_s']:8.3f} {xla:8.1f} {growth:10.1f} {peak:11.1f}")
     found = slopes(rows)
-    for name, slope in found["log_log_slopes"].items():
-        note(f"log-log slope of {name}: {slope:.3f}")
-    for name, ratio in found["bytes_per_client_over_adapter_bytes"].items():
-        note(f"{name} of one more client: {ratio:.2f} times its adapters")
-    emit(result | {"rows": rows, **found}, options.out)
+    for column, slope in found["log_log_slopes"].items():
+        note(f"log-log slope of {column}: {slope:.3f}")
+    for column, ratio in found["bytes_per_client_over_adapter_bytes"].items():
+        note(f"{column} of one more client: {ratio:.2f} times its adapters")
+    return {"rows": rows, **found}
 
 
 if __name__ == "__main__":

@@ -29,6 +29,13 @@ from transformers import BertModel
 from transformers.utils import logging
 
 
+def quiet() -> None:
+    """Leave out advice of the libraries to each other, and of the compiler."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+
+
 class Classifier(nn.Module):
     """BERT with adapters, mean pooling over real positions, and a linear head."""
 
@@ -68,9 +75,7 @@ class Peer:
 
     def __init__(self, workload: Workload, dtype: Dtype, settings: PeerSettings, device: str = "cpu"):
         started = time.perf_counter()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        warnings.simplefilter("ignore")  # advice of the libraries to each other, and of the compiler
+        quiet()
         torch.set_num_threads(workload.threads)
         torch.manual_seed(0)
         self._workload = workload

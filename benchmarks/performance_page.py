@@ -80,17 +80,17 @@ def memory(results: Path) -> str:
     held = read(results, "client_scaling")
     if not held:
         return ""
+    series = {"one_by_one": "one by one", "error_norms": "with error norms"}
     kinds = {
-        "xla_bytes": "by XLA's count",
-        "growth_bytes": "growth in rounds",
-        "peak_memory_bytes": "the whole process",
+        "xla_bytes": "memory of one more client, by XLA's count",
+        "growth_bytes": "memory of one more client, growth in rounds",
+        "peak_memory_bytes": "memory of one more client, the whole process",
     }
-    rows = [["time", f"clients to the power {held['log_log_slopes']['round_s']:.2f}"]]
-    copies = held["bytes_per_client_over_adapter_bytes"]
-    rows += [
-        [f"memory of one more client, {what}", f"{copies[name]:.2f} times its adapters"] for name, what in kinds.items()
-    ]
-    return table(["what grows", "how"], rows)
+    rows = [["time", *(f"clients to the power {held[name]['log_log_slopes']['round_s']:.2f}" for name in series)]]
+    for kind, what in kinds.items():
+        copies = [held[name]["bytes_per_client_over_adapter_bytes"][kind] for name in series]
+        rows.append([what, *(f"{number:.2f} times its adapters" for number in copies)])
+    return table(["what grows", *series.values()], rows)
 
 
 def sparsifiers(results: Path) -> str:

@@ -137,10 +137,10 @@ class Clients:
 
     Args:
       folder: an empty one.
-      clients: of each round. steps: local ones. chunk: clients trained at once.
+      clients: of each round. steps: local ones. chunk: clients trained at once. error_norms: whether they are measured.
     """
 
-    def __init__(self, folder: Path, clients: int, steps: int, chunk: int):
+    def __init__(self, folder: Path, clients: int, steps: int, chunk: int, error_norms: bool):
         keep_nothing(folder)
         names = tuple(str(label) for label in range(10))
         source = arrays("repeated", train=digits(clients * EXAMPLES), test=digits(TESTED), class_names=names)
@@ -151,6 +151,7 @@ class Clients:
             "sparsifier=dense",
             "control=ideal",
             f"engine={{client_chunk: {chunk}, eval_every: 1, eval_batch_size: {TESTED}}}",
+            f"engine.error_norms={str(error_norms).lower()}",
         ]
         config = load_config(None, overrides, base=preset("digits"), methods=[source])
         self._simulation: Simulation = fl.build(config, [source])

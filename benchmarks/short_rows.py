@@ -90,8 +90,9 @@ def _overhead(held: dict[str, Any]) -> list[Row]:
 
 
 def _scaling(held: dict[str, Any]) -> list[Row]:
-    slope = held["log_log_slopes"]["round_s"]
-    copies = held["bytes_per_client_over_adapter_bytes"]["growth_bytes"]
+    one_by_one = held["one_by_one"]
+    slope = one_by_one["log_log_slopes"]["round_s"]
+    copies = one_by_one["bytes_per_client_over_adapter_bytes"]["growth_bytes"]
     return [["one more client", f"time as clients to the power {slope:.2f}, {copies:.1f} times its adapters in memory"]]
 
 

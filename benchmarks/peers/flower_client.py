@@ -1,20 +1,21 @@
 """The client of the Flower peer, in a module of its own: Ray's actors import it by name, once."""
 
 import functools
+import importlib
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from torch_digits import Round, Trainer
+from torch_digits import Round
 
 app = ClientApp()
 
 
 @functools.cache
-def trainer(shape: Round) -> Trainer:
+def trainer(shape: Round) -> Any:
     """The actor's data and model, made at its first message."""
-    return Trainer(shape)
+    return importlib.import_module(shape.trainer).Trainer(shape)
 
 
 @app.train()

@@ -114,6 +114,7 @@ class Round:
     workers, threads: processes that train clients, and PyTorch's threads in each.
     compile: 1 where torch.compile makes the model's forward and backward pass.
     launched: when the peer was started, in seconds of the clock on the wall.
+    trainer: module whose `Trainer` trains the clients.
     """
 
     data: str
@@ -126,13 +127,16 @@ class Round:
     threads: int
     compile: int
     launched: float
+    trainer: str = "torch_digits"
 
     @classmethod
     def parse(cls) -> "Round":
-        """The options of the command line; each is needed."""
+        """The options of the command line; each without a default is needed."""
         parser = argparse.ArgumentParser()
         for field in dataclasses.fields(cls):
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, required=True)  # pyright: ignore
+            needed = field.default is dataclasses.MISSING
+            option = {"required": True} if needed else {"default": field.default}
+            parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, **option)  # pyright: ignore
         return cls(**vars(parser.parse_args()))
 
     def prepare(self, make: Callable[[], Model]) -> Model:

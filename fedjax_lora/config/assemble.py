@@ -21,6 +21,7 @@ from fedjax_lora.config.kept import client_activations, shared_program
 from fedjax_lora.core import hosts
 from fedjax_lora.core import memory as machine
 from fedjax_lora.core.errors import ConfigError, ConfigWarning
+from fedjax_lora.core.exchange import Aggregator
 from fedjax_lora.core.learning import Model
 from fedjax_lora.core.mapping import Mapped
 from fedjax_lora.core.methods import Context, Method
@@ -253,6 +254,8 @@ def _layout(config: ExperimentConfig, catalogue: Catalogue, context: Context, mo
     made = records(config, catalogue, context)
     takes, at_once = made["arrival"].takes, context.cohort_size
     together = takes is None
+    if not config.engine.error_norms:
+        _check_one_by_one(config, made["aggregation"], together)
     return Layout(
         cohort_size=at_once if together else takes,
         chunk=1,
@@ -260,9 +263,24 @@ def _layout(config: ExperimentConfig, catalogue: Catalogue, context: Context, mo
         everyone=at_once == context.num_clients and together and made["control"].schedule is None,
         one_rank=not config.lora.client_ranks and made["aggregation"].next_rank is None,
         in_order=config.engine.reproducible,
+        all_at_once=config.engine.error_norms,
         running=None if together else at_once,
         axes=Mapped(model.axes),
     )
+
+
+def _check_one_by_one(config: ExperimentConfig, aggregator: Aggregator, together: bool) -> None:
+    """Refuse to add one update after the other where that is not possible.
+
+    Raises:
+      ConfigError: the aggregator has no fold, or clients do not end `together`.
+    """
+    if aggregator.fold is None:
+        name = getattr(config.aggregation, "name", None)
+        raise ConfigError(f"engine.error_norms must be true where aggregation.name is {name}, got False")
+    if not together:
+        name = getattr(config.arrival, "name", None)
+        raise ConfigError(f"engine.error_norms must be true where arrival.name is {name}, got False")
 
 
 def _weights(

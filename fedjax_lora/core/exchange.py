@@ -162,7 +162,9 @@ sum to 1 over the clients, or are 0 where p is.
 class Fold(NamedTuple):
     """An average that takes one client after the other, so that updates need not be held for the cohort.
 
-    init: `broadcast -> sums`, as large as one client's update.
+    Sums add up: those of one group of clients and those of another are those of both.
+
+    init: `broadcast -> sums`, all zero, as large as one client's update.
     add: `(sums, broadcast, Received of one client, its weight) -> sums`; weights sum to 1 over the cohort, and 0
       changes nothing, not even with NaN.
     finish: `(sums, broadcast) -> adapters`.

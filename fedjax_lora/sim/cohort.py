@@ -79,6 +79,29 @@ def map_over_devices(
     return mapped(shared, items)
 
 
+def sum_over_devices(work: Callable[..., Any], shared: Any, items: Any, most: int, mesh: Mesh) -> Any:
+    """The sum of `work(shared, item)` over all items: of each device's, at most `most` at a time, then over devices.
+
+    Sharing and leading axis are those of `map_over_devices`; nothing is held for all items.
+    """
+
+    def on_one_device(shared: Any, items: Any) -> Any:
+        number = jax.tree.leaves(items)[0].shape[0]
+        at_once = max(size for size in range(1, min(most, number) + 1) if number % size == 0)
+        blocks = jax.tree.map(lambda leaf: leaf.reshape(-1, at_once, *leaf.shape[1:]), items)
+
+        def add(total: Any, block: Any) -> tuple[Any, None]:
+            found = jax.vmap(work, (None, 0))(shared, block)
+            return jax.tree.map(lambda x, y: x + jnp.sum(y, 0), total, found), None
+
+        one = jax.eval_shape(work, shared, jax.tree.map(lambda leaf: leaf[0], items))
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
+        return lax.psum(lax.scan(add, nothing, blocks)[0], CLIENTS)
+
+    mapped = jax.shard_map(on_one_device, mesh=mesh, in_specs=(P(), P(CLIENTS)), out_specs=P(), check_vma=False)
+    return mapped(shared, items)
+
+
 def map_in_order(work: Callable[..., Any], shared: Any, items: Any, chunk: int, mesh: Mesh) -> Any:
     """`map_over_devices` whose bits do not depend on the number of devices: every device ends with all results.
 

@@ -12,6 +12,8 @@ class EngineConfig:
     trials_at_once: trials of a sweep that run side by side in one program; `auto` runs as many as fit the device.
     eval_every: rounds between evaluations (and checkpoints).
     eval_batch_size: examples of one evaluation step.
+    error_norms: whether `sparsification_error` and `covariance_error` are measured. That takes all updates of a round
+      at once; else each is added to the average as it comes, and a round holds one copy of its clients' adapters.
     reproducible: clients are gathered and added in their order, `client_chunk` at a time: bits depend neither on the
       number of devices nor on that of processes, and every device holds the state of all clients.
     model_devices: devices that hold one frozen base together, each a part of its large weights, and train the same
@@ -22,6 +24,7 @@ class EngineConfig:
     trials_at_once: int | Literal["auto"] = "auto"
     eval_every: int = 5
     eval_batch_size: int = 64
+    error_norms: bool = True
     reproducible: bool = False
     model_devices: int = 1
 
@@ -30,6 +33,8 @@ class EngineConfig:
             raise ValueError(f"client_chunk must be 'auto' or at least 1, got {self.client_chunk}")
         if self.reproducible and self.client_chunk == "auto":
             raise ValueError("client_chunk must be a number where reproducible is true, got 'auto'")
+        if self.reproducible and not self.error_norms:
+            raise ValueError("error_norms must be true where reproducible is true, got False")
         if self.trials_at_once != "auto" and self.trials_at_once < 1:
             raise ValueError(f"trials_at_once must be 'auto' or at least 1, got {self.trials_at_once}")
         if self.eval_every < 1:

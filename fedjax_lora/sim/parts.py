@@ -28,7 +28,11 @@ from fedjax_lora.core.network import Arrival, Controller, Decision, Delivery, Ra
 from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.sides import Side
 from fedjax_lora.core.types import Adapters, Base, Dataset, Packing, Scope
+<<<<<<< HEAD
 from fedjax_lora.sim.cohort import CLIENTS, MODEL, map_in_order, map_over_devices, padded_size
+=======
+from fedjax_lora.sim.cohort import CLIENTS, map_in_order, map_over_devices, padded_size, sum_over_devices
+>>>>>>> main
 
 
 @struct.dataclass
@@ -48,6 +52,7 @@ class Layout(NamedTuple):
     one_rank: whether all clients have the structural rank, in every round.
     packing: of the batches of evaluation; None where nothing is packed.
     in_order: whether clients are worked on, and added, alike on any number of devices.
+    all_at_once: whether an average takes all updates of a round, which then are held, and the error norms are measured.
     running: clients that run at once, where they begin and end at times of their own; a cohort is then of those that
       the server takes. None where all of a cohort begin and end together.
     axes: of the frozen weights, see `Model.axes`.
@@ -60,6 +65,7 @@ class Layout(NamedTuple):
     one_rank: bool
     packing: Packing | None = None
     in_order: bool = False
+    all_at_once: bool = True
     running: int | None = None
     axes: Mapped = Mapped()
 
@@ -88,6 +94,10 @@ class Layout(NamedTuple):
         if self.in_order:
             return map_in_order(work, shared, items, chunk, self.mesh)
         return map_over_devices(work, shared, items, chunk, self.mesh, of_model=of_model)
+
+    def sum(self, work: Callable[..., Any], shared: Any, items: Any, most: int) -> Any:
+        """`cohort.sum_over_devices`."""
+        return sum_over_devices(work, shared, items, most, self.mesh)
 
 
 class Parts(NamedTuple):
@@ -219,11 +229,11 @@ class Offers(NamedTuple):
 class Upload(NamedTuple):
     """What the clients send; leaves are `[C, ...]`.
 
-    received: as the server decodes it. bits: of all that each sends. kept_ranks, dropped_energy: see `Message`.
-    memory: of the sparsifier, for those who are heard.
+    received: as the server decodes it; None where it is averaged client by client. bits: of all that each sends.
+    kept_ranks, dropped_energy: see `Message`. memory: of the sparsifier, for those who are heard.
     """
 
-    received: Received
+    received: Received | None
     bits: Count
     kept_ranks: Array
     dropped_energy: Array

@@ -10,23 +10,19 @@ from jax import Array
 
 from fedjax_lora.adapters.lora import max_rank, rank_mask
 from fedjax_lora.aggregation.products import as_changes
-from fedjax_lora.core import count, trees
-from fedjax_lora.core.count import Count
+from fedjax_lora.core import trees
 from fedjax_lora.core.exchange import Aggregate, Live
-from fedjax_lora.core.keys import client_keys, round_keys
+from fedjax_lora.core.keys import round_keys
 from fedjax_lora.core.learning import Broadcast, Client, Trained, Trainer
 from fedjax_lora.core.network import Decision, Delivery, Observation, Outcome
-from fedjax_lora.core.types import Adapters, ClientState, Factors, FedState, Metrics
+from fedjax_lora.core.types import Adapters, ClientState, FedState, Metrics
 from fedjax_lora.sim.merged import current_base
+from fedjax_lora.sim.messages import average_one_by_one, importance, own_product, sparsify
 from fedjax_lora.sim.metrics import observe
 from fedjax_lora.sim.parts import Arrivals, Cohort, Local, MakeParts, Offers, Parts, Uplink, Upload, World
 from fedjax_lora.sim.running import begin, begin_again, first_to_end, rebased
-from fedjax_lora.sim.selection import choose_cohort, correction_bits, draw_channel, normalised, seen_alone, waited_s
-from fedjax_lora.sparsifiers import payload, transforms
+from fedjax_lora.sim.selection import choose_cohort, draw_channel, normalised, seen_alone, waited_s
 from fedjax_lora.training.personal import extract
-
-SPARSIFIED_BYTES = 2**24
-"""Of the cohort's arrays that each device sparsifies at once, or a whole chunk of training: small steps are slow."""
 
 RoundFn = Callable[[World, FedState], tuple[FedState, Metrics]]
 
@@ -57,7 +53,10 @@ def make_round(make_parts: MakeParts) -> RoundFn:
         uplink = transmit(parts, cohort, local, decision, upload)
 
         # 8. Aggregate, step the server, update the controller.
-        aggregate = average(parts, cohort, local, uplink, keys.aggregate)
+        if parts.layout.all_at_once:
+            aggregate = average(parts, cohort, local, uplink, keys.aggregate)
+        else:
+            aggregate = average_one_by_one(parts, cohort, local, uplink, keys.sparsify)
         after, report = advance(parts, state, cohort, local, uplink, aggregate)
         everyone = jnp.sum(parts.client_weight(world.data.count))
         return after, observe(after, cohort, local, offers, uplink, aggregate, report, everyone)
@@ -122,19 +121,6 @@ def given_to(parts: Parts, world: World, state: FedState, start: Adapters) -> Br
     )
 
 
-def importance(parts: Parts, cohort: Cohort, local: Local) -> Offers:
-    """Step 4: what the ranks of each client are worth, and what they cost."""
-
-    def offer(shared: tuple[Adapters, Live], item: tuple[Adapters, Array]) -> Offers:
-        (start, sends), (shown, ranks) = shared, item
-        scope, start = parts.scope_on_air(ranks, sends), parts.on_air(start)
-        found = parts.sparsifier.offer(start, parts.on_air(shown), scope)
-        bits = payload.bits(found.size, parts.transforms) + correction_bits(parts, start, scope)
-        return Offers(found.tail_energy, bits.float32())
-
-    return _map_cohort(parts, offer, cohort, (local.shown, cohort.ranks))
-
-
 def control(parts: Parts, cohort: Cohort, local: Local, offers: Offers) -> Decision:
     """Step 5: kept ranks and bandwidth of each client, as the controller has it, or had when the client began."""
     if cohort.arrivals is not None:
@@ -148,46 +134,6 @@ def control(parts: Parts, cohort: Cohort, local: Local, offers: Offers) -> Decis
         whole_ranks=parts.sparsifier.whole_ranks,
     )
     return parts.controller.allocate(cohort.controller, observation)
-
-
-def sparsify(parts: Parts, cohort: Cohort, local: Local, kept: Array, key: Array) -> Upload:
-    """Step 6: what each client sends and the server decodes, where it keeps `kept` `[C]` ranks.
-
-    Some at a time: what one client's choice takes beside its adapters is not held for all of them.
-    """
-
-    def send(shared: tuple[Adapters, Live], item: Any) -> Upload:
-        (start, sends), (shown, memory, kept, ranks, key) = shared, item
-        scope, (encode_key, transform_key) = parts.scope_on_air(ranks, sends), jax.random.split(key)
-        start, held = parts.on_air(start), parts.on_air(shown)
-        message = parts.sparsifier.encode(start, held, memory, kept, scope, encode_key)
-        bits = payload.bits(payload.message_size(message), parts.transforms) + correction_bits(parts, start, scope)
-        message = transforms.apply(parts.transforms, message, transform_key)
-        received = parts.sparsifier.decode(start, message, scope)
-        memory = parts.sparsifier.remember(held, memory, received, scope)
-        if parts.side is not None:
-            received = parts.side.received(received, shown, scope.ranks)
-        return Upload(received, bits, message.kept_ranks, message.dropped_energy, memory)
-
-    memory = cohort.clients.methods["sparsifier"]
-    items = local.shown, memory, kept, cohort.ranks, client_keys(key, cohort.ids)
-    upload = _map_cohort(parts, send, cohort, items)
-    return upload._replace(bits=count.where(local.active, upload.bits, Count.of(0)))
-
-
-def _map_cohort(parts: Parts, work: Callable[..., Any], cohort: Cohort, items: Any) -> Any:
-    """`work((start, sends), item)` of every client of the cohort."""
-    layout, starts = parts.layout, cohort.arrivals and cohort.arrivals.starts
-    chunk = layout.chunk if layout.in_order else max(layout.chunk, sparsified_at_once(items))
-    if starts is None:
-        return layout.map(work, (cohort.start, cohort.sends), items, chunk)
-    return layout.map(lambda sends, item: work((item[0], sends), item[1]), cohort.sends, (starts, items), chunk)
-
-
-def sparsified_at_once(items: Any) -> int:
-    """Clients, on the leading axis of the leaves, that take SPARSIFIED_BYTES; at least one."""
-    leaves = jax.tree.leaves(items)
-    return max(SPARSIFIED_BYTES * leaves[0].shape[0] // sum(leaf.size * leaf.dtype.itemsize for leaf in leaves), 1)
 
 
 def transmit(parts: Parts, cohort: Cohort, local: Local, decision: Decision, upload: Upload) -> Uplink:
@@ -298,12 +244,6 @@ def started(cohort: Cohort) -> tuple[Adapters, int | None]:
 def keep_where(active: Array, trained: Adapters, starts: Adapters) -> Adapters:
     """The trained adapters `[C, ...]` of the active clients; of the others what they started from, see `started`."""
     return jax.tree.map(lambda x, x0: jnp.where(active.reshape((-1,) + (1,) * (x.ndim - 1)), x, x0), trained, starts)
-
-
-def own_product(adapters: Adapters, ranks: Array) -> Adapters:
-    """One client's adapters with b zero where `ranks` `[R]` is: there it holds the broadcast, nothing of its own."""
-    modules = {name: Factors(a=f.a, b=f.b * ranks[:, None]) for name, f in adapters.modules.items()}
-    return Adapters(modules=modules, head=adapters.head)
 
 
 def overlapped_s(trainer: Trainer, cohort: Cohort, bits: Array, delivery: Delivery) -> Array:

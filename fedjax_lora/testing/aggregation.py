@@ -103,18 +103,20 @@ def weights_of_the_mean_product_sum_to_one(subject: Subject) -> None:
 
 
 def one_client_after_the_other_gives_the_same(subject: Subject) -> None:
-    """`fold` equals `aggregate`, also where a client of weight 0 holds NaN."""
+    """`fold` equals `aggregate`, also where a client of weight 0 holds NaN, and sums of single clients add up."""
     method, start = subject.record, examples.adapters(0)
     if method.fold is None:
         return
     clients, weights = _cohort(method, (1, 2, 3, 4), start), (0.5, 0.3, 0.2, 0.0)
     expected = _aggregated(method, start, clients, weights).adapters
     received = examples.everything(jax.tree.map(lambda leaf: leaf.at[3].set(jnp.nan), clients))
-    sums = method.fold.init(start)
+    nothing = together = sums = method.fold.init(start)
     for i, weight in enumerate(weights):
         one = jax.tree.map(lambda leaf, i=i: leaf[i], received)
         sums = method.fold.add(sums, start, one, jnp.float32(weight))
+        together = jax.tree.map(jnp.add, together, method.fold.add(nothing, start, one, jnp.float32(weight)))
     close(method.fold.finish(sums, start), expected)
+    close(method.fold.finish(together, start), expected)
 
 
 LAWS = named(

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from process_tree import Tree
-from torch_digits import Record, Round, Trainer
+from torch_digits import Record, Round
 
 
 class TimedFedAvg(FedAvg):
@@ -46,7 +46,7 @@ def main() -> None:
 
     @server.main()
     def serve(grid: Grid, context: Context) -> None:
-        start = Trainer(shape).vector()
+        start = flower_client.trainer(shape).vector()
         record = Record(shape, Tree(os.getpid()))
         TimedFedAvg(shape.clients, record).start(
             grid=grid,
