@@ -28,11 +28,7 @@ from fedjax_lora.core.network import Arrival, Controller, Decision, Delivery, Ra
 from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.sides import Side
 from fedjax_lora.core.types import Adapters, Base, Dataset, Packing, Scope
-<<<<<<< HEAD
-from fedjax_lora.sim.cohort import CLIENTS, MODEL, map_in_order, map_over_devices, padded_size
-=======
-from fedjax_lora.sim.cohort import CLIENTS, map_in_order, map_over_devices, padded_size, sum_over_devices
->>>>>>> main
+from fedjax_lora.sim.cohort import CLIENTS, MODEL, map_in_order, map_over_devices, padded_size, sum_over_devices
 
 
 @struct.dataclass
