@@ -109,7 +109,8 @@ def _build(config: ExperimentConfig, catalogue: Catalogue, draft: bool) -> Simul
     padded = functools.partial(_parts, structure, catalogue, context, begin, layout)
     activations = client_activations(config, catalogue, padded, numbers, world, like)
     layout = layout._replace(chunk=chunk_size(config.engine, layout, activations))
-    if model.packs and "attention_mask" in examples.train:
+    # Devices that hold one base together exchange inside a batch, where all must do the same: packed widths differ.
+    if model.packs and "attention_mask" in examples.train and layout.model_devices == 1:
         context, layout = _packed(config, context, layout, examples)
     parts_of = functools.partial(functools.partial, _parts, structure, catalogue, context, begin)
     engine = dataclasses.replace(config.engine, eval_every=min(config.engine.eval_every, config.rounds))
