@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ SHAPE = {"num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 3, "i
 
 
 def layout(model, axes=None):
-    mesh = AbstractMesh((1, 2, model), (TRIALS, CLIENTS, MODEL))
+    mesh: Any = AbstractMesh((1, 2, model), (TRIALS, CLIENTS, MODEL))
     return Layout(cohort_size=4, chunk=1, mesh=mesh, everyone=True, one_rank=True, axes=Mapped(axes or {}))
 
 
