@@ -7,7 +7,7 @@ import pytest
 
 from fedjax_lora.app import dry_run, targets
 from fedjax_lora.app.cli import main
-from fedjax_lora.core import memory
+from fedjax_lora.core import memory, trees
 from fedjax_lora.core.errors import ConfigError
 from fedjax_lora.sim.memory import run_terms
 from oracles.processes import SMALL, started
@@ -57,6 +57,18 @@ def test_what_does_not_fit_is_told_with_the_largest_that_does():
     assert found.fitting["cohort"] == 16 and held(16, found.fitting["chunk"]) <= room < held(32, 1)
     assert "does not fit" in found.lines()[0] and "clients.per_round=16" in found.lines()[-1]
     assert dry_run.dry_run(settings, small(1.0)).lines()[-1] == "no cohort fits"
+
+
+def test_a_base_that_no_device_holds_is_told_with_the_devices_that_do():
+    """Oracle: bytes of the whole base, of which each of two devices holds half but for vectors."""
+    whole = trees.num_bytes(dry_run.build(config(), draft=True).world.base)
+    target = small(0.6 * whole, count=4)
+    one, two = (dry_run.dry_run(config(f"engine.model_devices={n}"), target) for n in (1, 2))
+    assert one.model_devices == 2 and one.lines()[-1].endswith("it does with engine.model_devices=2")
+    assert one.kinds["frozen base"] == whole and 0.5 <= two.kinds["frozen base"] / whole < 0.6
+    assert two.model_devices is None and two.trials == one.trials // 2
+    with pytest.raises(ConfigError, match=r"engine\.model_devices must divide the number of devices, 4, got 3"):
+        dry_run.dry_run(config("engine.model_devices=3"), target)
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "gpu:h100", "gpu:h100x0", "gpu:t4x1", "v5e:0x2", ""])

@@ -247,6 +247,8 @@ def add_to_base(base: Base, changes: Mapping[str, Array], sites: Mapping[str, Si
                 f"the change of {name} must be of its site's shape, {(w.shape[0], site.n_in, site.n_out)}, got "
                 f"{change.shape} for {place} of {site.group}"
             )
-        merged = w.astype(jnp.float32).at[:, :, site.first : stop].add(change).astype(w.dtype)
+        columns = site.first, w.shape[-1] - stop
+        # Not an update of a slice, for which a compiler gathers a matrix whose columns are split over devices.
+        merged = (w.astype(jnp.float32) + jnp.pad(change, ((0, 0), (0, 0), columns))).astype(w.dtype)
         layers[site.group] = {**group, "w": merged}
     return {**base, "layers": layers}

@@ -7,8 +7,8 @@ and averages `abar_i = sum_k w_ki a~_ki`, `bbar_i` likewise, it holds exactly th
     Cov = sum_k,i w_ki (a~_ki - abar_i) (b~_ki - bbar_i),
     E_s = sum_k (p_k a_k b_k - sum_i w_ki a~_ki b~_ki).
 
-Either is a product of stacked components: its norm needs two Gram matrices of the stack or, where the stack is
-larger than that, one `[n_in, n_out]` matrix. The functions take one layer of one module, to bound the memory.
+Either is a sum over the clients of `[n_in, n_out]` matrices. The functions take one layer of one module, to bound the
+memory.
 
 Of a server that does not average the factors apart, or merges a product m into the frozen weights, the same question
 is what `sum_k p_k a~_k b~_k - (a b + m)` is, with whatever factors a, b it goes on with.
@@ -22,7 +22,6 @@ from jax.lax import Precision
 
 from fedjax_lora.core.exchange import Scale
 from fedjax_lora.core.types import Factors
-from fedjax_lora.ops.products import product_energy
 
 
 def scale_of(scale: Scale, name: str) -> Array:
@@ -85,6 +84,9 @@ def averaging_energy(received: Factors, server: Factors, merged: Array | None, w
 
 
 def _stacked_energy(u: Array, v: Array) -> Array:
-    """`||sum over clients of u v||_F^2` for u `[C, n_in, m]` and v `[C, m, n_out]`."""
-    columns = jnp.moveaxis(u, 0, 1).reshape(u.shape[1], -1)
-    return product_energy(columns, v.reshape(-1, v.shape[-1]))
+    """`||sum over clients of u v||_F^2` for u `[C, n_in, m]` and v `[C, m, n_out]`.
+
+    The sum is formed, not the Gram matrices of the stack: devices that share the clients add up their sums, where Gram
+    matrices would need the factors of all clients on each.
+    """
+    return jnp.sum(jnp.einsum("cim,cmo->io", u, v, precision=Precision.HIGHEST) ** 2)

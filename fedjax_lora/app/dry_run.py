@@ -1,6 +1,7 @@
 """What a run would take, without running it: memory, arithmetic and time of a round, and what fits side by side."""
 
 import bisect
+import dataclasses
 import math
 import os
 import re
@@ -17,12 +18,14 @@ from fedjax_lora.app.targets import Chip, Target
 from fedjax_lora.config.assemble import build
 from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.core import memory, trees
+from fedjax_lora.core.errors import ConfigError
 from fedjax_lora.core.methods import Method
 from fedjax_lora.sim.chunk import ACCELERATOR_SHARE, choose_chunk
-from fedjax_lora.sim.cohort import CLIENTS, TRIALS, device_mesh
+from fedjax_lora.sim.cohort import CLIENTS, MODEL, TRIALS, device_mesh, mesh_shape
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.memory import run_terms
 from fedjax_lora.sim.parts import Layout
+from fedjax_lora.sim.placement import base_bytes
 from fedjax_lora.sim.round import make_round
 from fedjax_lora.sim.trials import MEMORY_SHARE
 from fedjax_lora.sim.work import Work, work_of
@@ -52,6 +55,8 @@ class Foreseen(NamedTuple):
     cohort, chunk: as the run has them; cohort_key: of the configuration, that the former is of.
     trials: that fit side by side on all devices.
     fitting: the largest cohort and chunk that fit, where these do not; None where none do, or these do.
+    model_devices: the fewest devices that hold the frozen base together, where as many as are asked for do not; None
+      where these do, or all do not.
     """
 
     target: str
@@ -70,6 +75,7 @@ class Foreseen(NamedTuple):
     chunk: int
     trials: int
     fitting: dict[str, int] | None
+    model_devices: int | None = None
 
     def document(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -96,6 +102,8 @@ class Foreseen(NamedTuple):
                     f"engine.client_chunk={self.fitting['chunk']}"
                 )
             found.append(fitting)
+        if self.model_devices is not None:
+            found.append(f"the frozen base alone does not fit: it does with engine.model_devices={self.model_devices}")
         return found
 
 
@@ -105,8 +113,10 @@ def dry_run(config: ExperimentConfig, target: Target | None, methods: Sequence[M
     Raises:
       ConfigError: the configuration is refused, as `build` does.
     """
-    simulation = build(config, methods, draft=True)
-    layout = _layout(simulation, target)
+    here = 1 if target is not None else config.engine.model_devices  # a target's devices are not at hand
+    engine = dataclasses.replace(config.engine, model_devices=here)
+    simulation = build(dataclasses.replace(config, engine=engine), methods, draft=True)
+    layout = _layout(simulation, target, config.engine.model_devices)
     terms = run_terms(simulation.needs, layout)
     work = round_work(simulation)
     if target is None:
@@ -119,7 +129,7 @@ def dry_run(config: ExperimentConfig, target: Target | None, methods: Sequence[M
     kinds: dict[str, float] = {}
     for term in terms:
         kinds[term.kind] = kinds.get(term.kind, 0.0) + term.bytes
-    sharing = layout.num_devices if target is None and jax.devices()[0].platform == "cpu" else 1
+    sharing = layout.mesh.size if target is None and jax.devices()[0].platform == "cpu" else 1
     room = needed.available_bytes / sharing
     factor = max(needed.bytes / sharing / memory.total(terms), 1.0)
     return Foreseen(
@@ -139,6 +149,7 @@ def dry_run(config: ExperimentConfig, target: Target | None, methods: Sequence[M
         chunk=layout.chunk,
         trials=layout.num_devices * _trials(simulation, layout, room),
         fitting=None if fits else _fitting(simulation, layout, room / factor),
+        model_devices=_model_devices(simulation, layout, room),
     )
 
 
@@ -148,15 +159,20 @@ def round_work(simulation: Simulation) -> Work:
     return work_of(make_round(program.make_parts), simulation.world, simulation.needs.state)
 
 
-def _layout(simulation: Simulation, target: Target | None) -> Layout:
-    """The layout on the target, with as many clients at once as its memory is said to hold."""
+def _layout(simulation: Simulation, target: Target | None, model: int) -> Layout:
+    """The layout on the target, with as many clients at once as its memory is said to hold.
+
+    model: devices that hold one frozen base together.
+    """
     layout, needs = simulation.layout, simulation.needs
     if target is None:
         return layout
-    if target.devices is None:
-        mesh: Any = AbstractMesh((1, target.chips), (TRIALS, CLIENTS))
-    else:
-        mesh = device_mesh(devices=target.devices)
+    try:
+        mesh: Any = _abstract(*mesh_shape(target.chips, model=model))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if target.devices is not None:
+        mesh = device_mesh(devices=target.devices, model=model)
     layout = layout._replace(mesh=mesh)
     cohort = -(-layout.cohort_size // (1 if layout.in_order else layout.num_devices))
     if needs.engine.client_chunk != "auto":
@@ -228,13 +244,31 @@ def _roof(chip: Chip) -> str:
 
 def _trials(simulation: Simulation, layout: Layout, room_bytes: float) -> int:
     """How many trials one device holds, each of which it has to itself; at least 1."""
-    alone = layout._replace(mesh=AbstractMesh((1, 1), (TRIALS, CLIENTS)), chunk=1)  # pyright: ignore[reportArgumentType]
+    alone = layout._replace(mesh=_abstract(1, 1, layout.model_devices), chunk=1)
     numbers = range(1, MOST_TRIALS // layout.num_devices + 1)
 
     def held(number: int) -> float:
         return memory.total(run_terms(simulation.needs, alone, number))
 
     return max(bisect.bisect_right(numbers, MEMORY_SHARE * room_bytes, key=held), 1)
+
+
+def _model_devices(simulation: Simulation, layout: Layout, room_bytes: float) -> int | None:
+    """The fewest devices that hold the frozen base in so many bytes on each, where those asked for do not."""
+    devices, base = layout.mesh.size, simulation.needs.world.base
+
+    def held(number: int) -> int:
+        return base_bytes(base, layout._replace(mesh=_abstract(*mesh_shape(devices, model=number))))
+
+    if held(layout.model_devices) <= room_bytes:
+        return None
+    numbers = (number for number in range(1, devices + 1) if devices % number == 0)
+    return next((number for number in numbers if held(number) <= room_bytes), None)
+
+
+def _abstract(trials: int, clients: int, model: int) -> Any:
+    """A mesh of so many devices, of which there are none."""
+    return AbstractMesh((trials, clients, model), (TRIALS, CLIENTS, MODEL))
 
 
 def _fitting(simulation: Simulation, layout: Layout, room_bytes: float) -> dict[str, int] | None:

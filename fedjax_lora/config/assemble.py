@@ -19,10 +19,12 @@ from fedjax_lora.config.examples import facts_of
 from fedjax_lora.config.examples import read_examples as read_examples
 from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.config.kept import client_activations, shared_program
+from fedjax_lora.core import hosts
 from fedjax_lora.core import memory as machine
 from fedjax_lora.core.errors import ConfigError, ConfigWarning
 from fedjax_lora.core.exchange import Aggregator
 from fedjax_lora.core.learning import Model
+from fedjax_lora.core.mapping import Mapped
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Numbers, fill, split
 from fedjax_lora.core.sides import Side, TrainingOptions
@@ -105,19 +107,21 @@ def _build(config: ExperimentConfig, catalogue: Catalogue, draft: bool) -> Simul
     structure, numbers = split(config)
     like = jax.eval_shape(lambda key: _initial_adapters(config, catalogue, context, begin)(key), jax.random.key(0))
     context = context._replace(like=like)
-    layout = _layout(config, catalogue, context, examples)
+    layout = _layout(config, catalogue, context, model, examples)
     padded = functools.partial(_parts, structure, catalogue, context, begin, layout)
     activations = client_activations(config, catalogue, padded, numbers, world, like)
     layout = layout._replace(chunk=chunk_size(config.engine, layout, activations))
-    if model.packs and "attention_mask" in examples.train:
+    # Devices that hold one base together exchange inside a batch, where all must do the same: packed widths differ.
+    if model.packs and "attention_mask" in examples.train and layout.model_devices == 1:
         context, layout = _packed(config, context, layout, examples)
     parts_of = functools.partial(functools.partial, _parts, structure, catalogue, context, begin)
     engine = dataclasses.replace(config.engine, eval_every=min(config.engine.eval_every, config.rounds))
     start = functools.partial(first_state, parts_of(layout), config.clients.count)
     state = jax.eval_shape(start, jax.random.key(0), numbers)
-    needs = memory.Needs(world, state, activations, model.num_layers, asked, engine, feed)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), base)
+    needs = memory.Needs(World(shapes, world.data), state, activations, model.num_layers, asked, engine, feed)
     if not draft:
-        machine.check(memory.run_terms(needs, layout), layout.num_devices)
+        machine.check(memory.run_terms(needs, layout), layout.mesh.size)
     facts = facts_of(config, examples, split_data, base, begin)
     of_weights = facts.initial_hash, facts.base_hash if head is not None else facts.model_config_hash
     decisive = split(without_draws(config))[0], engine, catalogue, of_weights, str(context), layout
@@ -250,7 +254,9 @@ def _context(config: ExperimentConfig, examples: sources.Examples) -> Context:
     )
 
 
-def _layout(config: ExperimentConfig, catalogue: Catalogue, context: Context, examples: sources.Examples) -> Layout:
+def _layout(
+    config: ExperimentConfig, catalogue: Catalogue, context: Context, model: Model, examples: sources.Examples
+) -> Layout:
     made = records(config, catalogue, context)
     host_pool.check(config, made, examples.test)
     takes, at_once = made["arrival"].takes, context.cohort_size
@@ -260,12 +266,13 @@ def _layout(config: ExperimentConfig, catalogue: Catalogue, context: Context, ex
     return Layout(
         cohort_size=at_once if together else takes,
         chunk=1,
-        mesh=device_mesh(),
+        mesh=device_mesh(model=config.engine.model_devices),
         everyone=at_once == context.num_clients and together and made["control"].schedule is None,
         one_rank=not config.lora.client_ranks and made["aggregation"].next_rank is None,
         in_order=config.engine.reproducible,
         all_at_once=config.engine.error_norms,
         running=None if together else at_once,
+        axes=Mapped(model.axes),
     )
 
 
@@ -288,7 +295,8 @@ def _weights(
 ) -> tuple[Base, dict | None]:
     """The frozen weights, and the head to start from where central training left one."""
     if model.weights is not None:
-        return model.weights(), None
+        with jax.default_device(hosts.memory()):
+            return model.weights(), None
     if examples.public is None:  # nothing to train it on
         return model.init(jax.random.key(0)), None
     trainable, _, task = _exact(config, catalogue, context)  # frozen later, but trained now

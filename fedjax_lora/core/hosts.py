@@ -77,6 +77,14 @@ def largest(number: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.int32(number)))) if several() else number
 
 
+def memory() -> Any:
+    """The device of JAX whose memory is the host's, not an accelerator's; None where `JAX_PLATFORMS` leaves none."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
 def place(tree: Any, sharding: Sharding) -> Any:
     """Arrays that every process holds alike, with this sharding on the devices of all."""
     if not several():

@@ -169,6 +169,8 @@ class Model(NamedTuple):
       lies where, by `example_ids`, `position_ids` and `first_places` of the batch; `layers` let no position see another
       example and pass the places on; `task` reads each example by its own positions, of which there may be none.
     weights: `() -> base`: pretrained weights, read on the host; None where there are none.
+    axes: path of a frozen weight in the base, its keys joined by `/` -> the logical name of each of its axes, see
+      `sim.placement`; a weight that is not there is split by its shape.
     """
 
     init: Callable[[Array], Base]
@@ -180,6 +182,7 @@ class Model(NamedTuple):
     num_layers: int
     packs: bool = False
     weights: Callable[[], Base] | None = None
+    axes: Mapping[str, tuple[str | None, ...]] = {}
 
     def apply(self, base: Base, adapters: Adapters, batch: Batch, key: Array | None = None) -> Any:
         """Outputs of the task, see `Task.read`."""

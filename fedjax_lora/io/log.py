@@ -92,7 +92,8 @@ class RunFolder:
     def check_configuration(self, config_text: str) -> None:
         """Refuse to resume with a configuration that is not the run's.
 
-        `plan`, which a run ignores, may differ, and `engine.trials_at_once`; and `rounds` as `may_extend` says.
+        `plan`, which a run ignores, may differ, and `engine.trials_at_once` and `engine.model_devices`; and `rounds` as
+        `may_extend` says.
 
         Raises:
           ValueError: there is no run, or its configuration differs; names the first key that does.
@@ -105,6 +106,7 @@ class RunFolder:
         for engine in (before.get("engine"), now.get("engine")):
             if isinstance(engine, dict):
                 engine.pop("trials_at_once", None)
+                engine.pop("model_devices", None)
         if may_extend(before, now):
             before["rounds"] = now["rounds"]
         _check_same(before, now, self.path / CONFIG)

@@ -197,6 +197,7 @@ def stack(
         sites=table.sites(rows),
         num_layers=config.num_layers,
         packs=packs,
+        axes=table.axes(rows),
     )
 
 

@@ -154,6 +154,11 @@ def shapes(table: Table, num_layers: int, dtype: str) -> Base:
     return unflatten_dict({path: shape(path, row) for path, row in table.items()}, sep="/")
 
 
+def axes(table: Table) -> dict[str, tuple[str | None, ...]]:
+    """The logical axes of the base's leaves: `Model.axes`."""
+    return {path: (None, *row.axes) if in_layers(path) else row.axes for path, row in table.items()}
+
+
 def init(table: Table, key: Array, num_layers: int, dtype: str, first: Sequence[str] = ()) -> Base:
     """Random frozen weights.
 

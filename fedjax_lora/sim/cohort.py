@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-CLIENTS, TRIALS = "clients", "trials"
+CLIENTS, TRIALS, MODEL = "clients", "trials", "model"
 """Axes of a mesh of devices."""
 
 MAX_CPU_DEVICES = 8
@@ -58,18 +58,24 @@ def choose(priority: Array | None, num_clients: int, cohort_size: int, size: int
     return ids, ids < num_clients
 
 
-def map_over_devices(work: Callable[..., Any], shared: Any, items: Any, chunk: int, mesh: Mesh) -> Any:
+def map_over_devices(
+    work: Callable[..., Any], shared: Any, items: Any, chunk: int, mesh: Mesh, *, of_model: bool = False
+) -> Any:
     """`work(shared, item)` for every item of the leading axis (clients, batches), `chunk` at a time on each device.
 
-    `shared` (the frozen base among it) is replicated and never given an axis. The leading axis is a multiple of
-    `chunk` times the number of devices, see `padded_size`.
+    `shared` is never given an axis. The leading axis is a multiple of `chunk` times the number of devices, see
+    `padded_size`. `of_model` is whether the frozen base is in `shared`: the compiler then shares the work of an item
+    among the devices of the axis `model`, which each do all of it else.
     """
 
     def on_one_device(shared: Any, items: Any) -> Any:
         return lax.map(lambda item: work(shared, item), items, batch_size=chunk if chunk > 1 else None)
 
     specs = (P(), P(CLIENTS))
-    mapped = jax.shard_map(on_one_device, mesh=mesh, in_specs=specs, out_specs=P(CLIENTS), check_vma=False)
+    ours = {TRIALS, CLIENTS} if of_model and mesh.shape[MODEL] > 1 else set(mesh.axis_names)
+    mapped = jax.shard_map(
+        on_one_device, mesh=mesh, in_specs=specs, out_specs=P(CLIENTS), axis_names=ours, check_vma=False
+    )
     return mapped(shared, items)
 
 
@@ -129,17 +135,28 @@ def map_in_order(work: Callable[..., Any], shared: Any, items: Any, chunk: int, 
     return mapped(shared, items)
 
 
-def device_mesh(trials: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+def device_mesh(trials: int = 1, devices: Sequence[Any] | None = None, model: int = 1) -> Mesh:
     """All devices: as many as divide the trials take one each, and those of one trial share its clients.
 
     Args:
       trials: at once.
       devices: `jax.Device`s; None for those at hand.
+      model: devices that hold one frozen base together, and count as one above.
+
+    Raises:
+      ValueError: `model` does not divide the number of devices.
     """
-    count = jax.device_count() if devices is None else len(devices)
-    across = math.gcd(trials, count)
-    kinds = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh((across, count // across), (TRIALS, CLIENTS), axis_types=kinds, devices=devices)
+    shape = mesh_shape(jax.device_count() if devices is None else len(devices), trials, model)
+    kinds = (jax.sharding.AxisType.Auto,) * len(shape)
+    return jax.make_mesh(shape, (TRIALS, CLIENTS, MODEL), axis_types=kinds, devices=devices)
+
+
+def mesh_shape(count: int, trials: int = 1, model: int = 1) -> tuple[int, int, int]:
+    """The axes `trials`, `clients` and `model` of so many devices, see `device_mesh`."""
+    if count % model:
+        raise ValueError(f"engine.model_devices must divide the number of devices, {count}, got {model}")
+    across = math.gcd(trials, count // model)
+    return across, count // model // across, model
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

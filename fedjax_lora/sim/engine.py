@@ -26,7 +26,7 @@ from fedjax_lora.sim.memory import Needs
 from fedjax_lora.sim.merged import current_base, nothing_merged
 from fedjax_lora.sim.options import EngineConfig
 from fedjax_lora.sim.parts import Layout, MakeParts, World
-from fedjax_lora.sim.placement import state_shardings
+from fedjax_lora.sim.placement import state_shardings, world_shardings
 from fedjax_lora.sim.round import make_round
 from fedjax_lora.sim.running import first_running
 from fedjax_lora.sim.scores import Scores, score, with_scores
@@ -177,8 +177,8 @@ class Program:
         shardings = state_shardings(state, self.layout)
         segment = jax.jit(self.segment, donate_argnums=1, out_shardings=(shardings, self.everywhere, self.everywhere))
         rounds = jax.ShapeDtypeStruct((), jnp.int32)
-        world, rounds = jax.tree.map(lambda leaf: _placed(leaf, self.everywhere), (world, rounds))
-        return segment.lower(world, jax.tree.map(_placed, state, shardings), rounds)
+        world = jax.tree.map(_placed, world, world_shardings(world, self.layout))
+        return segment.lower(world, jax.tree.map(_placed, state, shardings), _placed(rounds, self.everywhere))
 
 
 def _placed(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
@@ -234,7 +234,7 @@ class Simulation:
         self.needs = needs
         self.feed = feed
         self.compile_s = 0.0
-        self.world = hosts.place(world, program.everywhere)
+        self.world = jax.tree.map(hosts.place, world, world_shardings(world, program.layout))
         self._compiled = None
 
     @property
@@ -277,7 +277,7 @@ class Simulation:
           >>> target = get_topology_desc("v5e:2x2", platform="tpu")  # doctest: +SKIP
           >>> simulation.lower(target.devices).compile().memory_analysis()  # doctest: +SKIP
         """
-        layout = self.layout._replace(mesh=device_mesh(devices=devices))
+        layout = self.layout._replace(mesh=device_mesh(devices=devices, model=self.layout.model_devices))
         layout = layout._replace(chunk=chunk_size(self.needs.engine, layout, self.needs.activation_bytes))
         return self.program.laid_out(layout).lower(self.world, self.needs.state)
 

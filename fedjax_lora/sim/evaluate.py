@@ -71,7 +71,7 @@ def make_evaluate(model: Model, adapter: Adapter, task: Task, batch_size: int, l
 
             return packed(layout.packing, gather(pool, rows), weight, scored)
 
-        found = layout.map(score, (base, pool, used), batches, 1)
+        found = layout.map(score, (base, pool, used), batches, 1, of_model=True)
         return {name: value.ravel()[:num_examples] for name, value in found.items()}
 
     return evaluate
@@ -156,7 +156,7 @@ def make_evaluate_personal(
                 weight = task.weigh(own_examples(data, own), count, data.test)
             return ClientAccuracy(task.finish(found, weight)["eval_accuracy"], jnp.any(weight > 0))
 
-        found = layout.map(score, (base, data, adapters, scale), items, 1)
+        found = layout.map(score, (base, data, adapters, scale), items, 1, of_model=True)
         return jax.tree.map(lambda leaf: leaf[:num_clients], found)
 
     return evaluate

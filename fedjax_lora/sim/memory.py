@@ -9,6 +9,7 @@ from fedjax_lora.core.types import FedState
 from fedjax_lora.sim.feed import Feed
 from fedjax_lora.sim.options import EngineConfig
 from fedjax_lora.sim.parts import Layout, World
+from fedjax_lora.sim.placement import base_bytes
 from fedjax_lora.training.local import LocalConfig
 
 ADAPTERS_OF_A_CLIENT = 3
@@ -21,7 +22,7 @@ ADAPTERS_IN_TRAINING = 4
 class Needs(NamedTuple):
     """What decides about the memory of a run, beside its layout.
 
-    world, state: of the run; of the latter only shapes are used.
+    world, state: of the run; of the latter, and of the frozen base, only shapes are used.
     activation_bytes: what the backward pass of one client keeps, see `sim.chunk`.
     num_layers: L of the model, which work one after the other.
     local, engine: as they were asked for; a batch takes no more than what fills it.
@@ -44,7 +45,7 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
     only the frozen base and the data are shared.
     """
     world, state, activation_bytes, num_layers, local, engine, feed = needs
-    base, adapters = trees.num_bytes(world.base), trees.num_bytes(state.adapters)
+    base, adapters = base_bytes(world.base, layout), trees.num_bytes(state.adapters)
     clients = trees.num_bytes((state.clients, state.methods["wireless"]))
     running = trees.num_bytes(state.methods["arrival"])
     num_clients, num_tests = world.data.count.shape[0], world.data.test["label"].shape[0]
@@ -54,6 +55,7 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
     example = activation_bytes / min(local.batch_size, int(world.data.count.max())) / num_layers / 2
     tested = min(engine.eval_batch_size, -(-num_tests // layout.num_devices))
 
+    more = f"take a smaller model.pretrained, or raise engine.model_devices, got {layout.model_devices}"
     several = f"lower engine.client_chunk, got {engine.client_chunk}"
     in_training = [
         Term(
@@ -75,7 +77,7 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
     if feed is not None:  # what the next segment needs comes while one runs
         data += trees.num_bytes((world.data.train, world.data.index.ids, world.data.index.rows))
     shared = [
-        Term(base * (2 if state.merged else 1), "take a smaller model.pretrained", "frozen base"),
+        Term(base * (2 if state.merged else 1), more, "frozen base"),
         Term(data, _less_data(feed), "data"),
     ]
     of_a_trial = [

@@ -20,6 +20,8 @@ class EngineConfig:
       at once; else each is added to the average as it comes, and a round holds one copy of its clients' adapters.
     reproducible: clients are gathered and added in their order, `client_chunk` at a time: bits depend neither on the
       number of devices nor on that of processes, and every device holds the state of all clients.
+    model_devices: devices that hold one frozen base together, each a part of its large weights, and train the same
+      clients; they divide the number of devices.
     """
 
     client_chunk: int | Literal["auto"] = "auto"
@@ -29,6 +31,7 @@ class EngineConfig:
     data: Place = "device"
     error_norms: bool = True
     reproducible: bool = False
+    model_devices: int = 1
 
     def __post_init__(self):
         if self.client_chunk != "auto" and self.client_chunk < 1:
@@ -45,3 +48,7 @@ class EngineConfig:
             raise ValueError(f"eval_every must be at least 1, got {self.eval_every}")
         if self.eval_batch_size < 1:
             raise ValueError(f"eval_batch_size must be at least 1, got {self.eval_batch_size}")
+        if self.model_devices < 1:
+            raise ValueError(f"model_devices must be at least 1, got {self.model_devices}")
+        if self.reproducible and self.model_devices > 1:
+            raise ValueError(f"model_devices must be 1 where reproducible is true, got {self.model_devices}")

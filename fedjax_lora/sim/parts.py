@@ -23,11 +23,12 @@ from fedjax_lora.core.learning import (
     Trainer,
     Work,
 )
+from fedjax_lora.core.mapping import Mapped
 from fedjax_lora.core.network import Arrival, Controller, Decision, Delivery, Radio, Wireless
 from fedjax_lora.core.numbers import Numbers
 from fedjax_lora.core.sides import Side
 from fedjax_lora.core.types import Adapters, Base, Dataset, Packing, Scope
-from fedjax_lora.sim.cohort import CLIENTS, map_in_order, map_over_devices, padded_size, sum_over_devices
+from fedjax_lora.sim.cohort import CLIENTS, MODEL, map_in_order, map_over_devices, padded_size, sum_over_devices
 
 
 @struct.dataclass
@@ -50,6 +51,7 @@ class Layout(NamedTuple):
     all_at_once: whether an average takes all updates of a round, which then are held, and the error norms are measured.
     running: clients that run at once, where they begin and end at times of their own; a cohort is then of those that
       the server takes. None where all of a cohort begin and end together.
+    axes: of the frozen weights, see `Model.axes`.
     """
 
     cohort_size: int
@@ -61,6 +63,7 @@ class Layout(NamedTuple):
     in_order: bool = False
     all_at_once: bool = True
     running: int | None = None
+    axes: Mapped = Mapped()
 
     @property
     def cohort_key(self) -> str:
@@ -69,18 +72,24 @@ class Layout(NamedTuple):
 
     @property
     def num_devices(self) -> int:
-        """How many share the clients of one run."""
+        """How many share the clients of one run, where such as hold one frozen base together count as one."""
         return self.mesh.shape[CLIENTS]
+
+    @property
+    def model_devices(self) -> int:
+        """How many hold one frozen base together."""
+        return self.mesh.shape[MODEL]
 
     @property
     def padded_cohort(self) -> int:
         """C rounded up to whole chunks: on every device, or in all where clients are worked on in order."""
         return padded_size(self.cohort_size, self.chunk, 1 if self.in_order else self.num_devices)
 
-    def map(self, work: Callable[..., Any], shared: Any, items: Any, chunk: int) -> Any:
+    def map(self, work: Callable[..., Any], shared: Any, items: Any, chunk: int, *, of_model: bool = False) -> Any:
         """`cohort.map_over_devices`, or `map_in_order`."""
-        mapping = map_in_order if self.in_order else map_over_devices
-        return mapping(work, shared, items, chunk, self.mesh)
+        if self.in_order:
+            return map_in_order(work, shared, items, chunk, self.mesh)
+        return map_over_devices(work, shared, items, chunk, self.mesh, of_model=of_model)
 
     def sum(self, work: Callable[..., Any], shared: Any, items: Any, most: int) -> Any:
         """`cohort.sum_over_devices`."""

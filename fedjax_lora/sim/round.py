@@ -93,7 +93,7 @@ def train_cohort(parts: Parts, world: World, state: FedState, start: Adapters, c
     given = given_to(parts, world, state, start)
     if parts.trainer.together is not None:
         return parts.trainer.together(given, clients, here)
-    return parts.layout.map(parts.trainer.train, given, clients, parts.layout.chunk)
+    return parts.layout.map(parts.trainer.train, given, clients, parts.layout.chunk, of_model=True)
 
 
 def train_apart(parts: Parts, world: World, state: FedState, cohort: Cohort, arrivals: Arrivals) -> Trained:
@@ -104,7 +104,8 @@ def train_apart(parts: Parts, world: World, state: FedState, cohort: Cohort, arr
         return parts.trainer.train(given._replace(adapters=start, round=number), client)
 
     items = cohort.clients, arrivals.starts, arrivals.version
-    return parts.layout.map(train, given_to(parts, world, state, cohort.start), items, parts.layout.chunk)
+    given = given_to(parts, world, state, cohort.start)
+    return parts.layout.map(train, given, items, parts.layout.chunk, of_model=True)
 
 
 def given_to(parts: Parts, world: World, state: FedState, start: Adapters) -> Broadcast:

@@ -28,7 +28,7 @@ from fedjax_lora.sim.cohort import TRIALS, device_mesh
 from fedjax_lora.sim.engine import Simulation
 from fedjax_lora.sim.memory import Needs, run_terms
 from fedjax_lora.sim.parts import Layout, World
-from fedjax_lora.sim.placement import state_shardings
+from fedjax_lora.sim.placement import state_shardings, world_shardings
 from fedjax_lora.sim.scores import Scores, with_scores
 
 MEMORY_SHARE = 0.35
@@ -65,7 +65,7 @@ class Lanes:
         self.number = number
         self.layout = lanes_layout(simulation.needs, simulation.layout, number)
         program = simulation.program.laid_out(self.layout)
-        self.world = jax.device_put(simulation.world, program.everywhere)
+        self.world = jax.device_put(simulation.world, world_shardings(simulation.world, self.layout))
         self._eval_every = simulation.eval_every
         each = NamedSharding(self.layout.mesh, P(TRIALS))
         self._each = each
@@ -137,7 +137,7 @@ class Lanes:
 
 def lanes_layout(needs: Needs, layout: Layout, lanes: int) -> Layout:
     """The layout of so many trials at once: a chunk holds fewer clients of each, the more trials there are."""
-    layout = layout._replace(mesh=device_mesh(lanes))
+    layout = layout._replace(mesh=device_mesh(lanes, model=layout.model_devices))
     per_device = lanes // layout.mesh.shape[TRIALS]
     chunk = chunk_size(needs.engine, layout, needs.activation_bytes, per_device)
     if needs.engine.client_chunk == "auto":
@@ -167,7 +167,8 @@ def trials_at_once(simulation: Simulation, trials: int) -> int:
     Raises:
       ValueError: all of the memory does not hold what is asked for, by what is foreseen.
     """
-    needs, layout, devices = simulation.needs, simulation.layout, jax.device_count()
+    needs, layout = simulation.needs, simulation.layout
+    devices = jax.device_count() // layout.model_devices
     each = devices if trials >= devices else 1
     if needs.engine.trials_at_once != "auto":
         most = min(trials, needs.engine.trials_at_once)

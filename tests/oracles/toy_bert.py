@@ -34,7 +34,12 @@ def save_toy_bert(folder: Path) -> Path:
 def save_minilm(folder: Path) -> Path:
     """A BERT of MiniLM's shape but for its vocabulary, with random weights; it needs no PyTorch."""
     fields = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
-    fields |= {"vocab_size": len(SPECIAL + WORDS)}
+    return save_bert(folder, fields)
+
+
+def save_bert(folder: Path, fields: dict[str, int]) -> Path:
+    """A BERT of this `config.json` but for its vocabulary, in the same way."""
+    fields = fields | {"vocab_size": len(SPECIAL + WORDS)}
     config = bert.shape(fields)
     rows = bert.weights(config)
     tensors = table.tensors(rows, table.init(rows, jax.random.key(0), config.num_layers, config.compute_dtype))

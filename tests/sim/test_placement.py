@@ -8,14 +8,14 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from fedjax_lora.core.types import Adapters, ClientState, FedState
-from fedjax_lora.sim.cohort import CLIENTS, TRIALS, device_mesh, map_in_order
+from fedjax_lora.sim.cohort import CLIENTS, MODEL, TRIALS, device_mesh, map_in_order
 from fedjax_lora.sim.options import EngineConfig
 from fedjax_lora.sim.parts import Layout
 from fedjax_lora.sim.placement import state_shardings
 
 
 def layout(trials, clients, in_order=False):
-    mesh = AbstractMesh((trials, clients), (TRIALS, CLIENTS))
+    mesh = AbstractMesh((trials, clients, 1), (TRIALS, CLIENTS, MODEL))
     return Layout(cohort_size=4, chunk=1, mesh=mesh, everyone=True, one_rank=True, in_order=in_order)
 
 
