@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from common import PeerSettings
 from engine import Engine
+from image_throughput import ImageWorkload
 from peer import Peer, adapted
 from torch import nn
 from transformers import ViTModel
@@ -22,6 +23,7 @@ class ImageEngine(Engine):
     """This project's side."""
 
     def _data(self, folder: Path) -> tuple[Any, Sequence[Method]]:
+        assert isinstance(self._workload, ImageWorkload)
         train, test = self._workload.pools(folder)
         source = arrays("random", train=train, test=test, class_names=("no", "yes"))
         return source.options(), (source,)

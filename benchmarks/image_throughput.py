@@ -23,11 +23,11 @@ class ImageWorkload(Workload):
     peer: ClassVar[str] = "image_sides:ImagePeer"
 
     @classmethod
-    def of(cls, model: str, **size: int) -> "ImageWorkload":
+    def of(cls, model: str, clients: int, steps: int, batch: int) -> "ImageWorkload":
         """The workload of a folder's model."""
         fields = json.loads((Path(model) / "config.json").read_text())
         length = 1 + (fields["image_size"] // fields["patch_size"]) ** 2
-        return cls(model=model, length=length, **size)
+        return cls(model=model, length=length, clients=clients, steps=steps, batch=batch)
 
     def write(self, folder: Path) -> None:
         """Puts the images of the round, and two to evaluate on, into the folder."""
@@ -53,8 +53,7 @@ def main() -> None:
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the JSON there too")
     measuring_arguments(parser)
     options = parser.parse_args()
-    size = {"clients": options.clients, "steps": options.steps, "batch": options.batch}
-    shape = ImageWorkload.of(model_folder(options.model), **size)
+    shape = ImageWorkload.of(model_folder(options.model), options.clients, options.steps, options.batch)
     described: dict[str, Any] = {**vars(shape), "model": Path(shape.model).name}
     emit(measured("image_throughput", shape, described, options), options.out)
 

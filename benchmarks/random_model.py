@@ -50,9 +50,8 @@ def save(folder: Path, tokenizer: Path, shape: dict[str, int]) -> None:
             shutil.copy(tokenizer / name, folder)
     fields = {"model_type": "vit"} if of_images else {"model_type": "bert", "vocab_size": 30522}
     (folder / "config.json").write_text(json.dumps({**fields, **shape}))
-    family = vit if of_images else bert
-    config = family.shape(shape)
-    rows = family.weights(config)
+    config = vit.shape(shape) if of_images else bert.shape(shape)
+    rows = vit.weights(config) if isinstance(config, vit.VitConfig) else bert.weights(config)
     tensors = table.tensors(rows, table.init(rows, jax.random.key(0), config.num_layers, config.compute_dtype))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 

@@ -15,7 +15,7 @@ from fedjax_lora.core.exchange import Sparsifier
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.types import Adapters, Factors, Scope
 from fedjax_lora.sim.cohort import CLIENTS, device_mesh, map_over_devices
-from fedjax_lora.sim.round import sparsified_at_once
+from fedjax_lora.sim.messages import sparsified_at_once
 from fedjax_lora.sparsifiers import payload
 from fedjax_lora.sparsifiers.soft import importance
 from fedjax_lora.sparsifiers.svd import full_svd, thin_svd

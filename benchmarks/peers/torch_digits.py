@@ -21,7 +21,7 @@ PATCH, POSITIONS, WIDTH, LAYERS, HEADS, MLP, CLASSES = 4, 4, 64, 4, 4, 256, 10
 RANK, ALPHA = 8, 16.0
 NORM_EPS = 1e-6
 
-Model = TypeVar("Model", bound="Vit")
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Lora(nn.Module):

@@ -110,6 +110,7 @@ def make_pilot(make_parts: MakeParts, full_gradient: FullGradient, factors: Arra
     def pilot(world: World, sample: Mapping[str, Array], state: FedState, rank: Array) -> Pilot:
         start = at_rank(state, rank)
         parts = make_parts(start.numbers)
+        parts = parts._replace(layout=parts.layout._replace(all_at_once=True))  # it is about what errors there are
 
         def step(state: FedState, _: None) -> tuple[FedState, _Step]:
             return _measure(parts, full_gradient, world, sample, state)
@@ -168,6 +169,7 @@ def _measure(
     def errors_at(kept: Array) -> tuple[_Error, _Error]:
         uplink, found = at(kept)
         received = uplink.upload.received
+        assert received is not None  # all are held
         decoded = _mean_movement(
             parts.aggregator.enter, cohort.start, received.adapters, received.counted, weights, mask, scale
         )

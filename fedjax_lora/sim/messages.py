@@ -10,7 +10,7 @@ from jax import Array
 
 from fedjax_lora.core import count
 from fedjax_lora.core.count import Count
-from fedjax_lora.core.exchange import Aggregate, Live
+from fedjax_lora.core.exchange import Aggregate, Live, Received
 from fedjax_lora.core.keys import client_keys
 from fedjax_lora.core.types import Adapters, Factors
 from fedjax_lora.sim.parts import Cohort, Local, Offers, Parts, Uplink, Upload
@@ -42,8 +42,8 @@ def sparsify(parts: Parts, cohort: Cohort, local: Local, kept: Array, key: Array
     """
 
     def send(shared: tuple[Adapters, Live], item: Any) -> Upload:
-        upload = sent(parts, shared, item)
-        return upload if parts.layout.all_at_once else upload._replace(received=None)
+        received, upload = sent(parts, shared, item)
+        return upload._replace(received=received) if parts.layout.all_at_once else upload
 
     upload = _map_cohort(parts, send, cohort, _to_send(cohort, local, kept, key))
     return upload._replace(bits=count.where(local.active, upload.bits, Count.of(0)))
@@ -60,7 +60,7 @@ def average_one_by_one(parts: Parts, cohort: Cohort, local: Local, uplink: Uplin
 
     def add(shared: tuple[Adapters, Live], item: Any) -> Any:
         (start, _), (to_send, p) = shared, item
-        received = sent(parts, shared, to_send).received
+        received = sent(parts, shared, to_send)[0]
         if not parts.layout.one_rank:
             received = dataclasses.replace(received, adapters=own_product(received.adapters, to_send[3]))
         return fold.add(fold.init(start), start, received, p)
@@ -76,8 +76,11 @@ def _to_send(cohort: Cohort, local: Local, kept: Array, key: Array) -> Any:
     return local.shown, cohort.clients.methods["sparsifier"], kept, cohort.ranks, client_keys(key, cohort.ids)
 
 
-def sent(parts: Parts, shared: tuple[Adapters, Live], item: Any) -> Upload:
-    """What one client sends, of the broadcast and the parts that are sent, and of its own, see `_to_send`."""
+def sent(parts: Parts, shared: tuple[Adapters, Live], item: Any) -> tuple[Received, Upload]:
+    """What the server decodes of one client, and the upload without it.
+
+    shared: the broadcast, and the parts that are sent. item: of the client, see `_to_send`.
+    """
     (start, sends), (shown, memory, kept, ranks, key) = shared, item
     scope, (encode_key, transform_key) = parts.scope_on_air(ranks, sends), jax.random.split(key)
     start, held = parts.on_air(start), parts.on_air(shown)
@@ -88,7 +91,7 @@ def sent(parts: Parts, shared: tuple[Adapters, Live], item: Any) -> Upload:
     memory = parts.sparsifier.remember(held, memory, received, scope)
     if parts.side is not None:
         received = parts.side.received(received, shown, scope.ranks)
-    return Upload(received, bits, message.kept_ranks, message.dropped_energy, memory)
+    return received, Upload(None, bits, message.kept_ranks, message.dropped_energy, memory)
 
 
 def _map_cohort(parts: Parts, work: Callable[..., Any], cohort: Cohort, items: Any) -> Any:

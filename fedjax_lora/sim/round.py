@@ -160,7 +160,9 @@ def transmit(parts: Parts, cohort: Cohort, local: Local, decision: Decision, upl
 
 def average(parts: Parts, cohort: Cohort, local: Local, uplink: Uplink, key: Array) -> Aggregate:
     """Step 8, as the aggregator has it."""
-    held, received = rebased(cohort, local.shown, uplink.upload.received)
+    received = uplink.upload.received
+    assert received is not None  # all are held for this
+    held, received = rebased(cohort, local.shown, received)
     if not parts.layout.one_rank:  # else b is zero beyond the ranks in use, and two copies are saved
         held, theirs = (jax.vmap(own_product)(adapters, cohort.ranks) for adapters in (held, received.adapters))
         received = dataclasses.replace(received, adapters=theirs)
