@@ -68,7 +68,7 @@ def train_once(simulation: Simulation, state: FedState, cohort: int) -> Adapters
     def train(world, state):
         clients = Client(data.index[ids], data.count[ids], keys, own.rank, own.personal, own.methods)
         parts, here = simulation.make_parts(state.numbers), jnp.ones(cohort, bool)
-        return train_cohort(parts, world, state, state.adapters, clients, here).adapters
+        return train_cohort(parts, world, state, state.adapters, clients, here, here)[0].adapters
 
     trained = jax.jit(train)(simulation.world, state)
     if not trees.fits_float32(trained):

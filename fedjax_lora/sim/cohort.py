@@ -36,6 +36,15 @@ def padded_size(size: int, chunk: int, num_devices: int) -> int:
     return -(-size // block) * block
 
 
+def in_even_parts(number: int, most: int) -> int:
+    """The most of `number` items to take at once so that nothing is left over, if that is more than half of `most`.
+
+    Else `most`: what is left over costs a copy of all items.
+    """
+    most = min(most, number)
+    return next((size for size in range(most, most // 2, -1) if number % size == 0), most)
+
+
 def choose(priority: Array | None, num_clients: int, cohort_size: int, size: int) -> tuple[Array, Array]:
     """The clients of the highest priorities, padded to `size`.
 

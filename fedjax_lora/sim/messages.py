@@ -13,6 +13,7 @@ from fedjax_lora.core.count import Count
 from fedjax_lora.core.exchange import Aggregate, Live, Received
 from fedjax_lora.core.keys import client_keys
 from fedjax_lora.core.types import Adapters, Factors
+from fedjax_lora.sim.cohort import in_even_parts
 from fedjax_lora.sim.parts import Cohort, Local, Offers, Parts, Uplink, Upload
 from fedjax_lora.sim.selection import correction_bits, normalised
 from fedjax_lora.sparsifiers import payload, transforms
@@ -97,7 +98,9 @@ def sent(parts: Parts, shared: tuple[Adapters, Live], item: Any) -> tuple[Receiv
 def _map_cohort(parts: Parts, work: Callable[..., Any], cohort: Cohort, items: Any) -> Any:
     """`work((start, sends), item)` of every client of the cohort."""
     layout, starts = parts.layout, cohort.arrivals and cohort.arrivals.starts
-    chunk = layout.chunk if layout.in_order else max(layout.chunk, sparsified_at_once(items))
+    on_device = jax.tree.leaves(items)[0].shape[0] // layout.num_devices
+    at_once = in_even_parts(on_device, sparsified_at_once(items))
+    chunk = layout.chunk if layout.in_order else max(layout.chunk, at_once)
     if starts is None:
         return layout.map(work, (cohort.start, cohort.sends), items, chunk)
     return layout.map(lambda sends, item: work((item[0], sends), item[1]), cohort.sends, (starts, items), chunk)

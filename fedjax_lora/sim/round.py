@@ -68,44 +68,64 @@ def train_locally(parts: Parts, world: World, state: FedState, cohort: Cohort) -
     """Step 3: local training, with what diverged or is padding put back to the broadcast."""
     here = cohort.present & (cohort.radio.snr_hz > 0)
     if cohort.arrivals is None:
-        trained = train_cohort(parts, world, state, cohort.start, cohort.clients, here)
+        trained, finite = train_cohort(parts, world, state, cohort.start, cohort.clients, here, cohort.present)
     else:
-        trained = train_apart(parts, world, state, cohort, cohort.arrivals)
+        trained, finite = train_apart(parts, world, state, cohort, cohort.arrivals)
     starts, axis = started(cohort)
-    finite = jax.vmap(trees.fits_float32)(trained.adapters)
-    active = cohort.present & finite
-    adapters = keep_where(active, trained.adapters, starts)
+    adapters = trained.adapters
     shown = adapters
     if parts.aggregator.personal:  # else what a client holds is what it sends, and a copy is saved
         within = jax.vmap(lambda own, start, ranks: cohort.scope(ranks).select(own, start), (0, axis, 0))
         shown = within(adapters, starts, cohort.ranks)
     return Local(
-        trained=trained._replace(adapters=adapters),
+        trained=trained,
         shown=shown,
         finite=finite,
-        active=active,
+        active=cohort.present & finite,
         weight=parts.client_weight(cohort.clients.examples),
     )
 
 
-def train_cohort(parts: Parts, world: World, state: FedState, start: Adapters, clients: Client, here: Array) -> Trained:
-    """Local training of every client of the cohort: leaves `[C, ...]`; who is not here is nothing to the others."""
+def train_cohort(
+    parts: Parts, world: World, state: FedState, start: Adapters, clients: Client, here: Array, present: Array
+) -> tuple[Trained, Array]:
+    """Local training of every client of the cohort: leaves `[C, ...]`, and who is `finite`, see `Local`.
+
+    Who is not here is nothing to the others; who is not present, or diverged, ends with the broadcast.
+    """
     given = given_to(parts, world, state, start)
     if parts.trainer.together is not None:
-        return parts.trainer.together(given, clients, here)
-    return parts.layout.map(parts.trainer.train, given, clients, parts.layout.chunk, of_model=True)
+        return jax.vmap(unless_diverged, (0, None, 0))(parts.trainer.together(given, clients, here), start, present)
+
+    def train(given: Broadcast, item: tuple[Client, Array]) -> tuple[Trained, Array]:
+        client, present = item
+        return unless_diverged(parts.trainer.train(given, client), given.adapters, present)
+
+    return parts.layout.map(train, given, (clients, present), parts.layout.chunk, of_model=True)
 
 
-def train_apart(parts: Parts, world: World, state: FedState, cohort: Cohort, arrivals: Arrivals) -> Trained:
+def train_apart(
+    parts: Parts, world: World, state: FedState, cohort: Cohort, arrivals: Arrivals
+) -> tuple[Trained, Array]:
     """`train_cohort` of clients that each started from a model, and in a round, of its own."""
 
-    def train(given: Broadcast, item: tuple[Client, Adapters, Array]) -> Trained:
-        client, start, number = item
-        return parts.trainer.train(given._replace(adapters=start, round=number), client)
+    def train(given: Broadcast, item: tuple[Client, Adapters, Array, Array]) -> tuple[Trained, Array]:
+        client, start, number, present = item
+        trained = parts.trainer.train(given._replace(adapters=start, round=number), client)
+        return unless_diverged(trained, start, present)
 
-    items = cohort.clients, arrivals.starts, arrivals.version
+    items = cohort.clients, arrivals.starts, arrivals.version, cohort.present
     given = given_to(parts, world, state, cohort.start)
     return parts.layout.map(train, given, items, parts.layout.chunk, of_model=True)
+
+
+def unless_diverged(trained: Trained, start: Adapters, present: Array) -> tuple[Trained, Array]:
+    """What one client ends with, and whether it is finite; what it started from if it is not, or the client absent.
+
+    Here, and not of all clients after their training: that would be a copy of what they hold.
+    """
+    finite = trees.fits_float32(trained.adapters)
+    return trained._replace(adapters=trees.where(present & finite, trained.adapters, start)), finite
 
 
 def given_to(parts: Parts, world: World, state: FedState, start: Adapters) -> Broadcast:
@@ -241,11 +261,6 @@ def mean_change(new: Any, old: Any) -> Any:
 def started(cohort: Cohort) -> tuple[Adapters, int | None]:
     """What the clients started from, and the axis of them: None where all started from the same."""
     return (cohort.start, None) if cohort.arrivals is None else (cohort.arrivals.starts, 0)
-
-
-def keep_where(active: Array, trained: Adapters, starts: Adapters) -> Adapters:
-    """The trained adapters `[C, ...]` of the active clients; of the others what they started from, see `started`."""
-    return jax.tree.map(lambda x, x0: jnp.where(active.reshape((-1,) + (1,) * (x.ndim - 1)), x, x0), trained, starts)
 
 
 def overlapped_s(trainer: Trainer, cohort: Cohort, bits: Array, delivery: Delivery) -> Array:

@@ -110,7 +110,7 @@ def test_training_takes_what_xla_says_it_does(two_clients):
 
     def train(world, state):
         cohort = choose_cohort(parts(sim), world, state, round_keys(state.key, state.round))
-        return train_cohort(parts(sim), world, state, cohort.start, cohort.clients, cohort.present)
+        return train_cohort(parts(sim), world, state, cohort.start, cohort.clients, cohort.present, cohort.present)[0]
 
     found = jax.jit(train).lower(sim.world, state).compile().memory_analysis().temp_size_in_bytes
     (estimate,) = (term.bytes for term in terms if term.remedy == "lower local.batch_size, got 100000")

@@ -135,7 +135,7 @@ def test_a_round_of_clients_of_different_ranks_equals_a_numpy_loop():
     after, metrics = sim.run(state, 1)
     data, ids, ranks = sim.world.data, jnp.arange(6), [1, 3, 2, 1, 3, 2]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(round_keys(state.key, state.round).local, ids)
-    train = jax.jit(lambda *given: train_cohort(parts(sim), *given).adapters)
+    train = jax.jit(lambda *given: train_cohort(parts(sim), *given, given[-1])[0].adapters)
     trained = train(sim.world, state, state.adapters, clients(sim, state, ids, keys), jnp.ones(6, bool))
     count = np.asarray(data.count, np.float64)
     for name, f in after.adapters.modules.items():
@@ -172,7 +172,7 @@ def test_hetlora_prunes_the_ranks_of_those_who_took_part():
     cohort, _ = sample(sim.layout, 6, keys)
     own = clients(sim, first, cohort, client_keys(keys.local, cohort))
     given = sim.world, first, first.adapters, own, jnp.ones(4, bool)
-    trained = jax.jit(lambda *given: train_cohort(parts(sim), *given).adapters)(*given)
+    trained = jax.jit(lambda *given: train_cohort(parts(sim), *given, given[-1])[0].adapters)(*given)
 
     def tail(f, rank):
         at = slice(rank // 2, rank)
