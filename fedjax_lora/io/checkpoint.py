@@ -54,6 +54,7 @@ class Saver:
     def __init__(self, waiting: int = 1):
         self._waiting = waiting
         self._pending: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+        self._folders: set[Path] = set()
 
     def __enter__(self) -> Self:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -68,6 +69,10 @@ class Saver:
             self._thread.shutdown()
             with contextlib.suppress(Exception):  # all is written, or told: Orbax repeats what went wrong
                 self._checkpointer.close()
+            # Orbax's own threads may have written on after a save that failed was cleared away.
+            for folder in self._folders if hosts.first() else ():
+                for left in folder.glob(f".*.partial-{os.getpid()}"):
+                    remove(left)
 
     def save(self, folder: str | Path, state: FedState, log_sha256: str = "") -> None:
         """Write `state` as the checkpoint of its round and keep the last two up to it.
@@ -78,6 +83,7 @@ class Saver:
         while len(self._pending) >= self._waiting:
             self._pending.popleft().result()
         path = Path(folder) / str(int(state.round))
+        self._folders.add(path.parent)
         copied = jax.tree.map(lambda leaf: leaf.copy(), state)
         self._pending.append(self._thread.submit(_write, self._checkpointer, path, copied, log_sha256))
 
