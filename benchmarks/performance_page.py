@@ -6,6 +6,7 @@ the markers is not touched.
 """
 
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,27 @@ def real_sentences(results: Path) -> str:
     return table([*head, "ratio, median and extremes", "of the matrix rate", "the loop's", "compiling"], rows)
 
 
+FIXED = {
+    "MiniLM": ("round_throughput", *(f"round_throughput_{name}" for name in ("zen4", "zen3", "xeon", "amx"))),
+    "RoBERTa-base's shape": ("round_throughput_roberta",),
+    "ViT-B/16's shape": ("image_throughput",),
+}
+"""Model -> files of its rounds at a fixed length."""
+
+
 def fixed_length(results: Path) -> str:
-    """The round at a fixed length by processor and dtype."""
+    """The round at a fixed length by model, processor and dtype."""
     rows = []
-    for name in ("round_throughput", "round_throughput_zen4", "round_throughput_zen3", "round_throughput_xeon"):
+    for model, name in ((model, name) for model, names in FIXED.items() for name in names):
         held = read(results, name)
         for dtype, found in held.get("results", {}).items():
             own, peer = map(percent, matrix_shares(found))
             size = f"{held['workload']['clients']} clients, {len(found['engine']['round_s'])} pairs"
-            rows.append([held["environment"]["cpu"], dtype, size, times(found["ratio"]), own, peer])
-    head = ["processor", "products in", "of", "ratio, median and extremes", "of the matrix rate", "the loop's"]
-    return table(head, rows)
+            what = f"{model}, {held['workload']['length']}"
+            rate = f"{found['engine']['samples_per_s']['median']:.3g}"
+            rows.append([held["environment"]["cpu"], what, dtype, size, rate, times(found["ratio"]), own, peer])
+    head = ["processor", "model, positions", "products in", "of", "samples/s", "ratio, median and extremes"]
+    return table([*head, "of the matrix rate", "the loop's"], rows)
 
 
 def matrix_shares(found: dict[str, Any]) -> list[float]:
@@ -63,6 +74,17 @@ def small_clients(results: Path) -> str:
         told = [f"{seconds(peer['median_round_s'])}, {peer['ratio']:.1f}×" for peer in peers]
         rows.append([f"{held['clients']:,}", seconds(held["engine"]["median_round_s"]), *told])
     return table(["clients", "a round", "Flower", "pfl-research"], rows)
+
+
+def flower(results: Path) -> str:
+    """A round on sentences beside Flower's engine."""
+    held = read(results, "flower_text")
+    if not held:
+        return ""
+    medians = (statistics.median(held[side]["round_s"]) for side in ("engine", "flower"))
+    size = f"{held['workload']['clients']}"
+    row = [held["environment"]["cpu"], size, *map(seconds, medians), f"{held['ratio']:.2f}×"]
+    return table(["processor", "clients", "a round", "Flower", "ratio"], [row])
 
 
 def compiling(results: Path) -> str:
@@ -160,6 +182,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "real sentences": real_sentences,
     "fixed length": fixed_length,
     "small clients": small_clients,
+    "flower": flower,
     "compiling": compiling,
     "memory": memory,
     "sparsifiers": sparsifiers,
