@@ -12,9 +12,6 @@ from fedjax_lora.sim.parts import Layout, World
 from fedjax_lora.sim.placement import base_bytes
 from fedjax_lora.training.local import LocalConfig
 
-ADAPTERS_OF_A_CLIENT = 3
-"""Copies of each client's adapters that a round holds: as trained, as received, as averaged."""
-
 ADAPTERS_IN_TRAINING = 4
 """Copies beside them of a client in training: the adapters, their gradient, two moments."""
 
@@ -57,9 +54,10 @@ def run_terms(needs: Needs, layout: Layout, trials: int = 1) -> list[Term]:
 
     more = f"take a smaller model.pretrained, or raise engine.model_devices, got {layout.model_devices}"
     several = f"lower engine.client_chunk, got {engine.client_chunk}"
+    copies = 2 if layout.all_at_once else 1  # as trained and, where all are averaged at once, as received
     in_training = [
         Term(
-            cohort * (ADAPTERS_OF_A_CLIENT * adapters + clients / num_clients),
+            cohort * (copies * adapters + clients / num_clients),
             f"lower {layout.cohort_key}, got {layout.cohort_size}",
             "adapters of the cohort",
         ),
