@@ -97,7 +97,7 @@ def digest(arrays: Mapping[str, np.ndarray], *texts: str) -> str:
     described = {name: (str(value.dtype), value.shape) for name, value in sorted(arrays.items())}
     sha256 = hashlib.sha256(json.dumps([described, texts]).encode())
     for name in described:
-        sha256.update(np.ascontiguousarray(arrays[name]).data)
+        sha256.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
     return sha256.hexdigest()
 
 

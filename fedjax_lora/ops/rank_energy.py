@@ -63,7 +63,7 @@ def _by_xla(x: Array, x0: Array, *, axis: int, target: Target) -> RankEnergy:
 
     XLA makes a pass for each of three sums there, and of one long sum no vector.
     """
-    if target != "interpreter" or not x.dtype == x0.dtype == jnp.float32:
+    if target != "cpu" or not x.dtype == x0.dtype == jnp.float32:
         return _reference(x, x0, axis)
     place, width = x.ndim + axis, x.shape[axis]
     rows = next((rows for rows in range(ROWS, 1, -1) if width % rows == 0), width)

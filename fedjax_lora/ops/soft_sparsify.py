@@ -8,6 +8,7 @@ from jax import Array
 
 from fedjax_lora.core.types import Factors
 from fedjax_lora.ops.implementations import Implementation, chosen, with_gradients_of
+from fedjax_lora.ops.places import descending_places
 from fedjax_lora.ops.products import safe_sqrt
 from fedjax_lora.ops.rank_energy import rank_energy
 from fedjax_lora_kernels import soft_sparsify as kernel
@@ -109,13 +110,13 @@ def _reference(
     start = jnp.broadcast_to(a0, a.shape), jnp.broadcast_to(b0, b.shape)
     importance = safe_sqrt(jnp.maximum(change_energy(a, b, *start), 0.0))
     in_use = ranks[:, None] > 0
-    order = jnp.argsort(jnp.where(in_use, importance, -1.0), axis=-1, stable=True, descending=True)
-    taken = (jnp.argsort(order, axis=-1) < kept[:, None, None]) & in_use
+    scores = jnp.where(in_use, importance, -1.0)
+    taken = (descending_places(scores) < kept[:, None, None]) & in_use
     if slots is None:
         which = taken.astype(jnp.float32)
         sent_a, sent_b = jnp.where(taken[..., None, :], a - a0, 0.0), jnp.where(taken[..., None], b - b0, 0.0)
         return sent_a, sent_b, which, importance
-    first = order[..., :slots]
+    first = jnp.argsort(scores, axis=-1, stable=True, descending=True)[..., :slots]
     full = jnp.take_along_axis(taken, first, axis=-1)
     sent_a, sent_b = (
         jnp.where(full[..., None], jnp.take_along_axis(change, first[..., None], axis=-2), 0.0)

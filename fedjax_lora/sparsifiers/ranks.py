@@ -11,6 +11,7 @@ from fedjax_lora.core.count import Count
 from fedjax_lora.core.exchange import Message, Offer, Received, Size
 from fedjax_lora.core.methods import Context
 from fedjax_lora.core.types import Adapters, Factors, Scope
+from fedjax_lora.ops.places import descending_places
 from fedjax_lora.sparsifiers import diagnostics, payload
 
 Budget = Literal["module", "global"]
@@ -18,9 +19,6 @@ Budget = Literal["module", "global"]
 
 Missing = Literal["senders", "zero"]
 """How a component that was not sent enters the average, see `soft.SoftConfig`."""
-
-COUNTED = 64
-"""Most scores whose places are counted: that takes their square, but XLA sorts short rows slowly on a CPU."""
 
 FLOOR_SLACK = 1e-4
 """Added before rounding down, so that ranks that were rounded to float32 on their way keep k components, not k - 1."""
@@ -80,20 +78,8 @@ def kept_in_layers(kept: Array, like: Adapters, scope: Scope) -> dict[str, Array
 
 def largest(scores: Array, count: Array) -> Array:
     """1.0 at the `count` largest of the last axis `[..., n]`, else 0.0; the first of equals wins."""
-    place = (_counted_place if scores.shape[-1] <= COUNTED else _sorted_place)(scores)
+    place = descending_places(scores)
     return (place < count.astype(place.dtype)).astype(jnp.float32)
-
-
-def _counted_place(scores: Array) -> Array:
-    """`[..., n]` int32 places in descending order: how many are larger, or equal and before."""
-    scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
-    own, others = scores[..., :, None], scores[..., None, :]
-    before = (others > own) | ((others == own) & jnp.tri(scores.shape[-1], k=-1, dtype=bool))
-    return jnp.sum(before, axis=-1, dtype=jnp.int32)
-
-
-def _sorted_place(scores: Array) -> Array:
-    return jnp.argsort(jnp.argsort(scores, axis=-1, stable=True, descending=True), axis=-1)
 
 
 def largest_overall(scores: dict[str, Array], count: Array) -> dict[str, Array]:

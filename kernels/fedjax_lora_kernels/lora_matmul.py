@@ -169,7 +169,7 @@ def lora_matmul(x: Array, w: Array, a: Array, b: Array, *, transposed: bool = Fa
 
 @functools.partial(jax.jit, static_argnames=("dtype", "target"))
 def lora_gradients(
-    x: Array, g: Array, a: Array, b: Array, *, dtype: DTypeLike, target: Literal["tpu", "interpreter"]
+    x: Array, g: Array, a: Array, b: Array, *, dtype: DTypeLike, target: Literal["tpu", "cpu"]
 ) -> tuple[Array, Array]:
     """Gradients of `lora_matmul` to the factors of every client; g is that to its result.
 

@@ -10,8 +10,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu, triton
 
-Target = Literal["tpu", "gpu", "interpreter"]
-"""The compiler of TPUs (Mosaic), that of GPUs (Triton), or the Pallas interpreter, for a CPU."""
+Target = Literal["tpu", "gpu", "cpu"]
+"""A TPU, by its compiler Mosaic; a GPU, by Triton; or a CPU, by the interpreter of Pallas."""
 
 LANES = 128
 """Numbers side by side in a register of a TPU; eight such rows make one."""
@@ -22,7 +22,7 @@ VMEM_BYTES = 64 * 2**20
 
 def on_its_platform(kernel: Callable[..., Any], *arrays: Any) -> Any:
     """`kernel(*arrays, target=...)` for the platform that the program around it is compiled for."""
-    targets = {"cpu": "interpreter", "tpu": "tpu", "default": "gpu"}
+    targets: dict[str, Target] = {"cpu": "cpu", "tpu": "tpu", "default": "gpu"}
     return lax.platform_dependent(
         *arrays, **{platform: functools.partial(kernel, target=target) for platform, target in targets.items()}
     )
@@ -30,7 +30,7 @@ def on_its_platform(kernel: Callable[..., Any], *arrays: Any) -> Any:
 
 def options(target: Target) -> dict[str, Any]:
     """Arguments of `pallas_call` for this target."""
-    if target == "interpreter":
+    if target == "cpu":
         return {"interpret": True}
     if target == "tpu":
         return {"compiler_params": tpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES)}

@@ -1,11 +1,15 @@
 """A pool in files that are memory-mapped: what is read is what was written, or what is damaged is written anew."""
 
+import hashlib
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fedjax_lora.data import pool
 from fedjax_lora.data.cache import contents
+from fedjax_lora.data.tokens import digest
 
 POOL = {"image": np.arange(60, dtype=np.float32).reshape(5, 4, 3), "label": np.array([0, 2, 1, 0, 1], np.int32)}
 
@@ -60,3 +64,11 @@ def test_rows_of_clients_are_found_by_their_ids():
     found = pool.CohortRows(jnp.asarray(ids), jnp.asarray(table[np.minimum(ids, 9)]), {})
     np.testing.assert_array_equal(found[jnp.array([9, 2, 5, 5])], table[[9, 2, 5, 5]])
     assert found[jnp.array([[2], [9]])].shape == (2, 1, 2)
+
+
+@pytest.mark.parametrize("leaf", [jnp.ones((3, 2), jnp.bfloat16), np.float32(3), np.zeros((0, 3)), np.ones((2, 3)).T])
+def test_a_digest_is_of_the_bytes_in_order_whatever_the_array(leaf):
+    """Oracle: SHA-256 of a copy of the bytes."""
+    leaf = np.asarray(leaf)
+    described = json.dumps([{"x": (str(leaf.dtype), leaf.shape)}, ["more"]]).encode()
+    assert digest({"x": leaf}, "more") == hashlib.sha256(described + leaf.tobytes()).hexdigest()

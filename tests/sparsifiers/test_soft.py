@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fedjax_lora.core.types import Adapters, Factors
+from fedjax_lora.ops import places
 from fedjax_lora.sparsifiers import ranks
 from fedjax_lora.sparsifiers.soft import SoftConfig, importance, make, orthogonality_penalty
 from oracles.contexts import context, upload
@@ -340,7 +341,7 @@ def test_config_names_field_and_value(options, message):
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("size", [1, 3, 8, 64, ranks.COUNTED + 1])
+@pytest.mark.parametrize("size", [1, 3, 8, 64, places.COUNTED + 1])
 def test_the_largest_are_those_of_a_stable_sort_numpy(size):
     """With equals, infinities and NaN, which comes first."""
     scores = np.round(np.random.default_rng(0).normal(size=(40, size)), 1).astype(np.float32)
