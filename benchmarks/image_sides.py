@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from common import PeerSettings
 from engine import Engine
-from image_throughput import ImageWorkload
+from image_workload import ImageWorkload
 from peer import Peer, adapted
 from torch import nn
 from transformers import ViTModel
