@@ -19,23 +19,19 @@ from fedjax_lora.config.examples import facts_of
 from fedjax_lora.config.examples import read_examples as read_examples
 from fedjax_lora.config.experiment import ExperimentConfig
 from fedjax_lora.config.kept import client_activations, shared_program
+from fedjax_lora.config.layout import layout_of, packed
 from fedjax_lora.core import hosts
 from fedjax_lora.core import memory as machine
 from fedjax_lora.core.errors import ConfigError, ConfigWarning
-from fedjax_lora.core.exchange import Aggregator
 from fedjax_lora.core.learning import Model
-from fedjax_lora.core.mapping import Mapped
 from fedjax_lora.core.methods import Context, Method
 from fedjax_lora.core.numbers import Numbers, fill, split
 from fedjax_lora.core.sides import Side, TrainingOptions
 from fedjax_lora.core.types import Adapters, Base, Factors
 from fedjax_lora.data import sources
-from fedjax_lora.data.batches import evaluation_batches
-from fedjax_lora.data.packing import packing_of
 from fedjax_lora.data.partition import Partition, PartitionConfig, partition
 from fedjax_lora.sim import memory
 from fedjax_lora.sim.chunk import chunk_size
-from fedjax_lora.sim.cohort import device_mesh
 from fedjax_lora.sim.engine import Program, Simulation, first_state
 from fedjax_lora.sim.full_gradient import make_full_gradient
 from fedjax_lora.sim.parts import Layout, Parts, World
@@ -107,13 +103,14 @@ def _build(config: ExperimentConfig, catalogue: Catalogue, draft: bool) -> Simul
     structure, numbers = split(config)
     like = jax.eval_shape(lambda key: _initial_adapters(config, catalogue, context, begin)(key), jax.random.key(0))
     context = context._replace(like=like)
-    layout = _layout(config, catalogue, context, model, examples)
+    host_pool.check(config, made := records(config, catalogue, context), examples.test)
+    layout = layout_of(config, context, made, model)
     padded = functools.partial(_parts, structure, catalogue, context, begin, layout)
     activations = client_activations(config, catalogue, padded, numbers, world, like)
     layout = layout._replace(chunk=chunk_size(config.engine, layout, activations))
     # Devices that hold one base together exchange inside a batch, where all must do the same: packed widths differ.
     if model.packs and "attention_mask" in examples.train and layout.model_devices == 1:
-        context, layout = _packed(config, context, layout, examples)
+        context, layout = packed(config, context, layout, examples)
     parts_of = functools.partial(functools.partial, _parts, structure, catalogue, context, begin)
     engine = dataclasses.replace(config.engine, eval_every=min(config.engine.eval_every, config.rounds))
     start = functools.partial(first_state, parts_of(layout), config.clients.count)
@@ -137,17 +134,6 @@ def _build(config: ExperimentConfig, catalogue: Catalogue, draft: bool) -> Simul
         needs=needs,
         feed=feed,
     )
-
-
-def _packed(
-    config: ExperimentConfig, context: Context, layout: Layout, examples: sources.Examples
-) -> tuple[Context, Layout]:
-    """Context and layout with the shapes of packed batches, of training and of evaluation."""
-    train, test = (pool["attention_mask"] for pool in (examples.train, examples.test))
-    devices = 1 if layout.in_order else layout.num_devices
-    batches, _ = evaluation_batches(len(test), config.engine.eval_batch_size, devices)
-    packing = packing_of(train, config.local.batch_size, together=layout.chunk)
-    return context._replace(packing=packing), layout._replace(packing=packing_of(test, batches.shape[1]))
 
 
 def without_draws(config: ExperimentConfig) -> ExperimentConfig:
@@ -252,42 +238,6 @@ def _context(config: ExperimentConfig, examples: sources.Examples) -> Context:
         local=config.local,
         num_examples=len(examples.train["label"]),
     )
-
-
-def _layout(
-    config: ExperimentConfig, catalogue: Catalogue, context: Context, model: Model, examples: sources.Examples
-) -> Layout:
-    made = records(config, catalogue, context)
-    host_pool.check(config, made, examples.test)
-    takes, at_once = made["arrival"].takes, context.cohort_size
-    together = takes is None
-    if not config.engine.error_norms:
-        _check_one_by_one(config, made["aggregation"], together)
-    return Layout(
-        cohort_size=at_once if together else takes,
-        chunk=1,
-        mesh=device_mesh(model=config.engine.model_devices),
-        everyone=at_once == context.num_clients and together and made["control"].schedule is None,
-        one_rank=not config.lora.client_ranks and made["aggregation"].next_rank is None,
-        in_order=config.engine.reproducible,
-        all_at_once=config.engine.error_norms,
-        running=None if together else at_once,
-        axes=Mapped(model.axes),
-    )
-
-
-def _check_one_by_one(config: ExperimentConfig, aggregator: Aggregator, together: bool) -> None:
-    """Refuse to add one update after the other where that is not possible.
-
-    Raises:
-      ConfigError: the aggregator has no fold, or clients do not end `together`.
-    """
-    if aggregator.fold is None:
-        name = getattr(config.aggregation, "name", None)
-        raise ConfigError(f"engine.error_norms must be true where aggregation.name is {name}, got False")
-    if not together:
-        name = getattr(config.arrival, "name", None)
-        raise ConfigError(f"engine.error_norms must be true where arrival.name is {name}, got False")
 
 
 def _weights(
