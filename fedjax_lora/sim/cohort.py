@@ -18,12 +18,22 @@ MAX_CPU_DEVICES = 8
 """Most devices that `use_cpu_cores` makes: each holds a copy of the frozen base."""
 
 
+WAITING_THREADS = 4
+"""Threads of a CPU device, where there are more devices than cores."""
+
+
 def use_cpu_cores() -> None:
     """Make a JAX device of each CPU core (of at most MAX_CPU_DEVICES), so that each trains a client of its own.
 
     Most of a small model's operations are too small to be shared by cores. Call it before JAX is first used; a number
     that the environment sets (`JAX_NUM_CPU_DEVICES`, or `XLA_FLAGS`) stands. Accelerators are not affected.
+
+    XLA has as many threads as cores (`NPROC`, where the environment has it), and a device that waits for others holds
+    some: of more devices than cores all could wait for ever. So they have WAITING_THREADS each.
     """
+    asked = os.environ.get("JAX_NUM_CPU_DEVICES", "")
+    if asked.isdecimal() and int(asked) > (os.cpu_count() or 1):
+        os.environ.setdefault("NPROC", str(WAITING_THREADS * int(asked)))
     chosen = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", "")
     if not chosen:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -22,6 +22,10 @@ SMALL: dict[str, Any] = {
 TIMEOUT_S = 600
 
 
+WAITING = {"NPROC": "32"}
+"""Threads of XLA: eight devices on fewer cores would wait for each other for want of them."""
+
+
 def started(each: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> list[str]:
     """Run commands side by side, each with this beside the environment and one device; what each said on stdout."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
@@ -29,7 +33,7 @@ def started(each: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> list[str
         subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": path, **own},
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": path, **WAITING, **own},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
